@@ -1,0 +1,68 @@
+"""What tests share: tiny models, batches, and the folders outside the project that they may read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+
+
+def tiny_bert(num_labels: int = 2, seed: int = 0, dropout: float = 0.0, **config: object) -> BertForSequenceClassification:
+    """A random BERT, the same for the same seed, in evaluation mode."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, **config}
+    return BertForSequenceClassification(BertConfig(num_labels=num_labels, **sizes)).eval()  # type: ignore[arg-type]
+
+
+def tiny_batch(seed: int = 0, lengths: tuple[int, ...] = (5, 9, 7), tokens: int = 9) -> dict[str, Tensor]:
+    """Random texts of the given lengths, padded on the right to `tokens`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, SIZES["vocab_size"], (len(lengths), tokens), generator=generator)
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def shake(model: torch.nn.Module, seed: int = 1, std: float = 0.1) -> None:
+    """Move every trainable parameter away from its start, so that no term is zero by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(std * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+@pytest.fixture
+def glue_dir() -> Path:
+    return _folder("UNIPELT_GLUE_DIR", "GLUE data")
+
+
+@pytest.fixture
+def reference_dir() -> Path:
+    return _folder("UNIPELT_REFERENCE_DIR", "the reference tensors of the authors' release")
+
+
+def _folder(variable: str, what: str) -> Path:
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"set {variable} to the folder with {what}")
+    assert Path(folder).is_dir(), f"{variable} names {folder}, which is not a folder"
+    return Path(folder)
+
+
+MakeModel = Callable[..., BertForSequenceClassification]

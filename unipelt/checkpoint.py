@@ -1,0 +1,296 @@
+"""Save and load what was trained, and only that.
+
+A folder holds `model.safetensors` (submodules, gates, head, trained biases), `unipelt.json` (what they belong to) and
+`README.md` (a model card). It has no `config.json`, so Transformers cannot take it for a whole model by mistake; a
+Trainer's checkpoints are such folders too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from unipelt.card import model_card
+from unipelt.config import ConfigError, UniPELTConfig, read_mapping
+from unipelt.inject import InjectionError, _inject, remove
+from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters
+from unipelt.prefix import Prefix, PrefixNetwork
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "unipelt.json"
+FORMAT = 1
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is broken, or belongs to another model; nothing was changed."""
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    deploy: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write what was trained: submodules, gates, head, trained biases; not the frozen base.
+
+    Args:
+        model: an injected model.
+        folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
+            manifest, which holds the weights' SHA-256, last.
+        deploy: fold the prefix's reparameterisation network away. The logits stay the same; the prefix is smaller
+            and, if it is trained further, it is trained directly.
+        state_dict: the model's whole state dict, where it had to be gathered from several processes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: nothing was injected.
+        OSError: the folder cannot be written.
+    """
+    injection = injection_of(model)
+    tensors = _trained_tensors(model, state_dict, deploy=deploy)
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; save needs a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dump_tensors(tensors, metadata={"format": "pt"})
+    manifest = {
+        "format": FORMAT,
+        "unipelt": injection.config.to_dict(),
+        "deployed": deploy or injection.deployed,
+        "head": sorted(injection.head),
+        "base": _describe_base(model),
+        "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
+    }
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / "README.md", model_card(injection.config, parameter_counts(model), manifest).encode())
+    write_whole(folder / MANIFEST, text.encode())
+    return folder
+
+
+def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Put what `save` wrote onto a base model that the caller holds, in place.
+
+    Args:
+        model: the base model that it was trained on, with the same head class; nothing injected yet.
+        folder: what `save`, or a Trainer, wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        CheckpointError: the checkpoint is broken, or belongs to another model.
+        InjectionError: the model carries submodules already. After any error the model is as it was.
+    """
+    manifest, tensors = _read(Path(folder))
+    _check_base(model, manifest["base"])
+    try:
+        _inject(model, manifest["unipelt"], deployed=manifest["deployed"], head=frozenset(manifest["head"]))
+    except InjectionError as error:
+        if getattr(model, "unipelt_injection", None) is not None:
+            raise
+        raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error
+    places = {name: parameter for name, parameter in model.named_parameters() if name in set(kept_names(model))}
+    if problem := _mismatch(places, tensors):
+        remove(model)
+        raise CheckpointError(f"the checkpoint in {folder} does not fit this {type(model).__name__}: {problem}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
+    return model
+
+
+def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """The whole model again: base model and head class restored, submodules loaded, in evaluation mode.
+
+    Args:
+        folder: what `save`, or a Trainer, wrote.
+        kwargs: passed on to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision`,
+            `cache_dir`, `token`, …). The base is read from safetensors only; say `use_safetensors=False` to allow a
+            pickle.
+
+    Raises:
+        As `load`; and what the base's `from_pretrained` raises when the base is not to be had.
+    """
+    manifest, _ = _read(Path(folder))
+    base = manifest["base"]
+    cls = getattr(transformers, base["class"], None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise CheckpointError(
+            f"{base['class']!r} is not a model class of transformers; build the base model and "
+            "call unipelt.load(model, folder)"
+        )
+    if not base["name_or_path"]:
+        raise CheckpointError(
+            "the base model was built in memory, so it cannot be restored by name; build it and "
+            "call unipelt.load(model, folder)"
+        )
+    config_class: Any = cls.config_class
+    config = config_class.from_dict(dict(base["config"]))
+    options = {"use_safetensors": True, "config": config, "revision": base["revision"] or "main", **kwargs}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
+    try:
+        model = cls.from_pretrained(base["name_or_path"], **options)
+    finally:
+        logging.set_verbosity(level)
+    return load(model, folder).eval()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it first, then in its place. Raises `OSError`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _trained_tensors(
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None, *, deploy: bool
+) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    whole = parameters if state_dict is None else state_dict
+    tensors = {name: whole[name] for name in kept_names(model)}
+    if deploy:
+        for path, module in model.named_modules():
+            if isinstance(module, PrefixNetwork):
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
+            elif isinstance(module, Prefix):
+                with torch.no_grad():
+                    tensors[f"{path}.keys_values"] = module()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _describe_base(model: PreTrainedModel) -> dict[str, Any]:
+    injection = injection_of(model)
+    name = model.config._name_or_path
+    return {
+        "class": type(model).__name__,
+        "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "config": json.loads(model.config.to_json_string(use_diff=True)),
+        "fingerprint": _fingerprint(model, injection.head, injection.originals),
+    }
+
+
+def _fingerprint(model: PreTrainedModel, head: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
+    """What identifies a pretrained base: a SHA-256 over a sample of every parameter.
+
+    Head and submodules do not count; where base parameters train, the values that they had before do.
+    """
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    digest = hashlib.sha256()
+    dtypes = set()
+    for name, parameter in sorted(model.named_parameters()):
+        if name in ours or name in head:
+            continue
+        values = before.get(name, parameter).detach().flatten()
+        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode() + sample.numpy().tobytes())
+        dtypes.add(str(parameter.dtype).removeprefix("torch."))
+    return {"sha256": digest.hexdigest(), "dtype": ", ".join(sorted(dtypes))}
+
+
+def _check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` if the base is not the one that was trained on."""
+    if getattr(model, "unipelt_injection", None) is not None:
+        return  # _inject says so
+    kind = base["config"].get("model_type")
+    if model.config.model_type != kind:
+        raise CheckpointError(
+            f"the checkpoint is for a {kind!r} model, and this is a {model.config.model_type!r} model"
+        )
+    saved, here = base["fingerprint"], _fingerprint(model, base["head"], {})
+    if saved["dtype"] != here["dtype"]:
+        logger.warning(
+            f"the checkpoint was trained on a base in {saved['dtype']} and this one is in {here['dtype']}, "
+            "so it cannot be checked that it is the same base"
+        )
+    elif saved["sha256"] != here["sha256"]:
+        raise CheckpointError(
+            "this is not the base model that the checkpoint was trained on "
+            f"({base['name_or_path'] or 'built in memory'}): its weights differ"
+        )
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Manifest and tensors of a checkpoint, checked. Raises `FileNotFoundError` or `CheckpointError`."""
+    for name in (MANIFEST, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {name}")
+    try:
+        raw = read_mapping(folder / MANIFEST)
+        if raw.get("format") != FORMAT:
+            raise ConfigError(f"format must be {FORMAT}, not {raw.get('format')!r}; a newer unipelt may read it")
+        base = _typed(raw, "base", dict)
+        found = _typed(base, "fingerprint", dict)
+        manifest = {
+            "unipelt": UniPELTConfig.from_dict(_typed(raw, "unipelt", dict)),
+            "deployed": _typed(raw, "deployed", bool),
+            "head": [str(name) for name in _typed(raw, "head", list)],
+            "base": {
+                "class": _typed(base, "class", str),
+                "name_or_path": _typed(base, "name_or_path", str),
+                "revision": base.get("revision"),
+                "config": _typed(base, "config", dict),
+                "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")},
+                "head": _typed(raw, "head", list),
+            },
+        }
+        digest = _typed(_typed(raw, "weights", dict), "sha256", str)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    content = (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is not the file that {MANIFEST} describes (its SHA-256 differs): it is damaged, or "
+            "from another checkpoint"
+        )
+    try:
+        return manifest, load_tensors(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {error}") from error
+
+
+def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    if key not in values or not isinstance(values[key], kind):
+        raise ConfigError(f"{key} must be a {kind.__name__}, not {values.get(key)!r}")
+    return values[key]
+
+
+def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong between the parameters of a model and the tensors for them, or None."""
+    if missing := sorted(places.keys() - tensors.keys()):
+        return f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+    if extra := sorted(tensors.keys() - places.keys()):
+        return f"the model has no {extra[0]!r}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
+    for name, tensor in tensors.items():
+        if tensor.shape != places[name].shape:
+            return f"{name} is {tuple(tensor.shape)} there and {tuple(places[name].shape)} here"
+        if not tensor.is_floating_point():
+            return f"{name} holds {tensor.dtype}, not floating-point numbers"
+    return None

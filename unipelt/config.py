@@ -1,0 +1,284 @@
+"""What to add to a model, how large, gated how: frozen dataclasses, presets, JSON and YAML.
+
+A configuration is data only. `resolve` turns everything a user may pass (a preset's name, a dict of differences,
+a path, a `UniPELTConfig`) into a checked `UniPELTConfig`; an unknown key or a wrong type is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be meant; the message says which field, what was seen and what is possible."""
+
+
+def _check(part: Any, *positive: str) -> None:
+    """Check every field's type, and that some are above 0; an integer may stand for a float, a list for a tuple."""
+    for name, hint in get_type_hints(type(part)).items():
+        object.__setattr__(part, name, _convert(hint, getattr(part, name), name))
+    for name in positive:
+        if not getattr(part, name) > 0:
+            raise ConfigError(f"{name} must be above 0, not {getattr(part, name)!r}")
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against a field's type; integers may stand for floats, lists for tuples."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(choice for choice in choices if choice is not type(None)), value, where)
+    if origin is Literal:
+        if value not in choices:
+            raise ConfigError(f"{where} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} must be a list, not {value!r}")
+        return tuple(_convert(choices[0], item, where) for item in value)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where)  # type: ignore[arg-type]
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise ConfigError(f"{where} must be a {'finite number' if hint is float else hint.__name__}, not {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A bottleneck adapter after the feed-forward network of a layer (Houlsby et al., 2019; Pfeiffer placement).
+
+    Attributes:
+        bottleneck: M, the width of the bottleneck, in units.
+        gate: whether a gate scales the adapter's output.
+    """
+
+    bottleneck: int = 48
+    gate: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self, "bottleneck")
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """Prefix-tuning of every layer's attention (Li and Liang, 2021).
+
+    Attributes:
+        length: L, in tokens.
+        hidden: width of the reparameterisation network, in units; the network is dropped after training.
+        gate: whether a gate scales the prefix.
+        gating: how the gate acts. `scale` multiplies prefix keys and values (the paper; a closed gate still takes
+            softmax mass, footnote 3); `mass` adds `log g` to the prefix's attention logits, so that a closed gate
+            is exactly the model without prefix.
+    """
+
+    length: int = 10
+    hidden: int = 512
+    gate: bool = True
+    gating: Literal["scale", "mass"] = "scale"
+
+    def __post_init__(self) -> None:
+        _check(self, "length", "hidden")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank updates of the query and value projections (Hu et al., 2022).
+
+    Attributes:
+        rank: r.
+        alpha: numerator of the scale `alpha / rank`; a gate replaces that scale.
+        gate: whether gates (one for the query, one for the value) replace `alpha / rank`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    gate: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self, "rank", "alpha")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How a gate turns one number a token into one number an example.
+
+    Attributes:
+        pooling: `masked_mean` averages over the tokens that are not padding; `mean` averages over all of them, as
+            the authors' release does, so that a prediction depends on how its batch was padded.
+    """
+
+    pooling: Literal["masked_mean", "mean"] = "masked_mean"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True)
+class UniPELTConfig:
+    """What `unipelt.inject` adds to a model and what trains.
+
+    Attributes:
+        adapter, prefix, lora: the submodules; `None` leaves one out.
+        bitfit: every bias of the model trains (Ben Zaken et al., 2022).
+        gate: how gates pool.
+        train_head: whether the head trains, with every part of the model that its checkpoint did not hold.
+        train_base: every weight of the base trains (full fine-tuning).
+        layers: indices of the layers that carry submodules; `None` for all.
+    """
+
+    adapter: AdapterConfig | None = AdapterConfig()
+    prefix: PrefixConfig | None = PrefixConfig()
+    lora: LoRAConfig | None = LoRAConfig()
+    bitfit: bool = False
+    gate: GateConfig = GateConfig()
+    train_head: bool = True
+    train_base: bool = False
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.layers is None:
+            return
+        if not self.layers or min(self.layers) < 0:
+            raise ConfigError(
+                f"layers must be a non-empty list of indices from 0, or null for all, not {self.layers!r}"
+            )
+        if len(set(self.layers)) != len(self.layers):
+            raise ConfigError(f"layers names an index twice: {self.layers!r}")
+        object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+
+    @property
+    def has_submodules(self) -> bool:
+        """Whether anything is added to the layers, as opposed to training what is there."""
+        return any(part is not None for part in (self.adapter, self.prefix, self.lora))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain types that JSON holds."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UniPELTConfig:
+        """Build from plain types; what is not named keeps its default. Raises `ConfigError`."""
+        return _build(cls, values, "")
+
+    def updated(self, changes: Mapping[str, Any]) -> UniPELTConfig:
+        """This configuration with `changes` (nested, plain types) laid over it. Raises `ConfigError`.
+
+        A part that is absent (`None`) and gets a change starts from its defaults.
+        """
+        return UniPELTConfig.from_dict(_overlay(self.to_dict(), changes))
+
+
+def _presets() -> dict[str, UniPELTConfig]:
+    nothing = UniPELTConfig(adapter=None, prefix=None, lora=None)
+    parts: dict[str, Any] = {"adapter": AdapterConfig(), "prefix": PrefixConfig(), "lora": LoRAConfig()}
+    bare: dict[str, Any] = {name: replace(part, gate=False) for name, part in parts.items()}
+    presets = {
+        "fine-tuning": replace(nothing, train_base=True),
+        "bitfit": replace(nothing, bitfit=True),
+        **{name: replace(nothing, **{name: part}) for name, part in bare.items()},
+    }
+    for letters in ("ap", "apl", "al", "pl"):
+        chosen = [name for name in parts if name[0] in letters]
+        presets[f"unipelt-{letters}"] = replace(nothing, **{name: parts[name] for name in chosen})
+        presets[f"unipelt-{letters}-nogate"] = replace(nothing, **{name: bare[name] for name in chosen})
+    return presets
+
+
+PRESETS: Mapping[str, UniPELTConfig] = types.MappingProxyType(_presets())
+"""The methods of the paper by name. Single methods are ungated; every `unipelt-*` has a `-nogate` twin."""
+
+
+def resolve(config: str | Path | Mapping[str, Any] | UniPELTConfig) -> UniPELTConfig:
+    """Make a `UniPELTConfig` of anything a user may pass.
+
+    Args:
+        config: a preset's name, a `UniPELTConfig`, a path to a JSON or YAML file, or a dict. A dict (or file) may
+            name a `preset` to start from; its other keys are the differences.
+
+    Raises:
+        ConfigError: the name, a key, a type or a value is not known; the message says what is.
+        FileNotFoundError: a path (something with a suffix of JSON or YAML) that is not there.
+    """
+    if isinstance(config, UniPELTConfig):
+        return config
+    if isinstance(config, Mapping):
+        values = dict(config)
+        preset = values.pop("preset", None)
+        if preset is None:
+            return UniPELTConfig.from_dict(values)
+        if not isinstance(preset, str):
+            raise ConfigError(f"preset must be a name, not {preset!r}; the presets are {', '.join(PRESETS)}")
+        return _preset(preset).updated(values)
+    if isinstance(config, (str, Path)):
+        if isinstance(config, Path) or config.endswith((".json", ".yaml", ".yml")):
+            return resolve(read_mapping(config))
+        return _preset(config)
+    raise ConfigError(
+        f"a configuration is a preset's name, a UniPELTConfig, a dict or a path, not {type(config).__name__}"
+    )
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds one mapping. Raises `FileNotFoundError` or `ConfigError`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file at {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} must hold one mapping of names to values, not {type(values).__name__}")
+    return values
+
+
+def _preset(name: str) -> UniPELTConfig:
+    if name not in PRESETS:
+        raise ConfigError(
+            f"there is no preset {name!r}; the presets are {', '.join(PRESETS)} (a path ends in .json, .yaml or .yml)"
+        )
+    return PRESETS[name]
+
+
+def _overlay(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, change in changes.items():
+        old = merged.get(key)
+        nested = isinstance(change, Mapping) and isinstance(old, dict)
+        merged[key] = _overlay(old, change) if nested else change  # type: ignore[arg-type]
+    return merged
+
+
+def _build(cls: type[Any], values: Any, where: str) -> Any:
+    """Build a dataclass from plain types, checking every key and type on the way down."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'a configuration'} must be a mapping, not {values!r}")
+    hints = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"unknown key {_join(where, str(key))!r}; the keys here are {', '.join(names)}")
+    given = {key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()}
+    try:
+        return cls(**given)
+    except ConfigError as error:
+        raise ConfigError(_join(where, str(error))) from None

@@ -1,0 +1,90 @@
+"""Gates, and nothing about what they scale.
+
+Shapes: B examples, T tokens, D hidden size, G gates that read the same input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unipelt.config import GateConfig
+
+INITIAL_STD = 0.02
+"""Standard deviation of every normal start, as in the authors' release: gates begin near 0.5."""
+
+
+class Tokens:
+    """Which tokens are real: told by a layer's attention, read by the gates of the same layer.
+
+    Attention is the one place that sees the layer's mask on every pass, the recomputation of gradient checkpointing
+    included; a feed-forward block never sees it. Kept by device, because the replicas of `nn.DataParallel` share
+    this object and run in threads.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[torch.device, Tensor | None] = {}
+
+
+class Gates(nn.Module):
+    """The gates that read one input: `g = sum_t m_t sigmoid(w x_t + b)`, one number an example (paper, section 3.2).
+
+    `m` are the token weights: 1 / (number of real tokens) on real tokens under `masked_mean`, 1 / T under `mean`.
+
+    Attributes:
+        names: the name of each gate, in the order of the rows.
+        weight: (G, D), one row a gate.
+        bias: (G,).
+    """
+
+    def __init__(self, hidden: int, names: tuple[str, ...], config: GateConfig, like: Tensor) -> None:
+        super().__init__()
+        self.names = names
+        self.pooling = config.pooling
+        self.weight = nn.Parameter(torch.empty(len(names), hidden, dtype=like.dtype, device=like.device))
+        self.bias = nn.Parameter(torch.zeros(len(names), dtype=like.dtype, device=like.device))
+        nn.init.normal_(self.weight, std=INITIAL_STD)
+
+    def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Gate values.
+
+        Args:
+            x: (B, T, D).
+            weights: (B, T) token weights that sum to 1 over an example, or None for the mean over all tokens.
+
+        Returns:
+            (B, G), each in (0, 1).
+        """
+        open_ = torch.sigmoid(nn.functional.linear(x, self.weight, self.bias))
+        if weights is None:
+            return open_.mean(dim=1)
+        return torch.bmm(weights.to(open_.dtype).unsqueeze(1), open_).squeeze(1)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{', '.join(self.names)}; pooling={self.pooling}"
+
+
+def token_weights(attention_mask: Tensor | None, batch: int) -> Tensor | None:
+    """Weights of the masked mean, from the mask that a layer's attention is given.
+
+    A token is real if any query may attend to it, so that padding masks of every form (2-D, 4-D boolean, 4-D
+    additive) and masks of the caller's own give the same answer.
+
+    Args:
+        attention_mask: None, (B, T) or (B or 1, heads or 1, queries or 1, T); boolean or integer masks mark real
+            tokens, floating-point masks are added to the logits.
+        batch: B.
+
+    Returns:
+        (B, T) float32 weights that sum to 1 over an example, or None where every token is real.
+    """
+    if attention_mask is None:
+        return None
+    mask = attention_mask
+    if mask.is_floating_point():
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    real = mask.bool() if mask.dim() == 2 else mask.bool().flatten(1, 2).any(dim=1)
+    real = real.float()
+    weights = real / real.sum(dim=1, keepdim=True).clamp_min(1.0)
+    return weights if weights.shape[0] == batch else weights.expand(batch, -1)

@@ -1,0 +1,59 @@
+"""Low-rank updates of a projection.
+
+Shapes: B examples, T tokens, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from unipelt.config import LoRAConfig
+
+
+class LoRALinear(nn.Linear):
+    """A projection with a low-rank term: `W x + b + s * B A x` (Hu et al., 2022; paper, section 2.2).
+
+    `s = alpha / r`; a gate REPLACES that scale by one number an example (paper, section 3.2). `A` starts
+    Kaiming-uniform with a = sqrt(5), `B` at zero, so the term starts at zero.
+
+    Attributes:
+        lora_A: (r, in_features).
+        lora_B: (out_features, r).
+        gate_value: (B,) the gate of the pass under way, put here by the attention that this projection belongs to
+            and taken by `forward`; None without a gate.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+    gated: bool
+    gate_value: Tensor | None
+
+    def add_low_rank(self, config: LoRAConfig) -> None:
+        """Give this projection its low-rank term."""
+        like = self.weight
+        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=like.dtype, device=like.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=like.dtype, device=like.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale = config.alpha / config.rank
+        self.gated = config.gate
+        self.gate_value = None
+
+    def drop_low_rank(self) -> None:
+        """Take the low-rank term away again."""
+        for name in ("lora_A", "lora_B", "scale", "gated", "gate_value"):
+            delattr(self, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in_features) -> (B, T, out_features)."""
+        low = nn.functional.linear(x, self.lora_A)
+        if self.gated:
+            gate, self.gate_value = self.gate_value, None
+            assert gate is not None, "a gated projection is called by the attention that it belongs to"
+            low = low * gate.view(-1, *[1] * (low.dim() - 1))
+        else:
+            low = low * self.scale
+        return super().forward(x) + nn.functional.linear(low, self.lora_B)

@@ -1,0 +1,199 @@
+"""Which parameters are ours, which are the head, which train; and how many there are.
+
+Our parameters are found by the type of the module that holds them, never by a part of a name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unipelt.adapter import Adapter
+from unipelt.config import UniPELTConfig
+from unipelt.gate import Gates
+from unipelt.lora import LoRALinear
+from unipelt.prefix import Prefix, PrefixNetwork
+
+
+@dataclass
+class Injection:
+    """What `unipelt.inject` did to a model, kept on it as `model.unipelt_injection`.
+
+    Attributes:
+        config: what was added.
+        deployed: whether prefixes are plain parameters, without the reparameterisation network.
+        head: names of the head's parameters, and of the parts of the base that its checkpoint did not hold.
+        required_grad: `requires_grad` of every parameter before.
+        originals: what pretrained parameters that train were before, on the CPU.
+    """
+
+    config: UniPELTConfig
+    deployed: bool
+    head: frozenset[str]
+    required_grad: dict[str, bool]
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters; `unipelt.parameter_counts` makes it.
+
+    Attributes:
+        trained: what the method trains, the head apart (as the paper's Table 4 counts).
+        deployed: what of it remains after training: the reparameterisation network becomes plain prefixes.
+        head: what trains of the head, parts of the base that its checkpoint did not hold included.
+        base: the pretrained model, without head and without submodules.
+        submodules: trained, by submodule (`adapter`, `prefix`, `lora`, `bitfit`, `base`), gates apart.
+        deployed_submodules: the same, after training.
+        gates: by gate (`adapter`, `prefix`, `lora_query`, `lora_value`), over all layers.
+    """
+
+    trained: int
+    deployed: int
+    head: int
+    base: int
+    submodules: dict[str, int]
+    deployed_submodules: dict[str, int]
+    gates: dict[str, int]
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.submodules.items())
+        gates = ", ".join(f"{name} {count:,}" for name, count in self.gates.items())
+        share = 100 * self.trained / self.base if self.base else 0.0
+        return "\n".join(
+            [
+                f"trained   {self.trained:>12,}  ({share:.2f} % of the base's {self.base:,})",
+                *([f"            {parts}"] if parts else []),
+                *([f"            gates: {gates}"] if gates else []),
+                f"deployed  {self.deployed:>12,}",
+                f"head      {self.head:>12,}",
+            ]
+        )
+
+
+def injection_of(model: nn.Module) -> Injection:
+    """The record of the injection into `model`. Raises `ValueError` if there is none."""
+    injection = getattr(model, "unipelt_injection", None)
+    if injection is None:
+        raise ValueError(f"this {type(model).__name__} carries no submodules; call unipelt.inject(model, ...) first")
+    return injection
+
+
+def submodule_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Every parameter that injection added: (kind, name, parameter), kind one of adapter, prefix, lora, gate."""
+    for path, module in model.named_modules():
+        dot = f"{path}." if path else ""
+        if isinstance(module, LoRALinear):
+            yield "lora", f"{dot}lora_A", module.lora_A
+            yield "lora", f"{dot}lora_B", module.lora_B
+        elif isinstance(module, (Adapter, Gates, Prefix, PrefixNetwork)):
+            kind = {Adapter: "adapter", Gates: "gate"}.get(type(module), "prefix")
+            for name, parameter in module.named_parameters():
+                yield kind, f"{dot}{name}", parameter
+
+
+def head_names(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the parameters outside the base model, and of those inside that the checkpoint did not hold.
+
+    Transformers marks every parameter that it loads; in a model of which some are marked, an unmarked one started
+    at random (a pooler, say). Embeddings are left out: resizing them makes a new parameter of old rows.
+    """
+    base = model.base_model
+    if base is model:
+        outside: set[int] = set()
+    else:
+        inside = {id(parameter) for parameter in base.parameters()}
+        outside = {id(parameter) for parameter in model.parameters()} - inside
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)}
+    names = []
+    for name, parameter in model.named_parameters():
+        fresh = bool(loaded) and id(parameter) not in loaded and id(parameter) not in embeddings
+        if id(parameter) in outside or fresh:
+            names.append(name)
+    return frozenset(names)
+
+
+def bias_names(model: nn.Module) -> frozenset[str]:
+    """Names of the model's own biases: what BitFit trains."""
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    return frozenset(
+        name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias" and name not in ours
+    )
+
+
+def set_trainable(model: PreTrainedModel, injection: Injection) -> None:
+    """Let train what the configuration says and freeze the rest."""
+    config = injection.config
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    biases = bias_names(model) if config.bitfit else frozenset()
+    for name, parameter in model.named_parameters():
+        if name in ours:
+            train = True
+        elif name in injection.head:
+            train = config.train_head or name in biases
+        else:
+            train = config.train_base or name in biases
+        parameter.requires_grad_(train)
+
+
+def kept_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that a checkpoint holds: ours, the head, and whatever else trains.
+
+    The head is kept even when it is frozen: the base's checkpoint does not hold it.
+    """
+    injection = injection_of(model)
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name in ours or name in injection.head or name in injection.originals or parameter.requires_grad
+    ]
+
+
+def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
+    """Count an injected model's parameters, trained and deployed. Raises `ValueError` if nothing was injected."""
+    injection = injection_of(model)
+    trained: Counter[str] = Counter()
+    deployed: Counter[str] = Counter()
+    gates: Counter[str] = Counter()
+    ours = set()
+    for kind, name, parameter in submodule_parameters(model):
+        ours.add(name)
+        if kind != "gate":
+            trained[kind] += parameter.numel()
+            deployed[kind] += parameter.numel()
+    for module in model.modules():
+        if isinstance(module, Gates):
+            gates.update(dict.fromkeys(module.names, module.weight.shape[1] + 1))
+        elif isinstance(module, PrefixNetwork):
+            network = sum(parameter.numel() for parameter in module.parameters())
+            deployed["prefix"] += 2 * module.layers * module.embedding.shape[0] * module.width - network
+    head = base = 0
+    for name, parameter in model.named_parameters():
+        if name in ours:
+            continue
+        if name not in injection.head:
+            base += parameter.numel()
+        if not parameter.requires_grad:
+            continue
+        if name in injection.head and injection.config.train_head:
+            head += parameter.numel()
+        else:
+            part = "bitfit" if injection.config.bitfit else "base"
+            trained[part] += parameter.numel()
+            deployed[part] += parameter.numel()
+    in_gates = sum(gates.values())
+    return ParameterCounts(
+        trained=sum(trained.values()) + in_gates,
+        deployed=sum(deployed.values()) + in_gates,
+        head=head,
+        base=base,
+        submodules=dict(trained),
+        deployed_submodules=dict(deployed),
+        gates=dict(gates),
+    )
