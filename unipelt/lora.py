@@ -43,9 +43,11 @@ class LoRALinear(nn.Linear):
         self.gate_value = None
 
     def drop_low_rank(self) -> None:
-        """Take the low-rank term away again."""
-        for name in ("lora_A", "lora_B", "scale", "gated", "gate_value"):
-            delattr(self, name)
+        """Take the low-rank term away again, also one that was half added."""
+        for name in ("lora_A", "lora_B"):
+            self._parameters.pop(name, None)
+        for name in ("scale", "gated", "gate_value"):
+            self.__dict__.pop(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in_features) -> (B, T, out_features)."""
