@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import shake, tiny_batch, tiny_bert
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, BertLMHeadModel, BertModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import unipelt
 import unipelt.inject
@@ -40,6 +48,7 @@ def logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_remove_is_bitwise_even_after_training(preset: str) -> None:
     model = tiny_bert()
     model.bert.embeddings.requires_grad_(False)
+    model.config.problem_type = "single_label_classification"  # or the first loss would write it
     before, flags = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
     out = logits(model, tiny_batch())
     config, kinds = model.config.to_dict(), [type(module) for module in model.modules()]

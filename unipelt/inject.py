@@ -101,6 +101,7 @@ def _inject(
         deployed=deployed,
         head=head_names(model) if head is None else head,
         required_grad={name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        replaced={name: vars(model)[name] for name in REPLACED if name in vars(model)},
     )
     if unknown := injection.head - injection.required_grad.keys():
         raise InjectionError(f"this {type(model).__name__} has no head parameter {sorted(unknown)[0]!r}")
@@ -268,6 +269,7 @@ def _wake_checkpointing(embeddings: Any, args: tuple[Any, ...], output: Tensor) 
         output.requires_grad_(True)
 
 
+REPLACED = ("_keys_to_ignore_on_save", "save_pretrained")
 HOOKS = (enter_attention, _share_network, _wake_checkpointing)
 
 
@@ -297,8 +299,11 @@ def _strip(model: nn.Module) -> None:
         if isinstance(getattr(module, "prefix_network", None), PrefixNetwork):
             del module.prefix_network
         module.__dict__.pop("unipelt_layer", None)
-    for name in ("unipelt_injection", "_keys_to_ignore_on_save", "save_pretrained"):
-        model.__dict__.pop(name, None)
+    injection: Injection | None = model.__dict__.pop("unipelt_injection", None)
+    if injection is not None:
+        for name in REPLACED:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(injection.replaced)
 
 
 def _check_counts(model: PreTrainedModel, config: UniPELTConfig, layers: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ class Injection:
         deployed: whether prefixes are plain parameters, without the reparameterisation network.
         head: names of the head's parameters, and of the parts of the base that its checkpoint did not hold.
         required_grad: `requires_grad` of every parameter before.
+        replaced: attributes of the model itself that injection overwrote.
         originals: what pretrained parameters that train were before, on the CPU.
     """
 
@@ -35,6 +37,7 @@ class Injection:
     deployed: bool
     head: frozenset[str]
     required_grad: dict[str, bool]
+    replaced: dict[str, Any] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -309,6 +309,7 @@ def test_missing_folders_and_files_are_named(tmp_path: Path, write: Write) -> No
         ),
         ("rte", [["sentence1", "sentence2", "label"], ["A", "B", "entailment"], []], r"line 3: saw 1 "),
         ("cola", [["gj04", "1", "", "Fine."], ["gj04", "1", "Fine."]], r"line 2: saw 3 .* expected 4"),
+        ("sst2", [["sentence", "label"], ["fine", "1", ""]], r"line 2: saw 3 .* expected 2"),
         ("cola", [["gj04", "2", "", "Fine."]], r"line 1: the label is '2', known are 0, 1"),
         (
             "cola",
@@ -655,6 +656,12 @@ def test_the_fingerprint_is_of_the_contents() -> None:
         Dataset.from_list([{"text": "one", "label": 0.0}, {"text": "two", "label": 1.0}]),
     ]
     assert len({reference, *map(fingerprint, different)}) == len(different) + 1
+
+
+def test_the_fingerprint_does_not_depend_on_the_order_of_the_columns() -> None:
+    pair = Dataset.from_dict({"premise": ["x"], "hypothesis": ["y"]})
+    assert fingerprint(pair.select_columns(["hypothesis", "premise"])) == fingerprint(pair)
+    assert fingerprint(Dataset.from_dict({"premise": ["y"], "hypothesis": ["x"]})) != fingerprint(pair)
 
 
 def test_the_fingerprint_knows_where_a_text_ends() -> None:

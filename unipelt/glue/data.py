@@ -1,0 +1,469 @@
+"""Reads the data of a task: GLUE from the hub or from a folder, or the user's own files.
+
+Every reader returns text columns (strings) and, where the split is labelled, `label` (class ids, or float32
+scores). Nothing is repaired or skipped in silence: what cannot be read raises `DataError` with file, line,
+cause and remedy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from unipelt.glue.files import DataError, Table, read_file, read_lines, read_tsv
+from unipelt.glue.tasks import Task, shorten_name
+
+__all__ = ["HUB_NAME", "DataError", "fingerprint", "load_files", "load_task", "split_note"]
+
+HUB_NAME = "nyu-mll/glue"
+
+# Other names of a column in GLUE's own files; every reader takes the hub's name as well.
+_FILE_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mrpc": {"sentence1": ("#1 String",), "sentence2": ("#2 String",), "label": ("Quality",)},
+    "qqp": {"label": ("is_duplicate",)},
+    "stsb": {"label": ("score",)},
+    "mnli": {"premise": ("sentence1",), "hypothesis": ("sentence2",), "label": ("gold_label",)},
+}
+_COLA_COLUMNS = ("source", "label", "star", "sentence")
+_MRPC_IDS = ("#1 ID", "#2 ID")
+_MRPC_TRAIN, _MRPC_TEST, _MRPC_DEV_IDS = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv"
+
+# Text columns that are found without being named; a single column counts only where it is not half of a pair.
+_KNOWN_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
+
+
+def load_task(task: Task, glue_dir: str | Path | None = None, with_test: bool = False) -> DatasetDict:
+    """Loads a GLUE task.
+
+    Splits: `train`, `dev` (GLUE's dev; MNLI: matched) and, with `with_test`, the unlabelled `test` (and
+    MNLI's `test_mismatched`), which has the text columns alone. Text is left as it stands in the file.
+
+    Args:
+        task: One of GLUE's tasks.
+        glue_dir: A folder with a folder for each task, named as in GLUE's download (`CoLA`, `SST-2`, ...;
+            case and hyphens do not matter). Read are GLUE's own files and tidy ones: a header with GLUE's
+            field names, then one row a line, fields parted by tabs; quotation marks are characters. None:
+            `nyu-mll/glue` from the hub.
+        with_test: Whether to load the test split too.
+
+    Returns:
+        The splits; columns are `task.columns` and `label`.
+
+    Raises:
+        DataError: Something is missing or does not have the form that it should.
+    """
+    splits = ["train", "dev"]
+    if with_test:
+        splits += [split for split in task.official_rows if split.startswith("test")]
+    if glue_dir is None:
+        return _load_hub(task, splits)
+    folder = _find_folder(task, Path(glue_dir))
+    return DatasetDict({split: _read_split(task, folder, split) for split in splits})
+
+
+def load_files(
+    train_file: str | Path,
+    dev_file: str | Path | None = None,
+    test_file: str | Path | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str = "label",
+    label_names: Sequence[str] | None = None,
+    regression: bool | None = None,
+) -> tuple[Task, DatasetDict]:
+    """Loads a task of the user's own: classification or regression over one or two text columns.
+
+    The form follows from the suffix: `.tsv` (raw: fields parted by tabs, quotation marks are characters),
+    `.csv` (with quoting), `.json` (a list of objects, or one object a line), `.jsonl`, `.parquet`. The label
+    column is renamed to `label`. The test file may be unlabelled: without the label column, or with nothing
+    in it.
+
+    Args:
+        train_file: Labelled rows.
+        dev_file: Labelled rows.
+        test_file: Rows, labelled or not.
+        text_columns: One or two columns. None: `sentence` or `text`, or a pair such as `sentence1`,
+            `sentence2`.
+        label_column: The column to predict.
+        label_names: The classes, in the order of their ids; labels are then these names, or ids from 0. None:
+            the classes that occur in the train file, sorted (as numbers where all are whole numbers).
+        regression: None: regression where the labels are numbers of which one is not written as a whole
+            number.
+
+    Returns:
+        The task, named `custom`, and its splits. Its metrics: accuracy, F1 and Matthews correlation for two
+        classes, accuracy and macro F1 for more, Spearman and Pearson for regression; the first is primary.
+
+    Raises:
+        DataError: A file cannot be read, a column is absent, a text or a label is missing or unknown.
+        ValueError: The arguments contradict each other.
+    """
+    if label_names is not None:
+        if regression:
+            raise ValueError("label_names were given with regression=True, which has no classes; drop one")
+        if isinstance(label_names, str) or len(label_names) < 2:
+            raise ValueError(f"label_names are {label_names!r}; give a list of at least two names")
+    files = {"train": train_file, "dev": dev_file, "test": test_file}
+    tables = {split: read_file(Path(file)) for split, file in files.items() if file is not None}
+    train = tables["train"]
+    columns = _choose_columns(train, text_columns, label_column)
+    for split, table in tables.items():
+        optional = split == "test" and _is_unlabelled(table, label_column)
+        for column in columns if optional else (*columns, label_column):
+            _need_column(table, column)
+        _check_texts(table, columns)
+        if not optional:
+            _check_labels_present(table, label_column)
+
+    labels = train.columns[label_column]
+    if regression is None:
+        regression = label_names is None and label_column not in train.class_names and _are_scores(labels)
+    if regression:
+        names: tuple[str, ...] = ()
+        metrics: tuple[str, ...] = ("spearman", "pearson")
+    else:
+        names = tuple(label_names or train.class_names.get(label_column) or _sort_classes(labels))
+        if len(names) < 2:
+            raise DataError(
+                f"{train.path}: column {label_column!r} holds the single label {names[0]!r}; "
+                "a classifier needs at least two, so check the column or give label_names"
+            )
+        metrics = ("accuracy", "f1", "matthews_correlation") if len(names) == 2 else ("accuracy", "f1_macro")
+    task = Task(
+        name="custom",
+        columns=columns,
+        label_names=names,
+        metrics=metrics,
+        primary=metrics[0],
+        folder="",
+        file_labels=names,
+    )
+    splits = {}
+    for split, table in tables.items():
+        unlabelled = split == "test" and _is_unlabelled(table, label_column)
+        splits[split] = _build(task, table, None if unlabelled else label_column)
+    return task, DatasetDict(splits)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256, in hexadecimal, of the rows' texts and labels, in their order.
+
+    It depends on the contents alone: names and values of the columns that hold text, and of `label` (scores
+    as float32). Where the rows came from, the order of the columns, other columns (ids, tokens) and the
+    versions of libraries do not change it.
+
+    Raises:
+        ValueError: The data has no text column.
+    """
+    texts = sorted(
+        name
+        for name, feature in dataset.features.items()
+        if name != "label" and isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    )
+    if not texts:
+        raise ValueError(
+            f"the data has no text column, only {', '.join(dataset.column_names)}; "
+            "take the fingerprint before the texts are tokenized and removed"
+        )
+    names = [*texts, "label"] if "label" in dataset.column_names else texts
+    plain = dataset.with_format(None).select_columns(names)
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(_encode(name))
+    for batch in plain.iter(batch_size=1000):
+        for row in zip(*(batch[name] for name in names), strict=True):
+            digest.update(b"".join(map(_encode, row)))
+    return digest.hexdigest()
+
+
+def split_note(task: Task, split: str, rows: int) -> str | None:
+    """How a split differs from GLUE's official one, such as `"a subset: 3,000 of 392,702 rows"`.
+
+    Returns:
+        The note, or None where the number of rows is the official one or none is known.
+    """
+    official = task.official_rows.get(split)
+    if official is None or rows == official:
+        return None
+    if rows < official:
+        return f"a subset: {rows:,} of {official:,} rows"
+    return f"not the official split: {rows:,} rows, where that has {official:,}"
+
+
+# GLUE from the hub
+
+
+def _load_hub(task: Task, splits: Sequence[str]) -> DatasetDict:
+    try:
+        hub = datasets.load_dataset(HUB_NAME, task.name)
+    except Exception as error:  # the hub's client raises many kinds, of which some belong to its HTTP library
+        raise DataError(
+            f"could not load {HUB_NAME} ({task.name}) from the hub: {error}; "
+            "connect to the network, or pass --glue_dir with a folder that holds GLUE"
+        ) from error
+    suffix = "_matched" if task.name == "mnli" else ""
+    hub_names = {"train": "train", "dev": f"validation{suffix}", "test": f"test{suffix}"}
+    loaded = DatasetDict()
+    for split in splits:
+        dataset = hub[hub_names.get(split, split)]
+        if split.startswith("test"):
+            loaded[split] = dataset.select_columns(list(task.columns))
+            continue
+        loaded[split] = dataset.select_columns([*task.columns, "label"])
+        label = dataset.features["label"]
+        if not task.is_regression and tuple(label.names) != task.label_names:
+            raise DataError(
+                f"{HUB_NAME} ({task.name}) has the labels {label.names}, expected {list(task.label_names)}; "
+                "pass --glue_dir with a folder that holds GLUE"
+            )
+    return loaded
+
+
+# GLUE from a folder
+
+
+def _find_folder(task: Task, root: Path) -> Path:
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; pass --glue_dir with a folder that holds {task.folder}/")
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
+    found = [entry for entry in folders if shorten_name(entry.name) == task.name]
+    exact = [entry for entry in found if entry.name == task.folder]
+    if len(exact or found) != 1:
+        present = ", ".join(entry.name for entry in folders) or "no folders"
+        raise DataError(
+            f"{root} must hold one folder {task.folder}, it holds {present}; "
+            "pass --glue_dir with the folder above that of the task"
+        )
+    return (exact or found)[0]
+
+
+def _read_split(task: Task, folder: Path, split: str) -> Dataset:
+    labelled = not split.startswith("test")
+    file = {"test_mismatched": "test_mismatched.tsv"}.get(split, f"{split}.tsv")
+    if task.name == "mnli" and split in ("dev", "test"):
+        file = f"{split}_matched.tsv"
+    wanted = [*task.columns, "label"] if labelled else list(task.columns)
+    path = folder / file
+    if task.name == "mrpc" and not path.exists() and (folder / _MRPC_TRAIN).exists():
+        table = _read_msr_paraphrase(task, folder, split, wanted)
+    else:
+        table = _read_glue_file(task, path, wanted)
+    return _build(task, table, "label" if labelled else None)
+
+
+def _read_glue_file(task: Task, path: Path, wanted: Sequence[str]) -> Table:
+    """The wanted columns of a file in GLUE's own or the tidy layout, under the hub's names."""
+
+    def choose(header: Sequence[str]) -> dict[str, int]:
+        chosen = {}
+        for column in wanted:
+            aliases = (column, *_FILE_COLUMNS.get(task.name, {}).get(column, ()))
+            found = [index for index, name in enumerate(header) if name in aliases]
+            if len(found) != 1:
+                raise DataError(
+                    f"{path}, line 1: expected one column {' or '.join(map(repr, aliases))}, "
+                    f"the header has {', '.join(header)}; give the file GLUE's field names"
+                )
+            chosen[column] = found[0]
+        return chosen
+
+    return read_tsv(path, choose, bare=_COLA_COLUMNS if task.name == "cola" else ())
+
+
+def _read_msr_paraphrase(task: Task, folder: Path, split: str, wanted: Sequence[str]) -> Table:
+    """MRPC from Microsoft's own two files; GLUE's dev rows are those of the first in `dev_ids.tsv`."""
+    if split == "test":
+        return _read_glue_file(task, folder / _MRPC_TEST, wanted)
+    pooled = _read_glue_file(task, folder / _MRPC_TRAIN, [*wanted, *_MRPC_IDS])
+    ids_path = folder / _MRPC_DEV_IDS
+    if not ids_path.exists():
+        raise DataError(
+            f"{folder} holds {_MRPC_TRAIN} but neither {split}.tsv nor {_MRPC_DEV_IDS}, "
+            "which lists GLUE's dev rows; add one of them"
+        )
+    dev_ids = {tuple(line.split()) for _, line in read_lines(ids_path)}
+    row_ids = list(zip(*(pooled.columns[name] for name in _MRPC_IDS), strict=True))
+    absent = dev_ids - set(row_ids)
+    if absent:
+        raise DataError(
+            f"{ids_path}: the ids {' '.join(min(absent))} are of no row of {pooled.path}; "
+            "take both files from the same download"
+        )
+    kept = [row for row, ids in enumerate(row_ids) if (ids in dev_ids) == (split == "dev")]
+    if not kept:
+        raise DataError(f"{ids_path}: no row is left for {split}; take both files from the same download")
+    return replace(
+        pooled,
+        columns={name: [pooled.columns[name][row] for row in kept] for name in wanted},
+        places=[pooled.places[row] for row in kept],
+    )
+
+
+# Columns and labels
+
+
+def _choose_columns(table: Table, text_columns: Sequence[str] | None, label_column: str) -> tuple[str, ...]:
+    if text_columns is not None:
+        columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
+        if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
+            raise ValueError(f"text_columns are {list(columns)}; name one column, or two different ones")
+        if label_column in columns:
+            raise ValueError(f"{label_column!r} is named as text and as label; name different columns")
+        if "label" in columns:
+            raise ValueError("'label' is the name that labels are kept under; rename that text column")
+        return columns
+    present = set(table.names) - {label_column}
+    found: list[tuple[str, ...]] = []
+    for columns in _KNOWN_COLUMNS:
+        if present.issuperset(columns) and not any(set(columns) & set(other) for other in found):
+            found.append(columns)
+    if len(found) != 1:
+        raise DataError(
+            f"{table.path}: cannot tell which columns are the text among {', '.join(table.names)}; "
+            "name one or two as text_columns"
+        )
+    return found[0]
+
+
+def _need_column(table: Table, column: str) -> None:
+    if column not in table.columns:
+        raise DataError(f"{table.path} has no column {column!r}, only {', '.join(table.names)}; name one of these")
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _is_unlabelled(table: Table, label_column: str) -> bool:
+    return all(map(_is_missing, table.columns.get(label_column, ())))
+
+
+def _check_texts(table: Table, columns: Sequence[str]) -> None:
+    for column in columns:
+        for row, value in enumerate(table.columns[column]):
+            if _is_missing(value):
+                raise DataError(f"{table.place(row)}: {column!r} is missing; give a text or delete the row")
+            if not isinstance(value, str):
+                raise DataError(f"{table.place(row)}: {column!r} holds {value!r:.60}, which is no text; write a string")
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+                raise DataError(
+                    f"{table.place(row)}: {column!r} holds a broken character at position {error.start + 1}; "
+                    "correct or delete the row"
+                ) from error
+
+
+def _check_labels_present(table: Table, label_column: str) -> None:
+    for row, value in enumerate(table.columns[label_column]):
+        if _is_missing(value):
+            raise DataError(f"{table.place(row)}: {label_column!r} is missing; give a label or delete the row")
+        if not isinstance(value, (str, int, float)):
+            raise DataError(f"{table.place(row)}: {label_column!r} holds {value!r:.60}; a label is a word or a number")
+
+
+def _to_float(value: Any) -> float | None:
+    """The number that a label is or spells; None for words and truth values."""
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # float("1_0") is 10
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _are_scores(labels: Sequence[Any]) -> bool:
+    if any(_to_float(label) is None for label in labels):
+        return False
+    return any(isinstance(label, float) or (isinstance(label, str) and not _is_whole(label)) for label in labels)
+
+
+def _is_whole(label: str) -> bool:
+    return re.fullmatch(r"[+-]?[0-9]+", label) is not None
+
+
+def _class_text(label: Any) -> str:
+    """A label as the name of a class: numbers without needless decimals, truth values in lower case."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    return str(label)
+
+
+def _sort_classes(labels: Sequence[Any]) -> list[str]:
+    classes = {_class_text(label) for label in labels}
+    if all(map(_is_whole, classes)):
+        return sorted(classes, key=lambda label: (int(label), label))
+    return sorted(classes)
+
+
+def _build(task: Task, table: Table, label_column: str | None) -> Dataset:
+    """The rows as a `Dataset`; raises DataError at the first label that the task does not have."""
+    values: dict[str, list[Any]] = {column: table.columns[column] for column in task.columns}
+    features: dict[str, Any] = {column: Value("string") for column in task.columns}
+    if label_column is not None and task.is_regression:
+        values["label"] = _read_scores(task, table, label_column)
+        features["label"] = Value("float32")
+    elif label_column is not None:
+        values["label"] = _read_classes(task, table, label_column)
+        features["label"] = ClassLabel(names=list(task.label_names))
+    return Dataset.from_dict(values, features=Features(features))
+
+
+def _read_scores(task: Task, table: Table, label_column: str) -> list[float]:
+    low, high = task.score_range or (-np.inf, np.inf)
+    scores = []
+    for row, label in enumerate(table.columns[label_column]):
+        value = _to_float(label)
+        if value is None or not np.isfinite(value):
+            raise DataError(f"{table.place(row)}: the score is {label!r:.60}, which is no finite number; correct it")
+        if not low <= value <= high:
+            raise DataError(f"{table.place(row)}: the score is {label}, outside {low:g} to {high:g}; correct it")
+        scores.append(value)
+    return scores
+
+
+def _read_classes(task: Task, table: Table, label_column: str) -> list[int]:
+    ids = {name: index for index, name in enumerate(task.file_labels or task.label_names)}
+    if not task.folder and not any(map(_is_whole, ids)):
+        # In the user's own files a named class may also be written as its id.
+        ids |= {str(index): index for index in range(task.num_labels)}
+    labels = []
+    for row, label in enumerate(table.columns[label_column]):
+        index = ids.get(_class_text(label))
+        if index is None:
+            known = ", ".join(ids)
+            raise DataError(
+                f"{table.place(row)}: the label is {label!r:.60}, known are {known:.200}; correct or delete the row"
+            )
+        labels.append(index)
+    return labels
+
+
+def _encode(value: Any) -> bytes:
+    """A value as bytes that no other value has: its kind, its length where that varies, its contents."""
+    if isinstance(value, str):
+        text = value.encode("utf-8")
+        return b"s" + struct.pack("<q", len(text)) + text
+    if isinstance(value, float):
+        return b"f" + struct.pack("<f", value)
+    if value is None:
+        return b"n"
+    return b"i" + struct.pack("<q", value)

@@ -1,0 +1,42 @@
+"""The K-shot samples of the paper's low-resource tables (UniPELT, section 4.1)."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+from datasets import Dataset
+
+
+def few_shot(train: Dataset, train_samples: int, dev_samples: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Cuts a small train and a dev set from the train split.
+
+    The split is shuffled with the seed, by the same permutation as `Dataset.shuffle(seed=seed)`; the first
+    `train_samples` rows train, the next `dev_samples` are the dev set. So the two never share a row, and a
+    sample with a smaller K is the beginning of that with a larger one.
+
+    Args:
+        train: The whole train split.
+        train_samples: K, in rows.
+        dev_samples: Size of the dev set, in rows (1,000 in the paper).
+        seed: Seed of the shuffle, at least 0.
+
+    Returns:
+        The K-shot train set and the dev set.
+
+    Raises:
+        ValueError: A number is not positive, the seed is negative, or the split is too small.
+    """
+    for name, value in (("train_samples", train_samples), ("dev_samples", dev_samples)):
+        if operator.index(value) < 1:
+            raise ValueError(f"{name} is {value}; give a positive number of rows")
+    if operator.index(seed) < 0:
+        raise ValueError(f"seed is {seed}; give 0 or a positive whole number")
+    wanted = train_samples + dev_samples
+    if wanted > len(train):
+        raise ValueError(
+            f"train_samples {train_samples:,} + dev_samples {dev_samples:,} = {wanted:,} rows, "
+            f"but the train split has {len(train):,}; lower one of the two"
+        )
+    order = np.random.default_rng(seed).permutation(len(train))
+    return train.select(order[:train_samples]), train.select(order[train_samples:wanted])
