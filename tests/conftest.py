@@ -23,7 +23,9 @@ SIZES = {
 }
 
 
-def tiny_bert(num_labels: int = 2, seed: int = 0, dropout: float = 0.0, **config: object) -> BertForSequenceClassification:
+def tiny_bert(
+    num_labels: int = 2, seed: int = 0, dropout: float = 0.0, **config: object
+) -> BertForSequenceClassification:
     """A random BERT, the same for the same seed, in evaluation mode."""
     torch.manual_seed(seed)
     sizes = {**SIZES, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, **config}

@@ -183,9 +183,7 @@ def gate(w: Weights, name: str, x: Tensor, real: Tensor, pooling: str) -> Tensor
     return per_token.mean() if pooling == "mean" else per_token[real].mean()
 
 
-def attention(
-    w: Weights, method: Method, i: int, h_in: Tensor, real: Tensor, heads: int, gates: Gates
-) -> Tensor:
+def attention(w: Weights, method: Method, i: int, h_in: Tensor, real: Tensor, heads: int, gates: Gates) -> Tensor:
     """Self-attention, with LoRA in queries and values and a prefix before keys and values (section 2.2).
 
     Q = W_Q h + b_Q + s_Q B_Q A_Q h
@@ -272,9 +270,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def count_layers(w: Weights) -> int:
     """N, the number of encoder layers that `w` holds."""
-    return sum(
-        re.fullmatch(r"bert\.encoder\.layer\.\d+\.output\.dense\.weight", name) is not None for name in w
-    )
+    return sum(re.fullmatch(r"bert\.encoder\.layer\.\d+\.output\.dense\.weight", name) is not None for name in w)
 
 
 RELEASE_NAMES = {

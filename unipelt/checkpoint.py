@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -30,6 +30,7 @@ from unipelt.parameters import injection_of, kept_names, parameter_counts, submo
 from unipelt.prefix import Prefix, PrefixNetwork
 
 WEIGHTS = "model.safetensors"
+NEXT = f"{WEIGHTS}.next"
 MANIFEST = "unipelt.json"
 FORMAT = 1
 
@@ -80,9 +81,16 @@ def save(
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }
     text = json.dumps(manifest, indent=2) + "\n"
-    write_whole(folder / WEIGHTS, weights)
+    # The manifest decides: until it is replaced the old weights are the checkpoint, from then on the new ones are,
+    # under their first name or the last. So whatever breaks off in between, one of the two is there whole.
+    write_whole(folder / NEXT, weights)
+    try:
+        write_whole(folder / MANIFEST, text.encode())
+    except OSError:
+        (folder / NEXT).unlink(missing_ok=True)
+        raise
+    os.replace(folder / NEXT, folder / WEIGHTS)
     write_whole(folder / "README.md", model_card(injection.config, parameter_counts(model), manifest).encode())
-    write_whole(folder / MANIFEST, text.encode())
     return folder
 
 
@@ -101,8 +109,12 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         CheckpointError: the checkpoint is broken, or belongs to another model.
         InjectionError: the model carries submodules already. After any error the model is as it was.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise InjectionError(f"load takes a PreTrainedModel of transformers, not {type(model).__name__}")
     manifest, tensors = _read(Path(folder))
     _check_base(model, manifest["base"])
+    if problem := _impossible_size(manifest["unipelt"], manifest["deployed"], tensors):
+        raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
     try:
         _inject(model, manifest["unipelt"], deployed=manifest["deployed"], head=frozenset(manifest["head"]))
     except InjectionError as error:
@@ -113,9 +125,13 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     if problem := _mismatch(places, tensors):
         remove(model)
         raise CheckpointError(f"the checkpoint in {folder} does not fit this {type(model).__name__}: {problem}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            places[name].copy_(tensor)
+    try:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                places[name].copy_(tensor)
+    except BaseException:
+        remove(model)
+        raise
     return model
 
 
@@ -134,7 +150,7 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     manifest, _ = _read(Path(folder))
     base = manifest["base"]
     cls = getattr(transformers, base["class"], None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or cls.forward is nn.Module.forward:
         raise CheckpointError(
             f"{base['class']!r} is not a model class of transformers; build the base model and "
             "call unipelt.load(model, folder)"
@@ -145,7 +161,13 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             "call unipelt.load(model, folder)"
         )
     config_class: Any = cls.config_class
-    config = config_class.from_dict(dict(base["config"]))
+    # what a back-end is called may name code on the hub, which Transformers would fetch and run
+    values = {key: value for key, value in base["config"].items() if "attn_implementation" not in key}
+    try:
+        config = config_class.from_dict(values)
+    except Exception as error:  # whatever a class of Transformers makes of values that it cannot mean
+        reason = str(error).strip().replace("\n", " ")
+        raise CheckpointError(f"{folder}: the base's configuration in {MANIFEST} cannot be meant: {reason}") from error
     options = {"use_safetensors": True, "config": config, "revision": base["revision"] or "main", **kwargs}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
@@ -239,33 +261,45 @@ def _check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Manifest and tensors of a checkpoint, checked. Raises `FileNotFoundError` or `CheckpointError`."""
-    for name in (MANIFEST, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {name}")
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {MANIFEST}")
+    if not any((folder / name).is_file() for name in (WEIGHTS, NEXT)):
+        raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {WEIGHTS}")
     try:
         raw = read_mapping(folder / MANIFEST)
-        if raw.get("format") != FORMAT:
+        if type(raw.get("format")) is not int or raw["format"] != FORMAT:
             raise ConfigError(f"format must be {FORMAT}, not {raw.get('format')!r}; a newer unipelt may read it")
         base = _typed(raw, "base", dict)
         found = _typed(base, "fingerprint", dict)
+        _only(raw, ("format", "unipelt", "deployed", "head", "base", "weights"), "")
+        _only(base, ("class", "name_or_path", "revision", "config", "fingerprint"), "base.")
+        head = _typed(raw, "head", list)
+        if not all(isinstance(name, str) for name in head):
+            raise ConfigError(f"head must be a list of names, not {head!r}")
+        if base.get("revision") is not None:
+            _typed(base, "revision", str)
+        weights = _typed(raw, "weights", dict)
+        if weights.get("file") != WEIGHTS:
+            raise ConfigError(f"weights.file must be {WEIGHTS!r}, not {weights.get('file')!r}")
         manifest = {
             "unipelt": UniPELTConfig.from_dict(_typed(raw, "unipelt", dict)),
             "deployed": _typed(raw, "deployed", bool),
-            "head": [str(name) for name in _typed(raw, "head", list)],
+            "head": head,
             "base": {
                 "class": _typed(base, "class", str),
                 "name_or_path": _typed(base, "name_or_path", str),
                 "revision": base.get("revision"),
                 "config": _typed(base, "config", dict),
                 "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")},
-                "head": _typed(raw, "head", list),
+                "head": head,
             },
         }
-        digest = _typed(_typed(raw, "weights", dict), "sha256", str)
+        digest = _typed(weights, "sha256", str)
     except ConfigError as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    content = (folder / WEIGHTS).read_bytes()
-    if hashlib.sha256(content).hexdigest() != digest:
+    contents = [path.read_bytes() for path in (folder / WEIGHTS, folder / NEXT) if path.is_file()]
+    content = next((content for content in contents if hashlib.sha256(content).hexdigest() == digest), None)
+    if content is None:
         raise CheckpointError(
             f"{folder / WEIGHTS} is not the file that {MANIFEST} describes (its SHA-256 differs): it is damaged, or "
             "from another checkpoint"
@@ -280,6 +314,28 @@ def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     if key not in values or not isinstance(values[key], kind):
         raise ConfigError(f"{key} must be a {kind.__name__}, not {values.get(key)!r}")
     return values[key]
+
+
+def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    for key in values:
+        if key not in keys:
+            raise ConfigError(f"unknown key {where + key!r}; the keys here are {', '.join(keys)}")
+
+
+def _impossible_size(config: UniPELTConfig, deployed: bool, tensors: Mapping[str, Tensor]) -> str | None:
+    """A size in the configuration that no tensor has: found before memory is taken for it."""
+    there = {size for tensor in tensors.values() for size in tensor.shape}
+    sizes = {}
+    if config.adapter is not None:
+        sizes["adapter.bottleneck"] = config.adapter.bottleneck
+    if config.prefix is not None:
+        sizes["prefix.length"] = config.prefix.length
+        if not deployed:
+            sizes["prefix.hidden"] = config.prefix.hidden
+    if config.lora is not None:
+        sizes["lora.rank"] = config.lora.rank
+    wrong = [f"{name} is {size}, and no tensor has that size" for name, size in sizes.items() if size not in there]
+    return wrong[0] if wrong else None
 
 
 def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:

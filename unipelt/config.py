@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+LARGEST = 1_000_000
+"""No size or scale is meant to be above this; a larger one is a slip, or would fill the memory."""
 
 
 class ConfigError(ValueError):
@@ -29,6 +33,8 @@ def _check(part: Any, *positive: str) -> None:
     for name in positive:
         if not getattr(part, name) > 0:
             raise ConfigError(f"{name} must be above 0, not {getattr(part, name)!r}")
+        if getattr(part, name) > LARGEST:
+            raise ConfigError(f"{name} must be at most {LARGEST:,}, not {getattr(part, name):.3g}")
 
 
 def _join(where: str, key: str) -> str:
@@ -52,7 +58,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(choices[0], item, where) for item in value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ConfigError(f"{where} must be a {'finite number' if hint is float else hint.__name__}, not {value!r}")

@@ -105,26 +105,28 @@ def _inject(
     )
     if unknown := injection.head - injection.required_grad.keys():
         raise InjectionError(f"this {type(model).__name__} has no head parameter {sorted(unknown)[0]!r}")
+    record: Any = model
+    record.unipelt_injection = injection
     try:
         if layers:
             _add(model, FAMILIES[model.config.model_type], layers, config, deployed)
         _check_counts(model, config, len(layers))
+        set_trainable(model, injection)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        injection.originals = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in model.named_parameters()
+            if name in injection.required_grad and (name in trained or name in injection.head)
+        }
+        # Transformers drops these names when it saves, and Trainer expects just them to be missing when it loads
+        kept = set(kept_names(model))
+        record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
+        record.save_pretrained = MethodType(_save_pretrained, model)
     except BaseException:
         _strip(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(injection.required_grad[name])
         raise
-    record: Any = model
-    record.unipelt_injection = injection
-    set_trainable(model, injection)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    injection.originals = {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if name in injection.required_grad and (name in trained or name in injection.head)
-    }
-    # Transformers drops these names when it saves, and Trainer expects just them to be missing when it loads
-    kept = set(kept_names(model))
-    record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
-    record.save_pretrained = MethodType(_save_pretrained, model)
     return model
 
 

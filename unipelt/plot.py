@@ -1,0 +1,110 @@
+"""Pictures of what the gates did."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+_LABELS = {"lora_query": "LoRA\nquery", "lora_value": "LoRA\nvalue", "adapter": "adapter", "prefix": "prefix"}
+
+
+def plot_gates(
+    gates: Mapping[str, Tensor | np.ndarray | Sequence[Sequence[float]]],
+    path: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw a heat map of mean gate values, layers by submodules, with the numbers in the cells.
+
+    Colours run from 0 (closed) to 1 (open) in every picture, so that pictures can be compared.
+
+    Args:
+        gates: by name, (examples, layers), as `unipelt.record_gates` records them.
+        path: the picture; its suffix says the format (`.png`, `.pdf`, `.svg`). Written whole or not at all.
+        layers: the layers' own indices, where only some carry submodules; by default 0, 1, ….
+        title: a line above the picture.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there are no gates or no examples, gates differ in their numbers of layers, or the suffix is of
+            no known format.
+        ImportError: matplotlib is not installed.
+    """
+    means = _means(gates)
+    names = list(means)
+    values = np.stack([means[name] for name in names], axis=1)
+    rows = range(len(values)) if layers is None else layers
+    if len(rows) != len(values):
+        raise ValueError(f"the gates have {len(values)} layers, and layers names {len(rows)}")
+    path = Path(path)
+    figure = _figure(width=1.6 + 1.1 * len(names), height=1.4 + 0.42 * len(values))
+    known = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".")
+    if kind not in known:
+        raise ValueError(f"{path} has no suffix of a picture; known are {', '.join(known)}")
+
+    axes = figure.subplots()
+    image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(names)), [_LABELS.get(name, name) for name in names])
+    axes.set_yticks(range(len(values)), [str(row) for row in rows])
+    axes.set_ylabel("layer")
+    axes.tick_params(length=0)
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        colour = "black" if value > 0.6 else "white"  # on viridis, which is light above that
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+    figure.colorbar(image, ax=axes, label="mean gate value")
+    if title:
+        figure.suptitle(title, fontsize=10)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(draft, "wb") as file:
+            figure.savefig(file, format=kind, dpi=150)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _means(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Each gate's mean over the examples: (layers,)."""
+    if not gates:
+        raise ValueError("there are no gates to draw; use a gated method and record_gates")
+    means = {}
+    for name, values in gates.items():
+        array = np.asarray(values.detach().float().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(
+                f"gate {name!r} has the shape {array.shape}; it must be (examples, layers), none of them 0"
+            )
+        means[name] = array.mean(axis=0)
+    sizes = {name: len(mean) for name, mean in means.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the gates differ in their numbers of layers: {sizes}")
+    return means
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure that belongs to no window system and to none of pyplot's lists."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "pictures need matplotlib, which is not installed; install the extra 'plot' (pip install 'unipelt[plot]')"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
