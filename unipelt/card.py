@@ -25,8 +25,8 @@ def model_card(config: UniPELTConfig, counts: ParameterCounts, manifest: Mapping
             "",
             f"# {_method(config)} on {name.rpartition('/')[2] or 'a model built in memory'}",
             "",
-            f"Weights trained with [UniPELT](https://aclanthology.org/2022.acl-long.433/) ({deployed}); the frozen base "
-            f"(`{base['class']}`) is not included.",
+            f"Weights trained with [UniPELT](https://aclanthology.org/2022.acl-long.433/) ({deployed}); the frozen "
+            f"base (`{base['class']}`) is not included.",
             "",
             "```python",
             "import unipelt",

@@ -24,7 +24,13 @@ class Stack:
     norm: str
 
 
+_BERT = Stack("encoder.layer", "attention.self", "query", "value", "output.LayerNorm")
+
 FAMILIES: dict[str, Stack] = {
-    "bert": Stack("encoder.layer", "attention.self", "query", "value", "output.LayerNorm"),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": _BERT,
 }
 """By `config.model_type`."""
