@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def tiny_bert(
 ) -> BertForSequenceClassification:
     """A random BERT, the same for the same seed, in evaluation mode."""
     torch.manual_seed(seed)
-    sizes = {**SIZES, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, **config}
-    return BertForSequenceClassification(BertConfig(num_labels=num_labels, **sizes)).eval()  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {**SIZES, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertForSequenceClassification(BertConfig(**{**sizes, "num_labels": num_labels, **config})).eval()
 
 
 def tiny_batch(seed: int = 0, lengths: tuple[int, ...] = (5, 9, 7), tokens: int = 9) -> dict[str, Tensor]:
@@ -50,11 +50,6 @@ def shake(model: torch.nn.Module, seed: int = 1, std: float = 0.1) -> None:
 
 
 @pytest.fixture
-def glue_dir() -> Path:
-    return _folder("UNIPELT_GLUE_DIR", "GLUE data")
-
-
-@pytest.fixture
 def reference_dir() -> Path:
     return _folder("UNIPELT_REFERENCE_DIR", "the reference tensors of the authors' release")
 
@@ -65,6 +60,3 @@ def _folder(variable: str, what: str) -> Path:
         pytest.skip(f"set {variable} to the folder with {what}")
     assert Path(folder).is_dir(), f"{variable} names {folder}, which is not a folder"
     return Path(folder)
-
-
-MakeModel = Callable[..., BertForSequenceClassification]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from conftest import shake, tiny_batch, tiny_bert
 from torch import Tensor
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForTokenClassification,
-    BertLMHeadModel,
     BertModel,
     ViTConfig,
     ViTModel,
@@ -46,7 +45,7 @@ def logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("preset", unipelt.PRESETS)
 def test_remove_is_bitwise_even_after_training(preset: str) -> None:
-    model = tiny_bert()
+    model: Any = tiny_bert()
     model.bert.embeddings.requires_grad_(False)
     model.config.problem_type = "single_label_classification"  # or the first loss would write it
     before, flags = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
@@ -77,7 +76,7 @@ def test_the_original_checkpoint_still_loads(preset: str) -> None:
 
 
 def test_every_layer_carries_what_the_config_says() -> None:
-    model = unipelt.inject(tiny_bert(), "unipelt-apl")
+    model: Any = unipelt.inject(tiny_bert(), "unipelt-apl")
     for layer in model.bert.encoder.layer:
         attention = layer.attention.self
         assert type(attention.query) is type(attention.value) is LoRALinear
@@ -90,7 +89,7 @@ def test_every_layer_carries_what_the_config_says() -> None:
 
 
 def test_layers_without_submodules_are_untouched() -> None:
-    model = unipelt.inject(tiny_bert(), {"preset": "unipelt-apl", "layers": [2]})
+    model: Any = unipelt.inject(tiny_bert(), {"preset": "unipelt-apl", "layers": [2]})
     for layer in model.bert.encoder.layer[:2]:
         assert all(type(module).__module__.startswith(("torch.", "transformers.")) for module in layer.modules())
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in layer.modules())
@@ -102,7 +101,7 @@ def test_layers_without_submodules_are_untouched() -> None:
 
 
 def test_initialisation() -> None:
-    model = unipelt.inject(tiny_bert(hidden_size=256, intermediate_size=64), "unipelt-apl")
+    model: Any = unipelt.inject(tiny_bert(hidden_size=256, intermediate_size=64), "unipelt-apl")
     network = model.bert.encoder.prefix_network
     for weight in (network.embedding, network.w1.weight, network.w2.weight):
         assert abs(weight.std().item() - 0.02) < 2e-3
@@ -122,7 +121,7 @@ def test_initialisation() -> None:
 
 @pytest.mark.parametrize("config", ["unipelt-apl", MASS, "unipelt-al", "prefix"])
 def test_padding_and_neighbours_do_not_matter(config: object) -> None:
-    model = unipelt.inject(tiny_bert(), config)  # type: ignore[arg-type]
+    model: Any = unipelt.inject(tiny_bert(), config)  # type: ignore[arg-type]
     shake(model)
     batch = tiny_batch()
     alone = torch.cat(
@@ -137,7 +136,7 @@ def test_padding_and_neighbours_do_not_matter(config: object) -> None:
 
 
 def test_mean_pooling_is_the_release_and_sees_padding() -> None:
-    model = unipelt.inject(tiny_bert(), {"preset": "unipelt-apl", "gate": {"pooling": "mean"}})
+    model: Any = unipelt.inject(tiny_bert(), {"preset": "unipelt-apl", "gate": {"pooling": "mean"}})
     shake(model)
     batch = tiny_batch()
     wider = {key: torch.nn.functional.pad(tensor, (0, 20)) for key, tensor in batch.items()}
@@ -173,7 +172,7 @@ def test_a_closed_mass_gate_is_the_model_without_prefix(attention: str, padded: 
 def test_zero_updates_are_the_identity() -> None:
     base, batch = tiny_bert(), tiny_batch()
     want = logits(base, batch)
-    model = unipelt.inject(base, "lora")
+    model: Any = unipelt.inject(base, "lora")
     torch.testing.assert_close(logits(model, batch), want, atol=1e-6, rtol=0)  # B starts at zero
     unipelt.remove(model)
     unipelt.inject(model, "adapter")
@@ -186,7 +185,7 @@ def test_zero_updates_are_the_identity() -> None:
 
 
 def test_back_ends_agree_and_switch_after_injection() -> None:
-    model = unipelt.inject(tiny_bert(), "unipelt-apl")
+    model: Any = unipelt.inject(tiny_bert(), "unipelt-apl")
     shake(model)
     batch = tiny_batch()
     sdpa = logits(model, batch)
@@ -203,7 +202,7 @@ def test_back_ends_agree_and_switch_after_injection() -> None:
 
 
 def test_other_back_ends_are_refused() -> None:
-    model = tiny_bert()
+    model: Any = tiny_bert()
     model.config._attn_implementation = "flash_attention_2"
     before = state(model)
     with pytest.raises(ValueError, match="back-ends eager and sdpa, not 'flash_attention_2'"):
@@ -222,7 +221,7 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
         unipelt.inject(vit, "adapter")
     with pytest.raises(unipelt.InjectionError, match="takes a PreTrainedModel"):
         unipelt.inject(torch.nn.Linear(2, 2), "adapter")  # type: ignore[arg-type]
-    model = tiny_bert()
+    model: Any = tiny_bert()
     before = state(model)
     with pytest.raises(unipelt.ConfigError, match="presets are fine-tuning"):
         unipelt.inject(model, "unipelt")
@@ -246,7 +245,7 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_bert()
+    model: Any = tiny_bert()
     before, attributes = state(model), [set(vars(module)) for module in model.modules()]
     calls = []
 
@@ -269,7 +268,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
 
 
 def test_a_wrong_count_fails_loudly() -> None:
-    model = tiny_bert()
+    model: Any = tiny_bert()
     model.bert.encoder.layer[2] = model.bert.encoder.layer[1]
     with pytest.raises(unipelt.InjectionError, match="share modules"):
         unipelt.inject(model, "adapter")

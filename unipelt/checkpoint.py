@@ -75,7 +75,7 @@ def save(
     manifest = {
         "format": FORMAT,
         "unipelt": injection.config.to_dict(),
-        "deployed": deploy or injection.deployed,
+        "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
         "head": sorted(injection.head),
         "base": _describe_base(model),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},

@@ -199,6 +199,9 @@ def _add(
         owner.register_forward_pre_hook(_share_network)
     for place, layer in enumerate(layers.values()):
         _add_to_layer(layer, place, config, network)
+    for module in model.modules():
+        if isinstance(module, (Adapter, Gates, Prefix, PrefixNetwork)):
+            module.train(model.training)
     embeddings: Any = model.get_input_embeddings()
     embeddings.unipelt_layer = (_layers(model, stack)[0],)
     embeddings.register_forward_hook(_wake_checkpointing)
