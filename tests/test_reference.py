@@ -11,7 +11,7 @@ from torch import Tensor
 import unipelt
 from unipelt import UniPELTConfig
 
-CASES = {
+CASES: dict[str, dict[str, object]] = {
     "unipelt-apl": {},
     "unipelt-ap": {},
     "unipelt-al": {},

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from unipelt.config import AdapterConfig
-from unipelt.gate import INITIAL_STD, Gates, Tokens
+from unipelt.gate import INITIAL_STD, Gates, Slot
 
 
 class Adapter(nn.Module):
@@ -39,11 +39,14 @@ class AdapterNorm(nn.LayerNorm):
         h    = LN(g * adapter(h_FN) + s)          g = 1 without a gate
 
     Both norms are the layer's own and frozen (semantics of the authors' release; paper, section 3.2).
+
+    Attributes:
+        tokens: brings the token weights of the pass; None where the gate averages over all tokens.
     """
 
     adapter: Adapter
     gates: Gates | None
-    tokens: Tokens | None
+    tokens: Slot | None
 
     def forward(self, s: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -51,5 +54,5 @@ class AdapterNorm(nn.LayerNorm):
         adapted = self.adapter(normed)
         if self.gates is None:
             return super().forward(adapted + s)
-        gate = self.gates(normed, None if self.tokens is None else self.tokens.weights[s.device])
+        gate = self.gates(normed, None if self.tokens is None else self.tokens.take())
         return super().forward(adapted * gate.unsqueeze(1) + s)

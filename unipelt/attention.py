@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig
 
-from unipelt.gate import Gates, Tokens, token_weights
+from unipelt.gate import Gates, Slot, token_weights
 
 ATTENTION = "unipelt"
 BACK_ENDS = ("eager", "sdpa")
@@ -31,13 +31,15 @@ class Site:
     Attributes:
         targets: for each of its gates, the attribute of the attention that the gate scales.
         mask_index: place of `attention_mask` among the positional arguments of the attention's forward.
-        tokens: where the layer's other gates find the token weights; None where no gate averages over real tokens.
+        masked: whether the layer's gates average over real tokens only.
+        tokens: takes the token weights to the layer's adapter; None where no gate there wants them.
         config: the host's own configuration, where a prefix had to put another in its place.
     """
 
     targets: tuple[str, ...]
     mask_index: int
-    tokens: Tokens | None
+    masked: bool
+    tokens: Slot | None
     config: PreTrainedConfig | None = None
 
 
@@ -46,16 +48,17 @@ def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     site: Site = attention.unipelt_site
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     weights = None
-    if site.tokens is not None:
+    if site.masked:
         mask = kwargs.get("attention_mask", args[site.mask_index] if len(args) > site.mask_index else None)
         weights = token_weights(mask, hidden.shape[0])
-        site.tokens.weights[hidden.device] = weights
+        if site.tokens is not None:
+            site.tokens.put(weights)
     gates: Gates | None = attention.gates
     if gates is None:
         return
     values = gates(hidden, weights).unbind(dim=1)
     for target, value in zip(site.targets, values, strict=True):
-        getattr(attention, target).gate_value = value
+        getattr(attention, target).gate.put(value)
 
 
 def attend(

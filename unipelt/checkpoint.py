@@ -26,7 +26,7 @@ from transformers.utils import logging
 from unipelt.card import model_card
 from unipelt.config import ConfigError, UniPELTConfig, read_mapping
 from unipelt.inject import InjectionError, _inject, remove
-from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters
+from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.prefix import Prefix, PrefixNetwork
 
 WEIGHTS = "model.safetensors"
@@ -77,6 +77,7 @@ def save(
         "unipelt": injection.config.to_dict(),
         "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
         "head": sorted(injection.head),
+        "unfrozen": sorted(unfrozen_names(model)),
         "base": _describe_base(model),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }
@@ -121,10 +122,14 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         if getattr(model, "unipelt_injection", None) is not None:
             raise
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error
-    places = {name: parameter for name, parameter in model.named_parameters() if name in set(kept_names(model))}
+    held = {*kept_names(model), *manifest["unfrozen"]}
+    places = {name: parameter for name, parameter in model.named_parameters() if name in held}
     if problem := _mismatch(places, tensors):
         remove(model)
         raise CheckpointError(f"the checkpoint in {folder} does not fit this {type(model).__name__}: {problem}")
+    injection = injection_of(model)
+    unfrozen = set(manifest["unfrozen"])
+    injection.originals |= {name: p.detach().cpu().clone() for name, p in places.items() if name in unfrozen}
     try:
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -215,20 +220,20 @@ def _describe_base(model: PreTrainedModel) -> dict[str, Any]:
         "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
         "revision": getattr(model.config, "_commit_hash", None),
         "config": json.loads(model.config.to_json_string(use_diff=True)),
-        "fingerprint": _fingerprint(model, injection.head, injection.originals),
+        "fingerprint": _fingerprint(model, injection.head | unfrozen_names(model), injection.originals),
     }
 
 
-def _fingerprint(model: PreTrainedModel, head: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
+def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
     """What identifies a pretrained base: a SHA-256 over a sample of every parameter.
 
-    Head and submodules do not count; where base parameters train, the values that they had before do.
+    Submodules and the names `apart` do not count; where base parameters train, the values that they had `before` do.
     """
     ours = {name for _, name, _ in submodule_parameters(model)}
     digest = hashlib.sha256()
     dtypes = set()
     for name, parameter in sorted(model.named_parameters()):
-        if name in ours or name in head:
+        if name in ours or name in apart:
             continue
         values = before.get(name, parameter).detach().flatten()
         sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
@@ -246,7 +251,7 @@ def _check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint is for a {kind!r} model, and this is a {model.config.model_type!r} model"
         )
-    saved, here = base["fingerprint"], _fingerprint(model, base["head"], {})
+    saved, here = base["fingerprint"], _fingerprint(model, base["apart"], {})
     if saved["dtype"] != here["dtype"]:
         logger.warning(
             f"the checkpoint was trained on a base in {saved['dtype']} and this one is in {here['dtype']}, "
@@ -271,11 +276,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ConfigError(f"format must be {FORMAT}, not {raw.get('format')!r}; a newer unipelt may read it")
         base = _typed(raw, "base", dict)
         found = _typed(base, "fingerprint", dict)
-        _only(raw, ("format", "unipelt", "deployed", "head", "base", "weights"), "")
+        _only(raw, ("format", "unipelt", "deployed", "head", "unfrozen", "base", "weights"), "")
         _only(base, ("class", "name_or_path", "revision", "config", "fingerprint"), "base.")
-        head = _typed(raw, "head", list)
-        if not all(isinstance(name, str) for name in head):
-            raise ConfigError(f"head must be a list of names, not {head!r}")
+        head, unfrozen = _names(raw, "head"), _names(raw, "unfrozen")
         if base.get("revision") is not None:
             _typed(base, "revision", str)
         weights = _typed(raw, "weights", dict)
@@ -285,13 +288,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "unipelt": UniPELTConfig.from_dict(_typed(raw, "unipelt", dict)),
             "deployed": _typed(raw, "deployed", bool),
             "head": head,
+            "unfrozen": unfrozen,
             "base": {
                 "class": _typed(base, "class", str),
                 "name_or_path": _typed(base, "name_or_path", str),
                 "revision": base.get("revision"),
                 "config": _typed(base, "config", dict),
                 "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")},
-                "head": head,
+                "apart": {*head, *unfrozen},
             },
         }
         digest = _typed(weights, "sha256", str)
@@ -314,6 +318,13 @@ def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     if key not in values or not isinstance(values[key], kind):
         raise ConfigError(f"{key} must be a {kind.__name__}, not {values.get(key)!r}")
     return values[key]
+
+
+def _names(values: Mapping[str, Any], key: str) -> list[str]:
+    names = _typed(values, key, list)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{key} must be a list of names, not {names!r}")
+    return names
 
 
 def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:

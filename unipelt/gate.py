@@ -5,6 +5,8 @@ Shapes: B examples, T tokens, D hidden size, G gates that read the same input.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +16,32 @@ INITIAL_STD = 0.02
 """Standard deviation of every normal start, as in the authors' release: gates begin near 0.5."""
 
 
-class Tokens:
-    """Which tokens are real: told by a layer's attention, read by the gates of the same layer.
+class Slot:
+    """One tensor on its way from the module that computes it to the one that uses it, within a pass of a layer.
 
-    Attention is the one place that sees the layer's mask on every pass, the recomputation of gradient checkpointing
-    included; a feed-forward block never sees it. Kept by device, because the replicas of `nn.DataParallel` share
-    this object and run in threads.
+    Attention is the one place that sees the layer's mask and input on every pass, the recomputation of gradient
+    checkpointing included, so what depends on them is put here there and taken where it is used. Each thread has its
+    own: a model may serve several at once, and the replicas of `nn.DataParallel` share this object.
     """
 
     def __init__(self) -> None:
-        self.weights: dict[torch.device, Tensor | None] = {}
+        self._values: dict[int, Tensor | None] = {}
+
+    def put(self, value: Tensor | None) -> None:
+        """Leave a value for `take` in the same thread."""
+        self._values[_thread()] = value
+
+    def take(self) -> Tensor | None:
+        """The value that was put, once. Raises `KeyError` outside a pass of the layer."""
+        return self._values.pop(_thread())
+
+    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
+        return Slot, ()  # a copy is empty
+
+
+def _thread() -> int:
+    # torch.compile traces one thread and cannot ask which
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class Gates(nn.Module):

@@ -6,8 +6,8 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from unipelt.adapter import Adapter, AdapterNorm
 from unipelt.attention import Site, check_back_end, enter_attention, redirect
 from unipelt.config import UniPELTConfig, resolve
 from unipelt.families import FAMILIES, Stack
-from unipelt.gate import Gates, Tokens
+from unipelt.gate import Gates, Slot
 from unipelt.lora import LoRALinear
 from unipelt.parameters import (
     Injection,
@@ -42,6 +42,7 @@ class _Layer:
     Host modules take attributes that their types do not declare, hence `Any`.
     """
 
+    module: Any
     attention: Any
     query: Any
     value: Any
@@ -121,7 +122,7 @@ def _inject(
         # Transformers drops these names when it saves, and Trainer expects just them to be missing when it loads
         kept = set(kept_names(model))
         record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
-        record.save_pretrained = MethodType(_save_pretrained, model)
+        record.save_pretrained = partial(_save_pretrained, model)
     except BaseException:
         _strip(model)
         for name, parameter in model.named_parameters():
@@ -184,7 +185,7 @@ def _find_layer(layer: nn.Module, stack: Stack) -> _Layer:
     taken = [name for name in ("gates", "prefix", "unipelt_site") if hasattr(attention, name)]
     if taken:
         raise InjectionError(f"{type(attention).__name__} has an attribute {taken[0]!r} of its own")
-    return _Layer(attention, query, value, norm)
+    return _Layer(layer, attention, query, value, norm)
 
 
 def _add(
@@ -202,9 +203,7 @@ def _add(
     for module in model.modules():
         if isinstance(module, (Adapter, Gates, Prefix, PrefixNetwork)):
             module.train(model.training)
-    embeddings: Any = model.get_input_embeddings()
-    embeddings.unipelt_layer = (_layers(model, stack)[0],)
-    embeddings.register_forward_hook(_wake_checkpointing)
+    _owner(model, stack).register_forward_pre_hook(_wake_checkpointing)
 
 
 def _add_to_layer(layer: _Layer, place: int, config: UniPELTConfig, network: PrefixNetwork | None) -> None:
@@ -219,11 +218,13 @@ def _add_to_layer(layer: _Layer, place: int, config: UniPELTConfig, network: Pre
             "lora_value": _name_in(attention, layer.value),
         }
     adapter_gate = config.adapter is not None and config.adapter.gate
-    tokens = Tokens() if config.gate.pooling == "masked_mean" and (gated or adapter_gate) else None
+    masked = config.gate.pooling == "masked_mean"
+    tokens = Slot() if masked and adapter_gate else None
     if gated or tokens is not None or config.prefix is not None:
         attention.unipelt_site = Site(
             targets=tuple(gated.values()),
             mask_index=list(inspect.signature(attention.forward).parameters).index("attention_mask"),
+            masked=masked and (bool(gated) or adapter_gate),
             tokens=tokens,
             config=redirect(attention) if config.prefix is not None else None,
         )
@@ -241,6 +242,10 @@ def _add_to_layer(layer: _Layer, place: int, config: UniPELTConfig, network: Pre
         norm.adapter = Adapter(hidden, config.adapter, like)
         norm.gates = Gates(hidden, ("adapter",), config.gate, like) if config.adapter.gate else None
         norm.tokens = tokens
+    if adapter_gate and getattr(layer.module, "chunk_size_feed_forward", None):
+        # a gate averages over all of a text, so its feed-forward block is not cut; that changes no other number
+        layer.module.unipelt_chunk_size = layer.module.chunk_size_feed_forward
+        layer.module.chunk_size_feed_forward = 0
 
 
 def _name_in(module: nn.Module, part: nn.Module) -> str:
@@ -264,14 +269,16 @@ def _share_network(owner: Any, args: tuple[Any, ...]) -> None:
             module.network = (network,)
 
 
-def _wake_checkpointing(embeddings: Any, args: tuple[Any, ...], output: Tensor) -> None:
+def _wake_checkpointing(owner: Any, args: tuple[Any, ...]) -> None:
     """Reentrant gradient checkpointing needs an input that requires a gradient; frozen embeddings give none."""
-    layer = embeddings.unipelt_layer[0]
-    if not (getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()):
+    if not (torch.is_grad_enabled() and args and isinstance(args[0], Tensor)):
         return
-    checkpoint = layer._gradient_checkpointing_func
-    if getattr(checkpoint, "keywords", {}).get("use_reentrant", True) and not output.requires_grad:
-        output.requires_grad_(True)
+    for module in owner.modules():
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            checkpoint = module._gradient_checkpointing_func
+            if getattr(checkpoint, "keywords", {}).get("use_reentrant", True) and not args[0].requires_grad:
+                args[0].requires_grad_(True)
+            return
 
 
 REPLACED = ("_keys_to_ignore_on_save", "save_pretrained")
@@ -303,7 +310,8 @@ def _strip(model: nn.Module) -> None:
                     delattr(module, name)
         if isinstance(getattr(module, "prefix_network", None), PrefixNetwork):
             del module.prefix_network
-        module.__dict__.pop("unipelt_layer", None)
+        if "unipelt_chunk_size" in module.__dict__:
+            module.chunk_size_feed_forward = module.__dict__.pop("unipelt_chunk_size")
     injection: Injection | None = model.__dict__.pop("unipelt_injection", None)
     if injection is not None:
         for name in REPLACED:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config import LoRAConfig
+from unipelt.gate import Slot
 
 
 class LoRALinear(nn.Linear):
@@ -22,15 +23,13 @@ class LoRALinear(nn.Linear):
     Attributes:
         lora_A: (r, in_features).
         lora_B: (out_features, r).
-        gate_value: (B,) the gate of the pass under way, put here by the attention that this projection belongs to
-            and taken by `forward`; None without a gate.
+        gate: brings (B,), the gate of the pass, from the attention that this projection belongs to; None without.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
-    gated: bool
-    gate_value: Tensor | None
+    gate: Slot | None
 
     def add_low_rank(self, config: LoRAConfig) -> None:
         """Give this projection its low-rank term."""
@@ -39,23 +38,22 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=like.dtype, device=like.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale = config.alpha / config.rank
-        self.gated = config.gate
-        self.gate_value = None
+        self.gate = Slot() if config.gate else None
 
     def drop_low_rank(self) -> None:
         """Take the low-rank term away again, also one that was half added."""
         for name in ("lora_A", "lora_B"):
             self._parameters.pop(name, None)
-        for name in ("scale", "gated", "gate_value"):
+        for name in ("scale", "gate"):
             self.__dict__.pop(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in_features) -> (B, T, out_features)."""
         low = nn.functional.linear(x, self.lora_A)
-        if self.gated:
-            gate, self.gate_value = self.gate_value, None
-            assert gate is not None, "a gated projection is called by the attention that it belongs to"
-            low = low * gate.view(-1, *[1] * (low.dim() - 1))
-        else:
+        if self.gate is None:
             low = low * self.scale
+        else:
+            gate = self.gate.take()
+            assert gate is not None
+            low = low * gate.view(-1, *[1] * (low.dim() - 1))
         return super().forward(x) + nn.functional.linear(low, self.lora_B)

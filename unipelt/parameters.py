@@ -158,6 +158,13 @@ def kept_names(model: nn.Module) -> list[str]:
     ]
 
 
+def unfrozen_names(model: nn.Module) -> set[str]:
+    """Names of pretrained parameters that train although the configuration does not say so: the caller's wish."""
+    injection = injection_of(model)
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    return {name for name in kept_names(model) if name not in ours and name not in injection.originals}
+
+
 def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
     """Count an injected model's parameters, trained and deployed. Raises `ValueError` if nothing was injected."""
     injection = injection_of(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config import PrefixConfig
-from unipelt.gate import INITIAL_STD
+from unipelt.gate import INITIAL_STD, Slot
 
 
 class PrefixNetwork(nn.Module):
@@ -59,7 +59,7 @@ class Prefix(nn.Module):
         index: the layer's place among the layers that carry a prefix.
         network: the shared network, in a tuple because it is a reference and not a part; empty once deployed.
         keys_values: (2, L, W), the parameter that remains when the network has been folded away; else None.
-        gate_value: (B,) the gate of the pass under way, put here and taken by the attention; None without a gate.
+        gate: brings (B,), the gate of the pass, from the attention that this prefix belongs to; None without.
     """
 
     keys_values: nn.Parameter | None
@@ -70,11 +70,10 @@ class Prefix(nn.Module):
         super().__init__()
         self.index = index
         self.length = config.length
-        self.gated = config.gate
+        self.gate = Slot() if config.gate else None
         self.gating = config.gating
         self.network: tuple[PrefixNetwork, ...] = () if network is None else (network,)
         self.keys_values = None
-        self.gate_value: Tensor | None = None
         if network is None:
             start = torch.zeros(2, config.length, width, dtype=like.dtype, device=like.device)
             self.keys_values = nn.Parameter(start)
@@ -99,9 +98,7 @@ class Prefix(nn.Module):
         Returns:
             Keys and values (B, H, L + T, d), and the mask for them.
         """
-        gate, self.gate_value = self.gate_value, None
-        if self.gated:
-            assert gate is not None, "a gated prefix is used by the attention that it belongs to"
+        gate = None if self.gate is None else self.gate.take()
         batch, heads, tokens, size = key.shape
         both = self().to(key.dtype).view(2, 1, self.length, heads, size).transpose(2, 3)
         if gate is not None and self.gating == "scale":
@@ -117,7 +114,7 @@ class Prefix(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         form = "deployed" if self.keys_values is not None else f"layer {self.index} of the network"
-        return f"length={self.length}, {form}, gating={self.gating if self.gated else 'none'}"
+        return f"length={self.length}, {form}, gating={self.gating if self.gate else 'none'}"
 
 
 def _with_mass(gate: Tensor, mask: Tensor | None, tokens: int, length: int) -> Tensor:

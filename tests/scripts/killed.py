@@ -1,0 +1,106 @@
+"""Runs that are killed with SIGKILL at chosen moments and started again: `python killed.py FOLDER`.
+
+Every attempt is a process of its own. They are forked, because importing the libraries takes longer than the runs;
+nothing has used a thread before a fork.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_task import make_quick, quick
+
+from unipelt.glue.run import run
+from unipelt.glue.settings import RunSettings
+
+# What is being called, and which call of it kills the process, before it does anything or after it has been done.
+MOMENTS = {
+    "before the first epoch": ("transformers.trainer.Trainer", "train", 1, "before"),
+    "in an epoch": ("transformers.trainer.Trainer", "training_step", 5, "after"),
+    "in an evaluation": ("transformers.trainer.Trainer", "prediction_step", 3, "after"),
+    "weights written, optimizer not": (
+        "transformers.trainer.Trainer",
+        "_save_optimizer_and_scheduler",
+        2,
+        "before",
+    ),
+    "checkpoint written, marker not": ("unipelt.glue.folder", "mark", 2, "before"),
+    "checkpoint marked, older ones not removed": ("unipelt.glue.folder", "mark", 3, "after"),
+    "in the removal of an older one": ("shutil", "rmtree", 4, "before"),
+    "trained, not tested": ("transformers.trainer.Trainer", "predict", 1, "before"),
+    "tested, not written": ("unipelt.glue.run", "_draw", 1, "after"),
+    "result written, checkpoints there": ("unipelt.glue.folder", "clean", 1, "before"),
+}
+
+
+def kill_at(place: str, name: str, call: int, when: str) -> None:
+    """Make this process kill itself at that call."""
+    try:
+        owner: Any = importlib.import_module(place)
+    except ModuleNotFoundError:
+        module, _, cls = place.rpartition(".")
+        owner = getattr(importlib.import_module(module), cls)
+    original = getattr(owner, name)
+    calls = 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapper)
+
+
+def attempt(settings: RunSettings, prepare: Callable[[], None] = lambda: None, seconds: float | None = None) -> int:
+    """Run in a process of its own; returns its wait status. With `seconds`, it is killed from outside."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            prepare()
+            run(settings, say=lambda line: None)
+            code = 0
+        finally:
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def main(folder: Path) -> None:
+    """Leave `report.json`: for each moment, how the killed attempt ended and how the second one did."""
+    torch.set_num_threads(1)
+    make_quick(folder)
+
+    def settings(name: str) -> RunSettings:
+        # of at most six epochs it stops after the fifth, and the third is the best
+        return RunSettings(**quick(folder, output_dir=str(folder / name), epochs=6, patience=2))
+
+    report = {"undisturbed": [attempt(settings("undisturbed"))]}
+    for number, moment in enumerate(MOMENTS):
+        name = f"moment-{number}"
+        first = attempt(settings(name), lambda moment=moment: kill_at(*MOMENTS[moment]))  # type: ignore[misc]
+        report[name] = [first, attempt(settings(name))]
+    for number, seconds in enumerate((0.5, 1.1)):  # whatever it is doing then
+        name = f"clock-{number}"
+        report[name] = [attempt(settings(name), seconds=seconds), attempt(settings(name))]
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
