@@ -168,16 +168,17 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     config_class: Any = cls.config_class
     # what a back-end is called may name code on the hub, which Transformers would fetch and run
     values = {key: value for key, value in base["config"].items() if "attn_implementation" not in key}
-    try:
-        config = config_class.from_dict(values)
-    except Exception as error:  # whatever a class of Transformers makes of values that it cannot mean
-        reason = str(error).strip().replace("\n", " ")
-        raise CheckpointError(f"{folder}: the base's configuration in {MANIFEST} cannot be meant: {reason}") from error
-    options = {"use_safetensors": True, "config": config, "revision": base["revision"] or "main", **kwargs}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
     try:
+        try:
+            config = config_class.from_dict(values)
+        except Exception as error:  # whatever a class of Transformers makes of values that it cannot mean
+            raise TypeError(" ".join(str(error).split())) from error
+        options = {"use_safetensors": True, "config": config, "revision": base["revision"] or "main", **kwargs}
         model = cls.from_pretrained(base["name_or_path"], **options)
+    except (TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the base that {MANIFEST} describes cannot be built: {error}") from error
     finally:
         logging.set_verbosity(level)
     return load(model, folder).eval()

@@ -1,0 +1,182 @@
+"""The record of a run: written whole, read with care."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unipelt.glue import result
+from unipelt.glue.result import ResultError, read_result, summary, write_result
+
+
+def make_record() -> dict[str, Any]:
+    evaluation = {"epoch": 1.0, "step": 7, "loss": 0.7, "train_loss": 0.71, "metrics": {"accuracy": 0.5}}
+    better = {"epoch": 2.0, "step": 14, "loss": 0.6, "train_loss": 0.6, "metrics": {"accuracy": 0.571}}
+    return {
+        "format": 1,
+        "status": "finished",
+        "settings": {"train_samples": 100, "seed": 1, "data_seed": 1},
+        "digest": "d" * 64,
+        "method": {"name": "unipelt-apl", "config": {}, "learning_rate": 5e-4},
+        "task": {
+            "name": "rte",
+            "columns": ["sentence1", "sentence2"],
+            "labels": ["entailment", "not_entailment"],
+            "metrics": ["accuracy"],
+            "primary": "accuracy",
+            "notes": [],
+        },
+        "evaluations": [evaluation, better, {**evaluation, "epoch": 3.0, "step": 21}],
+        "best": {"epoch": 2.0, "step": 14},
+        "dev": {"loss": 0.6, "metrics": {"accuracy": 0.571}},
+        "test": {"loss": 0.65, "metrics": {"accuracy": 0.56}},
+        "majority": 0.527,
+        "seeds": {"run": 1, "data": 1},
+        "data": {"train": {"rows": 100, "sha256": "a" * 64}},
+        "model": {
+            "name": "bert-base-uncased",
+            "class": "BertForSequenceClassification",
+            "sha256": None,
+            "fingerprint": {},
+        },
+        "parameters": {"trained": 391000, "deployed": 180000, "head": 770, "base": 22713216},
+        "gates": None,
+        "seconds": {"train": 60.0, "evaluation": 15.0, "total": 81.2},
+        "memory": {"rss_bytes": 10**9, "cuda_bytes": None},
+        "hardware": {"cpu": "a processor"},
+        "packages": {"torch": "2.6.0"},
+        "code": {"commit": None, "dirty": None},
+        "attempts": 1,
+        "files": {"model": "model", "gates": None, "predictions": []},
+    }
+
+
+def test_written_and_read(tmp_path: Path) -> None:
+    record = make_record()
+    path = write_result(record, tmp_path)
+    assert path == tmp_path / "result.json"
+    assert read_result(tmp_path) == read_result(path) == record
+    assert [item.name for item in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_summary_is_one_line() -> None:
+    assert summary(make_record(), "runs/rte-apl/result.json") == (
+        "rte · unipelt-apl · K=100 · seed 1: accuracy 0.560 (majority 0.527) · dev 0.571 at epoch 2 of 3 · 81 s · "
+        "trained 391,000 (deployed 180,000) + head 770 -> runs/rte-apl/result.json"
+    )
+    record = make_record()
+    record["settings"] = {"train_samples": None, "seed": 1, "data_seed": 2}
+    assert "rte · unipelt-apl · all data · seed 1, data seed 2: " in summary(record, "x")
+
+
+def parts(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every part that a record must have."""
+    found = []
+    for key, inner in value.items():
+        found += [(*path, key), *(parts(inner, (*path, key)) if isinstance(inner, dict) else [])]
+    return found
+
+
+@pytest.mark.parametrize("path", parts(result._SHAPE), ids=".".join)
+def test_every_part_is_needed_and_of_its_type(tmp_path: Path, path: tuple[str, ...]) -> None:
+    for change in ("missing", "wrong"):
+        record = copy.deepcopy(make_record())
+        inner = record
+        for key in path[:-1]:
+            inner = inner[key]
+        if change == "missing":
+            del inner[path[-1]]
+        else:
+            inner[path[-1]] = {1, 2}
+        with pytest.raises(ResultError, match=r"result.json (is not|has the format)"):
+            write_result(record, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"evaluations": []}, "evaluations is empty"),
+        ({"evaluations": [{"epoch": 1.0, "step": 7, "loss": 0.7}]}, r"evaluations\[0\].metrics is missing"),
+        ({"test": {"loss": 0.6, "metrics": {"f1": 0.5}}}, "test.metrics lacks accuracy"),
+        ({"attempts": True}, "attempts is True"),
+        ({"majority": float("nan")}, "cannot be written as JSON"),
+        ({"hardware": {"cpu": object()}}, "cannot be written as JSON"),
+    ],
+)
+def test_what_makes_no_record(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ResultError, match=words):
+        write_result({**make_record(), **change}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is not valid JSON"),
+        (json.dumps(make_record())[:500], "is not valid JSON"),
+        ("[1]", "is not the result of a run"),
+        ('{"accuracy": 0.5}', "is not the result of a run"),
+        (json.dumps({**make_record(), "format": 2}), "has the format 2, and this version reads 1; a newer one may"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_foreign_and_damaged_files(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ResultError, match=words) as caught:
+        read_result(tmp_path)
+    assert str(tmp_path / "result.json") in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ResultError, match="is not valid JSON"):
+        read_result(tmp_path)
+
+
+def test_no_result(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no result at"):
+        read_result(tmp_path)
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_code_is_described_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = tmp_path / "unipelt" / "__init__.py"
+    init.parent.mkdir()
+    init.write_text("")
+    monkeypatch.setattr("unipelt.__file__", str(init))
+    assert result.describe_code() == {"commit": None, "dirty": None}, "outside git"
+    git(tmp_path, "init", "-q")
+    (tmp_path / "other").write_text("")
+    git(tmp_path, "add", "other")
+    git(tmp_path, "commit", "-q", "-m", "one")
+    assert result.describe_code() == {"commit": None, "dirty": None}, "installed into somebody else's repository"
+    git(tmp_path, "add", "unipelt")
+    git(tmp_path, "commit", "-q", "-m", "two")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert result.describe_code() == {"commit": commit, "dirty": False}
+    init.write_text("changed")
+    assert result.describe_code() == {"commit": commit, "dirty": True}
+
+
+def test_surroundings() -> None:
+    packages = result.describe_packages()
+    assert set(packages) == {"python", "unipelt", "torch", "transformers", "datasets", "accelerate", "numpy"}
+    assert all(packages.values())
+    hardware = result.describe_hardware("cpu")
+    assert hardware["cores"] >= 1
+    assert hardware["cpu"]
+    assert hardware["memory_bytes"] > 2**28
+    assert hardware["gpu"] is None
+    resident = result.peak_memory("cpu")["rss_bytes"]
+    assert resident is not None
+    assert 2**26 < resident < hardware["memory_bytes"]

@@ -1,0 +1,296 @@
+"""Settings: from files and the command line, checked before anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unipelt.config import PRESETS
+from unipelt.glue.settings import RunSettings, locate_model, paper_learning_rate, parse, read_config
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
+
+
+def write(path: str, text: str) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+    return path
+
+
+# The command line
+
+
+def test_every_field_is_an_option_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for item in dataclasses.fields(RunSettings):
+        assert f"--{item.name}" in shown
+        assert len(item.metadata["help"]) > 10
+    assert "unipelt-apl-nogate" in shown
+
+
+def test_options_of_every_kind() -> None:
+    words = (
+        "--train_file a.tsv --dev-file=b.tsv --text_columns premise hypothesis --regression false --train_samples none "
+        "--seed 3 --learning_rate 5e-4 --warmup_ratio .1 --epochs=7 --patience null --precision bf16 --overwrite "
+        "--keep_checkpoints false --label_column 7 --gradient_checkpointing true --output_dir out"
+    )
+    settings = parse(words.split())
+    wanted: dict[str, Any] = {
+        "train_file": "a.tsv",
+        "dev_file": "b.tsv",
+        "text_columns": ("premise", "hypothesis"),
+        "regression": False,
+        "train_samples": None,
+        "seed": 3,
+        "data_seed": 3,
+        "learning_rate": 5e-4,
+        "warmup_ratio": 0.1,
+        "epochs": 7,
+        "patience": None,
+        "precision": "bf16",
+        "overwrite": True,
+        "keep_checkpoints": False,
+        "label_column": "7",
+        "gradient_checkpointing": True,
+        "output_dir": "out",
+    }
+    assert {name: getattr(settings, name) for name in wanted} == wanted
+
+
+def test_method_options() -> None:
+    words = (
+        "--task rte --method unipelt-ap --method.adapter.bottleneck 7 --method.gate.pooling=mean --method.prefix null "
+        "--method.train_head false --method.lora.alpha 1e1 --method.layers [0,2]"
+    )
+    config = parse(words.split()).config
+    assert config.adapter is not None
+    assert config.adapter.bottleneck == 7
+    assert config.gate.pooling == "mean"
+    assert config.prefix is None
+    assert config.lora is not None, "a part that is absent starts from its defaults"
+    assert config.lora.alpha == 10.0
+    assert config.train_head is False
+    assert config.layers == (0, 2)
+    assert parse(["--task", "rte", "--method", "unipelt-ap"]).config == PRESETS["unipelt-ap"]
+
+
+def test_method_from_a_file() -> None:
+    path = write("small.yaml", "preset: adapter\nadapter: {bottleneck: 4}\n")
+    settings = parse(["--task", "rte", "--method", path, "--method.adapter.gate", "true"])
+    assert settings.method == {"preset": "adapter", "adapter": {"bottleneck": 4, "gate": True}}
+    Path(path).unlink()
+    assert settings.config.adapter is not None, "the settings hold what the file said"
+
+
+def test_method_has_a_name() -> None:
+    names = {
+        "unipelt-al": parse(["--task", "rte", "--method", "unipelt-al"]),
+        "unipelt-apl, lora.rank=4": parse(["--task", "rte", "--method.lora.rank", "4"]),
+        "unipelt-ap": parse(["--task", "rte", "--method.lora", "null"]),
+        'lora, gate.pooling="mean"': parse(["--task", "rte", "--method", "lora", "--method.gate.pooling", "mean"]),
+    }
+    assert {name: settings.method_name for name, settings in names.items()} == {name: name for name in names}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--task rte --lerning_rate 1", "unknown option '--lerning_rate'; did you mean --learning_rate?"),
+        ("--task rte --epoch 1", "unknown option '--epoch'; did you mean --epochs?"),
+        ("--task rte extra.yaml", "a configuration file comes first"),
+        ("--task", "expected one argument"),
+        ("--task boolq", "unknown task 'boolq'; choose one of cola, sst2"),
+        ("--task rte --method unipelt", "method: there is no preset 'unipelt'; the presets are fine-tuning"),
+        ("--task rte --method.lora.rnak 4", "method: unknown key 'lora.rnak'; the keys here are rank, alpha, gate"),
+        ("--task rte --method.lora.rank four", "method: lora.rank must be a int, not 'four'"),
+        ("--task rte --method.lora.rank", "--method.lora.rank needs a value"),
+        ("--task rte --method.lora.rank --seed 1", "--method.lora.rank needs a value"),
+        ("--task rte --epochs 1.5", "epochs must be a whole number, not 1.5"),
+        ("--task rte --epochs 0", "epochs must be 1 or more, not 0"),
+        ("--task rte --learning_rate fast", "learning_rate must be a finite number, not 'fast'"),
+        ("--task rte --learning_rate nan", "learning_rate must be a finite number"),
+        ("--task rte --learning_rate 0", "learning_rate must be above 0"),
+        ("--task rte --warmup_ratio 1", "warmup_ratio is a fraction, at least 0 and below 1"),
+        ("--task rte --overwrite maybe", "overwrite must be true or false, not 'maybe'"),
+        ("--task rte --precision fp16", "precision must be fp32 or bf16, not 'fp16'"),
+        ("--task rte --seed -1", "seed must be 0 or more, not -1"),
+        ("--task rte --model_sha256 53aa", "model_sha256 must be 64 hexadecimal digits"),
+        ("--task rte --train_file a.tsv", "task and train_file exclude each other"),
+        ("--seed 1", "there is nothing to train on: name a task (--task rte) or a train_file"),
+        ("--train_file a.tsv", "there is nothing to test on: give a dev_file beside the train_file"),
+        ("--train_file a.tsv --train_samples 9", "give a dev_file or test_file beside the train_file"),
+        ("--train_file a.tsv --dev_file b.tsv --glue_dir c", "glue_dir goes with a task"),
+        ("nowhere.yaml", "there is no configuration file at nowhere.yaml"),
+    ],
+)
+def test_bad_words(words: str, sentence: str) -> None:
+    with pytest.raises((ValueError, OSError)) as caught:
+        parse(words.split())
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(Path().iterdir()) == []
+
+
+# Files
+
+
+def test_file_bases_and_options_in_order() -> None:
+    write("c/common.yaml", "epochs: 5\nseed: 4\nlearning_rate: 5e-4\n")
+    write("c/large.json", '{"batch_size": 32, "seed": 5}')
+    path = write("c/mine.yaml", "base: [common.yaml, large.json]\ntask: rte\nmethod: lora\nepochs: 6\n")
+    settings = parse([path, "--batch_size", "8", "--method.lora.rank", "2"])
+    assert (settings.learning_rate, settings.seed, settings.epochs, settings.batch_size) == (5e-4, 5, 6, 8)
+    assert settings.method == {"preset": "lora", "lora": {"rank": 2}}
+    write("c/above.yaml", "base: mine.yaml\nmethod.lora.alpha: 1e0\n")
+    above = parse(["c/above.yaml"])
+    assert above.epochs == 6
+    assert above.config.lora is not None
+    assert above.config.lora.alpha == 1.0
+    assert above.config.prefix is None, "it starts from the base's method"
+
+
+def test_method_in_a_file_replaces_that_of_its_base() -> None:
+    write("base.yaml", "task: rte\nmethod: {preset: lora, lora: {rank: 2}}\n")
+    settings = parse([write("mine.yaml", "base: base.yaml\nmethod: {preset: adapter, adapter: {bottleneck: 3}}\n")])
+    assert settings.config.lora is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("task: rte\nlerning_rate: 1\n", "unknown field 'lerning_rate'; did you mean learning_rate?"),
+        ("task: rte\nepochs: '7'\n", "epochs must be a whole number, not '7'"),
+        ("task: rte\nmodel: 7\n", "model must be a text, not 7"),
+        ("task: rte\nmethod: 7\n", "method must be a preset's name, a path or a mapping, not 7"),
+        ("task: rte\nmethod: {adaptor: null}\n", "method: unknown key 'adaptor'"),
+        ("task: rte\nbase: 7\n", "base must be a path or a list of paths, not 7"),
+        ("task: rte\nbase: mine.yaml\n", "names itself as its base"),
+        ("task: [rte\n", "is not valid YAML"),
+        ("- task\n", "must hold one mapping"),
+    ],
+)
+def test_bad_files(text: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the sentence is looked at below)
+        parse([write("mine.yaml", text)])
+    assert sentence in str(caught.value)
+    assert [path.name for path in Path().iterdir()] == ["mine.yaml"]
+
+
+def test_paths_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("repo/pyproject.toml", "")
+    write("repo/data/train.tsv", "")
+    write("repo/data/small.yaml", "preset: lora\n")
+    text = "train_file: data/train.tsv\ndev_file: data/dev.tsv\nmethod: data/small.yaml\n"
+    config = str(tmp_path / write("repo/configs/mine.yaml", text))
+    values = read_config(config)
+    assert values["train_file"] == str(tmp_path / "repo" / "data" / "train.tsv"), "from the repository's root"
+    assert values["dev_file"] == "data/dev.tsv", "it is in neither place, so it stays as it was written"
+    assert values["method"] == str(tmp_path / "repo" / "data" / "small.yaml")
+    write("data/train.tsv", "")
+    assert read_config(config)["train_file"] == "data/train.tsv", "the current folder comes first"
+
+
+def test_default_folder_tells_runs_apart() -> None:
+    config = write("c/rte-apl.yaml", "task: rte\n")
+
+    def folder(*words: str) -> str | None:
+        return parse([config, *words]).output_dir
+
+    assert folder() == str(Path("runs") / "rte-apl")
+    assert folder("--seed", "3") == str(Path("runs") / "rte-apl-seed=3")
+    assert folder("--seed", "3", "--overwrite", "--device", "cpu", "--threads", "2") == folder("--seed", "3")
+    assert folder("--method.lora.rank", "4") == str(Path("runs") / "rte-apl-method.lora.rank=4")
+    assert folder("--model", "some/where else") == str(Path("runs") / "rte-apl-model=some_where_else")
+    assert folder("--output_dir", "x") == "x"
+    assert parse([write("d.yaml", "task: rte\noutput_dir: y\n")]).output_dir == "y"
+    long = [str(parse([config, "--model", f"{letter * 200}"]).output_dir) for letter in "ab"]
+    assert long[0] != long[1]
+    assert max(map(len, long)) < 140
+    assert parse(["--task", "rte", "--method", "lora"]).output_dir == str(Path("runs") / "rte-lora-seed=1")
+
+
+# What follows from the rest
+
+
+def test_learning_rates_of_the_paper() -> None:
+    rates = {name: paper_learning_rate(config) for name, config in PRESETS.items()}
+    assert rates.pop("fine-tuning") == 2e-5
+    assert (rates.pop("adapter"), rates.pop("bitfit"), rates.pop("prefix")) == (1e-4, 1e-4, 2e-4)
+    assert set(rates.values()) == {5e-4}
+    assert len(rates) == 9
+    assert parse(["--task", "rte", "--method", "prefix"]).learning_rate == 2e-4
+    assert parse(["--task", "rte", "--method", "prefix", "--learning_rate", "1e-3"]).learning_rate == 1e-3
+
+
+def test_glue_dir_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIPELT_GLUE_DIR", "/data/glue")
+    assert RunSettings(task="SST-2").glue_dir == "/data/glue"
+    assert RunSettings(task="SST-2").task == "sst2"
+    assert RunSettings(task="rte", glue_dir="here").glue_dir == "here"
+    assert RunSettings(train_file="a.tsv", dev_file="b.tsv").glue_dir is None
+
+
+def test_digest_is_of_what_determines_the_outcome() -> None:
+    plain = RunSettings(task="rte")
+    same = (
+        RunSettings(task="RTE", output_dir="x", overwrite=True, threads=2, device="cpu", num_workers=2),
+        RunSettings(task="rte", method={"preset": "unipelt-apl", "lora": {"rank": 8}}, learning_rate=5e-4, data_seed=1),
+    )
+    other = (
+        RunSettings(task="sst2"),
+        RunSettings(task="rte", seed=2, data_seed=1),
+        RunSettings(task="rte", data_seed=2),
+        RunSettings(task="rte", method={"lora": {"rank": 4}}),
+        RunSettings(task="rte", learning_rate=1e-3),
+        RunSettings(task="rte", do_predict=True),
+    )
+    assert {settings.digest() for settings in same} == {plain.digest()}
+    assert len({settings.digest() for settings in (plain, *other)}) == 1 + len(other)
+    assert len(plain.digest()) == 64
+
+
+def test_digest_does_not_depend_on_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = RunSettings(train_file="a.tsv", dev_file="b.tsv").digest()
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert RunSettings(train_file="../a.tsv", dev_file=str(tmp_path / "b.tsv")).digest() == here
+    assert RunSettings(train_file="a.tsv", dev_file="b.tsv").digest() != here
+
+
+def test_settings_are_plain_and_come_back() -> None:
+    settings = parse(["--train_file", "a.tsv", "--dev_file", "b.tsv", "--text_columns", "x", "--method.lora.rank", "2"])
+    assert RunSettings(**settings.to_dict()) == settings
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.seed = 2  # type: ignore[misc]
+
+
+# The model
+
+
+def test_model_inside_a_package_that_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("site/some_package/__init__.py", "raise RuntimeError('imported')\n")
+    write("site/some_package/model/config.json", "{}")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert locate_model("package:some_package/model") == str(tmp_path / "site" / "some_package" / "model")
+    assert "some_package" not in sys.modules
+    with pytest.raises(ValueError, match=r"'some_package' holds no model at 'weights'"):
+        locate_model("package:some_package/weights")
+
+
+def test_model_that_is_not_in_a_package() -> None:
+    assert locate_model("bert-base-uncased") == "bert-base-uncased"
+    with pytest.raises(ValueError, match=r"'no_such_package', which is not installed; install the extra 'demo'"):
+        locate_model("package:no_such_package/model")
+    with pytest.raises(ValueError, match="is not of the form package:NAME/FOLDER"):
+        locate_model("package:")

@@ -1,0 +1,249 @@
+"""Everything that training needs, loaded and checked before anything is written: data, tokenizer, model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import cached_file, logging
+
+import unipelt
+from unipelt.checkpoint import WEIGHTS
+from unipelt.glue.data import fingerprint, load_files, load_task, split_note
+from unipelt.glue.metric import majority_score
+from unipelt.glue.sampling import few_shot
+from unipelt.glue.settings import RunSettings, locate_model
+from unipelt.glue.tasks import Task, get_task
+
+
+class RunError(ValueError):
+    """A run that cannot start; the message says why and what to do. Nothing was trained."""
+
+
+@dataclass
+class Job:
+    """Everything that training needs, loaded and checked; nothing is written yet.
+
+    Attributes:
+        splits: `train`, `dev`, `test` and what is to be predicted, tokenized.
+        order: for each evaluated split, the original row of each of its rows, which are sorted by length.
+        data: rows and fingerprint of each split.
+        notes: what a reader of the score must know.
+        digest: SHA-256 of all that determines the outcome, data and weights included.
+    """
+
+    settings: RunSettings
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Dataset]
+    order: dict[str, np.ndarray]
+    data: dict[str, dict[str, Any]]
+    majority: float
+    notes: list[str]
+    device: str
+    model_sha256: str | None
+    digest: str
+
+
+def prepare(settings: RunSettings) -> Job:
+    """Load and check everything. Raises `ValueError` or `OSError` with one sentence."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            "a run trains in one process, and WORLD_SIZE is above 1; start it with python, and several runs side by "
+            "side with one GPU each (CUDA_VISIBLE_DEVICES)"
+        )
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("device is cuda, and PyTorch finds no GPU; use --device cpu")
+    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    _check_folder(Path(str(settings.output_dir)))
+    task, splits, notes = _load_data(settings)
+    data = {name: {"rows": len(split), "sha256": fingerprint(split)} for name, split in splits.items()}
+    majority = majority_score(task, splits["train"]["label"], splits["test"]["label"])
+
+    place = locate_model(settings.model)
+    config, tokenizer = _load_tokenizer(settings, place, task)
+    sha256 = _weights_sha256(settings, place)
+    encoded = {name: _encode(split, task, tokenizer, settings.max_length) for name, split in splits.items()}
+    order = {}
+    for name, split in encoded.items():
+        if name != "train":
+            # longest first: least padding, and too little memory shows at once
+            order[name] = np.argsort([-len(ids) for ids in split["input_ids"]], kind="stable")
+            encoded[name] = split.select(order[name])
+    model = _load_model(settings, place, config)
+    digest = hashlib.sha256(json.dumps([settings.digest(), data, sha256], sort_keys=True).encode()).hexdigest()
+    return Job(settings, task, model, tokenizer, encoded, order, data, majority, notes, device, sha256, digest)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise `RunError` if the output folder cannot be one, before time is spent; nothing is made."""
+    for place in (folder, *folder.absolute().parents):
+        if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise RunError(f"cannot write the results: {place} is not writable; choose another output_dir")
+            return
+        if place.exists():
+            raise RunError(f"cannot write the results: {place} is not a folder; choose another output_dir")
+
+
+def _load_data(settings: RunSettings) -> tuple[Task, dict[str, Dataset], list[str]]:
+    """The task; splits `train`, `dev`, `test` and those to predict (`predict:NAME`); notes on them."""
+    notes: list[str] = []
+    if settings.task is not None:
+        task = get_task(settings.task)
+        whole = load_task(task, settings.glue_dir, with_test=settings.do_predict)
+        notes += [
+            f"{split} is {note}" for split in ("train", "dev") if (note := split_note(task, split, len(whole[split])))
+        ]
+        predicted = [name for name in whole if name.startswith("test")]
+    else:
+        task, whole = load_files(
+            str(settings.train_file),
+            settings.dev_file,
+            settings.test_file,
+            text_columns=settings.text_columns,
+            label_column=settings.label_column,
+            regression=settings.regression,
+        )
+        predicted = [name for name in ("test",) if settings.do_predict and name in whole]
+        if settings.do_predict and not predicted:
+            raise RunError("do_predict needs a test_file, the rows to predict")
+    train, dev, test = _choose_splits(settings, whole, notes)
+    splits = {"train": train, "dev": dev, "test": test}
+    for name in predicted:
+        splits[f"predict:{name}"] = whole[name].select_columns(list(task.columns))
+    return task, splits, notes
+
+
+def _choose_splits(settings: RunSettings, whole: DatasetDict, notes: list[str]) -> tuple[Dataset, Dataset, Dataset]:
+    """What trains, what chooses the checkpoint, and what is tested once at the end."""
+    dev = whole.get("dev")
+    test = whole["test"] if "test" in whole and "label" in whole["test"].column_names else None
+    if settings.train_samples is None:
+        assert dev is not None, "settings without train_samples have a dev set"
+        if test is None:
+            notes.append("dev = test: the checkpoint was chosen on the data that it is tested on")
+        return whole["train"], dev, dev if test is None else test
+    if dev is not None and test is not None:
+        raise RunError(
+            "with train_samples the dev set is cut from the train file, so dev_file and test_file would both be the "
+            "test set; leave one out"
+        )
+    if dev is None and test is None:
+        raise RunError("the test_file has no labels, so there is nothing to test on; give a labelled dev_file")
+    train, cut = few_shot(whole["train"], settings.train_samples, settings.dev_samples, int(settings.data_seed or 0))
+    scored = dev if test is None else test
+    assert scored is not None
+    return train, cut, scored
+
+
+def _load_tokenizer(settings: RunSettings, place: str, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model's configuration for this task, and its tokenizer."""
+    labels = dict(enumerate(task.label_names)) or {0: "score"}
+    try:
+        config = AutoConfig.from_pretrained(
+            place,
+            num_labels=task.num_labels,
+            id2label=labels,
+            label2id={label: index for index, label in labels.items()},
+            problem_type="regression" if task.is_regression else "single_label_classification",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        kind = "" if os.path.isdir(place) else ", which is no folder here"
+        raise RunError(f"cannot load the model {settings.model!r}{kind}: {_first_line(error)}") from error
+    limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limit = min(limit for limit in limits if limit)
+    if settings.max_length > limit:
+        raise RunError(f"max_length is {settings.max_length}, and {settings.model} takes {limit} tokens; lower it")
+    return config, tokenizer
+
+
+def _weights_sha256(settings: RunSettings, place: str) -> str | None:
+    """SHA-256 of the model's `model.safetensors`, checked against the settings; None if it has no such file."""
+    try:
+        path = cached_file(place, WEIGHTS)
+    except (OSError, ValueError):
+        path = None
+    if path is None:
+        if settings.model_sha256 is not None:
+            raise RunError(f"model_sha256 is given, and {settings.model} has no {WEIGHTS} to check it against")
+        return None
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
+    if settings.model_sha256 not in (None, sha256):
+        raise RunError(
+            f"{path} is not the file that model_sha256 names: its SHA-256 is {sha256}, not {settings.model_sha256}; "
+            "get the right model, or correct model_sha256 if you trust this one"
+        )
+    return sha256
+
+
+def _hash(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _load_model(settings: RunSettings, place: str, config: Any) -> PreTrainedModel:
+    set_seed(settings.seed)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report that the head starts at random, which is the point
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            place, config=config, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunError(f"cannot load the model {settings.model!r}: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    return unipelt.inject(model, settings.config)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Texts as token ids, cut at `max_length`; padding is left to the batch."""
+
+    def tokenize(rows: Mapping[str, list[str]]) -> Mapping[str, Any]:
+        return tokenizer(*[rows[column] for column in task.columns], truncation=True, max_length=max_length)
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return split.map(
+            tokenize,
+            batched=True,
+            remove_columns=[name for name in split.column_names if name != "label"],
+            keep_in_memory=True,
+            load_from_cache_file=False,
+        )
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
