@@ -354,6 +354,26 @@ def test_time_adds_up_over_attempts(killed: Path) -> None:
     assert record["seconds"]["total"] > record["seconds"]["train"] + record["seconds"]["evaluation"]
 
 
+def test_checkpoint_that_is_half_removed_is_not_resumed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(settings(home, tmp_path / "run", keep_checkpoints=True), say=lambda line: None)
+
+    def remove_half(folder: Path, **_: Any) -> None:
+        (folder / "optimizer.pt").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", remove_half)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings(home, tmp_path / "run", overwrite=True), say=lambda line: None)
+    assert not (tmp_path / "run" / "result.json").exists()
+    lines: list[str] = []
+    again = run(settings(home, tmp_path / "run"), say=lines.append)
+    assert again["evaluations"] == first["evaluations"]
+    assert again["attempts"] == 2
+
+
 def test_checkpoints_of_other_data_are_not_resumed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "train.tsv"
     write_sentences(data, 120, seed=1)

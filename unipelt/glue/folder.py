@@ -125,7 +125,9 @@ def begin(settings: RunSettings, folder: Path) -> Progress:
             _remove_checkpoint(checkpoint)
     for name in (MODEL, PREDICTIONS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / PICTURE).unlink(missing_ok=True)
+    for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # drafts of an attempt that was killed
+        for path in folder.glob(name):
+            path.unlink()
     return progress
 
 
