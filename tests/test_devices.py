@@ -518,6 +518,17 @@ def test_compiled_is_eager(method: Any) -> None:
     torch._dynamo.reset()
 
 
+def test_part_of_a_model_may_be_compiled() -> None:
+    """What a compiled part computes is found by the rest, which is not compiled."""
+    model = make_model("unipelt-apl")
+    want = logits(model)
+    torch._dynamo.reset()
+    attention = model.bert.encoder.layer[1].attention
+    attention.forward = torch.compile(attention.forward, backend="aot_eager")
+    torch.testing.assert_close(logits(model), want, atol=1e-6, rtol=0)
+    torch._dynamo.reset()
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     words = ["[PAD]", "[UNK]", *(f"w{number}" for number in range(58))]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
@@ -576,3 +587,17 @@ def test_accelerate(precision: str, tmp_path: Any) -> None:
     assert torch.equal(logits(unipelt.load(tiny_bert(), tmp_path)), logits(plain))
     unipelt.remove(plain)
     assert not any(isinstance(module, Gates) for module in model.modules())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_pass_never_asks_for_a_value(method: Any) -> None:
+    """On the meta device there are no values: `.item()`, `.cpu()` or a tensor made elsewhere is an error."""
+    model = make_model(method).train()
+    model.to("meta")
+    batch = {name: tensor.to("meta") for name, tensor in tiny_batch().items()}
+    mask = batch["attention_mask"][:, None, None, :].bool().expand(3, 1, 9, 9)  # the host looks into 2-D masks
+    loss = model(input_ids=batch["input_ids"], attention_mask=mask, labels=LABELS.to("meta")).loss
+    loss.backward()
+    assert loss.device.type == "meta"
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name

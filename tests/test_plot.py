@@ -13,7 +13,10 @@ from matplotlib.axes import Axes
 
 from unipelt.plot import plot_gates
 
-GATES: dict[str, Any] = {"adapter": torch.tensor([[0.1, 0.9], [0.3, 0.7]]), "prefix": np.array([[0.5, 0.5], [0.5, 0.7]])}
+GATES: dict[str, Any] = {
+    "adapter": torch.tensor([[0.1, 0.9], [0.3, 0.7]]),
+    "prefix": np.array([[0.5, 0.5], [0.5, 0.7]]),
+}
 
 
 def test_cells_hold_the_means_on_a_fixed_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

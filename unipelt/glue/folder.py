@@ -149,8 +149,8 @@ def mark(folder: Path, step: int, digest: str, *, finished: bool) -> None:
 
 def newest_checkpoint(folder: Path, digest: str) -> Path | None:
     """The last complete checkpoint of the run with that digest; None if there is none."""
-    found = [checkpoint for checkpoint in _checkpoints(folder) if _read_marker(checkpoint).get("digest") == digest]
-    return max(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
+    found = (checkpoint for checkpoint in _checkpoints(folder) if _read_marker(checkpoint).get("digest") == digest)
+    return next(found, None)
 
 
 def is_final(checkpoint: Path) -> bool:
@@ -178,7 +178,9 @@ def clean(folder: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / CHECKPOINTS).glob("checkpoint-*"))
+    """Newest first; also the order of removal, since a checkpoint needs the best one, which is never newer."""
+    found = (folder / CHECKPOINTS).glob("checkpoint-*")
+    return sorted(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), reverse=True)
 
 
 def _remove_checkpoint(checkpoint: Path) -> None:
