@@ -189,19 +189,20 @@ def test_removing_from_a_copy_leaves_the_original_injected(method: Any) -> None:
     assert torch.equal(logits(again), want)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", FULL, ids=str)
-def test_copies_do_not_mix_masks(method: Any) -> None:
-    """Interleaved passes over a model and its copy, before either goes backward."""
+def test_copies_do_not_mix(method: Any, reentrant: bool) -> None:
+    """Passes over a model and its copy, other weights and masks, before layers are computed again."""
     model = make_model(method).train()
     copied = copy.deepcopy(model)
-    batches = tiny_batch(), tiny_batch(1, lengths=(2, 3, 9))
-    want = [gradients(model, batch) for batch in batches]
-    for each in (model, copied):
+    shake(copied, seed=9)
+    pairs = (model, tiny_batch()), (copied, tiny_batch(1, lengths=(2, 3, 9)))
+    want = [gradients(each, batch) for each, batch in pairs]
+    for each, _ in pairs:
         each.zero_grad()
-        checkpoint_activations(each, False)
-    loss = [each(**batch, labels=LABELS).loss for each, batch in zip((model, copied), batches, strict=True)]
-    torch.stack(loss).sum().backward()
-    for each, expected in zip((model, copied), want, strict=True):
+        checkpoint_activations(each, reentrant)
+    torch.stack([each(**batch, labels=LABELS).loss for each, batch in pairs]).sum().backward()
+    for (each, _), expected in zip(pairs, want, strict=True):
         assert_close({n: p.grad for n, p in each.named_parameters() if p.requires_grad}, expected)
 
 

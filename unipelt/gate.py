@@ -21,7 +21,8 @@ class Slot:
 
     Attention is the one place that sees the layer's mask and input on every pass, the recomputation of gradient
     checkpointing included, so what depends on them is put here there and taken where it is used. Each thread has its
-    own: a model may serve several at once, and the replicas of `nn.DataParallel` share this object.
+    own: a model may serve several at once, and the replicas of `nn.DataParallel` share this object. (A model of which
+    attention alone is compiled serves one at a time.)
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,9 @@ class Slot:
 
     def take(self) -> Tensor | None:
         """The value that was put, once. Raises `KeyError` outside a pass of the layer."""
-        return self._values.pop(_thread())
+        thread = _thread()
+        # where attention alone is compiled, it leaves its values under 0
+        return self._values.pop(thread if thread in self._values else 0)
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()  # a copy is empty

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from unipelt.checkpoint import write_whole
 from unipelt.glue.data import split_note
 from unipelt.glue.tasks import TASKS, Task
 
@@ -56,7 +56,7 @@ def write_predictions(
     path = Path(folder) / files[split]
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = "".join(f"{index}\t{word}\n" for index, word in enumerate(words))
-    _write_whole(path, f"index\tprediction\n{rows}")
+    write_whole(path, f"index\tprediction\n{rows}".encode())
     return path
 
 
@@ -80,17 +80,3 @@ def _spell(task: Task, predictions: Sequence[int] | Sequence[float] | np.ndarray
         row = int(bad.argmax())
         raise ValueError(f"prediction {row} is {values[row]}; {task.name} has the class ids 0 to {task.num_labels - 1}")
     return [task.file_labels[index] for index in ids]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file in one step: a reader sees the old file or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        with open(draft, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
