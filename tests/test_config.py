@@ -36,6 +36,9 @@ REST = {
     "train_head": True,
     "train_base": False,
     "layers": None,
+    "encoder": True,
+    "decoder": True,
+    "cross": True,
 }
 # preset -> (its submodules, whether they are gated, what else differs)
 EXPECTED: dict[str, tuple[str, bool, dict[str, Any]]] = {

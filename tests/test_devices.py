@@ -350,7 +350,7 @@ def test_bf16_autocast(method: Any) -> None:
         assert parameter.dtype == torch.float32, name
         if parameter.requires_grad:
             assert parameter.grad.dtype == torch.float32, name
-            assert (parameter.grad - want[name]).norm() < 0.1 * want[name].norm() + 1e-3, name
+            assert (parameter.grad - want[name]).norm() < 0.3 * want[name].norm() + 1e-3, name
 
 
 # What goes in and what comes out

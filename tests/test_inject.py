@@ -19,9 +19,9 @@ from transformers import (
 
 import unipelt
 import unipelt.inject
-from unipelt.adapter import Adapter, AdapterNorm
+from unipelt.adapter import Adapter
 from unipelt.gate import Gates, token_weights
-from unipelt.lora import LoRALinear
+from unipelt.lora import LoRA
 from unipelt.prefix import Prefix, PrefixNetwork
 
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
@@ -79,12 +79,13 @@ def test_every_layer_carries_what_the_config_says() -> None:
     model: Any = unipelt.inject(tiny_bert(), "unipelt-apl")
     for layer in model.bert.encoder.layer:
         attention = layer.attention.self
-        assert type(attention.query) is type(attention.value) is LoRALinear
-        assert type(attention.key) is torch.nn.Linear
+        assert type(attention.query.lora_query) is type(attention.value.lora_value) is LoRA
+        assert not list(attention.key.children())
         assert type(attention.prefix) is Prefix
         assert attention.gates.names == ("prefix", "lora_query", "lora_value")
-        assert type(layer.output.LayerNorm) is AdapterNorm
-        assert type(layer.attention.output.LayerNorm) is torch.nn.LayerNorm
+        assert type(layer.output.LayerNorm.adapter) is Adapter
+        assert layer.output.LayerNorm.adapter.gates.names == ("adapter",)  # type: ignore[union-attr]
+        assert not list(layer.attention.output.LayerNorm.children())
     assert type(model.bert.encoder.prefix_network) is PrefixNetwork
 
 
@@ -110,10 +111,10 @@ def test_initialisation() -> None:
     for linear in (adapter.down, adapter.up, network.w1, network.w2):
         assert not linear.bias.any()
     assert abs(adapter.up.weight.std().item() - 0.02) < 2e-3
-    query = layer.attention.self.query
-    assert not query.lora_B.any()
+    query = layer.attention.self.query.lora_query
+    assert not query.B.any()
     bound = (1 / 256) ** 0.5  # Kaiming-uniform, a = sqrt(5): sqrt(6 / ((1 + 5) fan_in))
-    assert bound * 0.97 < query.lora_A.abs().max() <= bound
+    assert bound * 0.97 < query.A.abs().max() <= bound
     with unipelt.record_gates(model) as gates:
         logits(model, tiny_batch())
     assert all((values - 0.5).abs().max() < 0.25 for values in gates.values())
@@ -249,14 +250,14 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
     before, attributes = state(model), [set(vars(module)) for module in model.modules()]
     calls = []
 
-    def fail(self: LoRALinear, config: object) -> None:
+    def fail(self: LoRA, *args: Any) -> None:
         calls.append(self)
         if len(calls) == 4:
             raise MemoryError("no room")
-        original(self, config)  # type: ignore[arg-type]
+        original(self, *args)
 
-    original = LoRALinear.add_low_rank
-    monkeypatch.setattr(LoRALinear, "add_low_rank", fail)
+    original = LoRA.__init__
+    monkeypatch.setattr(LoRA, "__init__", fail)
     with pytest.raises(MemoryError):
         unipelt.inject(model, "unipelt-apl")
     assert len(calls) == 4

@@ -138,7 +138,7 @@ def test_counts_read_well_and_need_an_injection() -> None:
 OURS = {
     "adapter": (".output.LayerNorm.adapter.",),
     "prefix": ("prefix_network.",),
-    "lora": (".lora_A", ".lora_B"),
+    "lora": (".lora_query.A", ".lora_query.B", ".lora_value.A", ".lora_value.B"),
 }
 
 

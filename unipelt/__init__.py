@@ -11,6 +11,7 @@ from unipelt.config import (
     UniPELTConfig,
     resolve,
 )
+from unipelt.families import Attention, Family, Stack, register_family
 from unipelt.inject import InjectionError, inject, remove
 from unipelt.parameters import ParameterCounts, parameter_counts
 from unipelt.record import GateRecord, record_gates
@@ -21,14 +22,17 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "AdapterConfig",
+    "Attention",
     "CheckpointError",
     "ConfigError",
+    "Family",
     "GateConfig",
     "GateRecord",
     "InjectionError",
     "LoRAConfig",
     "ParameterCounts",
     "PrefixConfig",
+    "Stack",
     "UniPELTConfig",
     "from_pretrained",
     "inject",
@@ -36,6 +40,7 @@ __all__ = [
     "load_release_state_dict",
     "parameter_counts",
     "record_gates",
+    "register_family",
     "release_state_dict",
     "remove",
     "resolve",

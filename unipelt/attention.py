@@ -1,10 +1,14 @@
 """What happens at the entry of a layer's attention, the one place that has the layer's input, its mask and its keys.
 
-Two free functions that read only the module they are given, so that copies and replicas of a model stay correct:
-`enter_attention`, a forward pre-hook that computes the gates, and `attend`, an attention function in Transformers'
-own registry that puts the prefix in front of the keys and values and hands on to the model's attention.
+Free functions that read only the module they are given, so that copies and replicas of a model stay correct:
+`enter_attention`, a forward pre-hook that computes the gates; `attend`, an attention function in Transformers' own
+registry that puts the prefix in front of the keys and values and hands on to the model's attention.
 
-Shapes: B examples, H heads, T tokens, d head size.
+An attention outside that registry is given a text that is longer by the prefix instead, the first keys and values of
+which are the prefix's (`insert_prefix`, a forward hook of its projections), and loses the first queries again
+(`leave_attention`, its forward hook).
+
+Shapes: B examples, H heads (of queries, or of keys and values), T queries, S keys, d head size, L prefix length.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from unipelt.gate import Gates, Slot, token_weights
@@ -24,61 +29,126 @@ ATTENTION = "unipelt"
 BACK_ENDS = ("eager", "sdpa")
 
 
+@dataclass(frozen=True)
+class Argument:
+    """One argument of an attention's forward: its name, and its place among the positional ones if it has one."""
+
+    name: str
+    place: int | None
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What was given, or None."""
+        if self.place is not None and len(args) > self.place:
+            return args[self.place]
+        return kwargs.get(self.name)
+
+    def write(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> None:
+        """Put `value` in its place."""
+        if self.place is not None and len(args) > self.place:
+            args[self.place] = value
+        else:
+            kwargs[self.name] = value
+
+
 @dataclass
 class Site:
     """What an attention module that carries submodules remembers.
 
     Attributes:
-        targets: for each of its gates, the attribute of the attention that the gate scales.
-        mask_index: place of `attention_mask` among the positional arguments of the attention's forward.
+        targets: for each of its gates, the path from the attention to the submodule that the gate scales.
+        hidden, mask: the arguments with the states and the mask.
         masked: whether the layer's gates average over real tokens only.
         tokens: takes the token weights to the layer's adapter; None where no gate there wants them.
         config: the host's own configuration, where a prefix had to put another in its place.
+        bias: the argument added to the logits besides the mask, where the prefix lengthens the text.
+        inserts: where it does, what takes its keys and its values to the two projections; else empty.
     """
 
-    targets: tuple[str, ...]
-    mask_index: int
+    targets: tuple[tuple[str, ...], ...]
+    hidden: Argument
+    mask: Argument
     masked: bool
     tokens: Slot | None
     config: PreTrainedConfig | None = None
+    bias: Argument | None = None
+    inserts: tuple[Slot, ...] = ()
 
 
-def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Compute the gates that read the attention's input and hand each to what it scales."""
+def enter_attention(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: compute the gates that read the attention's input and hand each to what it scales."""
     site: Site = attention.unipelt_site
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    hidden: Tensor = site.hidden.read(args, kwargs)
     weights = None
     if site.masked:
-        mask = kwargs.get("attention_mask", args[site.mask_index] if len(args) > site.mask_index else None)
-        weights = token_weights(mask, hidden.shape[0])
+        weights = token_weights(site.mask.read(args, kwargs), hidden.shape[0])
         if site.tokens is not None:
             site.tokens.put(weights)
     gates: Gates | None = attention.gates
-    if gates is None:
-        return
-    values = gates(hidden, weights).unbind(dim=1)
-    for target, value in zip(site.targets, values, strict=True):
-        getattr(attention, target).gate.put(value)
+    if gates is not None:
+        for path, value in zip(site.targets, gates(hidden, weights).unbind(dim=-1), strict=True):
+            scaled = attention
+            for name in path:
+                scaled = getattr(scaled, name)
+            scaled.gate.put(value)
+    if site.inserts:
+        return _lengthen(attention, site, hidden, list(args), dict(kwargs))
+    return None
 
 
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over the layer's prefix and its own keys, by the model's own attention function.
+    """Attention over a prefix and the module's own keys, by the model's own attention function.
 
     Args:
         module: the attention.
         query: (B, H, T, d).
-        key: (B, H, T, d).
-        value: (B, H, T, d).
+        key: (B, H, S, d).
+        value: (B, H, S, d).
         attention_mask: as the model's own attention function takes it.
-        kwargs: likewise.
+        kwargs: likewise; `position_bias`, (B or 1, H, T, S), gets columns of zeros for the prefix.
 
     Returns:
-        As the model's own attention function: output (B, T, H, d), and weights (B, H, T, L + T) or None.
+        As the model's own attention function: output (B, T, H, d), and weights (B, H, T, L + S) or None.
     """
-    key, value, attention_mask = module.prefix.attach(key, value, attention_mask)
-    return _host_attention(module)(module, query, key, value, attention_mask, **kwargs)
+    name, function = _host_attention(module)
+    bias: Tensor | None = kwargs.get("position_bias")
+    tokens = query.shape[2]
+    if attention_mask is None and name == "sdpa" and tokens > 1 and _is_causal(module, kwargs):
+        # sdpa would take it for granted that keys start where queries do, and cut off what is longer (the unused
+        # end of a static cache). With a prefix in front that is no longer so, and the mask has to be said.
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+        bias = None if bias is None else bias[..., :tokens]
+        attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    prefix = module.prefix
+    gate = prefix.take_gate()
+    batch, heads, keys, size = key.shape
+    rows = prefix.rows(batch, key.dtype, gate).unflatten(-1, (heads, size)).transpose(2, 3)
+    if bias is not None:
+        kwargs["position_bias"] = nn.functional.pad(bias, (prefix.length, 0))
+    return function(
+        module,
+        query,
+        torch.cat([rows[0], key], dim=2),
+        torch.cat([rows[1], value], dim=2),
+        prefix.columns(attention_mask, key.dtype, keys, gate),
+        **kwargs,
+    )
+
+
+def insert_prefix(projection: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """Forward hook of a key or value projection: (B, L + S, W), the first L of which become the prefix's."""
+    rows = projection.unipelt_rows.take()
+    return torch.cat([rows.to(out.dtype), out[:, rows.shape[1] :]], dim=1)
+
+
+def leave_attention(attention: Any, args: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward hook of an attention whose text was longer: output (B, T, D), and weights (B, H, T, L + T) or None."""
+    length = attention.prefix.length
+    weights = tuple(other if other is None else other[:, :, length:] for other in outputs[1:])
+    return (outputs[0][:, length:], *weights)
 
 
 def redirect(attention: Any) -> PreTrainedConfig:
@@ -94,6 +164,13 @@ def redirect(attention: Any) -> PreTrainedConfig:
     return host
 
 
+def uses_interface(attention: Any) -> bool:
+    """Whether a module's code goes through Transformers' attention interface, where a prefix can enter."""
+    names = vars(sys.modules[type(attention).__module__]).values()
+    known = any(value is AttentionInterface or isinstance(value, AttentionInterface) for value in names)
+    return known and isinstance(getattr(attention, "config", None), PreTrainedConfig)
+
+
 def check_back_end(name: str | None) -> None:
     """Raise `ValueError` for an attention back-end that a prefix does not support."""
     if name not in BACK_ENDS:
@@ -103,14 +180,39 @@ def check_back_end(name: str | None) -> None:
         )
 
 
-def _host_attention(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _host_attention(module: Any) -> tuple[str, Callable[..., tuple[Tensor, Tensor | None]]]:
     site: Site = module.unipelt_site
     assert site.config is not None
     name = site.config._attn_implementation
     check_back_end(name)
     if name == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return AttentionInterface()[name]
+        return name, sys.modules[type(module).__module__].eager_attention_forward
+    return name, AttentionInterface()[name]
+
+
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """As Transformers' sdpa decides it."""
+    said = kwargs.get("is_causal")
+    return getattr(module, "is_causal", True) if said is None else said
+
+
+def _lengthen(
+    attention: Any, site: Site, hidden: Tensor, args: list[Any], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments for a text with L more tokens in front, and the prefix on its way to the projections."""
+    prefix = attention.prefix
+    gate, length = prefix.take_gate(), prefix.length
+    for slot, rows in zip(site.inserts, prefix.rows(hidden.shape[0], hidden.dtype, gate), strict=True):
+        slot.put(rows)
+    assert site.bias is not None
+    mask = prefix.columns(site.mask.read(tuple(args), kwargs), hidden.dtype, hidden.shape[1], gate)
+    bias = site.bias.read(tuple(args), kwargs)
+    if mask is not None and mask.shape[2] > 1:
+        mask = nn.functional.pad(mask, (0, 0, length, 0))
+    site.hidden.write(args, kwargs, nn.functional.pad(hidden, (0, 0, length, 0)))
+    site.mask.write(args, kwargs, mask)
+    site.bias.write(args, kwargs, None if bias is None else nn.functional.pad(bias, (length, 0, length, 0)))
+    return tuple(args), kwargs
 
 
 AttentionInterface.register(ATTENTION, attend)

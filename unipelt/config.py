@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 import types
 from collections.abc import Mapping
@@ -53,6 +54,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} must be one of {', '.join(map(repr, choices))}, not {value!r}")
         return value
     if origin is tuple:
+        if choices[0] is int and isinstance(value, (range, str)):
+            value = _indices(value, where)
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} must be a list, not {value!r}")
         return tuple(_convert(choices[0], item, where) for item in value)
@@ -63,6 +66,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ConfigError(f"{where} must be a {'finite number' if hint is float else hint.__name__}, not {value!r}")
     return value
+
+
+def _indices(value: range | str, where: str) -> list[int]:
+    """The integers of a range, or of text such as "6-11", both ends included."""
+    if isinstance(value, range):
+        return list(value)
+    match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", value)
+    if match is None:
+        raise ConfigError(f'{where} must be a list of integers or text such as "0-5", not {value!r}')
+    return list(range(int(match[1]), int(match[2]) + 1))
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class PrefixConfig:
         gate: whether a gate scales the prefix.
         gating: how the gate acts. `scale` multiplies prefix keys and values (the paper; a closed gate still takes
             softmax mass, footnote 3); `mass` adds `log g` to the prefix's attention logits, so that a closed gate
-            is exactly the model without prefix.
+            is exactly the model without prefix. In causal attention it is always `mass`, a gate for each query.
     """
 
     length: int = 10
@@ -127,7 +140,8 @@ class GateConfig:
 
     Attributes:
         pooling: `masked_mean` averages over the tokens that are not padding; `mean` averages over all of them, as
-            the authors' release does, so that a prediction depends on how its batch was padded.
+            the authors' release does, so that a prediction depends on how its batch was padded. In causal layers
+            there is one number a token whatever this says: a mean would see the future.
     """
 
     pooling: Literal["masked_mean", "mean"] = "masked_mean"
@@ -146,7 +160,11 @@ class UniPELTConfig:
         gate: how gates pool.
         train_head: whether the head trains, with every part of the model that its checkpoint did not hold.
         train_base: every weight of the base trains (full fine-tuning).
-        layers: indices of the layers that carry submodules; `None` for all.
+        layers: indices of the layers that carry submodules: a list, a `range`, text such as "6-11" (both ends
+            included), or `None` for all. With an encoder and a decoder, they are of each.
+        encoder: whether layers that look both ways carry submodules.
+        decoder: whether causal layers carry submodules in their self-attention and feed-forward network.
+        cross: whether a decoder's attention to the encoder carries a prefix and LoRA.
     """
 
     adapter: AdapterConfig | None = AdapterConfig()
@@ -157,6 +175,9 @@ class UniPELTConfig:
     train_head: bool = True
     train_base: bool = False
     layers: tuple[int, ...] | None = None
+    encoder: bool = True
+    decoder: bool = True
+    cross: bool = True
 
     def __post_init__(self) -> None:
         _check(self)

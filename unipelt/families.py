@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention module, and where it keeps its projections.
+
+    It is called with the states that its query projection reads, as the first argument or by the name `hidden`, and,
+    where a prefix is to enter, hands queries, keys and values to Transformers' attention interface
+    (`ALL_ATTENTION_FUNCTIONS`), by the name that its own `config._attn_implementation` gives.
+
+    Attributes:
+        path: from a layer.
+        query, value: paths of the projections, from the attention; equal where one module holds both.
+        fused: what the module at `value` computes, if more than values. `qkv`: queries, keys and values side by side;
+            `kv`: keys and values; `heads`: queries, keys and values of one head, then of the next.
+        key: path of the key projection, for an attention that does not use the interface and whose logits know
+            positions only by what it is given (`bias`, the mask). A prefix then makes its text longer.
+        bias: where `key` is given, the argument that is added to the logits besides the mask.
+        hidden: name of the argument with the states.
+        mask: name of the argument with the mask.
+        query_serves_positions: the query projection is called again in a pass, on relative positions; a gated update,
+            which belongs to a text, keeps out of that.
+    """
+
+    path: str
+    query: str
+    value: str
+    fused: Literal["", "qkv", "kv", "heads"] = ""
+    key: str = ""
+    bias: str = ""
+    hidden: str = "hidden_states"
+    mask: str = "attention_mask"
+    query_serves_positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -10,27 +45,225 @@ class Stack:
     """A stack of Transformer layers, and where each layer keeps what submodules attach to.
 
     Attributes:
-        layers: path of the list of layers, from the base model.
-        attention: path of the self-attention, from a layer; it is called with the states that its projections read,
-            and calls Transformers' attention interface.
-        query, value: names of the projections, in the attention.
-        norm: path of the LayerNorm after the feed-forward network, from a layer; its input is output plus residual.
+        layers: path of the list of layers, from the base model; `*` stands for every item of a list.
+        attention: the self-attention.
+        norm: path of the normalisation whose input is the feed-forward network's output plus its residual, from a
+            layer (post-LN); or
+        output: path of the module whose output the feed-forward network adds to its residual (pre-LN).
+        causal: whether a token sees only those before it.
+        cross: the attention to another stack's output, if there is one.
     """
 
     layers: str
-    attention: str
-    query: str
-    value: str
-    norm: str
+    attention: Attention
+    norm: str = ""
+    output: str = ""
+    causal: bool = False
+    cross: Attention | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.norm) == bool(self.output):
+            raise ValueError("a Stack has either norm (post-LN) or output (pre-LN), not both and not neither")
 
 
-_BERT = Stack("encoder.layer", "attention.self", "query", "value", "output.LayerNorm")
+@dataclass(frozen=True)
+class Family:
+    """An architecture.
 
-FAMILIES: dict[str, Stack] = {
+    Attributes:
+        stacks: one, or an encoder and then a decoder.
+        refused: submodule (`adapter`, `prefix`, `lora`) -> why this architecture cannot take it.
+    """
+
+    stacks: tuple[Stack, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def register_family(model_type: str, *stacks: Stack, refused: Mapping[str, str] | None = None) -> Family:
+    """Describe an architecture, so that `unipelt.inject` takes models whose `config.model_type` is `model_type`.
+
+    A model of your own, not in Transformers: a `PreTrainedModel` whose attention calls Transformers' attention
+    interface (`examples/own_model.py` is a whole one).
+
+        unipelt.register_family(
+            "mine", unipelt.Stack("blocks", unipelt.Attention("attn", "q", "v"), output="mlp", causal=True)
+        )
+
+    Args:
+        model_type: of the configuration.
+        stacks: one, or an encoder and then a decoder.
+        refused: submodule (`adapter`, `prefix`, `lora`) -> why this architecture cannot take it.
+
+    Returns:
+        The description. Paths are checked when a model is injected.
+
+    Raises:
+        ValueError: the name is taken by another description, or the description cannot be meant.
+    """
+    if not stacks or len(stacks) > 2:
+        raise ValueError(f"an architecture has one stack, or an encoder and a decoder; {len(stacks)} were given")
+    family = Family(tuple(stacks), dict(refused or {}))
+    if unknown := family.refused.keys() - {"adapter", "prefix", "lora"}:
+        raise ValueError(f"refused names submodules (adapter, prefix, lora), not {sorted(unknown)[0]!r}")
+    if FAMILIES.get(model_type, family) != family:
+        raise ValueError(f"{model_type!r} is described already, and otherwise")
+    FAMILIES[model_type] = family
+    return family
+
+
+def describe_unknown(model_type: str) -> str:
+    """What to tell the owner of a model that has no description."""
+    return (
+        f"there is no description of {model_type!r} models; supported are {', '.join(FAMILIES)}. "
+        "Describe a new one by where its parts are: "
+        f'unipelt.register_family("{model_type}", unipelt.Stack("layers", unipelt.Attention("self_attn", "q_proj", '
+        '"v_proj"), output="mlp", causal=True)); help(unipelt.register_family) says more'
+    )
+
+
+OWN_ATTENTION = (
+    "this attention computes its own softmax rather than through Transformers' attention interface, so there is no "
+    "place at which a prefix could enter"
+)
+DISENTANGLED = (
+    "disentangled attention scores every key by its relative position to the query, and a prefix has no position"
+)
+
+
+def _bert_like(attention: Attention, *, norm: str = "", output: str = "") -> Family:
+    cross = Attention("crossattention.self", attention.query, attention.value)
+    return Family((Stack("encoder.layer", attention, norm, output, cross=cross),))
+
+
+def _bart_like(*, norm: str = "", output: str = "") -> Family:
+    own, cross = Attention("self_attn", "q_proj", "v_proj"), Attention("encoder_attn", "q_proj", "v_proj")
+    encoder = Stack("encoder.layers", own, norm, output)
+    return Family((encoder, Stack("decoder.layers", own, norm, output, causal=True, cross=cross)))
+
+
+def _decoder(layers: str, attention: Attention, output: str, cross: Attention | None = None) -> Family:
+    return Family((Stack(layers, attention, output=output, causal=True, cross=cross),))
+
+
+_SELF = Attention("attention.self", "query", "value")
+_T5_SELF = Attention("layer.0.SelfAttention", "q", "v", mask="mask")
+_T5_CROSS = Attention("layer.1.EncDecAttention", "q", "v", mask="mask")
+_LLAMA = Attention("self_attn", "q_proj", "v_proj")
+
+_BERT = _bert_like(_SELF, norm="output.LayerNorm")
+_BERT_PRE_LN = _bert_like(_SELF, output="output.dense")
+_BART = _bart_like(norm="final_layer_norm")
+_BART_PRE_LN = _bart_like(output="fc2")
+_T5 = Family(
+    (
+        Stack("encoder.block", _T5_SELF, output="layer.1.DenseReluDense"),
+        Stack("decoder.block", _T5_SELF, output="layer.2.DenseReluDense", causal=True, cross=_T5_CROSS),
+    )
+)
+_LLAMA_LIKE = _decoder("layers", _LLAMA, "mlp")
+_GEMMA_LIKE = _decoder("layers", _LLAMA, "post_feedforward_layernorm")
+
+FAMILIES: dict[str, Family] = {
+    # encoders
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "camembert": _BERT,
     "electra": _BERT,
+    "data2vec-text": _BERT,
+    "ernie": _BERT,
+    "roberta-prelayernorm": _BERT_PRE_LN,
+    "xlm-roberta-xl": _BERT_PRE_LN,
+    "distilbert": Family(
+        (Stack("transformer.layer", Attention("attention", "q_lin", "v_lin"), norm="output_layer_norm"),)
+    ),
+    "albert": Family(
+        (
+            Stack(
+                "encoder.albert_layer_groups.*.albert_layers",
+                Attention("attention", "query", "value"),
+                norm="full_layer_layer_norm",
+            ),
+        )
+    ),
+    "mpnet": Family(
+        (
+            Stack(
+                "encoder.layer",
+                Attention("attention.attn", "q", "v", key="k", bias="position_bias"),
+                norm="output.LayerNorm",
+            ),
+        )
+    ),
+    "deberta": Family(
+        (
+            Stack(
+                "encoder.layer",
+                Attention("attention.self", "in_proj", "in_proj", fused="heads"),
+                norm="output.LayerNorm",
+            ),
+        ),
+        {"prefix": DISENTANGLED},
+    ),
+    "deberta-v2": Family(
+        (
+            Stack(
+                "encoder.layer",
+                Attention("attention.self", "query_proj", "value_proj", query_serves_positions=True),
+                norm="output.LayerNorm",
+            ),
+        ),
+        {"prefix": DISENTANGLED},
+    ),
+    "modernbert": Family((Stack("layers", Attention("attn", "Wqkv", "Wqkv", fused="qkv"), output="mlp"),)),
+    # encoder and decoder
+    "bart": _BART,
+    "marian": _BART,
+    "plbart": _BART,
+    "mbart": _BART_PRE_LN,
+    "pegasus": _BART_PRE_LN,
+    "m2m_100": _BART_PRE_LN,
+    "blenderbot": _BART_PRE_LN,
+    "t5": _T5,
+    "mt5": _T5,
+    "umt5": _T5,
+    # decoders
+    "gpt2": _decoder(
+        "h",
+        Attention("attn", "c_attn", "c_attn", fused="qkv"),
+        "mlp",
+        cross=Attention("crossattention", "q_attn", "c_attn", fused="kv", mask="encoder_attention_mask"),
+    ),
+    "gpt_neox": _decoder("layers", Attention("attention", "query_key_value", "query_key_value", fused="heads"), "mlp"),
+    "gptj": Family(
+        (Stack("h", Attention("attn", "q_proj", "v_proj"), output="mlp", causal=True),), {"prefix": OWN_ATTENTION}
+    ),
+    "bloom": Family(
+        (
+            Stack(
+                "h",
+                Attention("self_attention", "query_key_value", "query_key_value", fused="heads"),
+                output="mlp.dense_4h_to_h",
+                causal=True,
+            ),
+        ),
+        {"prefix": OWN_ATTENTION},
+    ),
+    "opt": _decoder("decoder.layers", _LLAMA, "fc2"),
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma": _LLAMA_LIKE,
+    "gemma2": _GEMMA_LIKE,
+    "gemma3_text": _GEMMA_LIKE,
+    "olmo2": _GEMMA_LIKE,
+    "phi": _LLAMA_LIKE,
+    "phi3": _decoder("layers", Attention("self_attn", "qkv_proj", "qkv_proj", fused="qkv"), "mlp"),
+    "starcoder2": _LLAMA_LIKE,
+    "stablelm": _LLAMA_LIKE,
+    "granite": _LLAMA_LIKE,
+    "cohere": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE,
 }
 """By `config.model_type`."""

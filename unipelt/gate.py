@@ -22,7 +22,7 @@ class Slot:
     Attention is the one place that sees the layer's mask and input on every pass, the recomputation of gradient
     checkpointing included, so what depends on them is put here there and taken where it is used. Each thread has its
     own: a model may serve several at once, and the replicas of `nn.DataParallel` share this object. (A model of which
-    attention alone is compiled serves one at a time.)
+    a part alone is compiled serves one at a time.)
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,14 @@ class Slot:
     def take(self) -> Tensor | None:
         """The value that was put, once. Raises `KeyError` outside a pass of the layer."""
         thread = _thread()
-        # where attention alone is compiled, it leaves its values under 0
-        return self._values.pop(thread if thread in self._values else 0)
+        if thread not in self._values and self._values:
+            # of attention and what uses its values, one is compiled and the other is not
+            thread = next(iter(self._values))
+        return self._values.pop(thread)
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to take."""
+        return not self._values
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()  # a copy is empty
@@ -48,20 +54,28 @@ def _thread() -> int:
 
 
 class Gates(nn.Module):
-    """The gates that read one input: `g = sum_t m_t sigmoid(w x_t + b)`, one number an example (paper, section 3.2).
+    """The gates that read one input.
+
+    Where attention looks both ways, a gate is one number an example (paper, section 3.2):
+
+        g = sum_t m_t sigmoid(w x_t + b)
 
     `m` are the token weights: 1 / (number of real tokens) on real tokens under `masked_mean`, 1 / T under `mean`.
+    Where it is causal, such an average would see the future, and a gate is one number a token:
+
+        g_t = sigmoid(w x_t + b)
 
     Attributes:
         names: the name of each gate, in the order of the rows.
         weight: (G, D), one row a gate.
         bias: (G,).
+        pooling: `masked_mean`, `mean`, or `token` for a number a token.
     """
 
-    def __init__(self, hidden: int, names: tuple[str, ...], config: GateConfig, like: Tensor) -> None:
+    def __init__(self, hidden: int, names: tuple[str, ...], config: GateConfig, like: Tensor, *, causal: bool) -> None:
         super().__init__()
         self.names = names
-        self.pooling = config.pooling
+        self.pooling: str = "token" if causal else config.pooling
         self.weight = nn.Parameter(torch.empty(len(names), hidden, dtype=like.dtype, device=like.device))
         self.bias = nn.Parameter(torch.zeros(len(names), dtype=like.dtype, device=like.device))
         nn.init.normal_(self.weight, std=INITIAL_STD)
@@ -70,16 +84,18 @@ class Gates(nn.Module):
         """Gate values.
 
         Args:
-            x: (B, T, D).
+            x: (B, T, D); with a number a token, of any shape (..., D).
             weights: (B, T) token weights that sum to 1 over an example, or None for the mean over all tokens.
 
         Returns:
-            (B, G), each in (0, 1).
+            (B, 1, G), or (..., G) with a number a token; each in (0, 1).
         """
         open_ = torch.sigmoid(nn.functional.linear(x, self.weight, self.bias))
+        if self.pooling == "token":
+            return open_
         if weights is None:
-            return open_.mean(dim=1)
-        return torch.bmm(weights.to(open_.dtype).unsqueeze(1), open_).squeeze(1)
+            return open_.mean(dim=1, keepdim=True)
+        return torch.bmm(weights.to(open_.dtype).unsqueeze(1), open_)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -99,9 +115,17 @@ def token_weights(attention_mask: Tensor | None, batch: int) -> Tensor | None:
 
     Returns:
         (B, T) float32 weights that sum to 1 over an example, or None where every token is real.
+
+    Raises:
+        ValueError: the mask is not a tensor (flex attention's block masks).
     """
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"gates that average over a text cannot read a {type(attention_mask).__name__} (flex attention); "
+            "call model.set_attn_implementation('sdpa')"
+        )
     mask = attention_mask
     if mask.is_floating_point():
         mask = mask > torch.finfo(mask.dtype).min / 2

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from unipelt.adapter import Adapter, AdapterNorm
-from unipelt.attention import Site, check_back_end, enter_attention, redirect
+from unipelt.adapter import Adapter, adapt_norm, adapt_output
+from unipelt.attention import (
+    Argument,
+    Site,
+    check_back_end,
+    enter_attention,
+    insert_prefix,
+    leave_attention,
+    redirect,
+    uses_interface,
+)
 from unipelt.config import UniPELTConfig, resolve
-from unipelt.families import FAMILIES, Stack
+from unipelt.families import FAMILIES, Attention, Stack, describe_unknown
 from unipelt.gate import Gates, Slot
-from unipelt.lora import LoRALinear
+from unipelt.lora import NAMES, LoRA, Rows, add_low_rank
 from unipelt.parameters import (
     Injection,
+    bias_names,
     head_names,
     injection_of,
     kept_names,
@@ -36,17 +48,56 @@ class InjectionError(ValueError):
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """One layer's places, found and checked before anything is changed.
+class _Projection:
+    """A projection: the module, and which of its outputs are meant. Host modules take attributes, hence `Any`."""
 
-    Host modules take attributes that their types do not declare, hence `Any`.
+    module: Any
+    path: str
+    inputs: int
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One attention's places, found and checked before anything is changed."""
+
+    module: Any
+    described: Attention
+    query: _Projection
+    value: _Projection
+    key: Any = None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's places, found and checked before anything is changed; None for what the configuration leaves out.
+
+    `adapted` is the norm after the feed-forward network (post-LN) or what the network adds to its residual (pre-LN).
     """
 
     module: Any
-    attention: Any
-    query: Any
-    value: Any
-    norm: Any
+    attention: _Attention | None
+    cross: _Attention | None
+    adapted: Any
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A stack, as it was found in a model.
+
+    Attributes:
+        owner: the module that owns the list of layers; it owns the networks of their prefixes too.
+        layers: those that carry submodules, by index.
+        causal: whether a token sees only those before it.
+        label, cross_label: what the names of gates start with.
+    """
+
+    stack: Stack
+    owner: Any
+    layers: Mapping[int, _Layer]
+    causal: bool
+    label: str
+    cross_label: str = "cross."
 
 
 def inject(
@@ -58,8 +109,9 @@ def inject(
     accelerate and `copy.deepcopy` work as before. `model.save_pretrained` then writes what `unipelt.save` writes.
 
     Args:
-        model: a model of Transformers, with or without a head. A head part that its checkpoint did not hold (a
-            pooler that starts at random) trains with the head.
+        model: a model of Transformers, or of your own (`unipelt.register_family`), with or without a head. A part
+            that its checkpoint did not hold (a pooler that starts at random) trains with the head; the head of a
+            language model, tied to its embeddings or not, belongs to what was pretrained and is frozen.
         config: a preset's name (`unipelt.PRESETS`), a `UniPELTConfig`, a dict, or a path to JSON or YAML.
 
     Returns:
@@ -67,7 +119,8 @@ def inject(
 
     Raises:
         ConfigError: the configuration cannot be meant.
-        InjectionError: the model carries submodules already, or is of an architecture that is not supported.
+        InjectionError: the model carries submodules already, is of an architecture that is not described, or cannot
+            take one of them; the message says why.
     """
     return _inject(model, resolve(config), deployed=False, head=None)
 
@@ -96,7 +149,7 @@ def _inject(
         raise InjectionError(f"inject takes a PreTrainedModel of transformers, not {type(model).__name__}")
     if getattr(model, "unipelt_injection", None) is not None or any(True for _ in submodule_parameters(model)):
         raise InjectionError("this model carries submodules already; call unipelt.remove(model) first")
-    layers = _find_layers(model, config) if config.has_submodules else {}
+    stacks = _find_stacks(model, config) if config.has_submodules else []
     injection = Injection(
         config=config,
         deployed=deployed,
@@ -109,10 +162,12 @@ def _inject(
     record: Any = model
     record.unipelt_injection = injection
     try:
-        if layers:
-            _add(model, FAMILIES[model.config.model_type], layers, config, deployed)
-        _check_counts(model, config, len(layers))
+        for found in stacks:
+            _add(model, found, config, deployed)
+        _check_counts(model, config, stacks)
         set_trainable(model, injection)
+        if config.bitfit and not bias_names(model) - injection.head:
+            raise InjectionError(f"bitfit trains biases, and this {type(model).__name__} has none")
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         injection.originals = {
             name: parameter.detach().cpu().clone()
@@ -148,159 +203,353 @@ def _save_pretrained(
         save(model, save_directory, state_dict=state_dict)
 
 
-def _find_layers(model: PreTrainedModel, config: UniPELTConfig) -> dict[int, _Layer]:
-    """The chosen layers by index, every place checked. Raises `InjectionError`."""
+def _find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[_Found]:
+    """The chosen layers of each stack, every place checked. Raises `InjectionError`."""
     kind = model.config.model_type
     if kind not in FAMILIES:
-        raise InjectionError(f"there is no description of {kind!r} models; supported are {', '.join(FAMILIES)}")
-    if getattr(model.config, "is_decoder", False):
-        raise InjectionError(f"a causal {kind!r} (is_decoder=True) is not supported: gates average over all tokens")
-    stack = FAMILIES[kind]
-    try:
-        layers = list(_layers(model, stack))
-        found = {index: _find_layer(layer, stack) for index, layer in enumerate(layers)}
-    except AttributeError as error:
-        raise InjectionError(f"this {type(model).__name__} is not built as {kind!r} models are: {error}") from error
+        raise InjectionError(describe_unknown(kind))
+    family = FAMILIES[kind]
+    for name, reason in family.refused.items():
+        if getattr(config, name) is not None:
+            raise InjectionError(f"{kind!r} models cannot take a {name}: {reason}")
     if config.prefix is not None:
         check_back_end(model.config._attn_implementation)
-    chosen = range(len(layers)) if config.layers is None else config.layers
-    if outside := [index for index in chosen if index >= len(layers)]:
+    # a model may be a part of its architecture: T5's encoder, BART's decoder
+    stacks = [(stack, list(_matching(model.base_model, stack.layers))) for stack in family.stacks]
+    present = [(stack, layers) for stack, layers in stacks if layers]
+    if not present:
+        raise _built_otherwise(model, f"it has no layers at {family.stacks[0].layers!r}")
+    chosen = []
+    for stack, layers in present:
+        if len(family.stacks) == 1:
+            causal, label = stack.causal or getattr(model.config, "is_decoder", False), ""
+        else:
+            causal, label = stack.causal, "decoder." if stack.causal else ""
+        own = config.decoder if causal else config.encoder
+        cross = config.cross and stack.cross is not None and (len(present) > 1 or len(family.stacks) == 1)
+        if not own and not cross:
+            continue
+        indices = range(len(layers)) if config.layers is None else config.layers
+        if outside := [index for index in indices if index >= len(layers)]:
+            raise InjectionError(
+                f"layers names {outside[0]}, but the {label.rstrip('.') or 'model'}'s {len(layers)} layers are "
+                f"0 to {len(layers) - 1}"
+            )
+        try:
+            found = {index: _find_layer(layers[index], stack, model, config, own, cross) for index in indices}
+        except AttributeError as error:
+            raise _built_otherwise(model, str(error)) from error
+        if any(layer.attention or layer.cross for layer in found.values()):
+            owner = model.base_model.get_submodule(stack.layers.partition(".*")[0].rpartition(".")[0])
+            chosen.append(_Found(stack, owner, found, causal, label))
+    if not chosen:
         raise InjectionError(
-            f"layers names {outside[0]}, but the model's {len(layers)} layers are 0 to {len(layers) - 1}"
+            f"encoder={config.encoder}, decoder={config.decoder}, cross={config.cross} leave nothing of this "
+            f"{type(model).__name__} to add submodules to"
         )
-    return {index: found[index] for index in chosen}
+    return chosen
 
 
-def _find_layer(layer: nn.Module, stack: Stack) -> _Layer:
-    attention = layer.get_submodule(stack.attention)
-    query, value = attention.get_submodule(stack.query), attention.get_submodule(stack.value)
-    norm = layer.get_submodule(stack.norm)
-    for place, leaf, kind in (
-        (stack.query, query, nn.Linear),
-        (stack.value, value, nn.Linear),
-        (stack.norm, norm, nn.LayerNorm),
-    ):
-        if type(leaf) is not kind:
-            raise InjectionError(f"{place} is a {type(leaf).__name__}; submodules attach to a plain {kind.__name__}")
-    taken = [name for name in ("gates", "prefix", "unipelt_site") if hasattr(attention, name)]
-    if taken:
-        raise InjectionError(f"{type(attention).__name__} has an attribute {taken[0]!r} of its own")
-    return _Layer(layer, attention, query, value, norm)
-
-
-def _add(
-    model: PreTrainedModel, stack: Stack, layers: Mapping[int, _Layer], config: UniPELTConfig, deployed: bool
-) -> None:
-    network = None
-    if config.prefix is not None and not deployed:
-        like = next(iter(layers.values())).value.weight
-        network = PrefixNetwork(model.config.hidden_size, like.shape[0], len(layers), config.prefix, like)
-        owner = _owner(model, stack)
-        owner.prefix_network = network
-        owner.register_forward_pre_hook(_share_network)
-    for place, layer in enumerate(layers.values()):
-        _add_to_layer(layer, place, config, network)
-    for module in model.modules():
-        if isinstance(module, (Adapter, Gates, Prefix, PrefixNetwork)):
-            module.train(model.training)
-    _owner(model, stack).register_forward_pre_hook(_wake_checkpointing)
-
-
-def _add_to_layer(layer: _Layer, place: int, config: UniPELTConfig, network: PrefixNetwork | None) -> None:
-    attention, like = layer.attention, layer.value.weight
-    hidden = layer.value.in_features
-    gated: dict[str, str] = {}  # gate -> the attribute of the attention that it scales
-    if config.prefix is not None and config.prefix.gate:
-        gated["prefix"] = "prefix"
-    if config.lora is not None and config.lora.gate:
-        gated |= {
-            "lora_query": _name_in(attention, layer.query),
-            "lora_value": _name_in(attention, layer.value),
-        }
-    adapter_gate = config.adapter is not None and config.adapter.gate
-    masked = config.gate.pooling == "masked_mean"
-    tokens = Slot() if masked and adapter_gate else None
-    if gated or tokens is not None or config.prefix is not None:
-        attention.unipelt_site = Site(
-            targets=tuple(gated.values()),
-            mask_index=list(inspect.signature(attention.forward).parameters).index("attention_mask"),
-            masked=masked and (bool(gated) or adapter_gate),
-            tokens=tokens,
-            config=redirect(attention) if config.prefix is not None else None,
-        )
-        attention.gates = Gates(hidden, tuple(gated), config.gate, like) if gated else None
-        attention.register_forward_pre_hook(enter_attention, with_kwargs=True)
-    if config.prefix is not None:
-        attention.prefix = Prefix(place, like.shape[0], config.prefix, network, like)
-    if config.lora is not None:
-        for leaf in (layer.query, layer.value):
-            leaf.__class__ = LoRALinear
-            leaf.add_low_rank(config.lora)
-    if config.adapter is not None:
-        norm = layer.norm
-        norm.__class__ = AdapterNorm
-        norm.adapter = Adapter(hidden, config.adapter, like)
-        norm.gates = Gates(hidden, ("adapter",), config.gate, like) if config.adapter.gate else None
-        norm.tokens = tokens
-    if adapter_gate and getattr(layer.module, "chunk_size_feed_forward", None):
-        # a gate averages over all of a text, so its feed-forward block is not cut; that changes no other number
-        layer.module.unipelt_chunk_size = layer.module.chunk_size_feed_forward
-        layer.module.chunk_size_feed_forward = 0
-
-
-def _name_in(module: nn.Module, part: nn.Module) -> str:
-    return next(name for name, child in module.named_children() if child is part)
-
-
-def _layers(model: PreTrainedModel, stack: Stack) -> Any:
-    return model.base_model.get_submodule(stack.layers)
-
-
-def _owner(model: PreTrainedModel, stack: Stack) -> nn.Module:
-    """The module that owns a stack's list of layers: it owns the network of their prefixes too."""
-    return model.base_model.get_submodule(stack.layers.rpartition(".")[0])
-
-
-def _share_network(owner: Any, args: tuple[Any, ...]) -> None:
-    """Show every prefix of this very copy of the model (a replica, say) this copy's network."""
-    network = owner.prefix_network
-    for module in owner.modules():
-        if isinstance(module, Prefix):
-            module.network = (network,)
-
-
-def _wake_checkpointing(owner: Any, args: tuple[Any, ...]) -> None:
-    """Reentrant gradient checkpointing needs an input that requires a gradient; frozen embeddings give none."""
-    if not (torch.is_grad_enabled() and args and isinstance(args[0], Tensor)):
+def _matching(base: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The layers at `path`, whose stars stand for every item of a list; none if there is no such place."""
+    first, _, rest = path.partition(".*.")
+    try:
+        items = base.get_submodule(first)
+    except AttributeError:
         return
+    for item in items._modules.values():  # children() would leave out a layer that is there twice
+        assert item is not None
+        if rest:
+            yield from _matching(item, rest)
+        else:
+            yield item
+
+
+def _built_otherwise(model: PreTrainedModel, what: str) -> InjectionError:
+    kind = model.config.model_type
+    return InjectionError(f"this {type(model).__name__} is not built as {kind!r} models are: {what}")
+
+
+def _find_layer(
+    layer: nn.Module, stack: Stack, model: PreTrainedModel, config: UniPELTConfig, own: bool, cross: bool
+) -> _Layer:
+    attention = crossing = None
+    if own:
+        attention = _find_attention(layer, stack.attention, model, config)
+    if cross and stack.cross is not None and _has(layer, stack.cross.path):
+        crossing = _find_attention(layer, stack.cross, model, config)
+    adapted = layer.get_submodule(stack.norm or stack.output) if own else None
+    if adapted is not None and hasattr(adapted, "adapter"):
+        raise InjectionError(f"{type(adapted).__name__} has an attribute 'adapter' of its own")
+    return _Layer(layer, attention, crossing, adapted)
+
+
+def _find_attention(
+    layer: nn.Module, described: Attention, model: PreTrainedModel, config: UniPELTConfig
+) -> _Attention:
+    attention = layer.get_submodule(described.path)
+    if taken := [name for name in ("gates", "prefix", "unipelt_site") if hasattr(attention, name)]:
+        raise InjectionError(f"{type(attention).__name__} has an attribute {taken[0]!r} of its own")
+    if config.prefix is not None and not described.key and not uses_interface(attention):
+        raise InjectionError(
+            f"a prefix cannot enter {type(attention).__name__}: in transformers {transformers.__version__} it does not "
+            "go through the attention interface (ALL_ATTENTION_FUNCTIONS, by the name in its own config)"
+        )
+    return _Attention(
+        attention,
+        described,
+        _find_projection(attention, described, True, model),
+        _find_projection(attention, described, False, model),
+        attention.get_submodule(described.key) if described.key else None,
+    )
+
+
+def _find_projection(attention: Any, described: Attention, is_query: bool, model: PreTrainedModel) -> _Projection:
+    path = described.query if is_query else described.value
+    leaf: Any = attention.get_submodule(path)
+    if isinstance(leaf, nn.Linear):
+        inputs, outputs = leaf.in_features, leaf.out_features
+    elif isinstance(leaf, Conv1D):
+        inputs, outputs = leaf.nx, leaf.nf
+    else:
+        raise InjectionError(f"{path} is a {type(leaf).__name__}; submodules attach to a Linear or Conv1D")
+    if taken := [name for name in (*NAMES, "unipelt_rows") if hasattr(leaf, name)]:
+        raise InjectionError(f"{path} has an attribute {taken[0]!r} of its own")
+    return _Projection(leaf, path, inputs, _rows(described, is_query, outputs, model))
+
+
+def _rows(described: Attention, is_query: bool, outputs: int, model: PreTrainedModel) -> Rows:
+    """Which outputs of a module are the query's, or the value's."""
+    if not described.fused or (is_query and described.query != described.value):
+        return Rows(1, 0, outputs)
+    heads = model.config.num_attention_heads
+    of_keys = getattr(model.config, "num_key_value_heads", None) or heads
+    if described.fused == "heads":
+        size = outputs // (3 * heads)
+        return Rows(heads, 0 if is_query else 2 * size, size)
+    # side by side: as many heads of queries (if they are there at all), of keys and of values as the model has
+    before = heads if described.fused == "qkv" else 0
+    size = outputs // (before + 2 * of_keys)
+    return Rows(1, 0, heads * size) if is_query else Rows(1, (before + of_keys) * size, of_keys * size)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _add(model: PreTrainedModel, found: _Found, config: UniPELTConfig, deployed: bool) -> None:
+    """Add everything to one stack."""
+    owner, layers = found.owner, found.layers.values()
+    own = [layer.attention for layer in layers if layer.attention is not None]
+    cross = [layer.cross for layer in layers if layer.cross is not None]
+    networks = {}
+    for source, attentions in (("prefix_network", own), ("cross_prefix_network", cross)):
+        if config.prefix is None or not attentions:
+            continue
+        if hasattr(owner, source):
+            raise InjectionError(f"{type(owner).__name__} has an attribute {source!r} of its own")
+        widths = {attention.value.rows.count for attention in attentions}
+        if len(widths) > 1:
+            raise InjectionError(f"a prefix needs layers of one width, and their values are {sorted(widths)} wide")
+        if not deployed:
+            first = attentions[0].value
+            networks[source] = PrefixNetwork(
+                first.inputs, widths.pop(), len(attentions), config.prefix, first.module.weight
+            )
+            setattr(owner, source, networks[source])
+    if networks:
+        owner.register_forward_pre_hook(_share_networks)
+    for layer in layers:
+        masked = config.gate.pooling == "masked_mean" and not found.causal
+        tokens = Slot() if masked and layer.adapted is not None and config.adapter and config.adapter.gate else None
+        for attention, source, label in (
+            (layer.attention, "prefix_network", found.label),
+            (layer.cross, "cross_prefix_network", found.cross_label),
+        ):
+            if attention is not None:
+                place = (own if attention is layer.attention else cross).index(attention)
+                _add_to_attention(
+                    attention,
+                    config,
+                    label,
+                    partial(Prefix, place, source, network=networks.get(source)),
+                    causal=found.causal,
+                    masked=masked,
+                    tokens=tokens if attention is layer.attention else None,
+                    crosses=attention is layer.cross,
+                )
+        if layer.adapted is not None and config.adapter is not None:
+            _add_adapter(layer, found, config, tokens)
     for module in owner.modules():
-        if getattr(module, "gradient_checkpointing", False) and module.training:
-            checkpoint = module._gradient_checkpointing_func
-            if getattr(checkpoint, "keywords", {}).get("use_reentrant", True) and not args[0].requires_grad:
-                args[0].requires_grad_(True)
-            return
+        if isinstance(module, (Adapter, Gates, LoRA, Prefix, PrefixNetwork)):
+            module.train(model.training)
+    _watch_checkpointing(owner, next(iter(layers)).module)
+
+
+def _add_to_attention(
+    place: _Attention,
+    config: UniPELTConfig,
+    label: str,
+    make_prefix: Callable[..., Prefix],
+    *,
+    causal: bool,
+    masked: bool,
+    tokens: Slot | None,
+    crosses: bool,
+) -> None:
+    attention, like = place.module, place.value.module.weight
+    gated: dict[str, tuple[str, ...]] = {}  # gate -> path to what it scales
+    if config.prefix is not None:
+        attention.prefix = make_prefix(width=place.value.rows.count, config=config.prefix, like=like, causal=causal)
+        if config.prefix.gate:
+            gated[f"{label}prefix"] = ("prefix",)
+    if config.lora is not None:
+        for name, projection in zip(NAMES, (place.query, place.value), strict=True):
+            leaf = projection.module
+            gates = None
+            if config.lora.gate and crosses and name == "lora_value":
+                # it reads the other stack's output, which this attention's own input says nothing about
+                gates = Gates(projection.inputs, (f"{label}{name}",), config.gate, like, causal=True)
+            elif config.lora.gate:
+                gated[f"{label}{name}"] = (*projection.path.split("."), name)
+            term = LoRA(projection.inputs, projection.rows, config.lora, leaf.weight, gates)
+            term.skips_ungated_calls = place.described.query_serves_positions and name == "lora_query"
+            if not any(hasattr(leaf, other) for other in NAMES):
+                leaf.register_forward_hook(add_low_rank)
+            setattr(leaf, name, term)
+    if not gated and tokens is None and config.prefix is None:
+        return
+    names = list(inspect.signature(attention.forward).parameters)
+
+    def argument(name: str) -> Argument:
+        return Argument(name, names.index(name) if name in names else None)
+
+    inserts = (Slot(), Slot()) if place.key is not None and config.prefix is not None else ()
+    attention.gates = Gates(place.query.inputs, tuple(gated), config.gate, like, causal=causal) if gated else None
+    attention.unipelt_site = Site(
+        targets=tuple(gated.values()),
+        hidden=argument(place.described.hidden),
+        mask=argument(place.described.mask),
+        masked=masked and (bool(gated) or tokens is not None),
+        tokens=tokens,
+        config=redirect(attention) if config.prefix is not None and not inserts else None,
+        bias=argument(place.described.bias) if inserts else None,
+        inserts=inserts,
+    )
+    for slot, leaf in zip(inserts, (place.key, place.value.module), strict=False):
+        leaf.unipelt_rows = slot
+        leaf.register_forward_hook(insert_prefix)
+    if inserts:
+        attention.register_forward_hook(leave_attention)
+    attention.register_forward_pre_hook(enter_attention, with_kwargs=True)
+
+
+def _add_adapter(layer: _Layer, found: _Found, config: UniPELTConfig, tokens: Slot | None) -> None:
+    assert config.adapter is not None
+    assert layer.attention is not None
+    hidden, like = layer.attention.query.inputs, layer.attention.value.module.weight
+    gates = None
+    if config.adapter.gate:
+        gates = Gates(hidden, (f"{found.label}adapter",), config.gate, like, causal=found.causal)
+        if getattr(layer.module, "chunk_size_feed_forward", None):
+            # a gate averages over all of a text, so its feed-forward block is not cut; that changes no other number
+            layer.module.unipelt_chunk_size = layer.module.chunk_size_feed_forward
+            layer.module.chunk_size_feed_forward = 0
+    layer.adapted.adapter = Adapter(hidden, config.adapter, like, gates, tokens)
+    layer.adapted.register_forward_hook(adapt_norm if found.stack.norm else adapt_output)
+
+
+def _share_networks(owner: Any, args: tuple[Any, ...]) -> None:
+    """Show every prefix of a replica of the model (`nn.DataParallel`) this replica's networks."""
+    if getattr(owner, "_is_replica", False):
+        for module in owner.modules():
+            if isinstance(module, Prefix):
+                module.network = (getattr(owner, module.source),)
+
+
+def _watch_checkpointing(owner: Any, layer: nn.Module) -> None:
+    """Reentrant gradient checkpointing needs an input that requires a gradient, and frozen embeddings give none.
+
+    A stack is given states, embeddings, or token ids that it embeds itself: the first two are seen by a hook of the
+    stack, the last by one of its embeddings.
+    """
+    owner.unipelt_layer = (layer,)  # a reference, not a part
+    owner.register_forward_pre_hook(_wake_input, with_kwargs=True)
+    embeddings: Any = owner.get_input_embeddings() if isinstance(owner, PreTrainedModel) else None
+    if isinstance(embeddings, nn.Module) and not hasattr(embeddings, "unipelt_layer"):
+        embeddings.__dict__["unipelt_layer"] = (layer,)
+        embeddings.register_forward_hook(_wake_output)
+
+
+def _wake_input(
+    owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not _checkpoints_reentrantly(owner):
+        return None
+    return (
+        tuple(_awake(value) if place == 0 else value for place, value in enumerate(args)),
+        {
+            name: _awake(value) if name in ("hidden_states", "inputs_embeds") else value
+            for name, value in kwargs.items()
+        },
+    )
+
+
+def _wake_output(embeddings: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    return _awake(output) if _checkpoints_reentrantly(embeddings) else None
+
+
+def _checkpoints_reentrantly(module: Any) -> bool:
+    layer = module.unipelt_layer[0]
+    if not (torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    return getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
+
+
+STATES = ("hidden_states", "inputs_embeds")
+"""What a stack calls its input, where that is not token ids."""
+
+
+def _awake(value: Any) -> Any:
+    """The same numbers, requiring a gradient."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    return value.detach().requires_grad_(True)
 
 
 REPLACED = ("_keys_to_ignore_on_save", "save_pretrained")
-HOOKS = (enter_attention, _share_network, _wake_checkpointing)
+HOOKS = (
+    enter_attention,
+    add_low_rank,
+    insert_prefix,
+    leave_attention,
+    adapt_norm,
+    adapt_output,
+    _share_networks,
+    _wake_input,
+    _wake_output,
+)
+OURS = ("adapter", "gates", "prefix", *NAMES, "prefix_network", "cross_prefix_network")
+"""Attributes of host modules that hold modules of ours; those named here but of other types are the host's."""
 
 
 def _strip(model: nn.Module) -> None:
     """Undo `_add` wherever it got to; the parameters' values and flags are the caller's."""
     module: Any
     for module in list(model.modules()):
+        if isinstance(module, (Adapter, Gates, LoRA, Prefix, PrefixNetwork)):
+            continue
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in HOOKS]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if isinstance(module, LoRALinear):
-            module.drop_low_rank()
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-        elif isinstance(module, AdapterNorm):
-            for name in ("adapter", "gates", "tokens"):
-                if hasattr(module, name):
-                    delattr(module, name)
-            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
+        for name in OURS:
+            if isinstance(getattr(module, name, None), (Adapter, Gates, LoRA, Prefix, PrefixNetwork)):
+                delattr(module, name)
         site: Site | None = module.__dict__.pop("unipelt_site", None)
         if site is not None:
             if site.config is not None:
@@ -308,8 +557,8 @@ def _strip(model: nn.Module) -> None:
             for name in ("gates", "prefix"):
                 if hasattr(module, name):
                     delattr(module, name)
-        if isinstance(getattr(module, "prefix_network", None), PrefixNetwork):
-            del module.prefix_network
+        for name in ("unipelt_rows", "unipelt_layer"):
+            module.__dict__.pop(name, None)
         if "unipelt_chunk_size" in module.__dict__:
             module.chunk_size_feed_forward = module.__dict__.pop("unipelt_chunk_size")
     injection: Injection | None = model.__dict__.pop("unipelt_injection", None)
@@ -319,20 +568,24 @@ def _strip(model: nn.Module) -> None:
         model.__dict__.update(injection.replaced)
 
 
-def _check_counts(model: PreTrainedModel, config: UniPELTConfig, layers: int) -> None:
+def _check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[_Found]) -> None:
     """Count what was added, and fail if it is wrong."""
     found = Counter(type(module) for module in model.modules())
-    attention_gates = bool((config.prefix and config.prefix.gate) or (config.lora and config.lora.gate))
+    layers = [layer for stack in stacks for layer in stack.layers.values()]
+    own = sum(layer.attention is not None for layer in layers)
+    cross = sum(layer.cross is not None for layer in layers)
+    lora_gate = bool(config.lora and config.lora.gate)
+    attention_gates = bool(config.prefix and config.prefix.gate) or lora_gate
     adapter_gate = bool(config.adapter and config.adapter.gate)
     expected = {
-        Adapter: layers * bool(config.adapter),
-        LoRALinear: 2 * layers * bool(config.lora),
-        Prefix: layers * bool(config.prefix),
-        Gates: layers * (attention_gates + adapter_gate),
+        Adapter: own * bool(config.adapter),
+        LoRA: 2 * (own + cross) * bool(config.lora),
+        Prefix: (own + cross) * bool(config.prefix),
+        Gates: own * (attention_gates + adapter_gate) + cross * (attention_gates + lora_gate),
     }
     for kind, count in expected.items():
         if found[kind] != count:
             raise InjectionError(
-                f"{layers} layers should carry {count} {kind.__name__} modules, but {found[kind]} are there: "
+                f"{len(layers)} layers should carry {count} {kind.__name__} modules, but {found[kind]} are there: "
                 f"some layers of this {type(model).__name__} share modules or are built otherwise"
             )

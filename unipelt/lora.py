@@ -6,54 +6,96 @@ Shapes: B examples, T tokens, r rank.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unipelt.config import LoRAConfig
-from unipelt.gate import Slot
+from unipelt.gate import Gates, Slot
 
 
-class LoRALinear(nn.Linear):
-    """A projection with a low-rank term: `W x + b + s * B A x` (Hu et al., 2022; paper, section 2.2).
+@dataclass(frozen=True)
+class Rows:
+    """Which of a module's outputs are the projection's, where one module computes several.
 
-    `s = alpha / r`; a gate REPLACES that scale by one number an example (paper, section 3.2). `A` starts
-    Kaiming-uniform with a = sqrt(5), `B` at zero, so the term starts at zero.
-
-    Attributes:
-        lora_A: (r, in_features).
-        lora_B: (out_features, r).
-        gate: brings (B,), the gate of the pass, from the attention that this projection belongs to; None without.
+    The outputs are cut into `groups` of equal size; in each, `size` of them from `start` on are meant.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    scale: float
-    gate: Slot | None
+    groups: int
+    start: int
+    size: int
 
-    def add_low_rank(self, config: LoRAConfig) -> None:
-        """Give this projection its low-rank term."""
-        like = self.weight
-        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=like.dtype, device=like.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=like.dtype, device=like.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+    @property
+    def count(self) -> int:
+        """How many outputs are meant."""
+        return self.groups * self.size
+
+
+class LoRA(nn.Module):
+    """The low-rank term of a projection: `W x + b + s * B A x` (Hu et al., 2022; paper, section 2.2).
+
+    `s = alpha / r`; a gate REPLACES that scale (paper, section 3.2). `A` starts Kaiming-uniform with a = sqrt(5), `B`
+    at zero, so the term starts at zero.
+
+    Attributes:
+        A: (r, in_features).
+        B: (rows.count, r).
+        rows: which outputs the term is added to.
+        gate: brings the gate of the pass, (B, 1) or (B, T), from the attention; None without.
+        gates: computes the gate from the projection's own input, where that is not the attention's; else None.
+        skips_ungated_calls: the projection is also called for something that no gate belongs to; leave that alone.
+    """
+
+    def __init__(self, inputs: int, rows: Rows, config: LoRAConfig, like: Tensor, gates: Gates | None) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(config.rank, inputs, dtype=like.dtype, device=like.device))
+        self.B = nn.Parameter(torch.zeros(rows.count, config.rank, dtype=like.dtype, device=like.device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.rows = rows
         self.scale = config.alpha / config.rank
-        self.gate = Slot() if config.gate else None
+        self.gates = gates
+        self.gate = Slot() if config.gate and gates is None else None
+        self.skips_ungated_calls = False
 
-    def drop_low_rank(self) -> None:
-        """Take the low-rank term away again, also one that was half added."""
-        for name in ("lora_A", "lora_B"):
-            self._parameters.pop(name, None)
-        for name in ("scale", "gate"):
-            self.__dict__.pop(name, None)
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """The projection with its term.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, in_features) -> (B, T, out_features)."""
-        low = nn.functional.linear(x, self.lora_A)
-        if self.gate is None:
-            low = low * self.scale
-        else:
+        Args:
+            x: (B, T, in_features), what the projection was given.
+            out: (B, T, out_features), what it gave.
+
+        Returns:
+            (B, T, out_features).
+        """
+        if self.gate is not None and self.skips_ungated_calls and self.gate.is_empty():
+            return out
+        low = nn.functional.linear(x, self.A)
+        if self.gates is not None:
+            low = low * self.gates(x, None)
+        elif self.gate is not None:
             gate = self.gate.take()
             assert gate is not None
-            low = low * gate.view(-1, *[1] * (low.dim() - 1))
-        return super().forward(x) + nn.functional.linear(low, self.lora_B)
+            low = low * gate.unsqueeze(-1)
+        else:
+            low = low * self.scale
+        update = nn.functional.linear(low, self.B)
+        if self.rows.count != out.shape[-1]:
+            rest = out.shape[-1] // self.rows.groups - self.rows.start - self.rows.size
+            groups = update.unflatten(-1, (self.rows.groups, self.rows.size))
+            update = nn.functional.pad(groups, (self.rows.start, rest)).flatten(-2)
+        return out + update
+
+
+NAMES = ("lora_query", "lora_value")
+"""The attributes of a projection that hold its terms."""
+
+
+def add_low_rank(projection: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """Forward hook of a projection."""
+    for name in NAMES:
+        term = getattr(projection, name, None)
+        if term is not None:
+            out = term(args[0], out)
+    return out

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unipelt.adapter import Adapter
 from unipelt.config import UniPELTConfig
+from unipelt.families import FAMILIES
 from unipelt.gate import Gates
-from unipelt.lora import LoRALinear
+from unipelt.lora import LoRA
 from unipelt.prefix import Prefix, PrefixNetwork
 
 
@@ -86,31 +88,46 @@ def injection_of(model: nn.Module) -> Injection:
     return injection
 
 
+_KINDS: dict[type[nn.Module], str] = {
+    Adapter: "adapter",
+    Gates: "gate",
+    LoRA: "lora",
+    Prefix: "prefix",
+    PrefixNetwork: "prefix",
+}
+
+
 def submodule_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Every parameter that injection added: (kind, name, parameter), kind one of adapter, prefix, lora, gate."""
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
-        if isinstance(module, LoRALinear):
-            yield "lora", f"{dot}lora_A", module.lora_A
-            yield "lora", f"{dot}lora_B", module.lora_B
-        elif isinstance(module, (Adapter, Gates, Prefix, PrefixNetwork)):
-            kind = {Adapter: "adapter", Gates: "gate"}.get(type(module), "prefix")
+        kind = next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), None)
+        if kind is not None:
             for name, parameter in module.named_parameters():
-                yield kind, f"{dot}{name}", parameter
+                if kind == "gate" or not name.startswith("gates."):  # gates are modules of their own
+                    yield kind, f"{dot}{name}", parameter
+
+
+_WITHOUT_TASK = (
+    transformers.MODEL_MAPPING,
+    transformers.MODEL_FOR_PRETRAINING_MAPPING,
+    transformers.MODEL_FOR_MASKED_LM_MAPPING,
+    transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+"""Classes, by configuration, that are pretrained as a whole."""
 
 
 def head_names(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the parameters outside the base model, and of those inside that the checkpoint did not hold.
+    """Names of the parameters of the task's head, and of parts of the base that its checkpoint did not hold.
+
+    The head is what is outside the base model. The head of a language model was pretrained with the base, and its
+    weight is often the embeddings' own, so it is no head here.
 
     Transformers marks every parameter that it loads; in a model of which some are marked, an unmarked one started
     at random (a pooler, say). Embeddings are left out: resizing them makes a new parameter of old rows.
     """
-    base = model.base_model
-    if base is model:
-        outside: set[int] = set()
-    else:
-        inside = {id(parameter) for parameter in base.parameters()}
-        outside = {id(parameter) for parameter in model.parameters()} - inside
+    outside = _outside_base(model)
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)}
     names = []
@@ -121,11 +138,34 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(names)
 
 
+def _outside_base(model: PreTrainedModel) -> set[int]:
+    """Identities of the parameters of a task's head."""
+    kind, base = type(model.config), model.base_model
+    known: tuple[Any, ...] = tuple(mapping[kind] for mapping in _WITHOUT_TASK if kind in mapping)
+    if isinstance(model, known):
+        return set()
+    if base is not model:
+        inside = list(base.parameters())
+    elif model.config.model_type in FAMILIES:
+        # a few classes hold the parts of their base themselves, beside the head
+        parts = {stack.layers.partition(".")[0] for stack in FAMILIES[model.config.model_type].stacks}
+        inside = [parameter for part in parts for parameter in getattr(model, part, nn.Module()).parameters()]
+        inside += model.get_input_embeddings().parameters()
+    else:
+        return set()
+    output = model.get_output_embeddings()
+    inside += [] if output is None else output.parameters()
+    there = {id(parameter) for parameter in inside}
+    return {id(parameter) for parameter in model.parameters()} - there
+
+
 def bias_names(model: nn.Module) -> frozenset[str]:
     """Names of the model's own biases: what BitFit trains."""
     ours = {name for _, name, _ in submodule_parameters(model)}
     return frozenset(
-        name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias" and name not in ours
+        name
+        for name, _ in model.named_parameters()
+        if name not in ours and (name.rpartition(".")[2] == "bias" or name.endswith("_bias"))
     )
 
 

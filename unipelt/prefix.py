@@ -1,6 +1,7 @@
-"""Prefix-tuning: learned keys and values in front of every layer's own.
+"""Prefix-tuning: learned keys and values in front of an attention's own.
 
-Shapes: B examples, H key-value heads, d head size, W = H * d, L prefix length, N layers with a prefix, D hidden size.
+Shapes: B examples, T queries, H key-value heads, d head size, W = H * d, L prefix length, N attentions that share a
+network, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from unipelt.gate import INITIAL_STD, Slot
 
 
 class PrefixNetwork(nn.Module):
-    """The reparameterisation of all layers' prefixes: `P' = W2 tanh(W1 P)` (Li and Liang, 2021; paper, section 2.2).
+    """The reparameterisation of a stack's prefixes: `P' = W2 tanh(W1 P)` (Li and Liang, 2021; paper, section 2.2).
 
-    `P` is (L, D), W1: D -> hidden, W2: hidden -> N * 2 * W, both with bias; one network for all layers, needed only
-    while training.
+    `P` is (L, D), W1: D -> hidden, W2: hidden -> N * 2 * W, both with bias; one network for all layers of a stack (and
+    one more for their cross-attentions), needed only while training.
     """
 
     def __init__(self, hidden: int, width: int, layers: int, config: PrefixConfig, like: Tensor) -> None:
@@ -35,13 +36,13 @@ class PrefixNetwork(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, index: int) -> Tensor:
-        """Keys and values of one layer's prefix.
+        """Keys and values of one attention's prefix.
 
-        Each layer computes its own slice, so that the recomputation of gradient checkpointing finds everything that
-        it needs inside the layer.
+        Each attention computes its own slice, so that the recomputation of gradient checkpointing finds everything
+        that it needs inside the layer.
 
         Args:
-            index: the layer's place among the layers that carry a prefix.
+            index: the attention's place among those that share this network.
 
         Returns:
             (2, L, W): keys, then values.
@@ -53,25 +54,42 @@ class PrefixNetwork(nn.Module):
 
 
 class Prefix(nn.Module):
-    """One layer's prefix, and how its gate acts.
+    """One attention's prefix, and how its gate acts.
+
+    `scale`: keys `[g P_K ; K]`, values `[g P_V ; V]` (the paper). `mass`: keys `[P_K ; K]`, values `[P_V ; V]`, and
+    `log g` is added to the prefix's attention logits, so that its keys weigh g times as much. In causal attention the
+    gate is that of the query, g_t, and acts through the mass: keys and values are the same for every query then, and
+    can be cached. The prefix is never masked, shifts no position, and is put in front after rotary embeddings and key
+    norms.
 
     Attributes:
-        index: the layer's place among the layers that carry a prefix.
+        index: the attention's place among those that share the network.
+        source: the attribute of the stack's owner that holds the network.
         network: the shared network, in a tuple because it is a reference and not a part; empty once deployed.
         keys_values: (2, L, W), the parameter that remains when the network has been folded away; else None.
-        gate: brings (B,), the gate of the pass, from the attention that this prefix belongs to; None without.
+        gate: brings the gate of the pass, (B, 1) or (B, T), from the attention; None without.
+        gating: `scale` or `mass`.
     """
 
     keys_values: nn.Parameter | None
 
     def __init__(
-        self, index: int, width: int, config: PrefixConfig, network: PrefixNetwork | None, like: Tensor
+        self,
+        index: int,
+        source: str,
+        width: int,
+        config: PrefixConfig,
+        network: PrefixNetwork | None,
+        like: Tensor,
+        *,
+        causal: bool,
     ) -> None:
         super().__init__()
         self.index = index
+        self.source = source
         self.length = config.length
         self.gate = Slot() if config.gate else None
-        self.gating = config.gating
+        self.gating: str = "mass" if causal else config.gating
         self.network: tuple[PrefixNetwork, ...] = () if network is None else (network,)
         self.keys_values = None
         if network is None:
@@ -84,47 +102,51 @@ class Prefix(nn.Module):
             return self.keys_values
         return self.network[0](self.index)
 
-    def attach(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put the prefix in front of a layer's keys and values.
+    def take_gate(self) -> Tensor | None:
+        """The gate of the pass, (B, 1) or (B, T), or None. Raises `KeyError` outside a pass of the attention."""
+        return None if self.gate is None else self.gate.take()
 
-        `scale`: keys `[g P_K ; K]`, values `[g P_V ; V]`. `mass`: keys `[P_K ; K]`, values `[P_V ; V]`, and `log g`
-        is added to the prefix's attention logits. The prefix is never masked and shifts no position.
+    def rows(self, batch: int, dtype: torch.dtype, gate: Tensor | None) -> Tensor:
+        """Keys and values as the gate leaves them: (2, B, L, W)."""
+        both = self().to(dtype).unsqueeze(1)
+        if gate is not None and self.gating == "scale":
+            both = both * gate.to(dtype).view(1, batch, 1, 1)
+        return both.expand(2, batch, -1, -1)
+
+    def columns(self, mask: Tensor | None, dtype: torch.dtype, tokens: int, gate: Tensor | None) -> Tensor | None:
+        """The attention's mask with columns for the prefix in front.
 
         Args:
-            key: (B, H, T, d).
-            value: (B, H, T, d).
-            mask: None, boolean or additive, (B or 1, heads or 1, queries or 1, T).
+            mask: None, boolean or additive, (B or 1, heads or 1, queries or 1, keys).
+            dtype: of the attention's logits.
+            tokens: how many keys there are, where there is no mask.
+            gate: as `take_gate` gave it.
 
         Returns:
-            Keys and values (B, H, L + T, d), and the mask for them.
+            (B or 1, heads or 1, queries or 1, L + keys), or None where there is no mask and need not be one.
         """
-        gate = None if self.gate is None else self.gate.take()
-        batch, heads, tokens, size = key.shape
-        both = self().to(key.dtype).view(2, 1, self.length, heads, size).transpose(2, 3)
-        if gate is not None and self.gating == "scale":
-            both = both * gate.to(key.dtype).view(1, batch, 1, 1, 1)
-        keys, values = both.expand(2, batch, heads, self.length, size).unbind(0)
         if gate is not None and self.gating == "mass":
-            mask = _with_mass(gate.to(key.dtype), mask, tokens, self.length)
-        elif mask is not None:
-            open_ = True if mask.dtype == torch.bool else 0.0
-            mask = nn.functional.pad(mask, (self.length, 0), value=open_)
-        return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2), mask
+            return _with_mass(gate.to(dtype), mask, tokens, self.length)
+        if mask is None:
+            return None
+        return nn.functional.pad(mask, (self.length, 0), value=True if mask.dtype == torch.bool else 0.0)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        form = "deployed" if self.keys_values is not None else f"layer {self.index} of the network"
+        form = "deployed" if self.keys_values is not None else f"part {self.index} of {self.source}"
         return f"length={self.length}, {form}, gating={self.gating if self.gate else 'none'}"
 
 
 def _with_mass(gate: Tensor, mask: Tensor | None, tokens: int, length: int) -> Tensor:
-    """An additive mask (B, 1 or heads, 1 or queries, L + T) whose prefix columns hold `log g`."""
+    """An additive mask whose prefix columns hold `log g`, for gates (B, 1) or (B, queries)."""
     # log 0 = -inf closes the prefix exactly; the inner clamp keeps its gradient finite
     log = torch.where(gate > 0, gate.clamp_min(torch.finfo(gate.dtype).tiny).log(), -torch.inf)
     if mask is None:
         mask = gate.new_zeros(1, 1, 1, tokens)
     elif mask.dtype == torch.bool:
         mask = gate.new_zeros(()).masked_fill(~mask, torch.finfo(gate.dtype).min)
-    mask = mask.expand(gate.shape[0], -1, -1, -1)
-    columns = log.view(-1, 1, 1, 1).expand(-1, mask.shape[1], mask.shape[2], length)
+    log = log[:, None, :, None]
+    rows = max(log.shape[2], mask.shape[2])
+    mask = mask.expand(gate.shape[0], -1, rows, -1)
+    columns = log.expand(-1, mask.shape[1], rows, length)
     return torch.cat([columns, mask.to(gate.dtype)], dim=-1)

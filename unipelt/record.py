@@ -19,8 +19,12 @@ from unipelt.gate import Gates
 class GateRecord(Mapping[str, Tensor]):
     """Gate values by name: `adapter`, `prefix`, `lora_query`, `lora_value`, as far as the model has them.
 
+    Behind an encoder, a decoder's are called `decoder.adapter` and so on; those of its attention to the encoder are
+    called `cross.prefix` and so on.
+
     `record["adapter"]` is (E, N), on the model's device: a row for each example in the order that the model saw
-    them, a column for each layer that carries the gate.
+    them, a column for each layer that carries the gate (for each pass through it, where layers are shared). Of gates
+    with a number a token, it is the mean over the tokens of the pass.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -29,7 +33,7 @@ class GateRecord(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._calls:
             raise KeyError(f"this model has no gate {name!r}; it has {', '.join(self._calls) or 'none'}")
-        calls = self._calls[name]
+        calls = [layers for layers in self._calls[name] if layers]
         if not calls:
             raise KeyError(f"no gate {name!r} was recorded yet: call the model inside the record_gates block")
         return torch.cat([torch.stack(layers, dim=1) for layers in calls])
@@ -49,7 +53,7 @@ class GateRecord(Mapping[str, Tensor]):
             calls.pop()
 
     def _add(self, names: tuple[str, ...], values: Tensor) -> None:
-        for name, value in zip(names, values.detach().unbind(dim=1), strict=True):
+        for name, value in zip(names, values.detach().mean(dim=1).unbind(dim=-1), strict=True):
             self._calls[name][-1].append(value)
 
 
@@ -65,10 +69,12 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
         raise ValueError(f"this {type(model).__name__} has no gates to record; inject a gated method first")
     record = GateRecord(tuple(dict.fromkeys(name for module in modules for name in module.names)))
     inside = False
+    batch = 1
 
-    def enter(module: nn.Module, args: Any) -> None:
-        nonlocal inside
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal inside, batch
         inside = True
+        batch = next((len(given) for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), 1)
         record._start()
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -79,10 +85,11 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
 
     def keep(names: tuple[str, ...], module: nn.Module, args: Any, output: Tensor) -> None:
         if inside:
-            record._add(names, output)
+            # a layer may have put the tokens of all texts in one row
+            record._add(names, output if output.dim() == 3 else output.unflatten(0, (batch, -1)))
 
     handles = [
-        model.register_forward_pre_hook(enter),
+        model.register_forward_pre_hook(enter, with_kwargs=True),
         model.register_forward_hook(leave, always_call=True),
         *(module.register_forward_hook(partial(keep, module.names)) for module in modules),
     ]

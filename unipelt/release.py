@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unipelt.adapter import AdapterNorm
+from unipelt.adapter import Adapter
 from unipelt.attention import Site
 from unipelt.checkpoint import CheckpointError
 from unipelt.gate import Gates
+from unipelt.lora import LoRA
 from unipelt.parameters import injection_of, submodule_parameters
 from unipelt.prefix import PrefixNetwork
 
@@ -120,17 +121,20 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
             places[f"{owner}prefix_enc_embed.weight"] = _Place(module.embedding)
             for index, linear in (("0", module.w1), ("2", module.w2)):
                 places |= _linear(f"{owner}prefix_embed_MLP.{index}.", linear)
-        elif isinstance(module, AdapterNorm):
-            owner = f"{path.rpartition('.')[0]}.adapters.*."
-            places |= _linear(f"{owner}adapter_down.0.", module.adapter.down)
-            places |= _linear(f"{owner}adapter_up.", module.adapter.up)
+        elif isinstance(module, LoRA):
+            projection = dot.rpartition(".lora_")[0]
+            places |= {f"{projection}.lora_A": _Place(module.A), f"{projection}.lora_B": _Place(module.B)}
+        elif isinstance(module, Adapter):
+            owner = f"{path.removesuffix('.LayerNorm.adapter')}.adapters.*."
+            places |= _linear(f"{owner}adapter_down.0.", module.down)
+            places |= _linear(f"{owner}adapter_up.", module.up)
             if module.gates is not None:
                 places |= _gate(f"{owner}gate.", module.gates, 0)
         elif isinstance(site := getattr(module, "unipelt_site", None), Site) and isinstance(module.gates, Gates):
             for row, (name, target) in enumerate(zip(module.gates.names, site.targets, strict=True)):
-                gate = "prefix_gate." if name == "prefix" else f"{target}.lora_gate."
+                gate = "prefix_gate." if name == "prefix" else f"{target[0]}.lora_gate."
                 places |= _gate(f"{dot}{gate}", module.gates, row)
-    ours = {name for kind, name, _ in submodule_parameters(model) if kind != "lora"}
+    ours = {name for _, name, _ in submodule_parameters(model)}
     places |= {name: _Place(parameter) for name, parameter in model.named_parameters() if name not in ours}
     return places
 

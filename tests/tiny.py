@@ -1,0 +1,152 @@
+"""A tiny random model of every architecture in the table, with any head, and batches for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from unipelt.families import FAMILIES
+
+VOCABULARY = 60
+PAD, EOS = 1, 2
+DEPTH = 3
+
+ENCODER_DECODERS = [name for name, family in FAMILIES.items() if len(family.stacks) == 2]
+DECODERS = [name for name, family in FAMILIES.items() if len(family.stacks) == 1 and family.stacks[0].causal]
+ENCODERS = [name for name in FAMILIES if name not in (*ENCODER_DECODERS, *DECODERS)]
+SIMPLE = [name for name in FAMILIES if "prefix" in FAMILIES[name].refused]
+"""Those that take everything but a prefix."""
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": PAD,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": 0,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+_BART: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": DEPTH,
+    "decoder_layers": DEPTH,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "forced_eos_token_id": None,
+}
+_T5: dict[str, Any] = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 40,
+    "num_layers": DEPTH,
+    "num_decoder_layers": DEPTH,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+}
+_GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": DEPTH, "n_head": 4, "n_positions": 64, "n_inner": 40}
+_OWN: dict[str, dict[str, Any]] = {
+    "distilbert": {"dim": 32, "hidden_dim": 40, "n_layers": DEPTH, "n_heads": 4},
+    "albert": {"embedding_size": 16, "num_hidden_groups": 1, "inner_group_num": 1},
+    "electra": {"embedding_size": 32},
+    "xlm-roberta-xl": {},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "share_att_key": True,
+        "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+    },
+    "modernbert": {"cls_token_id": 0, "sep_token_id": EOS, "local_attention": 6, "global_attn_every_n_layers": 2},
+    "gpt2": _GPT2,
+    "gptj": {**_GPT2, "rotary_dim": 4},
+    "bloom": {"n_layer": DEPTH, "n_head": 4},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 32},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "phi": {"partial_rotary_factor": 0.5, **_GROUPED},
+    "phi3": _GROUPED,
+    "llama": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": 5},
+    "qwen2": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 16},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+    "gemma2": {**_GROUPED, "head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_GROUPED, "head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "olmo2": _GROUPED,
+    "starcoder2": {**_GROUPED, "sliding_window": None},
+    "stablelm": _GROUPED,
+    "granite": _GROUPED,
+    "cohere": _GROUPED,
+    "smollm3": _GROUPED,
+    **dict.fromkeys(("bart", "marian", "plbart", "mbart", "pegasus", "m2m_100", "blenderbot"), _BART),
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+}
+
+
+def tiny_config(family: str, dropout: float = 0.0, **changes: Any) -> PreTrainedConfig:
+    """A configuration small enough for tests; every dropout is `dropout`."""
+    config = AutoConfig.for_model(family, **{**_COMMON, **_OWN.get(family, {}), **changes})
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
+            setattr(config, name, dropout)
+    return config
+
+
+def tiny_model(
+    family: str, head: str = "", attention: str = "sdpa", dropout: float = 0.0, seed: int = 0, **changes: Any
+) -> Any:
+    """A random model, the same for the same seed, in evaluation mode.
+
+    Args:
+        family: `model_type`.
+        head: what follows `AutoModelFor`; by default sequence classification of an encoder, and the language model
+            of a decoder or an encoder-decoder.
+        attention: the attention back-end.
+        dropout: of every kind.
+        seed: of the weights.
+        changes: of the configuration.
+    """
+    if not head:
+        head = {True: "CausalLM", False: "SequenceClassification"}[family in DECODERS]
+        if family in ENCODER_DECODERS:
+            head = "Seq2SeqLM"
+    cls = getattr(transformers, f"AutoModelFor{head}" if head != "Model" else "AutoModel")
+    config = tiny_config(family, dropout, **changes)
+    config._attn_implementation = attention if _has_sdpa(cls._model_mapping[type(config)]) else "eager"
+    torch.manual_seed(seed)
+    model: PreTrainedModel = cls.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start at 0 and 1, where much would go unseen
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def _has_sdpa(cls: Any) -> bool:
+    """Some models of Transformers run eagerly only."""
+    return (cls[0] if isinstance(cls, tuple) else cls)._supports_sdpa
+
+
+def tiny_batch(
+    family: str, seed: int = 0, lengths: tuple[int, ...] = (5, 9, 7), tokens: int = 9, left: bool = False
+) -> dict[str, Tensor]:
+    """Random texts of the given lengths, padded to `tokens`; with a decoder's input where the model wants one."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (len(lengths), tokens), generator=generator)
+    places, ends = torch.arange(tokens), torch.tensor(lengths)[:, None]
+    mask = (places >= tokens - ends) if left else (places < ends)
+    last = tokens - 1 if left else ends - 1
+    ids = ids.masked_fill(places == last, EOS).masked_fill(~mask, PAD)
+    batch = {"input_ids": ids, "attention_mask": mask.long()}
+    if family in ENCODER_DECODERS:
+        batch["decoder_input_ids"] = torch.randint(5, VOCABULARY, (len(lengths), 6), generator=generator)
+    return batch
