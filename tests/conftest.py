@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # it is read when transformers is imported
+
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SIZES = {
     "vocab_size": 60,

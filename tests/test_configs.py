@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import DEPTH
 from tiny_task import save_model, write_glue, write_sentences
+from transformers import AutoModelForSequenceClassification
 
+import unipelt
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings, parse, read_config
 
@@ -58,3 +61,22 @@ def test_has_a_row_in_the_readme_and_holds_only_what_differs(name: str) -> None:
     defaults = {item: getattr(RunSettings, item, None) for item in given}
     repeated = [key for key, value in given.items() if value == defaults[key] and value is not None]
     assert repeated in ([], ["dev_samples"]), f"{repeated} is the default"
+
+
+@pytest.mark.parametrize("family", ["roberta", "bart", "t5", "gpt2", "albert", "deberta-v2"])
+def test_a_run_with_a_model_of_another_architecture(family: str, home: Path, tmp_path: Path) -> None:
+    """BART's outputs hold more than logits, GPT-2's tokenizer has no padding token, ALBERT's layers are shared."""
+    model = save_model(tmp_path / family, family)
+    method = "unipelt-al" if family == "deberta-v2" else "unipelt-apl"
+    name = "bart.yaml" if family == "bart" else "roberta.yaml"
+    options = [*small(home, name), "--model", str(model), "--method", method, "--do_predict", "true"]
+    record = run(parse([str(FOLDER / name), *options, "--output_dir", str(tmp_path / "out")]), say=lambda line: None)
+    assert record["status"] == "finished"
+    assert record["model"]["class"].endswith("ForSequenceClassification")
+    depth = {len(gate["mean"]) for gate in record["gates"]["values"].values()}
+    assert depth == {DEPTH}
+    assert ("cross.prefix" in record["gates"]["values"]) == (family in ("bart", "t5"))
+    again = unipelt.load(
+        AutoModelForSequenceClassification.from_pretrained(model, num_labels=2), tmp_path / "out" / "model"
+    )
+    assert unipelt.parameter_counts(again).trained == record["parameters"]["trained"]

@@ -41,6 +41,11 @@ def test_cells_hold_the_means_on_a_fixed_scale(tmp_path: Path, monkeypatch: pyte
     np.testing.assert_allclose(values, [[0.2, 0.5], [0.8, 0.6]], atol=1e-6)
     assert (low, high) == (0.0, 1.0)
 
+    texts.clear()
+    plot_gates({**GATES, "decoder.lora_query": torch.full((1, 3), 0.25)}, tmp_path / "uneven.png")
+    assert (2, 2, "0.25") in sorted(texts), "a longer stack has a cell for each of its layers"
+    assert len(texts) == 2 + 2 + 3, "and a shorter one has none where it has no layers"
+
 
 @pytest.mark.parametrize(
     ("gates", "name", "options", "match"),
@@ -48,7 +53,6 @@ def test_cells_hold_the_means_on_a_fixed_scale(tmp_path: Path, monkeypatch: pyte
         ({}, "a.png", {}, "no gates to draw"),
         ({"adapter": torch.zeros(0, 2)}, "a.png", {}, "none of them 0"),
         ({"adapter": torch.zeros(3)}, "a.png", {}, "examples, layers"),
-        ({"adapter": torch.zeros(1, 2), "prefix": torch.zeros(1, 3)}, "a.png", {}, "differ in their numbers"),
         (GATES, "a.xyz", {}, "no suffix of a picture"),
         (GATES, "a.png", {"layers": [1]}, "have 2 layers, and layers names 1"),
     ],

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import tiny_config
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 GOOD = ("good", "fine", "lovely", "bright")
@@ -18,24 +19,35 @@ PLAIN = ("the", "a", "cat", "dog", "sat", "ran", "on", "mat", "and", "then", "wa
 WORDS = (*SPECIAL, *GOOD, *BAD, *PLAIN)
 
 
-def save_model(folder: Path) -> Path:
-    """A random BERT with pooler, and a tokenizer of whole words."""
+SMALL_BERT = BertConfig(
+    vocab_size=len(WORDS),
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=32,
+    initializer_range=0.3,  # at this width the usual one lets nothing through
+)
+
+
+def save_model(folder: Path, family: str = "bert") -> Path:
+    """A random model without a head, and a tokenizer of whole words (of GPT-2, one without a padding token)."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        initializer_range=0.3,  # at this width the usual one lets nothing through
-    )
-    BertModel(config).save_pretrained(folder)
+    if family == "bert":
+        BertModel(SMALL_BERT).save_pretrained(folder)
+    else:
+        ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+        if family == "gpt2":
+            del ids["pad_token_id"]
+        AutoModel.from_config(tiny_config(family, vocab_size=len(WORDS), **ids)).save_pretrained(folder)
     tokenizer = Tokenizer(WordPiece({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     marks = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
+    marks["eos_token"] = "[SEP]"
+    if family == "gpt2":
+        del marks["pad_token"]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **marks).save_pretrained(folder)
     return folder
 

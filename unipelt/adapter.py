@@ -62,5 +62,7 @@ def adapt_output(feed_forward: Any, args: tuple[Tensor], output: Tensor) -> Tens
     There is no norm behind the feed-forward network there, so adapter and gate read its output as it is:
 
         h = a + h_F + g * adapter(h_F)
+
+    (Granite multiplies all that it adds to a residual by a constant, the adapter's part with it.)
     """
     return output + feed_forward.adapter(output)

@@ -31,13 +31,15 @@ BACK_ENDS = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of an attention's forward: its name, and its place among the positional ones if it has one."""
+    """One argument of an attention's forward: its name, and its place in the signature if it is named there."""
 
     name: str
     place: int | None
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What was given, or None."""
+        """What was given, or None. Raises `RuntimeError` if there is no such argument."""
+        if self.place is None and self.name not in kwargs:
+            raise RuntimeError(f"attention was called without {self.name!r}; its description names another argument")
         if self.place is not None and len(args) > self.place:
             return args[self.place]
         return kwargs.get(self.name)
@@ -186,7 +188,15 @@ def _host_attention(module: Any) -> tuple[str, Callable[..., tuple[Tensor, Tenso
     name = site.config._attn_implementation
     check_back_end(name)
     if name == "eager":
-        return name, sys.modules[type(module).__module__].eager_attention_forward
+        # FSDP2 puts a class of its own, from a module of its own, in front of the attention's
+        for cls in type(module).__mro__:
+            function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+            if function is not None:
+                return name, function
+        raise ValueError(
+            f"there is no eager_attention_forward beside {type(module).__name__}; "
+            "call model.set_attn_implementation('sdpa')"
+        )
     return name, AttentionInterface()[name]
 
 

@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -66,7 +67,13 @@ def save(
         OSError: the folder cannot be written.
     """
     injection = injection_of(model)
-    tensors = _trained_tensors(model, state_dict, deploy=deploy)
+    whole: Mapping[str, Any] = dict(model.named_parameters()) if state_dict is None else state_dict
+    if sharded := [name for name, tensor in whole.items() if _is_sharded(tensor)]:
+        raise ValueError(
+            f"each process holds only a part of {sharded[0]!r}; gather the state dict in all (get_model_state_dict of "
+            "torch.distributed.checkpoint.state_dict, with full_state_dict) and pass it on as state_dict"
+        )
+    tensors = _trained_tensors(model, whole, deploy=deploy)
     folder = Path(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; save needs a folder")
@@ -78,7 +85,7 @@ def save(
         "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
         "head": sorted(injection.head),
         "unfrozen": sorted(unfrozen_names(model)),
-        "base": _describe_base(model),
+        "base": _describe_base(model, whole),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }
     text = json.dumps(manifest, indent=2) + "\n"
@@ -197,38 +204,46 @@ def write_whole(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _trained_tensors(
-    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None, *, deploy: bool
-) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
-    whole = parameters if state_dict is None else state_dict
+def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, deploy: bool) -> dict[str, Tensor]:
     tensors = {name: whole[name] for name in kept_names(model)}
     if deploy:
+        networks = {module: path for path, module in model.named_modules() if isinstance(module, PrefixNetwork)}
         for path, module in model.named_modules():
-            if isinstance(module, PrefixNetwork):
-                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
-            elif isinstance(module, Prefix):
+            for network in module.network if isinstance(module, Prefix) else ():
+                weights = {name: whole[f"{networks[network]}.{name}"] for name, _ in network.named_parameters()}
                 with torch.no_grad():
-                    tensors[f"{path}.keys_values"] = module()
+                    tensors[f"{path}.keys_values"] = functional_call(network, weights, (module.index,))
+        for path in networks.values():
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _describe_base(model: PreTrainedModel) -> dict[str, Any]:
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of it (a `DTensor`)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[str, Any]:
     injection = injection_of(model)
     name = model.config._name_or_path
+    # FSDP2 puts a class of its own in front of the model's
+    cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
+    known: Mapping[str, Tensor] = injection.originals
+    if any(_is_sharded(parameter) for parameter in model.parameters()):
+        known = {**whole, **known}
     return {
-        "class": type(model).__name__,
+        "class": cls.__name__,
         "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
         "revision": getattr(model.config, "_commit_hash", None),
         "config": json.loads(model.config.to_json_string(use_diff=True)),
-        "fingerprint": _fingerprint(model, injection.head | unfrozen_names(model), injection.originals),
+        "fingerprint": _fingerprint(model, injection.head | unfrozen_names(model), known),
     }
 
 
 def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
     """What identifies a pretrained base: a SHA-256 over a sample of every parameter.
 
-    Submodules and the names `apart` do not count; where base parameters train, the values that they had `before` do.
+    Submodules and the names `apart` do not count; where a name has a value in `before`, that does.
     """
     ours = {name for _, name, _ in submodule_parameters(model)}
     digest = hashlib.sha256()

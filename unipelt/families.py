@@ -141,25 +141,28 @@ def _bart_like(*, norm: str = "", output: str = "") -> Family:
     return Family((encoder, Stack("decoder.layers", own, norm, output, causal=True, cross=cross)))
 
 
+def _t5_like(mask: str) -> Family:
+    own = Attention("layer.0.SelfAttention", "q", "v", mask=mask)
+    cross = Attention("layer.1.EncDecAttention", "q", "v", mask=mask)
+    return Family(
+        (
+            Stack("encoder.block", own, output="layer.1.DenseReluDense"),
+            Stack("decoder.block", own, output="layer.2.DenseReluDense", causal=True, cross=cross),
+        )
+    )
+
+
 def _decoder(layers: str, attention: Attention, output: str, cross: Attention | None = None) -> Family:
     return Family((Stack(layers, attention, output=output, causal=True, cross=cross),))
 
 
 _SELF = Attention("attention.self", "query", "value")
-_T5_SELF = Attention("layer.0.SelfAttention", "q", "v", mask="mask")
-_T5_CROSS = Attention("layer.1.EncDecAttention", "q", "v", mask="mask")
 _LLAMA = Attention("self_attn", "q_proj", "v_proj")
 
 _BERT = _bert_like(_SELF, norm="output.LayerNorm")
 _BERT_PRE_LN = _bert_like(_SELF, output="output.dense")
 _BART = _bart_like(norm="final_layer_norm")
 _BART_PRE_LN = _bart_like(output="fc2")
-_T5 = Family(
-    (
-        Stack("encoder.block", _T5_SELF, output="layer.1.DenseReluDense"),
-        Stack("decoder.block", _T5_SELF, output="layer.2.DenseReluDense", causal=True, cross=_T5_CROSS),
-    )
-)
 _LLAMA_LIKE = _decoder("layers", _LLAMA, "mlp")
 _GEMMA_LIKE = _decoder("layers", _LLAMA, "post_feedforward_layernorm")
 
@@ -224,9 +227,9 @@ FAMILIES: dict[str, Family] = {
     "pegasus": _BART_PRE_LN,
     "m2m_100": _BART_PRE_LN,
     "blenderbot": _BART_PRE_LN,
-    "t5": _T5,
-    "mt5": _T5,
-    "umt5": _T5,
+    "t5": _t5_like(mask="mask"),
+    "mt5": _t5_like(mask="mask"),
+    "umt5": _t5_like(mask="attention_mask"),
     # decoders
     "gpt2": _decoder(
         "h",

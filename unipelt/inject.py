@@ -170,7 +170,7 @@ def _inject(
             raise InjectionError(f"bitfit trains biases, and this {type(model).__name__} has none")
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         injection.originals = {
-            name: parameter.detach().cpu().clone()
+            name: parameter.detach().to("meta" if parameter.is_meta else "cpu", copy=True)
             for name, parameter in model.named_parameters()
             if name in injection.required_grad and (name in trained or name in injection.head)
         }
@@ -203,6 +203,9 @@ def _save_pretrained(
         save(model, save_directory, state_dict=state_dict)
 
 
+_NAMED = {"adapter": "an adapter", "prefix": "a prefix", "lora": "LoRA"}
+
+
 def _find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[_Found]:
     """The chosen layers of each stack, every place checked. Raises `InjectionError`."""
     kind = model.config.model_type
@@ -211,7 +214,7 @@ def _find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[_Found]:
     family = FAMILIES[kind]
     for name, reason in family.refused.items():
         if getattr(config, name) is not None:
-            raise InjectionError(f"{kind!r} models cannot take a {name}: {reason}")
+            raise InjectionError(f"{kind!r} models cannot take {_NAMED[name]}: {reason}")
     if config.prefix is not None:
         check_back_end(model.config._attn_implementation)
     # a model may be a part of its architecture: T5's encoder, BART's decoder
@@ -279,6 +282,11 @@ def _find_layer(
     if cross and stack.cross is not None and _has(layer, stack.cross.path):
         crossing = _find_attention(layer, stack.cross, model, config)
     adapted = layer.get_submodule(stack.norm or stack.output) if own else None
+    if isinstance(adapted, nn.Sequential):
+        raise InjectionError(
+            f"{stack.norm or stack.output} is a Sequential, which would run an adapter as one more of its steps; "
+            f"describe its last one instead: '{stack.norm or stack.output}.{len(adapted) - 1}'"
+        )
     if adapted is not None and hasattr(adapted, "adapter"):
         raise InjectionError(f"{type(adapted).__name__} has an attribute 'adapter' of its own")
     return _Layer(layer, attention, crossing, adapted)
@@ -423,10 +431,14 @@ def _add_to_attention(
             setattr(leaf, name, term)
     if not gated and tokens is None and config.prefix is None:
         return
-    names = list(inspect.signature(attention.forward).parameters)
+    signature = inspect.signature(attention.forward).parameters
 
     def argument(name: str) -> Argument:
-        return Argument(name, names.index(name) if name in names else None)
+        if name in signature:
+            return Argument(name, list(signature).index(name))
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+            return Argument(name, None)  # where it is passed through, that it is there is checked at every call
+        raise InjectionError(f"the forward of {type(attention).__name__} has no argument {name!r}")
 
     inserts = (Slot(), Slot()) if place.key is not None and config.prefix is not None else ()
     attention.gates = Gates(place.query.inputs, tuple(gated), config.gate, like, causal=causal) if gated else None

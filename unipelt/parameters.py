@@ -67,13 +67,14 @@ class ParameterCounts:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {count:,}" for name, count in self.submodules.items())
-        gates = ", ".join(f"{name} {count:,}" for name, count in self.gates.items())
+        gates = [f"{name} {count:,}" for name, count in self.gates.items()]
+        rows = [", ".join(gates[start : start + 4]) for start in range(0, len(gates), 4)]
         share = 100 * self.trained / self.base if self.base else 0.0
         return "\n".join(
             [
                 f"trained   {self.trained:>12,}  ({share:.2f} % of the base's {self.base:,})",
                 *([f"            {parts}"] if parts else []),
-                *([f"            gates: {gates}"] if gates else []),
+                *(f"            {'gates: ' if row == rows[0] else '       '}{row}" for row in rows),
                 f"deployed  {self.deployed:>12,}",
                 f"head      {self.head:>12,}",
             ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-_LABELS = {"lora_query": "LoRA\nquery", "lora_value": "LoRA\nvalue", "adapter": "adapter", "prefix": "prefix"}
+_LABELS = {"lora_query": "LoRA\nquery", "lora_value": "LoRA\nvalue"}
 
 
 def plot_gates(
@@ -25,7 +25,8 @@ def plot_gates(
     Colours run from 0 (closed) to 1 (open) in every picture, so that pictures can be compared.
 
     Args:
-        gates: by name, (examples, layers), as `unipelt.record_gates` records them.
+        gates: by name, (examples, layers), as `unipelt.record_gates` records them. Where some have fewer layers
+            than others (an encoder's and a decoder's), cells stay empty.
         path: the picture; its suffix says the format (`.png`, `.pdf`, `.svg`). Written whole or not at all.
         layers: the layers' own indices, where only some carry submodules; by default 0, 1, ….
         title: a line above the picture.
@@ -34,13 +35,15 @@ def plot_gates(
         The path.
 
     Raises:
-        ValueError: there are no gates or no examples, gates differ in their numbers of layers, or the suffix is of
-            no known format.
+        ValueError: there are no gates or no examples, `layers` names more or fewer than there are, or the suffix is
+            of no known format.
         ImportError: matplotlib is not installed.
     """
     means = _means(gates)
     names = list(means)
-    values = np.stack([means[name] for name in names], axis=1)
+    values = np.full((max(map(len, means.values())), len(names)), np.nan)
+    for column, name in enumerate(names):
+        values[: len(means[name]), column] = means[name]
     rows = range(len(values)) if layers is None else layers
     if len(rows) != len(values):
         raise ValueError(f"the gates have {len(values)} layers, and layers names {len(rows)}")
@@ -53,12 +56,14 @@ def plot_gates(
 
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(names)), [_LABELS.get(name, name) for name in names])
+    axes.set_xticks(range(len(names)), [_label(name) for name in names])
     axes.set_yticks(range(len(values)), [str(row) for row in rows])
     axes.set_ylabel("layer")
     axes.tick_params(length=0)
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
+        if np.isnan(value):
+            continue
         colour = "black" if value > 0.6 else "white"  # on viridis, which is light above that
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
     figure.colorbar(image, ax=axes, label="mean gate value")
@@ -90,10 +95,12 @@ def _means(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
                 f"gate {name!r} has the shape {array.shape}; it must be (examples, layers), none of them 0"
             )
         means[name] = array.mean(axis=0)
-    sizes = {name: len(mean) for name, mean in means.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the gates differ in their numbers of layers: {sizes}")
     return means
+
+
+def _label(name: str) -> str:
+    stack, _, gate = name.rpartition(".")
+    return f"{stack}\n{_LABELS.get(gate, gate)}".strip()
 
 
 def _figure(width: float, height: float) -> Any:

@@ -174,6 +174,14 @@ def _load_tokenizer(settings: RunSettings, place: str, task: Task) -> tuple[Any,
     limit = min(limit for limit in limits if limit)
     if settings.max_length > limit:
         raise RunError(f"max_length is {settings.max_length}, and {settings.model} takes {limit} tokens; lower it")
+    if tokenizer.pad_token is None:  # GPT-2 and others were pretrained without one; padding is masked, so any will do
+        if tokenizer.eos_token is None:
+            raise RunError(
+                f"the tokenizer of {settings.model} has neither a padding token nor an end token to pad with"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
     return config, tokenizer
 
 

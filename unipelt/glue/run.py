@@ -226,6 +226,8 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Call
         train_dataset=job.splits["train"],
         eval_dataset=job.splits["dev"],
         compute_metrics=compute_metrics_for(job.task),
+        # some models return hidden states besides the logits, and those need not be kept
+        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -317,15 +319,16 @@ def _predict(trainer: Trainer, job: Job, name: str, folder: Path) -> Path:
     return folder / f"{split}.tsv"
 
 
-def _layers(job: Job, count: int) -> list[int]:
-    return list(job.settings.config.layers or range(count))
+def _layers(job: Job, gates: Mapping[str, torch.Tensor]) -> list[int]:
+    """What the columns are; where layers are shared there is one for each pass, and an index says little."""
+    count, chosen = max(values.shape[1] for values in gates.values()), job.settings.config.layers
+    return list(chosen if chosen is not None and len(chosen) == count else range(count))
 
 
 def _draw(gates: Mapping[str, torch.Tensor], folder: Path, job: Job, say: Callable[[str], None]) -> str | None:
-    count = next(iter(gates.values())).shape[1]
     title = f"{job.task.name} · {job.settings.method_name}"
     try:
-        plot_gates(gates, folder / PICTURE, layers=_layers(job, count), title=title)
+        plot_gates(gates, folder / PICTURE, layers=_layers(job, gates), title=title)
     except ImportError as error:
         say(f"no {PICTURE}: {error}")
         return None
@@ -348,9 +351,8 @@ def _record(
     base = json.loads((folder / MODEL / MANIFEST).read_text(encoding="utf-8"))["base"]
     means = None
     if gates:
-        count = next(iter(gates.values())).shape[1]
         means = {
-            "layers": _layers(job, count),
+            "layers": _layers(job, gates),
             "examples": len(job.splits["test"]),
             "values": {
                 name: {

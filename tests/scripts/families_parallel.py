@@ -1,0 +1,216 @@
+"""Two data-parallel processes that take tiny models of many architectures through a step, by DDP and by FSDP2.
+
+Usage: families_parallel.py FOLDER FAMILY...   process N writes what it found to FOLDER/results-N.json
+
+Each process has half of a batch, and each computes in itself, with the whole batch, what one process would.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from conftest import shake
+from tiny import ENCODER_DECODERS, ENCODERS, VOCABULARY, tiny_batch, tiny_model
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import unipelt
+from unipelt.families import FAMILIES
+from unipelt.inject import _matching
+from unipelt.parameters import injection_of
+
+LENGTHS = ((9, 5, 7, 7), (4, 6, 2, 8))
+"""Of two batches: both halves have as many tokens, so that the mean of their losses is the loss of the whole."""
+CHECKPOINTED = ("bert", "llama", "bart")
+PROCESSES = 2
+
+
+def build(family: str) -> Any:
+    """An injected model in training mode, the same in every process."""
+    model = tiny_model(family).train()
+    for method in ("unipelt-apl", "unipelt-al"):
+        try:
+            unipelt.inject(model, method)
+        except unipelt.InjectionError as error:
+            if not any(said in str(error) for said in ("cannot take a prefix", "a prefix cannot enter")):
+                raise
+        else:
+            break
+    shake(model)
+    return model
+
+
+def batches(family: str) -> Iterator[dict[str, Tensor]]:
+    """Two labelled batches of four texts."""
+    for seed, lengths in enumerate(LENGTHS):
+        batch = tiny_batch(family, seed, lengths)
+        if family in ENCODERS:
+            batch["labels"] = torch.tensor([0, 1, 1, 0])
+        elif family in ENCODER_DECODERS:
+            generator = torch.Generator().manual_seed(seed)
+            batch["labels"] = torch.randint(5, VOCABULARY, batch["decoder_input_ids"].shape, generator=generator)
+        else:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        yield batch
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, of which each process may hold a part."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def step(family: str, model: Any, wrapped: Any, rows: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of the second of two passes, and all parameters after a step by them.
+
+    The second, because DistributedDataParallel complains in the next pass of what the first left unreduced.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # with so large an epsilon Adam's first step follows a gradient's size, not its sign alone
+    optimizer = torch.optim.AdamW(trained, lr=0.1, eps=0.1, weight_decay=0.0)
+    for batch in batches(family):
+        optimizer.zero_grad()
+        wrapped(**{name: tensor[rows] for name, tensor in batch.items()}).loss.backward()
+    named = dict(model.named_parameters())
+    gradients = {name: whole(parameter.grad) for name, parameter in named.items() if parameter.grad is not None}
+    optimizer.step()
+    return gradients, {name: whole(parameter) for name, parameter in named.items()}
+
+
+def shard(family: str, model: Any) -> Any:
+    """`fully_shard` as its documentation applies it: each layer, then what is left."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for stack in FAMILIES[family].stacks:
+        for layer in _matching(model.base_model, stack.layers):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def own_rows() -> slice:
+    """Which texts of a batch are this process's."""
+    half, rank = 4 // PROCESSES, torch.distributed.get_rank()
+    return slice(half * rank, half * (rank + 1))
+
+
+def differing(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not close, or are on one side only."""
+    both = got.keys() & want.keys()
+    apart = [name for name in both if not torch.allclose(got[name], want[name], atol=3e-6, rtol=1e-4)]
+    return sorted({*apart, *(got.keys() ^ want.keys())})
+
+
+def differing_between_processes(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not those of the first process, bit for bit."""
+    apart = []
+    for name, tensor in tensors.items():
+        first = tensor.clone()
+        torch.distributed.broadcast(first, 0)
+        if not torch.equal(first, tensor):
+            apart.append(name)
+    return apart
+
+
+def compare(family: str, way: str) -> dict[str, Any]:
+    """What two processes and one do not agree on."""
+    alone, model = build(family), build(family)
+    start = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    want_gradients, want = step(family, alone, alone, slice(None))
+    if way == "fsdp2 checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = DistributedDataParallel(model) if way == "ddp" else shard(family, model)
+    gradients, got = step(family, model, wrapped, own_rows())
+    return {
+        "prefix": injection_of(model).config.prefix is not None,
+        "parameters": len(got),
+        "sharded": sum(isinstance(parameter, DTensor) for parameter in model.parameters()),
+        "other gradients": differing(gradients, want_gradients),
+        "zero gradients": sorted(name for name in trained if not want_gradients[name].any()),
+        "frozen with a gradient": sorted(gradients.keys() - trained),
+        "other parameters after the step": differing(got, want),
+        "frozen and moved": sorted(name for name in got.keys() - trained if not torch.equal(got[name], start[name])),
+        "trained and not moved": sorted(name for name in trained if torch.equal(got[name], start[name])),
+        "other in the second process": differing_between_processes(got),
+    }
+
+
+def save(family: str, folder: Path) -> dict[str, Any]:
+    """What a sharded model's checkpoint, whole and deployed, does not hold."""
+    model = build(family)
+    shard(family, model)
+    _, got = step(family, model, model, own_rows())
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank() != 0:
+        return {}
+    # from here on the first process is alone: whatever would gather something now, waits for ever
+    unipelt.save(model, folder / family, state_dict=state)
+    unipelt.save(model, folder / f"{family}-deployed", state_dict=state, deploy=True)
+    again, deployed = (unipelt.load(tiny_model(family), folder / name) for name in (family, f"{family}-deployed"))
+    loaded = dict(again.named_parameters())
+    batch = next(batches(family))
+    with torch.no_grad():
+        apart = (again(**batch).logits - deployed(**batch).logits).abs().max().item()
+    refusal = ""
+    try:
+        unipelt.save(model, folder / "refused")
+    except ValueError as error:
+        refusal = str(error)
+    return {
+        "other parameters": sorted(name for name in got if not torch.equal(got[name], loaded[name])),
+        "logits apart when deployed": apart,
+        "class": json.loads((folder / family / "unipelt.json").read_text(encoding="utf-8"))["base"]["class"],
+        "refusal": refusal,
+    }
+
+
+def work(rank: int, folder: Path, families: list[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    store = torch.distributed.FileStore(str(folder / "store"), PROCESSES)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
+    )
+    jobs = [(family, way) for family in families for way in ("ddp", "fsdp2")]
+    jobs += [(family, way) for way in ("fsdp2 checkpointed", "save") for family in families if family in CHECKPOINTED]
+    results: dict[str, dict[str, Any]] = {}
+    for family, way in jobs:
+        try:
+            found = save(family, folder) if way == "save" else compare(family, way)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        results[f"{family} {way}"] = found
+        # after each, for a collective that only one process reaches may end both
+        (folder / f"results-{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    # torch's destructors may wait for gloo's thread, which may wait for the GIL that they hold: leave without them
+    os._exit(0)
+
+
+def main(folder: str, *families: str) -> int:
+    # forked, so that the libraries are imported once
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(rank, Path(folder), list(families))) for rank in range(PROCESSES)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return max(abs(worker.exitcode or 0) for worker in workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
