@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # it is read when transformers is imported
+# read when transformers and torch are imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # over tensors as small as these, threads only wait for each other
 
 from pathlib import Path
 from typing import Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import DEPTH
+from tiny import DEPTH, WITH_PREFIX
 from tiny_task import save_model, write_glue, write_sentences
 from transformers import AutoModelForSequenceClassification
 
@@ -67,7 +67,7 @@ def test_has_a_row_in_the_readme_and_holds_only_what_differs(name: str) -> None:
 def test_a_run_with_a_model_of_another_architecture(family: str, home: Path, tmp_path: Path) -> None:
     """BART's outputs hold more than logits, GPT-2's tokenizer has no padding token, ALBERT's layers are shared."""
     model = save_model(tmp_path / family, family)
-    method = "unipelt-al" if family == "deberta-v2" else "unipelt-apl"
+    method = "unipelt-apl" if family in WITH_PREFIX else "unipelt-al"
     name = "bart.yaml" if family == "bart" else "roberta.yaml"
     options = [*small(home, name), "--model", str(model), "--method", method, "--do_predict", "true"]
     record = run(parse([str(FOLDER / name), *options, "--output_dir", str(tmp_path / "out")]), say=lambda line: None)
@@ -75,7 +75,7 @@ def test_a_run_with_a_model_of_another_architecture(family: str, home: Path, tmp
     assert record["model"]["class"].endswith("ForSequenceClassification")
     depth = {len(gate["mean"]) for gate in record["gates"]["values"].values()}
     assert depth == {DEPTH}
-    assert ("cross.prefix" in record["gates"]["values"]) == (family in ("bart", "t5"))
+    assert ("cross.lora_value" in record["gates"]["values"]) == (family in ("bart", "t5"))
     again = unipelt.load(
         AutoModelForSequenceClassification.from_pretrained(model, num_labels=2), tmp_path / "out" / "model"
     )

@@ -9,7 +9,6 @@ Shapes: B examples, H heads, T queries, S keys, d head size, L prefix length, N 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake
-from tiny import DECODERS, DEPTH, ENCODER_DECODERS, SIMPLE, tiny_batch, tiny_model
+from tiny import DECODERS, DEPTH, ENCODER_DECODERS, SIMPLE, WITH_PREFIX, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -38,7 +37,6 @@ from unipelt.lora import LoRA
 from unipelt.prefix import Prefix
 
 # Transformers 5.0 compiles parts of some models with TorchScript when it imports them
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 
 @dataclass(frozen=True)
@@ -451,19 +449,12 @@ def without_feed_forward(name: str, stack: Layers, at: int, batch: dict[str, Ten
     return record[0]
 
 
-def takes_prefix(model: Any, name: str) -> bool:
-    """Whether this version of Transformers has a place for a prefix in this architecture."""
-    if CASES[name].family in SIMPLE:
-        return False
-    stack = CASES[name].stacks[0]
-    attention = layers_of(model, stack)[0].get_submodule(stack.own.path)
-    return name == "mpnet" or hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
-
-
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_gates_of_attention_read_its_input(name: str) -> None:
-    parts = ("prefix", "lora_query", "lora_value") if takes_prefix(build(name), name) else ("lora_query", "lora_value")
+    parts = (
+        ("prefix", "lora_query", "lora_value") if CASES[name].family in WITH_PREFIX else ("lora_query", "lora_value")
+    )
     config = {"preset": "unipelt-pl" if "prefix" in parts else "unipelt-al", "train_head": False}
     model, batch = injected(name, config), batch_of(name)
     inputs: dict[tuple[str, str], list[list[Tensor]]] = {}
@@ -629,7 +620,7 @@ def test_attention_with_a_prefix(name: str, place: int, which: int, gating: str)
     crosses = heads is stack.cross
     where = {"encoder": False, "decoder": False, "cross": True} if crosses else only(stack)
     config = {**changed(PREFIX, "prefix", [at, 2], **kind), **where}
-    if not takes_prefix(base, name):
+    if CASES[name].family not in WITH_PREFIX:
         with pytest.raises(unipelt.InjectionError, match="does not go through the attention interface"):
             unipelt.inject(base, config)
         return
@@ -790,7 +781,7 @@ def assert_counts(model: Any, config: unipelt.UniPELTConfig, wanted: Wanted, bas
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_of_parameters_follow_from_the_sizes(name: str) -> None:
     case, model = CASES[name], build(name)
-    preset = "unipelt-apl" if takes_prefix(model, name) else "unipelt-al"
+    preset = "unipelt-apl" if case.family in WITH_PREFIX else "unipelt-al"
     config = unipelt.resolve(
         {"preset": preset, "adapter": {"bottleneck": BOTTLENECK}, "lora": {"rank": RANK}}
         | ({"prefix": {"length": LENGTH, "hidden": WIDTH}} if preset == "unipelt-apl" else {})
@@ -846,7 +837,7 @@ def test_numbers_of_parameters_of_full_size_models(family: str, preset: str) -> 
     with torch.device("meta"):  # shapes alone, no memory
         model = auto.from_config(make())
     model.tie_weights()  # which some versions leave out there
-    if not takes_prefix(model, family):
+    if family not in WITH_PREFIX:
         preset = "unipelt-al"
     config = unipelt.resolve(preset)
     unipelt.inject(model, config)

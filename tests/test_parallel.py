@@ -12,15 +12,12 @@ from typing import Any
 import pytest
 import transformers
 from scripts.families_parallel import CHECKPOINTED, PROCESSES
-from tiny import SIMPLE
+from tiny import WITH_PREFIX
 
 from unipelt.families import FAMILIES
 
 TESTS = Path(__file__).parent
 QUICK = ("bert", "bart", "t5", "gpt2", "llama")
-NO_INTERFACE_ONCE = ("t5", "mt5", "umt5", "modernbert")
-"""Those whose attention does not go through the interface in older Transformers, and there takes no prefix."""
-
 every_family = pytest.mark.parametrize(
     "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
@@ -50,10 +47,7 @@ def check(results: list[dict[str, Any]], family: str, way: str) -> None:
         assert "error" not in one, one["error"]
         assert {name: value for name, value in one.items() if isinstance(value, list) and value} == {}
         assert one["sharded"] == (0 if way == "ddp" else one["parameters"])
-        if family in SIMPLE:
-            assert not one["prefix"]
-        elif family not in NO_INTERFACE_ONCE:
-            assert one["prefix"]
+        assert one["prefix"] == (family in WITH_PREFIX)
 
 
 @every_family

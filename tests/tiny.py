@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +21,12 @@ DECODERS = [name for name, family in FAMILIES.items() if len(family.stacks) == 1
 ENCODERS = [name for name in FAMILIES if name not in (*ENCODER_DECODERS, *DECODERS)]
 SIMPLE = [name for name in FAMILIES if "prefix" in FAMILIES[name].refused]
 """Those that take everything but a prefix."""
+_INTERFACE_SINCE = {"t5": "5.15", "mt5": "5.15", "umt5": "5.15", "modernbert": "5.1"}
+"""The first Transformers in which their attention goes through the interface; before, a prefix cannot enter."""
+WITHOUT_INTERFACE = [
+    name for name, since in _INTERFACE_SINCE.items() if Version(transformers.__version__) < Version(since)
+]
+WITH_PREFIX = [name for name in FAMILIES if name not in (*SIMPLE, *WITHOUT_INTERFACE)]
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,
@@ -123,10 +129,7 @@ def tiny_model(
             head = "Seq2SeqLM"
     cls = getattr(transformers, f"AutoModelFor{head}" if head != "Model" else "AutoModel")
     config = tiny_config(family, dropout, **changes)
-    with warnings.catch_warnings():
-        # importing ModernBERT imports what torch itself calls deprecated
-        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-        config._attn_implementation = attention if _has_sdpa(cls._model_mapping[type(config)]) else "eager"
+    config._attn_implementation = attention if _has_sdpa(cls._model_mapping[type(config)]) else "eager"
     torch.manual_seed(seed)
     model: PreTrainedModel = cls.from_config(config)
     with torch.no_grad():

@@ -504,10 +504,7 @@ def _wake_input(
         return None
     return (
         tuple(_awake(value) if place == 0 else value for place, value in enumerate(args)),
-        {
-            name: _awake(value) if name in ("hidden_states", "inputs_embeds") else value
-            for name, value in kwargs.items()
-        },
+        {name: _awake(value) if name in STATES else value for name, value in kwargs.items()},
     )
 
 
