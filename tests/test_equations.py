@@ -183,7 +183,9 @@ STACKS: dict[str, tuple[Layers, ...]] = {
         "mlp.dense_4h_to_h",
     ),
     "opt": _decoder("decoder.layers", _BART_SELF, "fc2"),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "stablelm", "granite", "cohere", "smollm3"), LLAMA),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "stablelm", "granite", "cohere", "smollm3", "nemotron"), LLAMA
+    ),
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), GEMMA2),
     "phi": _decoder("layers", Heads("self_attn.q_proj", "self_attn.v_proj", "self_attn.dense"), "mlp.fc2"),
     "phi3": _decoder(

@@ -95,6 +95,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "granite": _GROUPED,
     "cohere": _GROUPED,
     "smollm3": _GROUPED,
+    "nemotron": _GROUPED,
     **dict.fromkeys(("bart", "marian", "plbart", "mbart", "pegasus", "m2m_100", "blenderbot"), _BART),
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
 }

@@ -268,5 +268,6 @@ FAMILIES: dict[str, Family] = {
     "granite": _LLAMA_LIKE,
     "cohere": _LLAMA_LIKE,
     "smollm3": _LLAMA_LIKE,
+    "nemotron": _LLAMA_LIKE,
 }
 """By `config.model_type`."""
