@@ -767,3 +767,20 @@ def test_every_family_has_a_row_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(re.findall("`([^`]+)`", "".join(rows[1:]))) == sorted(FAMILIES)
+
+
+def test_flex_attention_works_in_a_decoder_without_a_prefix() -> None:
+    model, batch = tiny_model("llama"), tiny_batch("llama")
+    unipelt.inject(model, small("unipelt-al"))
+    shake(model)
+    want = logits(model, batch)
+    model.set_attn_implementation("flex_attention")
+    real = batch["attention_mask"].bool()
+    assert_near(logits(model, batch)[real], want[real])
+
+
+def test_flex_attention_is_refused_where_a_gate_averages() -> None:
+    model = unipelt.inject(tiny_model("bert"), small("unipelt-al"))
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="cannot read a BlockMask"):
+        model(**tiny_batch("bert"))

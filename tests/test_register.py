@@ -288,3 +288,15 @@ def test_a_model_without_an_eager_attention_is_told_to_use_another(own: ModuleTy
     model.config._attn_implementation = "eager"
     with pytest.raises(ValueError, match=r"no eager_attention_forward beside OwnAttention; call model\.set_attn_impl"):
         model(**own.texts(2, seed=0))
+
+
+def test_cross_attention_that_looks_both_ways_is_refused(own: ModuleType) -> None:
+    """Its gates would have to average over queries by a mask that is of keys."""
+    place = unipelt.Attention("attention", "q", "v")
+    unipelt.register_family("own", unipelt.Stack("blocks", place, output="down", cross=place))
+    model = own.pretrained()
+    before = snapshot(model)
+    with pytest.raises(unipelt.InjectionError, match="cross=False"):
+        unipelt.inject(model, "lora")
+    assert_untouched(model, before)
+    unipelt.inject(model, {"preset": "lora", "cross": False})

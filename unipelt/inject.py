@@ -232,6 +232,10 @@ def _find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[_Found]:
         cross = config.cross and stack.cross is not None and (len(present) > 1 or len(family.stacks) == 1)
         if not own and not cross:
             continue
+        if cross and not causal and any(stack.cross and _has(layer, stack.cross.path) for layer in layers):
+            raise InjectionError(
+                "a stack that looks both ways cannot take a prefix or LoRA in cross-attention; say cross=False"
+            )
         indices = range(len(layers)) if config.layers is None else config.layers
         if outside := [index for index in indices if index >= len(layers)]:
             raise InjectionError(
