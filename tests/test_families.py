@@ -769,6 +769,8 @@ def test_every_family_has_a_row_in_the_documentation() -> None:
     assert sorted(re.findall("`([^`]+)`", "".join(rows[1:]))) == sorted(FAMILIES)
 
 
+# how Transformers makes its block masks
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 def test_flex_attention_works_in_a_decoder_without_a_prefix() -> None:
     model, batch = tiny_model("llama"), tiny_batch("llama")
     unipelt.inject(model, small("unipelt-al"))
@@ -779,6 +781,8 @@ def test_flex_attention_works_in_a_decoder_without_a_prefix() -> None:
     assert_near(logits(model, batch)[real], want[real])
 
 
+# how Transformers makes its block masks
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 def test_flex_attention_is_refused_where_a_gate_averages() -> None:
     model = unipelt.inject(tiny_model("bert"), small("unipelt-al"))
     model.set_attn_implementation("flex_attention")
