@@ -771,6 +771,7 @@ def test_every_family_has_a_row_in_the_documentation() -> None:
 
 # how Transformers makes its block masks
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning")
 def test_flex_attention_works_in_a_decoder_without_a_prefix() -> None:
     model, batch = tiny_model("llama"), tiny_batch("llama")
     unipelt.inject(model, small("unipelt-al"))
@@ -783,6 +784,7 @@ def test_flex_attention_works_in_a_decoder_without_a_prefix() -> None:
 
 # how Transformers makes its block masks
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning")
 def test_flex_attention_is_refused_where_a_gate_averages() -> None:
     model = unipelt.inject(tiny_model("bert"), small("unipelt-al"))
     model.set_attn_implementation("flex_attention")

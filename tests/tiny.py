@@ -21,7 +21,7 @@ DECODERS = [name for name, family in FAMILIES.items() if len(family.stacks) == 1
 ENCODERS = [name for name in FAMILIES if name not in (*ENCODER_DECODERS, *DECODERS)]
 SIMPLE = [name for name in FAMILIES if "prefix" in FAMILIES[name].refused]
 """Those that take everything but a prefix."""
-_INTERFACE_SINCE = {"t5": "5.15", "mt5": "5.15", "umt5": "5.15", "modernbert": "5.1"}
+_INTERFACE_SINCE = {"t5": "5.15", "mt5": "5.15", "umt5": "5.15", "modernbert": "5.1", "nemotron": "5.13"}
 """The first Transformers in which their attention goes through the interface; before, a prefix cannot enter."""
 WITHOUT_INTERFACE = [
     name for name, since in _INTERFACE_SINCE.items() if Version(transformers.__version__) < Version(since)
