@@ -530,6 +530,15 @@ def test_part_of_a_model_may_be_compiled() -> None:
     torch._dynamo.reset()
 
 
+def test_what_is_compiled_finds_what_is_not() -> None:
+    """The other way round: attention leaves the token weights, and the compiled block with the adapter takes them."""
+    model = make_model("unipelt-apl")
+    want = logits(model)
+    block: Any = model.bert.encoder.layer[1].output
+    block.forward = torch.compile(block.forward, backend="aot_eager")
+    torch.testing.assert_close(logits(model), want, atol=1e-6, rtol=0)
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     words = ["[PAD]", "[UNK]", *(f"w{number}" for number in range(58))]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
