@@ -1,8 +1,14 @@
-"""Every configuration in `configs/` is parsed, and started on a tiny model."""
+"""Every configuration in `configs/` is parsed, and started on a tiny model; so are the runs of every sweep."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import DEPTH, WITH_PREFIX
@@ -10,11 +16,32 @@ from tiny_task import save_model, write_glue, write_sentences
 from transformers import AutoModelForSequenceClassification
 
 import unipelt
+from unipelt.config import PRESETS, UniPELTConfig, read_mapping
 from unipelt.glue.run import run
-from unipelt.glue.settings import RunSettings, parse, read_config
+from unipelt.glue.settings import RunSettings, paper_learning_rate, parse, read_config
+from unipelt.glue.tasks import TASKS
+from unipelt.sweep import Sweep, read_sweep
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".yaml", ".json"))
+FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".yaml", ".json"))
+SWEEPS = [name for name in FILES if "grid" in read_mapping(FOLDER / name)]
+CONFIGS = [name for name in FILES if name not in SWEEPS]
+TWINS = [name for name in SWEEPS if name.endswith("-release.yaml")]
+
+TABLE1 = ("fine-tuning", "bitfit", "adapter", "prefix", "lora", "unipelt-ap", "unipelt-apl")
+TABLE3 = ("fine-tuning", "adapter", "prefix", "lora", "unipelt-ap-nogate", "unipelt-ap", "unipelt-apl")
+RATES = (1e-4, 5e-4, 2e-3, 4e-3)
+SIZES = {
+    # runs, cells (what differs in more than the seed and the chosen field)
+    "table1.yaml": (880, 176),
+    "table3.yaml": (56, 56),
+    "figure2.yaml": (25, 5),
+    "figure3.yaml": (100, 20),
+    "ablation-gates.yaml": (320, 64),
+    "ablation-gating.yaml": (160, 32),
+    "ablation-pooling.yaml": (160, 32),
+    "few-shot-minilm.yaml": (3520, 176),
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +55,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_some() -> None:
-    assert {"demo.yaml", "rte-apl.yaml"} <= set(CONFIGS)
+    assert {"demo.yaml", "rte-apl.yaml", "glue-full.yaml"} <= set(CONFIGS)
+    originals = {name.replace("-release.yaml", ".yaml") for name in TWINS}
+    assert originals == {"table1.yaml", "table3.yaml", "figure2.yaml", "figure3.yaml"}
+    assert set(SWEEPS) == {*SIZES, *TWINS}
+
+
+# Single runs
 
 
 def small(home: Path, name: str) -> list[str]:
@@ -56,11 +89,14 @@ def test_is_parsed_and_started(name: str, home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_has_a_row_in_the_readme_and_holds_only_what_differs(name: str) -> None:
     assert f"| `{name}` |" in (FOLDER / "README.md").read_text(encoding="utf-8")
-    fields = read_config(FOLDER / name)
-    given = {key: value for key, value in fields.items() if key not in ("model", "method")}
+    assert repeated_defaults(read_config(FOLDER / name)) in ([], ["dev_samples"])
+
+
+def repeated_defaults(values: Mapping[str, Any]) -> list[str]:
+    """The fields that say what is the default anyway."""
+    given = {key: value for key, value in values.items() if key not in ("model", "method")}
     defaults = {item: getattr(RunSettings, item, None) for item in given}
-    repeated = [key for key, value in given.items() if value == defaults[key] and value is not None]
-    assert repeated in ([], ["dev_samples"]), f"{repeated} is the default"
+    return [key for key, value in given.items() if value == defaults[key] and value is not None]
 
 
 @pytest.mark.parametrize("family", ["roberta", "bart", "t5", "gpt2", "albert", "deberta-v2"])
@@ -80,3 +116,205 @@ def test_a_run_with_a_model_of_another_architecture(family: str, home: Path, tmp
         AutoModelForSequenceClassification.from_pretrained(model, num_labels=2), tmp_path / "out" / "model"
     )
     assert unipelt.parameter_counts(again).trained == record["parameters"]["trained"]
+
+
+# Sweeps
+
+
+@cache
+def sweep_of(name: str) -> Sweep:
+    return read_sweep(FOLDER / name)
+
+
+def runs_of(name: str) -> tuple[RunSettings, ...]:
+    return sweep_of(name).runs
+
+
+@cache
+def digests(name: str) -> frozenset[str]:
+    return frozenset(settings.digest() for settings in runs_of(name))
+
+
+def key(settings: RunSettings) -> tuple[Any, ...]:
+    return settings.task, settings.train_samples, settings.method_name, settings.seed
+
+
+def released(config: UniPELTConfig) -> UniPELTConfig:
+    """The same method as the authors' program runs it."""
+    parts = (config.adapter, config.prefix, config.lora)
+    if any(part is not None and part.gate for part in parts):
+        return config.updated({"gate": {"pooling": "mean"}})
+    alone = config.adapter is None and not config.train_base
+    return replace(config, train_head=False) if alone else config
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_has_its_number_of_runs_and_cells(name: str) -> None:
+    sweep = sweep_of(name)
+    runs, cells = SIZES[name.replace("-release.yaml", ".yaml")]
+    assert len(digests(name)) == len(sweep.runs) == runs
+    sizes = Counter(sweep.cell(settings) for settings in sweep.runs)
+    assert len(sizes) == cells
+    assert set(sizes.values()) == {runs // cells}, "every cell has the same seeds"
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_changes_nothing_but_task_size_method_and_seed(name: str) -> None:
+    """All else is the paper's protocol, which is the default."""
+    free = ["task", "train_samples", "method", "seed", "data_seed", "learning_rate", "output_dir", "glue_dir"]
+    if name == "few-shot-minilm.yaml":
+        free += ["model", "model_sha256"]
+    for settings in runs_of(name):
+        changed = [item.name for item in fields(settings) if getattr(settings, item.name) != item.default]
+        assert set(changed) <= set(free)
+        assert settings.data_seed == settings.seed, "another sample of the training data for every seed"
+        assert settings.task in TASKS
+        if name != "few-shot-minilm.yaml":
+            assert settings.learning_rate == paper_learning_rate(settings.config)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_has_a_row_in_the_readme_with_its_number_of_runs(name: str) -> None:
+    rows = re.findall(rf"^\| `{re.escape(name)}` \|(.*)\|$", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 1
+    makes, runs, paper, cost = (column.strip() for column in rows[0].split("|"))
+    assert all((makes, paper, cost))
+    assert int(runs) == len(runs_of(name))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_holds_only_what_differs(name: str) -> None:
+    values = read_mapping(FOLDER / name)
+    assert (
+        repeated_defaults({key: value for key, value in values.items() if key not in ("base", "grid", "choose")}) == []
+    )
+    for block in values["grid"]:
+        methods = block["method"] if isinstance(block["method"], list) else [block["method"]]
+        for method in methods:
+            if isinstance(method, str):
+                assert method in PRESETS, "a mapping beside it would say more"
+                continue
+            preset = PRESETS[method["preset"]].to_dict()
+            for part, change in method.items():
+                if part == "preset":
+                    continue
+                assert change != preset[part]
+                if isinstance(change, dict):
+                    assert not any(value == preset[part][field] for field, value in change.items())
+
+
+def test_table_1_is_the_papers_grid() -> None:
+    grid = {
+        (task, samples, method, seed)
+        for task in TASKS
+        for samples in (100, 500, 1000)
+        for method in TABLE1
+        for seed in range(1, 6)
+    }
+    grid |= {(task, 100, "prefix, prefix.length=50", seed) for task in TASKS for seed in range(1, 6)}
+    assert {key(settings) for settings in runs_of("table1.yaml")} == grid
+
+
+def test_table_3_is_the_papers_grid_on_all_data() -> None:
+    grid = {(task, None, method, 1) for task in TASKS for method in TABLE3}
+    assert {key(settings) for settings in runs_of("table3.yaml")} == grid
+
+
+def test_figure_2_widens_the_adapter_and_nothing_else() -> None:
+    runs = runs_of("figure2.yaml")
+    adapters = [settings.config.adapter for settings in runs]
+    assert {(settings.task, settings.train_samples) for settings in runs} == {("cola", 100)}
+    assert sorted({adapter.bottleneck for adapter in adapters if adapter is not None}) == [48, 96, 128, 192, 256]
+    assert all(replace(settings.config, adapter=PRESETS["adapter"].adapter) == PRESETS["adapter"] for settings in runs)
+
+
+def test_figure_3_scales_lora_and_nothing_else() -> None:
+    runs = runs_of("figure3.yaml")
+    parts = [settings.config.lora for settings in runs]
+    assert {part.alpha / part.rank for part in parts if part is not None} == {1, 2, 4, 8, 16}
+    assert {part.rank for part in parts if part is not None} == {8}
+    assert all(replace(settings.config, lora=PRESETS["lora"].lora) == PRESETS["lora"] for settings in runs)
+    places = {(settings.task, settings.train_samples) for settings in runs}
+    assert places == {("cola", 100), ("cola", 1000), ("sst2", 100), ("sst2", 1000)}
+
+
+def test_the_ablation_of_gates_has_every_subset_of_them() -> None:
+    runs = runs_of("ablation-gates.yaml")
+    gates: Counter[tuple[bool, ...]] = Counter()
+    for settings in runs:
+        config = settings.config
+        gates[tuple(part is not None and part.gate for part in (config.adapter, config.prefix, config.lora))] += 1
+        opened = {"adapter": {"gate": True}, "prefix": {"gate": True}, "lora": {"gate": True}}
+        assert config.updated(opened) == PRESETS["unipelt-apl"]
+    assert len(gates) == 8
+    assert {settings.train_samples for settings in runs} == {100}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("ablation-gating.yaml", {"prefix": {"gating": "mass"}}),
+        ("ablation-pooling.yaml", {"gate": {"pooling": "mean"}}),
+    ],
+)
+def test_an_ablation_sets_the_paper_against_one_change(name: str, change: dict[str, Any]) -> None:
+    configs = [PRESETS[method] for method in ("unipelt-ap", "unipelt-apl")]
+    wanted = {repr(config) for config in [*configs, *(config.updated(change) for config in configs)]}
+    runs = runs_of(name)
+    assert {repr(settings.config) for settings in runs} == wanted
+    assert {settings.train_samples for settings in runs} == {100}
+
+
+def test_the_sweep_of_minilm_is_table_1_with_one_grid_of_learning_rates_for_all_methods() -> None:
+    sweep = sweep_of("few-shot-minilm.yaml")
+    assert sweep.chosen == ("learning_rate",)
+    rates: dict[tuple[Any, ...], list[float | None]] = {}
+    for settings in sweep.runs:
+        rates.setdefault(key(settings), []).append(settings.learning_rate)
+    assert set(rates) == {key(settings) for settings in runs_of("table1.yaml")}
+    assert all(sorted(map(float, values)) == sorted(RATES) for values in rates.values())  # type: ignore[arg-type]
+    assert {settings.model for settings in sweep.runs} == {read_config(FOLDER / "minilm.yaml")["model"]}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_differs_by_the_releases_protocol_only(name: str) -> None:
+    originals = runs_of(name.replace("-release.yaml", ".yaml"))
+    wanted = {replace(settings, method=released(settings.config).to_dict()).digest() for settings in originals}
+    assert digests(name) == wanted
+
+
+def test_what_a_twin_freezes_and_pools() -> None:
+    """Said once in words, so that the test above cannot agree with a rule that is wrong."""
+    configs = {settings.method_name: settings.config for settings in runs_of("table1-release.yaml")}
+    frozen = {name.split(",")[0] for name, config in configs.items() if not config.train_head}
+    padded = {name.split(",")[0] for name, config in configs.items() if config.gate.pooling == "mean"}
+    assert len(configs) == 8
+    assert frozen == {"bitfit", "prefix", "lora"}
+    assert padded == {"unipelt-ap", "unipelt-apl"}
+    assert digests("figure2-release.yaml") == digests("figure2.yaml")
+
+
+def first_runs() -> list[Any]:
+    """The first run of every sweep, and of every kind of method that no sweep before it has; sizes make no kind."""
+    seen: set[str] = set()
+    chosen = []
+    for name in SWEEPS:
+        first = runs_of(name)[0]
+        for settings in runs_of(name):
+            kind = re.sub(r"(alpha|bottleneck)=[^,]+", r"\1", repr(settings.config))
+            if kind not in seen or settings is first:
+                chosen.append(pytest.param(settings, id=f"{name}-{settings.method_name}"))
+            seen.add(kind)
+    return chosen
+
+
+@pytest.mark.parametrize("settings", first_runs())
+def test_a_sweeps_run_is_started(settings: RunSettings, home: Path, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"epochs": 1, "threads": 1, "max_length": 16, "device": "cpu", "model_sha256": None}
+    if settings.train_samples is not None:
+        quick |= {"train_samples": 16, "dev_samples": 16}
+    quick |= {"model": str(home / "model"), "glue_dir": str(home / "glue"), "output_dir": str(tmp_path / "out")}
+    record = run(replace(settings, **quick), say=lambda line: None)
+    assert record["status"] == "finished"
+    assert record["method"]["config"] == settings.config.to_dict()
+    assert record["method"]["learning_rate"] == settings.learning_rate

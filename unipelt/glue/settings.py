@@ -134,7 +134,7 @@ class RunSettings:
         if self.task is not None and self.glue_dir is None and os.environ.get(GLUE_DIR):
             object.__setattr__(self, "glue_dir", os.environ[GLUE_DIR])
         if self.output_dir is None:
-            name = _clean(f"{self.task or Path(str(self.train_file)).stem}-{self.method_name}-seed={self.seed}")
+            name = clean_name(f"{self.task or Path(str(self.train_file)).stem}-{self.method_name}-seed={self.seed}")
             object.__setattr__(self, "output_dir", str(Path("runs") / name))
 
     def _check_values(self) -> None:
@@ -253,7 +253,7 @@ def parse(argv: Sequence[str]) -> RunSettings:
         raise SettingsError(
             f"cannot tell what {word!r} belongs to: a configuration file comes first, then options as --field value"
         )
-    given = {name: _read_option(name, value) for name, value in vars(namespace).items() if value is not None}
+    given = {name: read_option(name, value) for name, value in vars(namespace).items() if value is not None}
     values = {} if config is None else read_config(config)
     if config is not None and given.get("output_dir") is None and values.get("output_dir") is None:
         given["output_dir"] = _default_folder(config, given, overrides)
@@ -336,7 +336,7 @@ def _as_number(value: Any) -> Any:
         return value
 
 
-def _read_option(name: str, value: Any) -> Any:
+def read_option(name: str, value: Any) -> Any:
     """A value from the command line, where everything is text."""
     hint = get_type_hints(RunSettings)[name]
     if isinstance(value, list):
@@ -462,14 +462,14 @@ def _read_config(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             raise SettingsError(f"{path}: {_unknown('field', key, known)}")
     for name in (*_FILES, "glue_dir", "method"):
         if isinstance(own.get(name), str):
-            own[name] = _find(own[name], path)
+            own[name] = locate_path(own[name], path)
     values |= own
     if overrides:
         values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
     return values
 
 
-def _find(name: str, config: Path) -> str:
+def locate_path(name: str, config: Path) -> str:
     """A path from a configuration file: from the current folder, else from the root of the file's repository."""
     if os.path.isabs(name) or os.path.exists(name):
         return name
@@ -484,14 +484,14 @@ def _default_folder(config: str, given: Mapping[str, Any], overrides: Mapping[st
     options = {name: value for name, value in given.items() if name not in (*_INCIDENTAL, "glue_dir")}
     options |= {f"method.{key}": value for key, value in overrides.items()}
     parts = [Path(config).stem, *(f"{name}={_plain(value)}" for name, value in options.items())]
-    return str(Path("runs") / _clean("-".join(parts)))
+    return str(Path("runs") / clean_name("-".join(parts)))
 
 
 def _plain(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
     """A name that every file system takes."""
     clean = re.sub(r"[^\w.=+-]+", "_", name)
     return clean if len(clean) <= 120 else f"{clean[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -1,0 +1,88 @@
+"""Sweeps that are killed with SIGKILL at chosen moments and started again: `python killed_sweep.py FOLDER`.
+
+The folder holds `sweep.yaml` and `record.json`, a record that stands for every run's: what is tried is the sweep, so a
+run is a line in `starts.txt` and a result. Each sweep is a process of its own, forked before anything used a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.killed import kill_at
+from unipelt.glue import result
+from unipelt.glue.settings import RunSettings
+from unipelt.sweep import carry_out, look, read_sweep, write_request
+
+# What is being called, and which call of it kills the process, before it does anything or after it has been done.
+MOMENTS = {
+    "before the request is written": ("unipelt.sweep", "write_whole", 1, "before"),
+    "request written, nothing begun": ("unipelt.sweep", "write_whole", 1, "after"),
+    "settings written, nothing started": ("unipelt.sweep", "write_whole", 3, "after"),
+    "in a run": ("unipelt.glue.result", "write_result", 3, "before"),
+    "a result written": ("unipelt.glue.result", "write_result", 3, "after"),
+    "a failure not written": ("unipelt.sweep", "write_whole", 6, "before"),
+    "a failure written": ("unipelt.sweep", "write_whole", 6, "after"),
+    "the first line printed": ("unipelt.sweep", "_account", 1, "after"),
+}
+
+
+def pretend(home: Path, out: Path, seconds: float = 0.0) -> Callable[[RunSettings, threading.Event], str | None]:
+    """A run that notes its start and leaves a record; the fourth fails when it is started for the first time."""
+
+    def start(settings: RunSettings, stop: threading.Event) -> str | None:
+        folder = Path(str(settings.output_dir))
+        with open(out / "starts.txt", "a") as file:
+            file.write(f"{folder.name}\n")
+        time.sleep(seconds)
+        starts = (out / "starts.txt").read_text().splitlines()
+        if len(starts) == 4 and starts.count(folder.name) == 1 and (home / "fails").exists():
+            return "made to fail"
+        record = json.loads((home / "record.json").read_text())
+        record |= {"settings": settings.to_dict(), "digest": settings.digest()}
+        result.write_result(record, folder)
+        return None
+
+    return start
+
+
+def attempt(home: Path, out: Path, moment: str | None = None, workers: int = 1) -> Callable[[], int]:
+    """Start a sweep in a process of its own; what is returned waits for it and returns its wait status."""
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            if moment is not None:
+                kill_at(*MOMENTS[moment])
+            sweep = read_sweep(home / "sweep.yaml")
+            write_request(sweep, out)
+            failures = carry_out(look(sweep, out, workers), pretend(home, out, 0.02), say=lambda line: None)
+            code = 1 if failures else 0
+        finally:
+            os._exit(code)
+    return lambda: os.waitpid(child, 0)[1]
+
+
+def main(home: Path) -> None:
+    """Leave `report.json`: for each moment, how the attempts ended; and how sweeps that share a folder did."""
+    report = {}
+    (home / "fails").touch()
+    for number, moment in enumerate(MOMENTS):
+        out = home / f"moment-{number}"
+        out.mkdir()
+        report[moment] = [attempt(home, out, moment)()]
+        report[moment] += [attempt(home, out)(), attempt(home, out)()]
+    (home / "fails").unlink()
+    out = home / "shared"
+    out.mkdir()
+    report["shared"] = [wait() for wait in [attempt(home, out, workers=2) for _ in range(3)]]
+    (home / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

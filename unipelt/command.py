@@ -1,0 +1,101 @@
+"""The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+_LISTS = {"tasks": "task", "k": "train_samples", "seeds": "seed", "methods": "method"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 some runs failed, 2 bad input, 130 interrupted."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.do(arguments)
+    except (ValueError, OSError) as error:
+        print(f"unipelt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from each run's last finished epoch", file=sys.stderr)
+        return 130
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from unipelt.sweep import carry_out, look, read_sweep, split_list, write_request
+
+    if arguments.workers < 1:
+        raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    narrow = {field: split_list(given[name]) for name, field in _LISTS.items() if name in given}
+    override = {name.removeprefix("field "): value for name, value in given.items() if name.startswith("field ")}
+    sweep = read_sweep(arguments.config, narrow, override)
+    state = look(sweep, arguments.out, arguments.workers)
+    print(state, flush=True)
+    if arguments.dry_run:
+        return 0
+    write_request(sweep, arguments.out)
+    failures = carry_out(state, say=lambda line: print(line, flush=True))
+    if failures:
+        print(f"{len(failures)} of {len(sweep.runs)} runs failed; the same command tries them again:")
+        for folder, error in failures.items():
+            print(f"  {Path(folder).name}: {error}")
+    return 1 if failures else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from unipelt.report import write_report
+
+    for path in write_report(arguments.folder, arguments.out):
+        print(path)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from unipelt.glue.settings import RunSettings
+
+    parser = _Parser(prog="unipelt", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="sweep|report")
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="do a grid of runs, or go on with one",
+        usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--tasks rte,cola] [--k 100,500] [--seeds 1,2] "
+        "[--methods lora,unipelt-apl] [--FIELD VALUE ...]",
+        description="Do the runs of a sweep file, each in a process of its own, and go on with what is there. Several "
+        "machines may do so in one shared folder at once.",
+        allow_abbrev=False,
+    )
+    sweep.set_defaults(do=_sweep)
+    sweep.add_argument("config", metavar="CONFIG", help="the sweep file, YAML or JSON (see configs/)")
+    sweep.add_argument("--out", required=True, metavar="DIR", help="folder of the runs")
+    sweep.add_argument("--dry-run", action="store_true", help="only say what there is to do")
+    sweep.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time [1]")
+    for name, field in _LISTS.items():
+        sweep.add_argument(f"--{name}", metavar="LIST", help=f"of the values of {field}, only these")
+    group = sweep.add_argument_group(
+        "fields of all runs", "for a field that the grid lists, only those of its values that are named"
+    )
+    for item in fields(RunSettings):
+        if item.name not in ("output_dir", "overwrite"):
+            names = dict.fromkeys((f"--{item.name}", f"--{item.name.replace('_', '-')}"))
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if str(item.type).startswith("bool") else {}
+            text = item.metadata["help"].replace("%", "%%")
+            group.add_argument(*names, dest=f"field {item.name}", metavar="VALUE", help=text, **switch)
+
+    report = commands.add_parser(
+        "report", help="tables and pictures from finished runs", description="Read the results of a folder of runs."
+    )
+    report.set_defaults(do=_report)
+    report.add_argument("folder", metavar="DIR", help="folder of the runs")
+    report.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
+    return parser

@@ -1,0 +1,127 @@
+"""Tables and pictures from finished runs, each number beside the paper's."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from unipelt.checkpoint import write_whole
+from unipelt.report.aggregate import ReportError, Results, read_results
+from unipelt.report.page import compose, seeds_text, to_html, to_markdown
+from unipelt.report.pictures import check_matplotlib, draw
+
+__all__ = ["ReportError", "Results", "read_results", "write_report"]
+
+PICTURES = "pictures"
+
+
+def write_report(folder: str | Path, out: str | Path) -> list[Path]:
+    """Read finished runs and write what they show.
+
+    Args:
+        folder: of a sweep, or of one run: `folder/result.json` and every `folder/*/result.json` are read, and
+            `folder/sweep.json`, where it is there, for what should be.
+        out: made if absent; gets `index.html` (one page that needs nothing else), `report.md` and `pictures/*.svg`,
+            `report.csv` (a line a cell; scores in percent) and `runs.csv` (a line a run; scores are fractions).
+
+    Returns:
+        The files, each written whole or not at all.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ReportError: it holds no result, or none that can be read.
+        ImportError: matplotlib is not installed.
+        OSError: `out` cannot be written.
+    """
+    folder, out = Path(folder), Path(out)
+    check_matplotlib()
+    results = read_results(folder)
+    if not results.runs:
+        reasons = "".join(f"; left out: {name}, as {reason}" for name, reason in results.left_out[:3])
+        raise ReportError(f"{folder} holds no finished run: neither result.json nor */result.json{reasons}")
+    pictures = draw(results)
+    blocks = compose(results, pictures, folder.resolve().name)
+    contents = {
+        **{out / PICTURES / f"{picture.name}.svg": picture.svg for picture in pictures},
+        out / "report.csv": _csv(_cell_line(results)),
+        out / "runs.csv": _csv(_run_line(results)),
+        out / "report.md": to_markdown(blocks, PICTURES).encode(),
+        out / "index.html": to_html(blocks).encode(),
+    }
+    for path in (out, out / PICTURES):
+        path.mkdir(parents=True, exist_ok=True)
+    for path, content in contents.items():
+        write_whole(path, content)
+    return list(contents)
+
+
+def _cell_line(results: Results) -> Iterable[Mapping[str, Any]]:
+    for cell in results.cells:
+        printed = cell.paper
+        counts = [run.record["parameters"] for run in cell.runs]
+        yield {
+            "task": cell.task,
+            "metric": cell.runs[0].primary,
+            "k": "all" if cell.k is None else cell.k,
+            "method": cell.row,
+            "model": cell.runs[0].record["model"]["name"],
+            "learning_rate": cell.runs[0].record["method"]["learning_rate"],
+            "seeds": len(cell.runs),
+            "mean": _number(100 * cell.mean),
+            "std": "" if cell.std is None else _number(100 * cell.std),
+            "dev_mean": _number(100 * cell.average(lambda run: run.dev)),
+            "paper_mean": "" if printed is None else printed.mean,
+            "paper_std": "" if printed is None or printed.std is None else printed.std,
+            "difference": "" if printed is None else _number(100 * cell.mean - printed.mean),
+            "trained": max(count["trained"] for count in counts),
+            "deployed": max(count["deployed"] for count in counts),
+            "head": max(count["head"] for count in counts),
+            "seconds": _number(cell.average(lambda run: run.record["seconds"]["total"])),
+            "missing_seeds": seeds_text(cell.missing),
+            "chosen": cell.chosen,
+        }
+
+
+def _run_line(results: Results) -> Iterable[Mapping[str, Any]]:
+    kept = {id(run): cell.row for cell in results.cells for run in cell.runs}
+    for run in results.runs:
+        record = run.record
+        yield {
+            "run": run.name,
+            "task": run.task,
+            "metric": run.primary,
+            "k": "all" if run.k is None else run.k,
+            "method": run.method,
+            "row": kept.get(id(run), ""),  # empty: a candidate that was not chosen
+            "model": record["model"]["name"],
+            "learning_rate": record["method"]["learning_rate"],
+            "seed": run.seed[0],
+            "data_seed": run.seed[1],
+            "test": run.score,
+            "dev": run.dev,
+            "majority": record["majority"],
+            "best_epoch": record["best"]["epoch"],
+            "epochs": record["evaluations"][-1]["epoch"],
+            **{name: record["parameters"][name] for name in ("trained", "deployed", "head", "base")},
+            **{f"seconds_{name}": record["seconds"][name] for name in ("train", "evaluation", "total")},
+            "attempts": record["attempts"],
+            "commit": record["code"]["commit"] or "",
+            "dirty": "" if record["code"]["dirty"] is None else record["code"]["dirty"],
+            "digest": record["digest"],
+        }
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _csv(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    lines = list(lines)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue().encode("utf-8", "replace")

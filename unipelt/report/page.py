@@ -1,0 +1,579 @@
+"""The report as a list of blocks, and the two ways to write it: one HTML page that needs nothing else, and Markdown."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unipelt.report.aggregate import (
+    RESAMPLES,
+    TASKS,
+    Cell,
+    Results,
+    Table,
+    costs,
+    marks,
+    paired_tests,
+    paper_costs,
+    upper_bounds,
+)
+from unipelt.report.pictures import Picture, k_name
+
+MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
+PAPER = "https://aclanthology.org/2022.acl-long.433/"
+
+# A line of a table's entry: text, and how it is marked (best, second, minor, warn, or nothing).
+Line = tuple[str, str]
+Entry = Sequence[Line]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of level 1 to 3."""
+
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text; `warn` sets it off."""
+
+    text: str
+    warn: bool = False
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list with dots."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table; the first column names its rows."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Entry]]
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Pictures side by side."""
+
+    pictures: Sequence[Picture]
+
+
+Block = Heading | Paragraph | Items | Grid | Panels
+
+
+def compose(results: Results, pictures: Sequence[Picture], name: str) -> list[Block]:
+    """The whole report. `name` is what the folder is called."""
+    tables = [results.table(k) for k in results.ks]
+    sections: dict[str, list[Picture]] = defaultdict(list)
+    for picture in pictures:
+        sections[picture.section].append(picture)
+    blocks: list[Block] = [Heading(1, f"UniPELT: {name}"), *_summary(results)]
+    for table in tables:
+        blocks += _scores(table, results)
+    blocks += _upper_bounds(tables)
+    blocks += _paired(tables)
+    blocks += _costs(tables)
+    for section, title, text in (
+        ("sizes", "One number of the method", "Mean over seeds; bars are one standard deviation each way."),
+        ("scores", "Seeds", "Boxes are quartiles over seeds and dots the seeds; a diamond is the paper's mean."),
+        (
+            "learning",
+            "Learning curves",
+            "Dev score by epoch: mean and range over seeds, dotted from where the first of them had ended.",
+        ),
+        (
+            "gates",
+            "Gates",
+            "Mean gate values on the test data, layers by submodules, averaged over seeds: 0 is closed, 1 is open.",
+        ),
+    ):
+        if sections[section]:
+            blocks += [Heading(2, title), Paragraph(text), Panels(sections[section])]
+    blocks += _provenance(results)
+    return blocks
+
+
+def percent(value: float, std: float | None = None) -> str:
+    """A fraction in percent, as the paper prints it."""
+    return f"{100 * value:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+
+
+def signed(value: float) -> str:
+    """A difference, of two digits, with a true minus."""
+    return f"{value:+.2f}".replace("-", MINUS)
+
+
+def seeds_text(seeds: Iterable[tuple[int, int]]) -> str:
+    """Seeds as text; the data's is named where it is another."""
+    return ", ".join(str(run) if run == data else f"{run} (data {data})" for run, data in seeds)
+
+
+# Sections
+
+
+def _summary(results: Results) -> list[Block]:
+    cells = results.cells
+    models = sorted({run.record["model"]["name"] for run in results.runs})
+    hours = sum(run.record["seconds"]["total"] for run in results.runs) / 3600
+    text = (
+        f"{_count(len(results.runs), 'finished run')} in {_count(len(cells), 'cell')} (task, K and method), "
+        f"{hours:.1f} hours of computing. Model: {', '.join(models)}."
+    )
+    blocks: list[Block] = [
+        Paragraph(text),
+        Paragraph(f"The paper is Mao et al., UniPELT (ACL 2022), {PAPER}; its numbers are of bert-base-uncased."),
+    ]
+    if models != ["bert-base-uncased"]:
+        blocks.append(
+            Paragraph("The runs' model is another, so that a difference from the paper is not one of methods.", True)
+        )
+    gaps = [
+        (len(results.absent), "planned run without a result"),
+        (len(results.failures), "failure"),
+        (len(results.left_out), "file left out"),
+        (sum(bool(cell.missing) for cell in cells), "cell with missing seeds"),
+    ]
+    if any(count for count, _ in gaps):
+        words = ", ".join(_count(count, noun) for count, noun in gaps if count)
+        blocks.append(Paragraph(f"Not whole: {words}. Names and reasons are at the end.", True))
+    return blocks
+
+
+def _scores(table: Table, results: Results) -> list[Block]:
+    tasks, rows = table.tasks, table.rows
+    several = len(tasks) > 1
+    columns = [marks([_mean(table.cells.get((row, task))) for row in rows]) for task in tasks]
+    averages = {row: table.average(row) for row in rows}
+    columns.append(marks([average[0] if average else None for average in averages.values()]))
+    lines: list[list[Entry]] = []
+    for index, row in enumerate(rows):
+        entries: list[Entry] = [[(row, "")]]
+        entries += [
+            _score(table.cells.get((row, task)), column[index]) for task, column in zip(tasks, columns, strict=False)
+        ]
+        if several:
+            entries.append(_average(table, row, columns[-1][index]))
+        lines.append(entries)
+    metrics = {task: next(c.runs[0].primary for (_, t), c in table.cells.items() if t == task) for task in tasks}
+    head = ["method", *(f"{task} ({metrics[task].replace('_', ' ')})" for task in tasks)]
+    notes = [f"Seeds that should be there are {'in the plan' if results.seeds else 'those of any run of this K'}."]
+    if several:
+        notes.append(
+            "The average is over the tasks of this table, for methods that have all of them"
+            + ("." if set(tasks) == set(TASKS) else "; the paper's beside it is over the same tasks.")
+        )
+    blocks: list[Block] = [
+        Heading(2, f"Scores, {k_name(table.k)}"),
+        Paragraph(
+            "Percent on the test data: mean ± standard deviation of a sample (n - 1; the paper does not say which it "
+            "prints) over n seeds. Bold: the best of a column; underlined: the second best. Below: the paper's number "
+            "where it has one, and the difference from it. " + " ".join(notes)
+        ),
+        Grid([*head, *(["average"] if several else [])], lines),
+    ]
+    said: dict[str, set[str]] = defaultdict(set)
+    for cell in table.cells.values():
+        for run in cell.runs:
+            for note in run.record["task"]["notes"]:
+                said[str(note)].add(cell.task)
+    if said:
+        blocks.append(Items([f"{', '.join(sorted(names))}: {note}" for note, names in said.items()]))
+    chosen = [f"{cell.task}, {cell.row}: {cell.chosen}" for cell in table.cells.values() if cell.chosen]
+    if chosen:
+        blocks += [Paragraph("Chosen on dev, and only the chosen is in the tables and pictures:"), Items(chosen)]
+    return blocks
+
+
+def _mean(cell: Cell | None) -> float | None:
+    return None if cell is None else cell.mean
+
+
+def _score(cell: Cell | None, mark: str) -> Entry:
+    if cell is None:
+        return [(NONE, "minor")]
+    lines = [(percent(cell.mean, cell.std), mark)]
+    printed = cell.paper
+    if printed is not None:
+        std = "" if printed.std is None else f" ± {printed.std:.2f}"
+        lines.append((f"paper {printed.mean:.2f}{std}", "minor"))
+        lines.append((f"{signed(100 * cell.mean - printed.mean)} · n = {len(cell.runs)}", "minor"))
+    else:
+        lines.append((f"n = {len(cell.runs)}", "minor"))
+    if cell.missing:
+        lines.append((f"without seed {seeds_text(cell.missing)}", "warn"))
+    return lines
+
+
+def _average(table: Table, row: str, mark: str) -> Entry:
+    average = table.average(row)
+    if average is None:
+        return [(NONE, "minor")]
+    lines = [(percent(*average), mark)]
+    printed = table.paper_average(row)
+    if printed is not None:
+        lines += [(f"paper {printed:.2f}", "minor"), (signed(100 * average[0] - printed), "minor")]
+    return lines
+
+
+def _upper_bounds(tables: Sequence[Table]) -> list[Block]:
+    rows: list[list[Entry]] = []
+    for table in tables:
+        for bound in upper_bounds(table):
+            best, combined = 100 * bound.best, 100 * bound.combined
+            lines = [[(f"{best:.2f}", "")], [(f"{combined:.2f}", "")], [(signed(combined - best), "")]]
+            if bound.paper:
+                others = (*(f"paper {value:.2f}" for value in bound.paper), signed(bound.paper[1] - bound.paper[0]))
+                for entry, other in zip(lines, others, strict=True):
+                    entry.append((other, "minor"))
+            chosen = ", ".join(f"{task}: {part}" for task, part in bound.chosen.items())
+            rows.append([[(bound.row, "")], [(k_name(table.k), "")], *lines, [(chosen, "minor")]])
+    if not rows:
+        return []
+    return [
+        Heading(2, "Upper bound"),
+        Paragraph(
+            "The best submodule of each task (the one with the best mean over seeds), averaged over tasks, beside the "
+            "method that combines them, on the tasks that have all of these; the paper's Table 2."
+        ),
+        Grid(["method", "K", "best submodule (%)", "combined (%)", "difference", "best by task"], rows),
+    ]
+
+
+def _paired(tables: Sequence[Table]) -> list[Block]:
+    rows: list[list[Entry]] = []
+    for table in tables:
+        for test in paired_tests(table):
+            interval = f"{signed(100 * test.low)} to {signed(100 * test.high)}"
+            rows.append(
+                [
+                    [(test.row, "")],
+                    [(k_name(table.k), "")],
+                    [(test.single, ""), (f"of {', '.join(test.among)}", "minor")],
+                    [(signed(100 * test.difference), ""), (interval, "minor")],
+                    [(_p(test.t), "")],
+                    [(_p(test.wilcoxon), "")],
+                    [(str(test.pairs), ""), (", ".join(test.tasks), "minor")],
+                ]
+            )
+    if not rows:
+        return []
+    head = ["method", "K", "best single method", "difference, 95 % interval", "t-test, p", "Wilcoxon, p", "pairs"]
+    return [
+        Heading(2, "Combination against the best single method"),
+        Paragraph(
+            "Pairs have the same task and the same seed. The best single method is the one with the best mean over "
+            "the tasks at this K among those that add one kind of submodule: it is picked by these same scores, so "
+            "the difference is rather too small than too large. The interval is a bootstrap over pairs "
+            f"({RESAMPLES:,} resamples, seeded); p values are two-sided. Pairs of one task are not independent of "
+            "each other, which neither the interval nor the tests know."
+        ),
+        Grid(head, rows),
+    ]
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _costs(tables: Sequence[Table]) -> list[Block]:
+    rows: list[list[Entry]] = []
+    for table in tables:
+        for line in costs(table):
+            method = line["method"]
+            counted = [
+                [(f"{n:,}", "") for n in line[name]] if len(line[name]) < 4 else [(_range(line[name]), "")]
+                for name in ("trained", "deployed", "head")
+            ]
+            if line["base"]:
+                counted[0].append((f"{100 * line['trained'][-1] / line['base']:.2f} % of the base", "minor"))
+            if (method, "parameters") in paper_costs():
+                counted[1].append((f"paper {paper_costs()[method, 'parameters']}", "minor"))
+            times: list[Entry] = []
+            for name, key in (("training", "train_time_percent"), ("inference", "inference_time_percent")):
+                value, printed = line[name], paper_costs().get((method, key))
+                entry = [(NONE if value is None else f"{100 * value:.0f} %", "")]
+                times.append([*entry, (f"paper {printed} %", "minor")] if printed else entry)
+            rows.append(
+                [[(line["row"], "")], [(k_name(table.k), "")], *counted, [(f"{line['seconds']:.0f}", "")], *times]
+            )
+    head = ["method", "K", "trained", "deployed", "head", "seconds a run", "training time", "inference time"]
+    return [
+        Heading(2, "Parameters and time"),
+        Paragraph(
+            "Parameters are without the head, which has a column of its own; deployed is what remains after training, "
+            "and what the paper's Table 4 counts. Times are relative to fine-tuning on the same tasks and K: training "
+            "by the second a step, inference by the second an evaluated example. They compare only where all runs "
+            "had the same machine to themselves."
+        ),
+        Grid(head, rows),
+    ]
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{values[0]:,} to {values[-1]:,}"
+
+
+def _provenance(results: Results) -> list[Block]:
+    records = [run.record for run in results.runs]
+    blocks: list[Block] = [Heading(2, "Where the numbers come from")]
+    items = []
+    models = Counter(f"{r['model']['name']} ({r['model']['class']}, {_digest(r['model']['sha256'])})" for r in records)
+    items.append(f"Models: {_counted(models)}")
+    machines = Counter(_machine(record["hardware"]) for record in records)
+    items.append(f"Machines: {_counted(machines)}")
+    commits = Counter(_commit(record["code"]) for record in records)
+    items.append(f"Commits: {_counted(commits)}")
+    versions: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for package, version in record["packages"].items():
+            versions[str(package)].add(str(version))
+    items.append("Packages: " + ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in versions.items()))
+    resumed = sum(record["attempts"] > 1 for record in records)
+    if resumed:
+        items.append(f"Resumed after a stop: {_count(resumed, 'run')}")
+    total, train = (sum(record["seconds"][part] for record in records) / 3600 for part in ("total", "train"))
+    items.append(f"Time: {total:.2f} hours, of which {train:.2f} of training")
+    if results.plan:
+        items.append(f"Plan: {results.plan}")
+    items.append(f"Settings in all runs: {_common(records)}")
+    blocks.append(Items(items))
+    if any(record["code"]["dirty"] for record in records):
+        blocks.append(Paragraph("Some runs were of code with changes that no commit holds.", True))
+    if several := sorted(name for name, found in versions.items() if len(found) > 1):
+        blocks.append(Paragraph(f"Runs differ in their versions of {', '.join(several)}.", True))
+    if len(machines) > 1:
+        blocks.append(Paragraph("Runs are of several machines, so times do not compare.", True))
+    missing = [
+        f"{cell.task}, {k_name(cell.k)}, {cell.row}: {seeds_text(cell.missing)}"
+        for cell in results.cells
+        if cell.missing
+    ]
+    for title, entries in (
+        ("Cells with missing seeds", missing),
+        ("Files left out", [f"{name}: {reason}" for name, reason in results.left_out]),
+        ("Failures", [f"{name}: {message}" for name, message in results.failures]),
+        ("Planned runs without a result", list(results.absent)),
+    ):
+        if entries:
+            blocks += [Heading(3, title), Items(entries)]
+    return blocks
+
+
+def _common(records: Sequence[Mapping[str, Any]]) -> str:
+    first = records[0]["settings"]
+    apart = {"task", "seed", "data_seed", "method", "output_dir", "learning_rate", "model", "model_sha256"}
+    same = [
+        f"{key}={value}"
+        for key, value in first.items()
+        if key not in apart and value is not None and all(r["settings"].get(key) == value for r in records)
+    ]
+    return ", ".join(same) or "none"
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    gpu, cores = hardware.get("gpu"), hardware.get("cores")
+    parts = [str(hardware.get("cpu", "unknown")), f"{cores} cores" if cores else "", str(gpu) if gpu else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _commit(code: Mapping[str, Any]) -> str:
+    commit = code["commit"]
+    return (commit[:12] if commit else "unknown") + (" with changes" if code["dirty"] else "")
+
+
+def _digest(sha256: str | None) -> str:
+    return f"SHA-256 {sha256[:12]}…" if sha256 else "no SHA-256"
+
+
+def _counted(counter: Counter[str]) -> str:
+    return "; ".join(f"{name} ({_count(count, 'run')})" for name, count in counter.most_common())
+
+
+def _count(count: int, noun: str) -> str:
+    first, _, rest = noun.partition(" ")
+    if count == 1:
+        return f"{count} {noun}"
+    plural = {"file": "files", "cell": "cells", "planned": "planned runs", "finished": "finished runs"}.get(first)
+    return f"{count} {plural} {rest.removeprefix('run').strip()}".strip() if plural else f"{count} {noun}s"
+
+
+# HTML
+
+_STYLE = """
+:root { color-scheme: light; --line: #d5d9e0; --soft: #5b6472; --warn: #9a3412; --back: #f6f7f9; }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; padding: 1rem; max-width: 96rem; background: #fff; color: #1b1f27;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", Arial, sans-serif;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 1rem; }
+h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; }
+p, ul { max-width: 52rem; margin: .5rem 0; }
+ul { padding-left: 1.2rem; }
+a { color: #1d4ed8; }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .9rem; }
+.warn { color: var(--warn); }
+p.warn { border-left: 3px solid var(--warn); padding-left: .7rem; }
+.scroll { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 6px; }
+.scroll:focus-visible { outline: 2px solid #1d4ed8; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; line-height: 1.35; overflow-wrap: normal; }
+th, td { padding: .4rem .5rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.words { white-space: normal; text-align: left; min-width: 10rem; }
+thead th { background: var(--back); vertical-align: bottom; font-weight: 600; }
+th[scope=row] { position: sticky; left: 0; background: #fff; font-weight: 600; min-width: 6.2rem;
+  max-width: 11rem; overflow-wrap: break-word; border-right: 1px solid var(--line); }
+th[scope=row], thead th:first-child { text-align: left; }
+tbody tr:last-child > * { border-bottom: 0; }
+.minor { color: var(--soft); font-size: .92em; }
+td div.warn { font-size: .92em; white-space: normal; }
+.panels { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+figure { margin: 0; max-width: 100%; }
+img { display: block; max-width: 100%; height: auto; }
+@media (max-width: 40rem) { body { padding: .7rem; } th[scope=row] { max-width: 8rem; } }
+@media print {
+  @page { size: A4 landscape; margin: 12mm; }
+  body { max-width: none; padding: 0; font-size: 9.5pt; }
+  nav { display: none; }
+  .scroll { overflow: visible; border: 0; }
+  table { font-size: 7.5pt; }
+  th, td { padding: .15rem .3rem; }
+  th[scope=row] { position: static; }
+  p, ul { max-width: none; }
+  .panels { display: block; }
+  figure { display: inline-block; vertical-align: top; }
+  tr, figure { break-inside: avoid; }
+  h2, h3, h2 + p { break-after: avoid; }
+}
+"""
+
+
+def to_html(blocks: Sequence[Block]) -> str:
+    """One page with its style and its pictures inside: nothing is fetched, and no script runs."""
+    heads = [block for block in blocks if isinstance(block, Heading)]
+    links = "".join(
+        f'<a href="#s{index}">{_escape(head.text)}</a>' for index, head in enumerate(heads) if head.level == 2
+    )
+    body, index = [], 0
+    for block in blocks:
+        if isinstance(block, Heading):
+            body.append(f'<h{block.level} id="s{index}">{_escape(block.text)}</h{block.level}>')
+            if block.level == 1:
+                body.append(f'<nav aria-label="Sections">{links}</nav>')
+            index += 1
+        else:
+            body.append(_block_html(block))
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            # what comes from files could ask for something else, were it not escaped
+            '<meta http-equiv="Content-Security-Policy" '
+            "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">",
+            f"<title>{_escape(heads[0].text)}</title>",
+            f"<style>{_STYLE}</style>",
+            "</head>",
+            "<body>",
+            *body,
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+def _block_html(block: Block) -> str:
+    if isinstance(block, Paragraph):
+        text = _escape(block.text).replace(PAPER, f'<a href="{PAPER}">{PAPER}</a>')
+        return f'<p class="warn">{text}</p>' if block.warn else f"<p>{text}</p>"
+    if isinstance(block, Items):
+        return "<ul>\n" + "\n".join(f"<li>{_escape(item)}</li>" for item in block.items) + "\n</ul>"
+    if isinstance(block, Grid):
+        head = "".join(f'<th scope="col">{_escape(name)}</th>' for name in block.head)
+        longest = [max(len(text) for entry in column for text, _ in entry) for column in zip(*block.rows, strict=True)]
+        kinds = [' class="words"' if length > 34 else "" for length in longest]
+        rows = "\n".join(
+            f'<tr><th scope="row">{_entry_html(row[0])}</th>'
+            + "".join(f"<td{kind}>{_entry_html(entry)}</td>" for kind, entry in zip(kinds[1:], row[1:], strict=True))
+            + "</tr>"
+            for row in block.rows
+        )
+        # a box that scrolls must take the focus, or a keyboard cannot scroll it
+        return (
+            f'<div class="scroll" tabindex="0" role="region" aria-label="Table">\n<table>\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>"
+        )
+    assert isinstance(block, Panels)
+    return '<div class="panels">\n' + "\n".join(map(_picture_html, block.pictures)) + "\n</div>"
+
+
+def _entry_html(entry: Entry) -> str:
+    tags = {"best": ("<strong>", "</strong>"), "second": ("<u>", "</u>")}
+    lines = []
+    for text, mark in entry:
+        before, after = tags.get(mark, ("", ""))
+        kind = f' class="{mark}"' if mark in ("minor", "warn") else ""
+        lines.append(f"<div{kind}>{before}{_escape(text)}{after}</div>")
+    return "".join(lines)
+
+
+def _picture_html(picture: Picture) -> str:
+    # as an image the picture can neither run a script nor clash with another's ids
+    data = base64.b64encode(picture.svg).decode()
+    label = _escape(f"{picture.section}: {picture.title}")
+    return f'<figure><img alt="{label}" src="data:image/svg+xml;base64,{data}"></figure>'
+
+
+def _escape(text: str) -> str:
+    # lone surrogates come out of JSON, and no UTF-8 holds them
+    return html.escape(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+# Markdown
+
+
+def to_markdown(blocks: Sequence[Block], folder: str) -> str:
+    """The same in Markdown (GitHub's); pictures are files in `folder`."""
+    return "\n\n".join(_block_markdown(block, folder) for block in blocks) + "\n"
+
+
+def _block_markdown(block: Block, folder: str) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {_plain(block.text)}"
+    if isinstance(block, Paragraph):
+        return f"**Note:** {_plain(block.text)}" if block.warn else _plain(block.text)
+    if isinstance(block, Items):
+        return "\n".join(f"- {_plain(item)}" for item in block.items)
+    if isinstance(block, Grid):
+        lines = ["| " + " | ".join(map(_plain, block.head)) + " |", "|" + " --- |" * len(block.head)]
+        lines += ["| " + " | ".join(map(_entry_markdown, row)) + " |" for row in block.rows]
+        return "\n".join(lines)
+    return "\n".join(f"![{_plain(picture.title)}]({folder}/{picture.name}.svg)" for picture in block.pictures)
+
+
+def _entry_markdown(entry: Entry) -> str:
+    tags = {"best": ("**", "**"), "second": ("<u>", "</u>"), "warn": ("*", "*")}
+    return "<br>".join(f"{tags.get(m, ('', ''))[0]}{_plain(text)}{tags.get(m, ('', ''))[1]}" for text, m in entry)
+
+
+def _plain(text: str) -> str:
+    text = html.escape(text.encode("utf-8", "replace").decode("utf-8"), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))

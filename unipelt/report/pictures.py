@@ -1,0 +1,248 @@
+"""The report's pictures, one panel each, as SVG: box plots, learning curves, sizes, gates."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from unipelt.plot import _figure
+from unipelt.report.aggregate import Cell, Curve, Results, curves
+
+_COLOURS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#777777",
+    "#ee7733",
+    "#009988",
+    "#222255",
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A panel.
+
+    Attributes:
+        section: which group of pictures it belongs to.
+        name: of its file, without suffix; unlike all others.
+        title: what it shows.
+        svg: the file's bytes.
+    """
+
+    section: str
+    name: str
+    title: str
+    svg: bytes
+
+
+def check_matplotlib() -> None:
+    """Raise `ImportError`, naming the extra, where matplotlib is not installed."""
+    _figure(width=1.0, height=1.0)
+
+
+def draw(results: Results) -> list[Picture]:
+    """All pictures that there are data for."""
+    import matplotlib
+
+    # words stay words: smaller files, which can be searched; the same salt makes the same file of the same data
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "unipelt",
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "font.family": "sans-serif",
+    }
+    with matplotlib.rc_context(style):
+        pictures = []
+        taken: set[str] = set()
+        for section, words, title, paint, size in _panels(results):
+            name = stem = _clean("-".join((section, *words)))
+            while name in taken:  # names that differ only in signs that no file may have
+                name = f"{stem}-{len(taken)}"
+            taken.add(name)
+            pictures.append(Picture(section, name, title, _svg(paint, title, size)))
+        return pictures
+
+
+def k_name(k: int | None) -> str:
+    """How a K is called."""
+    return "all data" if k is None else f"K = {k}"
+
+
+Panel = tuple[str, tuple[str, ...], str, Callable[[Any], None], tuple[float, float]]
+
+
+def _panels(results: Results) -> Iterator[Panel]:
+    rows = list(dict.fromkeys(cell.row for cell in results.cells))
+    colours = {row: _COLOURS[index % len(_COLOURS)] for index, row in enumerate(rows)}
+    groups: dict[tuple[int | None, str], list[Cell]] = defaultdict(list)
+    for cell in results.cells:
+        groups[cell.k, cell.task].append(cell)
+
+    sized: dict[tuple[str, int | None, str], list[Curve]] = defaultdict(list)
+    for curve in curves(results):
+        first = next(iter(curve.cells.values()))
+        sized[curve.key, first.k, first.task].append(curve)
+    for (key, k, task), found in sized.items():
+        title = f"{task}, {k_name(k)}: {key}"
+        yield "sizes", (key, task, str(k)), title, partial(_draw_sizes, found=found), (3.4, 2.8)
+
+    for (k, task), cells in groups.items():
+        height = 0.9 + 0.3 * len(cells)
+        yield (
+            "scores",
+            (task, str(k)),
+            f"{task}, {k_name(k)}",
+            partial(_draw_boxes, cells=cells, colours=colours),
+            (3.8, height),
+        )
+    for (k, task), cells in groups.items():
+        yield (
+            "learning",
+            (task, str(k)),
+            f"{task}, {k_name(k)}",
+            partial(_draw_learning, cells=cells, colours=colours),
+            (3.8, 2.5 + 0.15 * len(cells)),
+        )
+    for cell in results.cells:
+        means = _gate_means(cell)
+        if means is not None:
+            title = f"{cell.task}, {k_name(cell.k)}\n{cell.row}"
+            size = (1.2 + 0.62 * len(means[0]), 1.3 + 0.21 * len(means[1]))
+            yield "gates", (cell.task, str(cell.k), cell.row), title, partial(_draw_gates, means=means), size
+
+
+def _draw_boxes(axes: Any, cells: Sequence[Cell], colours: dict[str, str]) -> None:
+    """A box over seeds for each method, the seeds as dots, the paper's mean as a diamond."""
+    places = range(len(cells))
+    for place, cell in zip(places, cells, strict=True):
+        scores = [100 * score for score in cell.scores.values()]
+        low, middle, high = np.percentile(scores, [25, 50, 75])
+        colour = colours[cell.row]
+        axes.barh(place, high - low, left=low, height=0.6, color=colour, alpha=0.35)
+        axes.plot([min(scores), max(scores)], [place, place], color=colour, linewidth=0.8)
+        axes.plot([middle, middle], [place - 0.3, place + 0.3], color="black", linewidth=1.2)
+        axes.plot(scores, [place] * len(scores), "o", color=colour, markersize=3.5)
+    printed = [(cell.paper.mean, place) for place, cell in zip(places, cells, strict=True) if cell.paper]
+    if printed:
+        axes.plot(*zip(*printed, strict=True), "D", color="none", markeredgecolor="black", markersize=5, label="paper")
+        axes.legend(fontsize=7, loc="best", frameon=False)
+    axes.set_yticks(list(places), [_short(cell.row) for cell in cells])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{cells[0].runs[0].primary.replace('_', ' ')}, test (%)")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_learning(axes: Any, cells: Sequence[Cell], colours: dict[str, str]) -> None:
+    """Dev score by epoch: mean and range of the seeds that reached it; dotted where some had ended."""
+    for cell in cells:
+        series = [
+            {round(item["epoch"], 3): 100 * item["metrics"][run.primary] for item in run.record["evaluations"]}
+            for run in cell.runs
+        ]
+        epochs = sorted({epoch for item in series for epoch in item})
+        values = [[item[epoch] for item in series if epoch in item] for epoch in epochs]
+        means = [float(np.mean(item)) for item in values]
+        whole = sum(len(item) == len(series) for item in values)
+        colour = colours[cell.row]
+        mark = "o" if len(epochs) == 1 else ""
+        axes.plot(epochs[:whole], means[:whole], marker=mark, color=colour, linewidth=1.4, label=_short(cell.row))
+        axes.plot(epochs[max(whole - 1, 0) :], means[max(whole - 1, 0) :], ":", color=colour, linewidth=1)
+        low, high = [min(item) for item in values], [max(item) for item in values]
+        axes.fill_between(epochs[:whole], low[:whole], high[:whole], color=colour, alpha=0.12, linewidth=0)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"{cells[0].runs[0].primary.replace('_', ' ')}, dev (%)")
+    axes.grid(alpha=0.3)
+    axes.figure.legend(fontsize=7, loc="outside lower center", ncols=2, frameon=False)
+
+
+def _draw_sizes(axes: Any, found: Sequence[Curve]) -> None:
+    """Score against one number, with a bar of a standard deviation each way."""
+    for index, curve in enumerate(found):
+        sizes = list(curve.cells)
+        means = [100 * cell.mean for cell in curve.cells.values()]
+        stds = [100 * (cell.std or 0.0) for cell in curve.cells.values()]
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.errorbar(
+            sizes, means, yerr=stds, marker="o", markersize=4, capsize=3, color=colour, label=_short(curve.name)
+        )
+    first = next(iter(found[0].cells.values()))
+    axes.set_xticks(sorted({size for curve in found for size in curve.cells}))
+    axes.set_xlabel(found[0].key)
+    axes.set_ylabel(f"{first.runs[0].primary.replace('_', ' ')}, test (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _gate_means(cell: Cell) -> tuple[list[str], list[str], np.ndarray] | None:
+    """Names, layers, and the mean over seeds of the gates' means: (layers, names); None where there are none."""
+    gates = [run.record["gates"] for run in cell.runs if run.record["gates"]]
+    if not gates:
+        return None
+    names = list(gates[0]["values"])
+    heights = [max(len(item["mean"]) for item in record["values"].values()) for record in gates]
+    total = np.full((len(gates), max(heights), len(names)), np.nan)
+    for index, record in enumerate(gates):
+        for column, name in enumerate(names):
+            mean = record["values"].get(name, {}).get("mean", [])
+            total[index, : len(mean), column] = mean
+    counts = np.isfinite(total).sum(axis=0)
+    values = np.where(counts > 0, np.nansum(total, axis=0) / np.maximum(counts, 1), np.nan)
+    layers = [str(layer) for layer in gates[0]["layers"]]
+    return names, layers if len(layers) == len(values) else [str(row) for row in range(len(values))], values
+
+
+def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray]) -> None:
+    """Layers by submodules, from 0 (closed) to 1 (open) in every picture."""
+    names, layers, values = means
+    image = axes.pcolormesh(values, vmin=0.0, vmax=1.0, cmap="viridis")
+    axes.set_xticks(
+        np.arange(len(names)) + 0.5, [name.replace("_", "\n").replace(".", "\n") for name in names], fontsize=7
+    )
+    axes.set_yticks(np.arange(len(layers)) + 0.5, layers)
+    axes.invert_yaxis()
+    axes.set_ylabel("layer")
+    axes.tick_params(length=0)
+    for row, column in np.ndindex(values.shape):
+        if np.isfinite(value := values[row, column]):
+            colour = "black" if value > 0.6 else "white"  # on viridis, which is light above that
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _svg(paint: Callable[[Any], None], title: str, size: tuple[float, float]) -> bytes:
+    figure = _figure(*size)
+    axes = figure.subplots()
+    paint(axes)
+    axes.set_title(_plain(title))
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts count, not these
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    return content.getvalue()
+
+
+def _short(row: str, most: int = 34) -> str:
+    return _plain(row if len(row) <= most else f"{row[: most - 1]}…")
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes for no formula, and that an SVG can hold."""
+    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "?", text)
+    return text.replace("$", r"\$")
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=-]+", "-", name).strip("-.")[:120]
