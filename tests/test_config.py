@@ -143,6 +143,9 @@ def test_plain_types_become_the_fields_types() -> None:
     assert type(config.lora.alpha) is float
     assert config.layers == (0, 3), "layers are a set: sorted, so that equal choices are equal"
     assert UniPELTConfig(layers=[3, 0]).layers == (0, 3)  # type: ignore[arg-type]
+    for layers, meant in ((range(1, 4), (1, 2, 3)), ("1-3", (1, 2, 3)), ("2-2", (2,)), ("all", None), (None, None)):
+        assert UniPELTConfig.from_dict({"layers": layers}).layers == meant
+        assert UniPELTConfig(layers=layers).layers == meant  # type: ignore[arg-type]
     assert type(LoRAConfig(alpha=5).alpha) is float
     assert UniPELTConfig(adapter={"bottleneck": 3}).adapter == AdapterConfig(3)  # type: ignore[arg-type]
 

@@ -46,9 +46,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     """Check `value` against a field's type; integers may stand for floats, lists for tuples."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None:
+        choice = next(choice for choice in choices if choice is not type(None))
+        if value is None or (value == "all" and get_origin(choice) is tuple):
             return None
-        return _convert(next(choice for choice in choices if choice is not type(None)), value, where)
+        return _convert(choice, value, where)
     if origin is Literal:
         if value not in choices:
             raise ConfigError(f"{where} must be one of {', '.join(map(repr, choices))}, not {value!r}")
@@ -161,7 +162,7 @@ class UniPELTConfig:
         train_head: whether the head trains, with every part of the model that its checkpoint did not hold.
         train_base: every weight of the base trains (full fine-tuning).
         layers: indices of the layers that carry submodules: a list, a `range`, text such as "6-11" (both ends
-            included), or `None` for all. With an encoder and a decoder, they are of each.
+            included), or `None` (or "all") for all. With an encoder and a decoder, they are of each.
         encoder: whether layers that look both ways carry submodules.
         decoder: whether causal layers carry submodules in their self-attention and feed-forward network.
         cross: whether a decoder's attention to the encoder carries a prefix and LoRA.
