@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         return arguments.do(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"unipelt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -28,18 +28,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from unipelt.sweep import carry_out, look, read_sweep, split_list, write_request
 
-    if arguments.workers < 1:
+    if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
+    if arguments.cpus < 0 or arguments.gpus < 0 or arguments.cpus + arguments.gpus == 0:
+        raise ValueError("--cpus and --gpus must be 0 or more, and not both 0")
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     narrow = {field: split_list(given[name]) for name, field in _LISTS.items() if name in given}
     override = {name.removeprefix("field "): value for name, value in given.items() if name.startswith("field ")}
     sweep = read_sweep(arguments.config, narrow, override)
-    state = look(sweep, arguments.out, arguments.workers)
+    workers, start = arguments.workers or 1, None
+    if arguments.backend == "ray" and not arguments.dry_run:
+        from unipelt.cluster import capacity, connect, on_cluster
+
+        ray = connect(arguments.address)
+        workers = arguments.workers or capacity(ray, arguments.cpus, arguments.gpus)
+        start = on_cluster(ray, cpus=arguments.cpus, gpus=arguments.gpus)
+    out = Path(arguments.out).absolute()  # other processes may have another current folder
+    state = look(sweep, out, workers)
     print(state, flush=True)
     if arguments.dry_run:
         return 0
-    write_request(sweep, arguments.out)
-    failures = carry_out(state, say=lambda line: print(line, flush=True))
+    write_request(sweep, out)
+    failures = carry_out(state, start, say=lambda line: print(line, flush=True))
     if failures:
         print(f"{len(failures)} of {len(sweep.runs)} runs failed; the same command tries them again:")
         for folder, error in failures.items():
@@ -79,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("config", metavar="CONFIG", help="the sweep file, YAML or JSON (see configs/)")
     sweep.add_argument("--out", required=True, metavar="DIR", help="folder of the runs")
     sweep.add_argument("--dry-run", action="store_true", help="only say what there is to do")
-    sweep.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time [1]")
+    sweep.add_argument("--workers", type=int, metavar="N", help="runs at a time [1; with ray, what the cluster takes]")
+    sweep.add_argument("--backend", choices=("local", "ray"), default="local", help="where the runs are done [local]")
+    sweep.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; by default one is started here")
+    sweep.add_argument("--cpus", type=float, default=1.0, metavar="X", help="with ray: CPUs that a run takes [1]")
+    sweep.add_argument("--gpus", type=float, default=0.0, metavar="X", help="with ray: GPUs that a run takes [0]")
     for name, field in _LISTS.items():
         sweep.add_argument(f"--{name}", metavar="LIST", help=f"of the values of {field}, only these")
     group = sweep.add_argument_group(

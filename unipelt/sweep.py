@@ -344,7 +344,7 @@ def carry_out(
     Returns:
         By folder, the failures, each in one line.
     """
-    start = start or _in_process(state.workers)
+    start = start or in_process(state.workers)
     earlier, state.failures = state.failures, {}
     for settings in state.sweep.runs:
         if _folder(settings) in state.seconds:
@@ -424,8 +424,8 @@ def _attempt(
         return None
 
 
-def _in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | None]:
-    """What does a run in a process of its own, which ends when this one does."""
+def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | None]:
+    """What does a run in a process of its own, which ends when this one does; cores are shared by `workers`."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
     defaults |= {"OMP_NUM_THREADS": threads} if workers > 1 else {}  # or each takes all cores
