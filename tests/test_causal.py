@@ -49,15 +49,6 @@ QUICK = ("llama", "gemma3_text", "gpt2", "bloom", "bart", "t5")
 """One of each kind: rotary, windowed, fused with learned positions, no prefix, encoder-decoders."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other over tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def quick(names: Any, few: tuple[str, ...] = QUICK) -> list[Any]:
     return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
 

@@ -34,15 +34,6 @@ LABELS = torch.tensor([0, 1, 1])
 PREFIX_LENGTH = 10
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other over tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(method: Any, **config: Any) -> Any:
     model = unipelt.inject(tiny_bert(**config), method)
     shake(model)

@@ -55,15 +55,6 @@ TASK_HEADS = [(family, head) for family in FAMILIES for head in TASKS if _mapped
 LANGUAGE_HEADS = [(family, head) for family in FAMILIES for head in LANGUAGE_MODELS if _mapped(head, family)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """Threads only wait for each other over tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(preset: str, **changes: Any) -> unipelt.UniPELTConfig:
     """A preset with submodules as small as the tiny models."""
     config = unipelt.resolve(preset)

@@ -32,15 +32,6 @@ LAST = 3 * STEPS_PER_EPOCH
 NEW_NAMES = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums are split by thread, and runs are compared bit for bit with those of other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @contextmanager
 def logged_warnings() -> Iterator[list[str]]:
     """What Transformers and we log as a warning or worse."""

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from unipelt.adapter import Adapter, adapt_norm, adapt_output
 from unipelt.attention import (
     Argument,
     Site,
-    check_back_end,
     enter_attention,
     insert_prefix,
     leave_attention,
     redirect,
-    uses_interface,
 )
 from unipelt.config import UniPELTConfig, resolve
-from unipelt.families import FAMILIES, Attention, Stack, describe_unknown
 from unipelt.gate import Gates, Slot
-from unipelt.lora import NAMES, LoRA, Rows, add_low_rank
+from unipelt.lora import NAMES, LoRA, add_low_rank
 from unipelt.parameters import (
     Injection,
     bias_names,
@@ -40,64 +34,8 @@ from unipelt.parameters import (
     set_trainable,
     submodule_parameters,
 )
+from unipelt.places import AttentionPlace, InjectionError, LayerPlaces, StackPlaces, find_stacks
 from unipelt.prefix import Prefix, PrefixNetwork
-
-
-class InjectionError(ValueError):
-    """A model that cannot take these submodules; the model is as it was."""
-
-
-@dataclass(frozen=True)
-class _Projection:
-    """A projection: the module, and which of its outputs are meant. Host modules take attributes, hence `Any`."""
-
-    module: Any
-    path: str
-    inputs: int
-    rows: Rows
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """One attention's places, found and checked before anything is changed."""
-
-    module: Any
-    described: Attention
-    query: _Projection
-    value: _Projection
-    key: Any = None
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer's places, found and checked before anything is changed; None for what the configuration leaves out.
-
-    `adapted` is the norm after the feed-forward network (post-LN) or what the network adds to its residual (pre-LN).
-    """
-
-    module: Any
-    attention: _Attention | None
-    cross: _Attention | None
-    adapted: Any
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A stack, as it was found in a model.
-
-    Attributes:
-        owner: the module that owns the list of layers; it owns the networks of their prefixes too.
-        layers: those that carry submodules, by index.
-        causal: whether a token sees only those before it.
-        label, cross_label: what the names of gates start with.
-    """
-
-    stack: Stack
-    owner: Any
-    layers: Mapping[int, _Layer]
-    causal: bool
-    label: str
-    cross_label: str = "cross."
 
 
 def inject(
@@ -149,7 +87,7 @@ def _inject(
         raise InjectionError(f"inject takes a PreTrainedModel of transformers, not {type(model).__name__}")
     if getattr(model, "unipelt_injection", None) is not None or any(True for _ in submodule_parameters(model)):
         raise InjectionError("this model carries submodules already; call unipelt.remove(model) first")
-    stacks = _find_stacks(model, config) if config.has_submodules else []
+    stacks = find_stacks(model, config) if config.has_submodules else []
     injection = Injection(
         config=config,
         deployed=deployed,
@@ -203,157 +141,7 @@ def _save_pretrained(
         save(model, save_directory, state_dict=state_dict)
 
 
-_NAMED = {"adapter": "an adapter", "prefix": "a prefix", "lora": "LoRA"}
-
-
-def _find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[_Found]:
-    """The chosen layers of each stack, every place checked. Raises `InjectionError`."""
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise InjectionError(describe_unknown(kind))
-    family = FAMILIES[kind]
-    for name, reason in family.refused.items():
-        if getattr(config, name) is not None:
-            raise InjectionError(f"{kind!r} models cannot take {_NAMED[name]}: {reason}")
-    if config.prefix is not None:
-        check_back_end(model.config._attn_implementation)
-    # a model may be a part of its architecture: T5's encoder, BART's decoder
-    stacks = [(stack, list(_matching(model.base_model, stack.layers))) for stack in family.stacks]
-    present = [(stack, layers) for stack, layers in stacks if layers]
-    if not present:
-        raise _built_otherwise(model, f"it has no layers at {family.stacks[0].layers!r}")
-    chosen = []
-    for stack, layers in present:
-        if len(family.stacks) == 1:
-            causal, label = stack.causal or getattr(model.config, "is_decoder", False), ""
-        else:
-            causal, label = stack.causal, "decoder." if stack.causal else ""
-        own = config.decoder if causal else config.encoder
-        cross = config.cross and stack.cross is not None and (len(present) > 1 or len(family.stacks) == 1)
-        if not own and not cross:
-            continue
-        if cross and not causal and any(stack.cross and _has(layer, stack.cross.path) for layer in layers):
-            raise InjectionError(
-                "a stack that looks both ways cannot take a prefix or LoRA in cross-attention; say cross=False"
-            )
-        indices = range(len(layers)) if config.layers is None else config.layers
-        if outside := [index for index in indices if index >= len(layers)]:
-            raise InjectionError(
-                f"layers names {outside[0]}, but the {label.rstrip('.') or 'model'}'s {len(layers)} layers are "
-                f"0 to {len(layers) - 1}"
-            )
-        try:
-            found = {index: _find_layer(layers[index], stack, model, config, own, cross) for index in indices}
-        except AttributeError as error:
-            raise _built_otherwise(model, str(error)) from error
-        if any(layer.attention or layer.cross for layer in found.values()):
-            owner = model.base_model.get_submodule(stack.layers.partition(".*")[0].rpartition(".")[0])
-            chosen.append(_Found(stack, owner, found, causal, label))
-    if not chosen:
-        raise InjectionError(
-            f"encoder={config.encoder}, decoder={config.decoder}, cross={config.cross} leave nothing of this "
-            f"{type(model).__name__} to add submodules to"
-        )
-    return chosen
-
-
-def _matching(base: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The layers at `path`, whose stars stand for every item of a list; none if there is no such place."""
-    first, _, rest = path.partition(".*.")
-    try:
-        items = base.get_submodule(first)
-    except AttributeError:
-        return
-    for item in items._modules.values():  # children() would leave out a layer that is there twice
-        assert item is not None
-        if rest:
-            yield from _matching(item, rest)
-        else:
-            yield item
-
-
-def _built_otherwise(model: PreTrainedModel, what: str) -> InjectionError:
-    kind = model.config.model_type
-    return InjectionError(f"this {type(model).__name__} is not built as {kind!r} models are: {what}")
-
-
-def _find_layer(
-    layer: nn.Module, stack: Stack, model: PreTrainedModel, config: UniPELTConfig, own: bool, cross: bool
-) -> _Layer:
-    attention = crossing = None
-    if own:
-        attention = _find_attention(layer, stack.attention, model, config)
-    if cross and stack.cross is not None and _has(layer, stack.cross.path):
-        crossing = _find_attention(layer, stack.cross, model, config)
-    adapted = layer.get_submodule(stack.norm or stack.output) if own else None
-    if isinstance(adapted, nn.Sequential):
-        raise InjectionError(
-            f"{stack.norm or stack.output} is a Sequential, which would run an adapter as one more of its steps; "
-            f"describe its last one instead: '{stack.norm or stack.output}.{len(adapted) - 1}'"
-        )
-    if adapted is not None and hasattr(adapted, "adapter"):
-        raise InjectionError(f"{type(adapted).__name__} has an attribute 'adapter' of its own")
-    return _Layer(layer, attention, crossing, adapted)
-
-
-def _find_attention(
-    layer: nn.Module, described: Attention, model: PreTrainedModel, config: UniPELTConfig
-) -> _Attention:
-    attention = layer.get_submodule(described.path)
-    if taken := [name for name in ("gates", "prefix", "unipelt_site") if hasattr(attention, name)]:
-        raise InjectionError(f"{type(attention).__name__} has an attribute {taken[0]!r} of its own")
-    if config.prefix is not None and not described.key and not uses_interface(attention):
-        raise InjectionError(
-            f"a prefix cannot enter {type(attention).__name__}: in transformers {transformers.__version__} it does not "
-            "go through the attention interface (ALL_ATTENTION_FUNCTIONS, by the name in its own config)"
-        )
-    return _Attention(
-        attention,
-        described,
-        _find_projection(attention, described, True, model),
-        _find_projection(attention, described, False, model),
-        attention.get_submodule(described.key) if described.key else None,
-    )
-
-
-def _find_projection(attention: Any, described: Attention, is_query: bool, model: PreTrainedModel) -> _Projection:
-    path = described.query if is_query else described.value
-    leaf: Any = attention.get_submodule(path)
-    if isinstance(leaf, nn.Linear):
-        inputs, outputs = leaf.in_features, leaf.out_features
-    elif isinstance(leaf, Conv1D):
-        inputs, outputs = leaf.nx, leaf.nf
-    else:
-        raise InjectionError(f"{path} is a {type(leaf).__name__}; submodules attach to a Linear or Conv1D")
-    if taken := [name for name in (*NAMES, "unipelt_rows") if hasattr(leaf, name)]:
-        raise InjectionError(f"{path} has an attribute {taken[0]!r} of its own")
-    return _Projection(leaf, path, inputs, _rows(described, is_query, outputs, model))
-
-
-def _rows(described: Attention, is_query: bool, outputs: int, model: PreTrainedModel) -> Rows:
-    """Which outputs of a module are the query's, or the value's."""
-    if not described.fused or (is_query and described.query != described.value):
-        return Rows(1, 0, outputs)
-    heads = model.config.num_attention_heads
-    of_keys = getattr(model.config, "num_key_value_heads", None) or heads
-    if described.fused == "heads":
-        size = outputs // (3 * heads)
-        return Rows(heads, 0 if is_query else 2 * size, size)
-    # side by side: as many heads of queries (if they are there at all), of keys and of values as the model has
-    before = heads if described.fused == "qkv" else 0
-    size = outputs // (before + 2 * of_keys)
-    return Rows(1, 0, heads * size) if is_query else Rows(1, (before + of_keys) * size, of_keys * size)
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _add(model: PreTrainedModel, found: _Found, config: UniPELTConfig, deployed: bool) -> None:
+def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, deployed: bool) -> None:
     """Add everything to one stack."""
     owner, layers = found.owner, found.layers.values()
     own = [layer.attention for layer in layers if layer.attention is not None]
@@ -403,7 +191,7 @@ def _add(model: PreTrainedModel, found: _Found, config: UniPELTConfig, deployed:
 
 
 def _add_to_attention(
-    place: _Attention,
+    place: AttentionPlace,
     config: UniPELTConfig,
     label: str,
     make_prefix: Callable[..., Prefix],
@@ -464,7 +252,7 @@ def _add_to_attention(
     attention.register_forward_pre_hook(enter_attention, with_kwargs=True)
 
 
-def _add_adapter(layer: _Layer, found: _Found, config: UniPELTConfig, tokens: Slot | None) -> None:
+def _add_adapter(layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, tokens: Slot | None) -> None:
     assert config.adapter is not None
     assert layer.attention is not None
     hidden, like = layer.attention.query.inputs, layer.attention.value.module.weight
@@ -581,7 +369,7 @@ def _strip(model: nn.Module) -> None:
         model.__dict__.update(injection.replaced)
 
 
-def _check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[_Found]) -> None:
+def _check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[StackPlaces]) -> None:
     """Count what was added, and fail if it is wrong."""
     found = Counter(type(module) for module in model.modules())
     layers = [layer for stack in stacks for layer in stack.layers.values()]

@@ -36,8 +36,7 @@ from statistics import fmean
 from typing import Any
 
 from unipelt.checkpoint import write_whole
-from unipelt.config import read_mapping
-from unipelt.glue.folder import CHECKPOINTS, clean, find_finished, locked
+from unipelt.glue.folder import CHECKPOINTS, LockedError, clean, find_finished, locked
 from unipelt.glue.job import RunError
 from unipelt.glue.result import RESULT, summary
 from unipelt.glue.settings import (
@@ -130,18 +129,13 @@ def run_folder(out: str | Path, settings: RunSettings) -> Path:
 
 
 def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str, str]) -> Sweep:
-    own = read_mapping(path)
-    grid, choose, bases = own.pop("grid", None), own.pop("choose", {}), own.pop("base", [])
+    common = read_config(path, also=("grid", "choose"))
+    grid, choose = common.pop("grid", None), common.pop("choose", {})
     if not isinstance(grid, list) or not grid or not all(isinstance(block, dict) and block for block in grid):
         raise SweepError(f"{path}: grid must be a list of blocks, each a mapping of fields to lists of values")
     if not isinstance(choose, dict):
         raise SweepError(f"{path}: choose must be a mapping of fields to lists of values, not {choose!r}")
-    common: dict[str, Any] = {}
     listed = {name for block in [*grid, choose] for name in block}
-    for base in bases if isinstance(bases, list) else [bases]:
-        common |= read_config(path.parent / str(base))
-    common |= {name: _located(name, value, path) for name, value in own.items()}
-
     _check_fields(path, [*common, *listed])
     if any(set(block) & set(choose) for block in grid):
         raise SweepError(f"{path}: a field can stand in grid or in choose, not in both")
@@ -500,10 +494,8 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         with locked(folder):
             yield
-    except RunError as error:
-        if isinstance(error.__cause__, BlockingIOError):
-            raise Busy from error
-        raise
+    except LockedError as error:
+        raise Busy from error
 
 
 def _remove_drafts(folder: Path) -> None:
@@ -533,9 +525,9 @@ def _main(path: Path) -> int:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         run(RunSettings(**{**values, "output_dir": str(path.parent)}))
+    except LockedError:
+        return _BUSY
     except Exception as error:
-        if isinstance(error.__cause__, BlockingIOError):
-            return _BUSY
         traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         return 1

@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import unipelt
 from unipelt.families import FAMILIES
-from unipelt.inject import _matching
 from unipelt.parameters import injection_of
+from unipelt.places import layers_at
 
 LENGTHS = ((9, 5, 7, 7), (4, 6, 2, 8))
 """Of two batches: both halves have as many tokens, so that the mean of their losses is the loss of the whole."""
@@ -88,7 +88,7 @@ def shard(family: str, model: Any) -> Any:
     """`fully_shard` as its documentation applies it: each layer, then what is left."""
     mesh = init_device_mesh("cpu", (PROCESSES,))
     for stack in FAMILIES[family].stacks:
-        for layer in _matching(model.base_model, stack.layers):
+        for layer in layers_at(model.base_model, stack.layers):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 

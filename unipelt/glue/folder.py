@@ -34,6 +34,10 @@ _MARKER = "complete.json"
 _LOCK = ".lock"
 
 
+class LockedError(RunError):
+    """Another process is running in the folder."""
+
+
 @dataclass
 class Progress:
     """What has been spent on a run so far, over all attempts, each up to its last complete checkpoint.
@@ -77,7 +81,7 @@ def find_finished(settings: RunSettings, folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it. Raises `RunError`, also if it cannot be written."""
+    """Make the folder and keep other runs out of it. Raises `LockedError`, or `RunError` if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / _LOCK, "w")  # noqa: SIM115  (closed below, which unlocks)
@@ -88,7 +92,7 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunError(
+                raise LockedError(
                     f"another process is running in {folder}; wait for it, or choose another output_dir"
                 ) from error
         yield

@@ -262,17 +262,21 @@ def parse(argv: Sequence[str]) -> RunSettings:
     return RunSettings(**values)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, also: Sequence[str] = ()) -> dict[str, Any]:
     """The fields that a configuration file sets, its bases included.
 
     Relative paths of data and of the method are looked for from the current folder and then from the root of the
     repository that the file lies in (the nearest folder above with a `pyproject.toml` or `.git`).
 
+    Args:
+        path: the file.
+        also: keys of the file itself, not of its bases, that are no fields.
+
     Raises:
         SettingsError: a field is unknown, or files name each other as base in a circle.
         ConfigError, FileNotFoundError: a file cannot be read.
     """
-    return _read_config(Path(path), ())
+    return _read_config(Path(path), (), also)
 
 
 def locate_model(model: str) -> str:
@@ -441,7 +445,7 @@ def _split_method(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 # Files and the command line
 
 
-def _read_config(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read_config(path: Path, above: tuple[Path, ...], also: Sequence[str] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise SettingsError(f"{path} names itself as its base, through {above[-1]}")
     own = read_mapping(path)
@@ -458,7 +462,7 @@ def _read_config(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     for key in list(own):
         if key.startswith("method."):
             overrides[key.removeprefix("method.")] = _with_numbers(own.pop(key))
-        elif key not in known:
+        elif key not in (*known, *also):
             raise SettingsError(f"{path}: {_unknown('field', key, known)}")
     for name in (*_FILES, "glue_dir", "method"):
         if isinstance(own.get(name), str):
