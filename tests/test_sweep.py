@@ -17,13 +17,24 @@ import pytest
 from scripts.killed_sweep import MOMENTS
 from tiny_task import save_model, write_glue
 
-from unipelt import sweep as module
 from unipelt.command import main
 from unipelt.glue.folder import locked
 from unipelt.glue.result import RESULT, read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
-from unipelt.sweep import FAILURE, LOG, REQUEST, SweepError, carry_out, look, read_sweep, run_folder, split_list
+from unipelt.sweep import (
+    FAILURE,
+    LOG,
+    REQUEST,
+    Busy,
+    SweepError,
+    carry_out,
+    look,
+    read_sweep,
+    run_folder,
+    split_list,
+    write_request,
+)
 
 TESTS = Path(__file__).parent
 SWEEP = """
@@ -51,7 +62,7 @@ grid:
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
-    monkeypatch.setattr(module, "_PAUSE", 0.05)
+    monkeypatch.setattr("unipelt.sweep.work._PAUSE", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +429,7 @@ def test_an_interruption_stops_the_others_and_records_no_failure(home: Path, tmp
             time.sleep(0.1)
             raise KeyboardInterrupt
         stopped.append(stop.wait(10))
-        raise module.Busy
+        raise Busy
 
     with pytest.raises(KeyboardInterrupt):
         carry_out(look(read_sweep(home / "sweep.yaml"), tmp_path, workers=2), start, silent)
@@ -432,7 +443,7 @@ def test_an_interruption_stops_the_others_and_records_no_failure(home: Path, tmp
 def test_the_request_lists_what_all_sweeps_asked_for(home: Path, tmp_path: Path) -> None:
     whole = read_sweep(home / "sweep.yaml")
     for task in ("rte", "sst2", "rte"):
-        module.write_request(read_sweep(home / "sweep.yaml", {"task": [task]}), tmp_path)
+        write_request(read_sweep(home / "sweep.yaml", {"task": [task]}), tmp_path)
     request = json.loads((tmp_path / REQUEST).read_text())
     assert [item["digest"] for item in request["runs"]] == [settings.digest() for settings in whole.runs]
     assert [item["folder"] for item in request["runs"]] == [run_folder(tmp_path, one).name for one in whole.runs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unipelt.glue.settings import RunSettings
-from unipelt.sweep import SETTINGS, Busy, in_process
+from unipelt.sweep import SETTINGS, Busy, in_process, read_settings
 
 _PAUSE = 0.5  # seconds between two looks at whether to stop
 
@@ -95,5 +94,4 @@ def _run(folder: str, current: str) -> str | None:
     """On a worker: do the run of a folder in a process of its own, which ends when this worker does."""
     with contextlib.suppress(OSError):
         os.chdir(current)  # relative paths of data are meant from where the sweep was started
-    values = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
-    return in_process(1)(RunSettings(**values), threading.Event())
+    return in_process(1)(read_settings(Path(folder) / SETTINGS), threading.Event())

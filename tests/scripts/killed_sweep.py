@@ -21,14 +21,14 @@ from unipelt.sweep import carry_out, look, read_sweep, write_request
 
 # What is being called, and which call of it kills the process, before it does anything or after it has been done.
 MOMENTS = {
-    "before the request is written": ("unipelt.sweep", "write_whole", 1, "before"),
-    "request written, nothing begun": ("unipelt.sweep", "write_whole", 1, "after"),
-    "settings written, nothing started": ("unipelt.sweep", "write_whole", 3, "after"),
+    "before the request is written": ("unipelt.sweep.folder", "write_whole", 1, "before"),
+    "request written, nothing begun": ("unipelt.sweep.folder", "write_whole", 1, "after"),
+    "settings written, nothing started": ("unipelt.sweep.folder", "write_whole", 3, "after"),
     "in a run": ("unipelt.glue.result", "write_result", 3, "before"),
     "a result written": ("unipelt.glue.result", "write_result", 3, "after"),
-    "a failure not written": ("unipelt.sweep", "write_whole", 6, "before"),
-    "a failure written": ("unipelt.sweep", "write_whole", 6, "after"),
-    "the first line printed": ("unipelt.sweep", "_account", 1, "after"),
+    "a failure not written": ("unipelt.sweep.folder", "write_whole", 6, "before"),
+    "a failure written": ("unipelt.sweep.folder", "write_whole", 6, "after"),
+    "the first line printed": ("unipelt.sweep.work", "_account", 1, "after"),
 }
 
 

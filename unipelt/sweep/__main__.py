@@ -1,0 +1,33 @@
+"""A run's own process: `python -m unipelt.sweep RUN/settings.json`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+from unipelt.glue.folder import LockedError
+from unipelt.sweep.folder import read_settings
+from unipelt.sweep.work import BUSY
+
+
+def _main(path: Path) -> int:
+    """Do the run whose settings the file holds. Standard input is a pipe, whose end is the end of this process."""
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    from unipelt.glue.run import run
+
+    try:
+        run(read_settings(path))
+    except LockedError:
+        return BUSY
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Path(sys.argv[1])))

@@ -1,0 +1,196 @@
+"""The folder of a sweep: its files, the locks in it, what of the sweep is done and how long the rest will take."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from unipelt.checkpoint import write_whole
+from unipelt.glue.folder import LockedError, find_finished, locked
+from unipelt.glue.job import RunError
+from unipelt.glue.settings import RunSettings, clean_name, paper_learning_rate
+from unipelt.sweep.grid import Sweep
+
+REQUEST = "sweep.json"
+FAILURE = "failure.json"
+LOG = "log.txt"
+SETTINGS = "settings.json"
+
+
+class Busy(Exception):
+    """Another process is doing this run."""
+
+
+@dataclass
+class State:
+    """How far the runs of a sweep into a folder have come.
+
+    Attributes:
+        sweep: whose runs carry the folder as `output_dir`.
+        workers: runs at a time.
+        seconds: by folder of a finished run, how long it took.
+        failures: by folder of a run whose last process failed, its `failure.json`.
+    """
+
+    sweep: Sweep
+    workers: int = 1
+    seconds: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._kinds = {folder_of(run): (run.task, run.train_samples, run.method_name) for run in self.sweep.runs}
+
+    @property
+    def left(self) -> list[RunSettings]:
+        """The runs that have not finished."""
+        return [settings for settings in self.sweep.runs if folder_of(settings) not in self.seconds]
+
+    def seconds_left(self, left: Sequence[RunSettings]) -> float | None:
+        """What `left` will take: as long as finished runs of the same task, K and method took, else as all did."""
+        if not self.seconds:
+            return None
+        known = defaultdict(list)
+        for folder, seconds in self.seconds.items():
+            known[self._kinds[folder]].append(seconds)
+        mean = fmean(self.seconds.values())
+        total = sum(fmean(known.get(self._kinds[folder_of(settings)], [mean])) for settings in left)
+        return total / max(1, min(self.workers, len(left)))
+
+    def __str__(self) -> str:
+        """The plan."""
+        runs, left = self.sweep.runs, self.left
+        estimate = self.seconds_left(left)
+        at_once = f", {self.workers} at a time" if self.workers > 1 else ""
+        time_left = "unknown until a run has finished" if estimate is None else duration(estimate)
+        lines = {
+            "sweep": self.sweep.path,
+            "cells": len({self.sweep.cell(settings) for settings in runs}),
+            "runs": len(runs),
+            "finished": len(runs) - len(left),
+            "failed": f"{len(self.failures)}{', to be tried again' if self.failures else ''}",
+            "left": f"{len(left)}{at_once}",
+            "time": time_left if left else "none",
+        }
+        if self.sweep.chosen:
+            lines["choose"] = f"{', '.join(self.sweep.chosen)}, on dev"
+        return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
+
+
+def look(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
+    """See what of a sweep into `out` is done; writes nothing."""
+    runs = tuple(replace(settings, output_dir=str(run_folder(out, settings))) for settings in sweep.runs)
+    state = State(replace(sweep, runs=runs), workers)
+    for settings in runs:
+        if (record := finished(settings)) is not None:
+            state.seconds[folder_of(settings)] = record["seconds"]["total"]
+        elif (failure := read_failure(settings)) is not None:
+            state.failures[folder_of(settings)] = failure
+    return state
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {int(seconds % 60):02} s"
+
+
+def run_folder(out: str | Path, settings: RunSettings) -> Path:
+    """Where a run of a sweep into `out` lives; the name is for people, the digest at its end makes it unique."""
+    task = settings.task or Path(str(settings.train_file)).stem
+    parts = [task, settings.method_name, f"K={settings.train_samples or 'all'}", f"seed={settings.seed}"]
+    if settings.learning_rate != paper_learning_rate(settings.config):
+        parts.append(f"lr={settings.learning_rate:g}")
+    return Path(out) / f"{clean_name('-'.join(parts))}-{settings.digest()[:8]}"
+
+
+def folder_of(settings: RunSettings) -> str:
+    """The run's folder, as text: what a state's mappings go by."""
+    return str(settings.output_dir)
+
+
+def write_request(sweep: Sweep, out: str | Path) -> None:
+    """Add the runs to `out/sweep.json`, so that a report knows what is missing.
+
+    The file lists every run that any sweep into the folder has asked for, each with its cell; sweeps that are
+    narrowed differently, on several machines, say, add to each other.
+
+    Raises:
+        SweepError: the folder cannot be written.
+    """
+    runs = {
+        settings.digest(): {
+            "folder": run_folder(out, settings).name,
+            "digest": settings.digest(),
+            "cell": sweep.cell(settings),
+            "method": settings.method_name,
+            "settings": settings.to_dict() | {"output_dir": None},
+        }
+        for settings in sweep.runs
+    }
+    while True:
+        with contextlib.suppress(Busy), alone(Path(out)):
+            remove_drafts(Path(out))
+            path = Path(out) / REQUEST
+            earlier = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else ()
+            every = {run["digest"]: run for run in earlier} | runs
+            request = {"format": 1, "sweep": sweep.path, "chosen": sweep.chosen, "runs": list(every.values())}
+            write_whole(path, f"{json.dumps(request, indent=1)}\n".encode())
+            return
+        time.sleep(0.1)
+
+
+def write_settings(settings: RunSettings) -> None:
+    """Leave a run's settings in its folder, for the process that does it."""
+    write_whole(Path(folder_of(settings)) / SETTINGS, json.dumps(settings.to_dict(), indent=2).encode())
+
+
+def read_settings(path: Path) -> RunSettings:
+    """The settings that `write_settings` left, for the folder that the file now lies in."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return RunSettings(**{**values, "output_dir": str(path.parent)})
+
+
+def finished(settings: RunSettings) -> dict[str, Any] | None:
+    """The run's record; None also if it is damaged, which the run itself will then say."""
+    try:
+        return find_finished(settings, Path(folder_of(settings)))
+    except RunError:
+        return None
+
+
+def read_failure(settings: RunSettings) -> dict[str, Any] | None:
+    """What the run's last process left if it failed; None if there is nothing."""
+    try:
+        return json.loads((Path(folder_of(settings)) / FAILURE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_failure(settings: RunSettings, error: str, log: Sequence[str]) -> dict[str, Any]:
+    """Record that a run's process failed, why, and the last lines that it printed; returns what was written."""
+    failure = {"error": error, "log": "\n".join(log), "time": time.time()}
+    write_whole(Path(folder_of(settings)) / FAILURE, json.dumps(failure, indent=2).encode())
+    return failure
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make the folder and keep others out of it. Raises `Busy` where another process has its lock."""
+    try:
+        with locked(folder):
+            yield
+    except LockedError as error:
+        raise Busy from error
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what `write_whole` leaves where it is killed."""
+    for draft in folder.glob(".*.tmp"):
+        draft.unlink()

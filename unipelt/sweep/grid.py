@@ -1,0 +1,152 @@
+"""What a sweep file asks for: the product of its lists as settings of runs, each once, less what is narrowed away."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from unipelt.glue.settings import RunSettings, locate_path, read_config, read_option
+from unipelt.glue.tasks import shorten_name
+
+_SEEDS = ("seed", "data_seed")  # what may differ between the runs of a cell
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be meant; the message says where and what is possible. Nothing was run."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs that a sweep file asks for.
+
+    Attributes:
+        path: the sweep file.
+        runs: no two of them the same, in the order of the file.
+        chosen: the fields of which each cell tries several values, the best on dev being reported.
+    """
+
+    path: str
+    runs: tuple[RunSettings, ...]
+    chosen: tuple[str, ...] = ()
+
+    def cell(self, settings: RunSettings) -> str:
+        """What the runs of a cell have in common, all but seeds and chosen fields, as JSON."""
+        values = {name: value for name, value in settings.identity().items() if name not in (*_SEEDS, *self.chosen)}
+        return json.dumps(values, sort_keys=True)
+
+
+def read_sweep(
+    path: str | Path, narrow: Mapping[str, Sequence[str]] | None = None, override: Mapping[str, str] | None = None
+) -> Sweep:
+    """Read a sweep file.
+
+    Args:
+        path: YAML or JSON with `grid` (a list of blocks, each the product of its lists), optionally `choose` (values
+            to try in each cell), `base`, and fields common to all runs.
+        narrow: by field, the values to keep. A method goes by its `method_name`, or by its preset.
+        override: by field, as on the command line, what replaces the common value. Of a field that the grid lists,
+            it is the values to keep, with commas between them.
+
+    Raises:
+        SweepError: a field, a value or a run cannot be meant, or a value to keep is none of those there are.
+    """
+    try:
+        return _read_sweep(Path(path), dict(narrow or {}), dict(override or {}))
+    except SweepError:
+        raise
+    except (ValueError, OSError) as error:
+        raise SweepError(str(error)) from error
+
+
+def split_list(text: str) -> list[str]:
+    """The values of a list with commas, which may themselves hold some: `lora,prefix, prefix.length=50` are two."""
+    return re.split(r",(?!\s*[\w.]+=)(?![^\[]*\])", text)
+
+
+def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str, str]) -> Sweep:
+    common = read_config(path, also=("grid", "choose"))
+    grid, choose = common.pop("grid", None), common.pop("choose", {})
+    if not isinstance(grid, list) or not grid or not all(isinstance(block, dict) and block for block in grid):
+        raise SweepError(f"{path}: grid must be a list of blocks, each a mapping of fields to lists of values")
+    if not isinstance(choose, dict):
+        raise SweepError(f"{path}: choose must be a mapping of fields to lists of values, not {choose!r}")
+    listed = {name for block in [*grid, choose] for name in block}
+    _check_fields(path, [*common, *listed])
+    if any(set(block) & set(choose) for block in grid):
+        raise SweepError(f"{path}: a field can stand in grid or in choose, not in both")
+    for name in list(override):
+        if name in listed:
+            narrow[name] = [*narrow.get(name, ()), *split_list(override.pop(name))]
+    common |= {name: read_option(name, text) for name, text in override.items()}
+
+    runs: dict[str, RunSettings] = {}
+    for number, block in enumerate(grid, start=1):
+        for values in _product(path, {**block, **choose}):
+            try:
+                settings = RunSettings(**{**common, **values})
+            except (ValueError, OSError) as error:
+                raise SweepError(f"{path}, block {number} of the grid: {error}") from error
+            runs.setdefault(settings.digest(), settings)
+    return Sweep(str(path), _keep(tuple(runs.values()), narrow), tuple(choose))
+
+
+def _check_fields(path: Path, names: Sequence[str]) -> None:
+    known = [item.name for item in fields(RunSettings) if item.name not in ("output_dir", "overwrite")]
+    for name in names:
+        if name not in known:
+            raise SweepError(f"{path}: unknown field {name!r} of a sweep; known are {', '.join(known)}")
+
+
+def _product(path: Path, block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    lists = [value if isinstance(value, list) else [value] for value in block.values()]
+    for name, values in zip(block, lists, strict=True):
+        if not values:
+            raise SweepError(f"{path}: the list of {name} is empty")
+    for chosen in itertools.product(*lists):
+        yield {name: _located(name, value, path) for name, value in zip(block, chosen, strict=True)}
+
+
+def _located(name: str, value: Any, path: Path) -> Any:
+    """Paths from a sweep file are looked for as those from any configuration file."""
+    is_path = name.endswith(("_file", "_dir")) or (name == "method" and str(value).endswith((".json", ".yaml", ".yml")))
+    return locate_path(value, path) if is_path and isinstance(value, str) else value
+
+
+def _keep(runs: tuple[RunSettings, ...], narrow: Mapping[str, Sequence[str]]) -> tuple[RunSettings, ...]:
+    for name, texts in narrow.items():
+        kept: set[int] = set()
+        for text in texts:
+            wanted = _wanted(name, text)
+            # by its whole name first: "prefix" leaves "prefix, prefix.length=50" out where both are there
+            found = [id(settings) for settings in runs if _value(settings, name) == wanted] or [
+                id(settings) for settings in runs if name == "method" and settings.method_name.startswith(f"{wanted},")
+            ]
+            if not found:
+                there = dict.fromkeys(str(_shown(settings, name)) for settings in runs)
+                raise SweepError(f"no run that is left has the {name} {text.strip()!r}; there is {'; '.join(there)}")
+            kept.update(found)
+        runs = tuple(settings for settings in runs if id(settings) in kept)
+    return runs
+
+
+def _shown(settings: RunSettings, name: str) -> Any:
+    value = settings.method_name if name == "method" else getattr(settings, name)
+    return "all" if name == "train_samples" and value is None else value
+
+
+def _value(settings: RunSettings, name: str) -> Any:
+    return settings.method_name.replace(" ", "") if name == "method" else getattr(settings, name)
+
+
+def _wanted(name: str, text: str) -> Any:
+    text = text.strip()
+    if name == "method":
+        return text.replace(" ", "")
+    if name == "task":
+        return shorten_name(text)
+    return None if (name, text) == ("train_samples", "all") else read_option(name, text)
