@@ -11,8 +11,8 @@ def main(argv: Sequence[str]) -> int:
     """Run; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
 
+    from unipelt.glue.options import parse
     from unipelt.glue.run import run
-    from unipelt.glue.settings import parse
 
     try:
         run(parse(argv))

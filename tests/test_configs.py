@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 
 import unipelt
 from unipelt.config import PRESETS, UniPELTConfig, read_mapping
+from unipelt.glue.options import parse, read_config
 from unipelt.glue.run import run
-from unipelt.glue.settings import RunSettings, paper_learning_rate, parse, read_config
+from unipelt.glue.settings import RunSettings, paper_learning_rate
 from unipelt.glue.tasks import TASKS
 from unipelt.sweep import Sweep, read_sweep
 

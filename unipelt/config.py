@@ -22,6 +22,8 @@ import yaml
 LARGEST = 1_000_000
 """No size or scale is meant to be above this; a larger one is a slip, or would fill the memory."""
 
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be meant; the message says which field, what was seen and what is possible."""
@@ -30,7 +32,7 @@ class ConfigError(ValueError):
 def _check(part: Any, *positive: str) -> None:
     """Check every field's type, and that some are above 0; an integer may stand for a float, a list for a tuple."""
     for name, hint in get_type_hints(type(part)).items():
-        object.__setattr__(part, name, _convert(hint, getattr(part, name), name))
+        object.__setattr__(part, name, convert(hint, getattr(part, name), name))
     for name in positive:
         if not getattr(part, name) > 0:
             raise ConfigError(f"{name} must be above 0, not {getattr(part, name)!r}")
@@ -42,30 +44,46 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check `value` against a field's type; integers may stand for floats, lists for tuples."""
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """Check a value against a field's type.
+
+    Args:
+        hint: the type: `int`, `float`, `bool`, `str`, a `Literal`, a tuple of one of these, a dataclass, or one of
+            all these or None.
+        value: an integer may stand for a float, and a list, or one text, for a tuple of texts. A tuple of integers
+            may be a range, text such as "6-11", or, where None is possible, "all".
+        where: what the value is called in an error.
+
+    Returns:
+        The value, of exactly that type.
+
+    Raises:
+        ConfigError: it is not of that type; or not finite.
+    """
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         choice = next(choice for choice in choices if choice is not type(None))
-        if value is None or (value == "all" and get_origin(choice) is tuple):
+        if value is None or (value == "all" and choice == tuple[int, ...]):
             return None
-        return _convert(choice, value, where)
+        return convert(choice, value, where)
     if origin is Literal:
         if value not in choices:
-            raise ConfigError(f"{where} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+            raise ConfigError(f"{where} must be {' or '.join(choices)}, not {value!r}")
         return value
     if origin is tuple:
         if choices[0] is int and isinstance(value, (range, str)):
             value = _indices(value, where)
+        if choices[0] is str and isinstance(value, str):
+            value = [value]
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} must be a list, not {value!r}")
-        return tuple(_convert(choices[0], item, where) for item in value)
+        return tuple(convert(choices[0], item, where) for item in value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where)  # type: ignore[arg-type]
     if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{where} must be a {'finite number' if hint is float else hint.__name__}, not {value!r}")
+        raise ConfigError(f"{where} must be {_KINDS[hint]}, not {value!r}")
     return value
 
 
@@ -279,6 +297,14 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dots in its keys: `{"lora": {"rank": 4}}` is `{"lora.rank": 4}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
+    return flat
+
+
 def _preset(name: str) -> UniPELTConfig:
     if name not in PRESETS:
         raise ConfigError(
@@ -305,7 +331,7 @@ def _build(cls: type[Any], values: Any, where: str) -> Any:
     for key in values:
         if key not in names:
             raise ConfigError(f"unknown key {_join(where, str(key))!r}; the keys here are {', '.join(names)}")
-    given = {key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()}
+    given = {key: convert(hints[key], value, _join(where, key)) for key, value in values.items()}
     try:
         return cls(**given)
     except ConfigError as error:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from unipelt.config import PRESETS
-from unipelt.glue.settings import RunSettings, locate_model, paper_learning_rate, parse, read_config
+from unipelt.glue.options import parse, read_config
+from unipelt.glue.settings import RunSettings, locate_model, paper_learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,12 @@ def test_options_of_every_kind() -> None:
     assert {name: getattr(settings, name) for name in wanted} == wanted
 
 
+def test_one_text_is_one_column_whatever_it_says() -> None:
+    for name in ("all", "0-3", "sentence"):
+        settings = RunSettings(train_file="a.tsv", dev_file="b.tsv", text_columns=name)  # type: ignore[arg-type]
+        assert settings.text_columns == (name,)
+
+
 def test_method_options() -> None:
     words = (
         "--task rte --method unipelt-ap --method.adapter.bottleneck 7 --method.gate.pooling=mean --method.prefix null "
@@ -113,7 +120,7 @@ def test_method_has_a_name() -> None:
         ("--task boolq", "unknown task 'boolq'; choose one of cola, sst2"),
         ("--task rte --method unipelt", "method: there is no preset 'unipelt'; the presets are fine-tuning"),
         ("--task rte --method.lora.rnak 4", "method: unknown key 'lora.rnak'; the keys here are rank, alpha, gate"),
-        ("--task rte --method.lora.rank four", "method: lora.rank must be a int, not 'four'"),
+        ("--task rte --method.lora.rank four", "method: lora.rank must be a whole number, not 'four'"),
         ("--task rte --method.lora.rank", "--method.lora.rank needs a value"),
         ("--task rte --method.lora.rank --seed 1", "--method.lora.rank needs a value"),
         ("--task rte --epochs 1.5", "epochs must be a whole number, not 1.5"),
@@ -172,6 +179,9 @@ def test_method_in_a_file_replaces_that_of_its_base() -> None:
         ("task: rte\nlerning_rate: 1\n", "unknown field 'lerning_rate'; did you mean learning_rate?"),
         ("task: rte\nepochs: '7'\n", "epochs must be a whole number, not '7'"),
         ("task: rte\nmodel: 7\n", "model must be a text, not 7"),
+        ("task: rte\nlearning_rate: 1" + "0" * 400, "learning_rate must be a finite number, not 1000"),
+        ("train_file: a.tsv\ntext_columns: [a, 7]\n", "text_columns must be a text, not 7"),
+        ("train_file: a.tsv\ntext_columns: {a: b}\n", "text_columns must be a list, not {'a': 'b'}"),
         ("task: rte\nmethod: 7\n", "method must be a preset's name, a path or a mapping, not 7"),
         ("task: rte\nmethod: {adaptor: null}\n", "method: unknown key 'adaptor'"),
         ("task: rte\nbase: 7\n", "base must be a path or a list of paths, not 7"),

@@ -1,33 +1,27 @@
-"""What one run is: a frozen dataclass, read from a configuration file and the command line, checked before anything."""
+"""What one run is: a frozen dataclass whose fields are checked, alone and together, before anything is done."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
-import yaml
-
-from unipelt.config import PRESETS, ConfigError, UniPELTConfig, read_mapping, resolve
+from unipelt.config import PRESETS, ConfigError, UniPELTConfig, convert, flatten, read_mapping, resolve
 from unipelt.glue.tasks import get_task
 
 GLUE_DIR = "UNIPELT_GLUE_DIR"
 """Environment variable: the default of `glue_dir`."""
 
-# How a run is carried out, as opposed to what it computes.
-_INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads")
-_FILES = ("train_file", "dev_file", "test_file")
-_ALIASES = {"none": None, "null": None, "~": None}
+INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads")
+"""Fields that say how a run is carried out, as opposed to what it computes."""
+
+FILES = ("train_file", "dev_file", "test_file")
 _EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")  # what YAML 1.1 takes for a string
 
 
@@ -120,12 +114,10 @@ class RunSettings:
     keep_checkpoints: bool = _option(False, "keep the trainer's last and best checkpoint after the run")
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if name != "method":
-                object.__setattr__(self, name, _convert(hint, getattr(self, name), name))
+        self._check_types()
         self._check_values()
         self._check_data()
-        object.__setattr__(self, "method", _expand_method(self.method))
+        object.__setattr__(self, "method", expand_method(self.method))
         config = self.config
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", paper_learning_rate(config))
@@ -136,6 +128,18 @@ class RunSettings:
         if self.output_dir is None:
             name = clean_name(f"{self.task or Path(str(self.train_file)).stem}-{self.method_name}-seed={self.seed}")
             object.__setattr__(self, "output_dir", str(Path("runs") / name))
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if name == "method":
+                continue
+            value = getattr(self, name)
+            if float in (hint, *get_args(hint)):
+                value = _as_number(value)
+            try:
+                object.__setattr__(self, name, convert(hint, value, name))
+            except ConfigError as error:
+                raise SettingsError(str(error)) from None
 
     def _check_values(self) -> None:
         for name in (
@@ -164,7 +168,7 @@ class RunSettings:
             raise SettingsError(f"warmup_ratio is a fraction, at least 0 and below 1, not {self.warmup_ratio}")
         if self.max_length < 3:
             raise SettingsError(f"max_length must be 3 or more tokens, not {self.max_length}")
-        for name in ("model", "output_dir", "label_column", *_FILES, "glue_dir"):
+        for name in ("model", "output_dir", "label_column", *FILES, "glue_dir"):
             if getattr(self, name) == "":
                 raise SettingsError(f"{name} is empty; give a value or leave it out")
         if self.model_sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", self.model_sha256):
@@ -174,7 +178,7 @@ class RunSettings:
         """Check that the fields which name data go together; the data themselves are not touched."""
         if self.task is not None:
             object.__setattr__(self, "task", get_task(self.task).name)
-            for name in (*_FILES, "text_columns", "regression"):
+            for name in (*FILES, "text_columns", "regression"):
                 if getattr(self, name) is not None:
                     raise SettingsError(f"task and {name} exclude each other; set one of them to null")
             return
@@ -199,8 +203,8 @@ class RunSettings:
         for name, known in PRESETS.items():
             if config == known:
                 return name
-        before, after = _flatten(PRESETS[preset].to_dict()), _flatten(config.to_dict())
-        changed = [f"{key}={_show(after[key])}" for key in after if after[key] != before.get(key, MISSING)]
+        before, after = flatten(PRESETS[preset].to_dict()), flatten(config.to_dict())
+        changed = [f"{key}={json.dumps(after[key])}" for key in after if after[key] != before.get(key, MISSING)]
         return ", ".join([preset, *changed])
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,8 +213,8 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """What determines the outcome: the fields but for those of how and where the run is carried out."""
-        values = {name: value for name, value in self.to_dict().items() if name not in _INCIDENTAL}
-        for name in (*_FILES, "glue_dir"):
+        values = {name: value for name, value in self.to_dict().items() if name not in INCIDENTAL}
+        for name in (*FILES, "glue_dir"):
             if values[name] is not None:
                 values[name] = os.path.abspath(values[name])
         values["method"] = self.config.to_dict()
@@ -231,52 +235,44 @@ def paper_learning_rate(config: UniPELTConfig) -> float:
     return 2e-4 if parts == ["prefix"] else 5e-4
 
 
-def parse(argv: Sequence[str]) -> RunSettings:
-    """Read settings from a command line.
-
-    Args:
-        argv: optionally a YAML or JSON file, which holds only what differs from the defaults and may name others as
-            `base` (a path or a list of them, relative to the file; later ones win, and the file itself wins over
-            all); then `--field value` for any field, and `--method.part.field value` for any field of the method.
-
-    Raises:
-        SettingsError, ConfigError, FileNotFoundError: something is unknown or cannot be meant.
-        SystemExit: `--help` was asked for, and printed.
-    """
-    words = list(argv)
-    config = words.pop(0) if words and not words[0].startswith("-") else None
-    words, overrides = _split_method(words)
-    namespace, unknown = _parser().parse_known_args(words)
-    for word in unknown:
-        if word.startswith("--"):
-            raise SettingsError(_unknown("option", word, [f"--{item.name}" for item in fields(RunSettings)]))
-        raise SettingsError(
-            f"cannot tell what {word!r} belongs to: a configuration file comes first, then options as --field value"
-        )
-    given = {name: read_option(name, value) for name, value in vars(namespace).items() if value is not None}
-    values = {} if config is None else read_config(config)
-    if config is not None and given.get("output_dir") is None and values.get("output_dir") is None:
-        given["output_dir"] = _default_folder(config, given, overrides)
-    values.update(given)
-    values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
-    return RunSettings(**values)
+def expand_method(method: Any) -> str | dict[str, Any]:
+    """A preset's name, or a mapping; a path is read. Raises as `resolve`."""
+    if isinstance(method, (str, Path)) and str(method).endswith((".json", ".yaml", ".yml")):
+        method = read_mapping(method)
+    if isinstance(method, Mapping):
+        method = with_numbers(method)
+    elif not isinstance(method, str):
+        raise SettingsError(f"method must be a preset's name, a path or a mapping, not {method!r}")
+    try:
+        resolve(method)
+    except ConfigError as error:
+        raise ConfigError(f"method: {error}") from None
+    return method
 
 
-def read_config(path: str | Path, also: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields that a configuration file sets, its bases included.
+def with_numbers(value: Any) -> Any:
+    """The same plain types, with numbers such as 5e-4, which YAML 1.1 reads as text, as numbers."""
+    if isinstance(value, Mapping):
+        return {key: with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
-    Relative paths of data and of the method are looked for from the current folder and then from the root of the
-    repository that the file lies in (the nearest folder above with a `pyproject.toml` or `.git`).
 
-    Args:
-        path: the file.
-        also: keys of the file itself, not of its bases, that are no fields.
+def _as_number(value: Any) -> Any:
+    """A number that is spelt as text, as one; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
-    Raises:
-        SettingsError: a field is unknown, or files name each other as base in a circle.
-        ConfigError, FileNotFoundError: a file cannot be read.
-    """
-    return _read_config(Path(path), (), also)
+
+def clean_name(name: str) -> str:
+    """A name that every file system takes."""
+    clean = re.sub(r"[^\w.=+-]+", "_", name)
+    return clean if len(clean) <= 120 else f"{clean[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def locate_model(model: str) -> str:
@@ -301,234 +297,3 @@ def locate_model(model: str) -> str:
     if not found:
         raise SettingsError(f"the package {package!r} holds no model at {inside!r}: {folders[0]} has no config.json")
     return str(found[0])
-
-
-# Values
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """Check a value against a field's type; numbers may be spelt as strings where a float is wanted."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(choice for choice in choices if choice is not type(None)), value, name)
-    if origin is Literal:
-        if value not in choices:
-            raise SettingsError(f"{name} must be {' or '.join(map(str, choices))}, not {value!r}")
-        return value
-    if origin is tuple:
-        items = (value,) if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-            raise SettingsError(f"{name} must be a list of names, not {value!r}")
-        return tuple(items)
-    if hint is float:
-        value = _as_number(value)
-        value = float(value) if type(value) is int else value
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        kind = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}[hint]
-        raise SettingsError(f"{name} must be {kind}, not {value!r}")
-    return value
-
-
-def _as_number(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
-def read_option(name: str, value: Any) -> Any:
-    """A value from the command line, where everything is text."""
-    hint = get_type_hints(RunSettings)[name]
-    if isinstance(value, list):
-        return None if [item.lower() for item in value] in (["none"], ["null"]) else value
-    if type(None) in get_args(hint) and value.lower() in _ALIASES:
-        return None
-    if hint is str or str in get_args(hint):
-        return value
-    return _read_scalar(value, name)
-
-
-def _read_scalar(text: str, name: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"{name}: cannot read the value {text!r}") from error
-    if text.lower() in _ALIASES:
-        return None
-    return _as_number(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
-def _with_numbers(value: Any) -> Any:
-    """The same plain types, with numbers such as 5e-4, which YAML 1.1 reads as text, as numbers."""
-    if isinstance(value, Mapping):
-        return {key: _with_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value)
-
-
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return (
-        f"unknown {kind} {name!r}" + (f"; did you mean {near[0]}?" if near else ";") + f" known are {', '.join(known)}"
-    )
-
-
-# The method
-
-
-def _expand_method(method: Any) -> str | dict[str, Any]:
-    """A preset's name, or a mapping; a path is read. Raises as `resolve`."""
-    if isinstance(method, (str, Path)) and str(method).endswith((".json", ".yaml", ".yml")):
-        method = read_mapping(method)
-    if isinstance(method, Mapping):
-        method = _with_numbers(method)
-    elif not isinstance(method, str):
-        raise SettingsError(f"method must be a preset's name, a path or a mapping, not {method!r}")
-    try:
-        resolve(method)
-    except ConfigError as error:
-        raise ConfigError(f"method: {error}") from None
-    return method
-
-
-def _override_method(method: Any, overrides: Mapping[str, Any]) -> Any:
-    """Lay dotted overrides over a method: `{"lora.rank": 4}`."""
-    if not overrides:
-        return method
-    method = _expand_method(method)
-    merged: dict[str, Any] = {"preset": method} if isinstance(method, str) else dict(method)
-    for dotted, value in overrides.items():
-        *parents, last = dotted.split(".")
-        place = merged
-        for parent in parents:
-            below = place.get(parent)
-            place[parent] = dict(below) if isinstance(below, Mapping) else {}
-            place = place[parent]
-        place[last] = value
-    return merged
-
-
-def _split_method(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--method.part.field value` (or `=value`) out of a command line."""
-    rest: list[str] = []
-    overrides: dict[str, Any] = {}
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("--method."):
-            rest.append(word)
-            continue
-        key, equals, text = word.partition("=")
-        if not equals:
-            text = next(words, "")
-        if not text or text.startswith("--"):
-            raise SettingsError(f"{key} needs a value")
-        overrides[key.removeprefix("--method.").replace("-", "_")] = _read_scalar(text, key)
-    return rest, overrides
-
-
-# Files and the command line
-
-
-def _read_config(path: Path, above: tuple[Path, ...], also: Sequence[str] = ()) -> dict[str, Any]:
-    if path.resolve() in above:
-        raise SettingsError(f"{path} names itself as its base, through {above[-1]}")
-    own = read_mapping(path)
-    bases = own.pop("base", [])
-    if isinstance(bases, str):
-        bases = [bases]
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise SettingsError(f"{path}: base must be a path or a list of paths, not {bases!r}")
-    values: dict[str, Any] = {}
-    for base in bases:
-        values |= _read_config(path.parent / base, (*above, path.resolve()))
-    known = [item.name for item in fields(RunSettings)]
-    overrides = {}
-    for key in list(own):
-        if key.startswith("method."):
-            overrides[key.removeprefix("method.")] = _with_numbers(own.pop(key))
-        elif key not in (*known, *also):
-            raise SettingsError(f"{path}: {_unknown('field', key, known)}")
-    for name in (*_FILES, "glue_dir", "method"):
-        if isinstance(own.get(name), str):
-            own[name] = locate_path(own[name], path)
-    values |= own
-    if overrides:
-        values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
-    return values
-
-
-def locate_path(name: str, config: Path) -> str:
-    """A path from a configuration file: from the current folder, else from the root of the file's repository."""
-    if os.path.isabs(name) or os.path.exists(name):
-        return name
-    for folder in config.resolve().parents:
-        if any((folder / mark).exists() for mark in ("pyproject.toml", ".git")):
-            return str(folder / name) if (folder / name).exists() else name
-    return name
-
-
-def _default_folder(config: str, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
-    """`runs/` and a name that tells runs apart: the configuration file's, and the options that change the outcome."""
-    options = {name: value for name, value in given.items() if name not in (*_INCIDENTAL, "glue_dir")}
-    options |= {f"method.{key}": value for key, value in overrides.items()}
-    parts = [Path(config).stem, *(f"{name}={_plain(value)}" for name, value in options.items())]
-    return str(Path("runs") / clean_name("-".join(parts)))
-
-
-def _plain(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def clean_name(name: str) -> str:
-    """A name that every file system takes."""
-    clean = re.sub(r"[^\w.=+-]+", "_", name)
-    return clean if len(clean) <= 120 else f"{clean[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise SettingsError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [CONFIG] [--FIELD VALUE ...] [--method.PART.FIELD VALUE ...]",
-        description="Train one method on one task, test it once, and leave one result.json. CONFIG is a YAML or JSON "
-        "file\n(see configs/); options win over it.",
-        epilog=f"presets: {', '.join(PRESETS)}",
-    )
-    hints = get_type_hints(RunSettings)
-    for item in fields(RunSettings):
-        default = (
-            "" if item.default is None else f" [{str(item.default).lower() if item.type == 'bool' else item.default}]"
-        )
-        options: dict[str, Any] = {"help": (item.metadata["help"] + default).replace("%", "%%")}
-        if bool in (hints[item.name], *get_args(hints[item.name])):
-            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        elif get_origin(hints[item.name]) is Literal:
-            options |= {"metavar": "|".join(get_args(hints[item.name]))}
-        elif item.name == "text_columns":
-            options |= {"nargs": "+", "metavar": "COLUMN"}
-        else:
-            options |= {"metavar": "VALUE"}
-        names = dict.fromkeys((f"--{item.name}", f"--{item.name.replace('_', '-')}"))
-        parser.add_argument(*names, dest=item.name, **options)
-    return parser

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from unipelt.glue.settings import RunSettings, locate_path, read_config, read_option
+from unipelt.glue.options import locate_path, read_config, read_option
+from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import shorten_name
 
 _SEEDS = ("seed", "data_seed")  # what may differ between the runs of a cell
