@@ -23,22 +23,10 @@ from scipy import stats
 from unipelt.config import resolve
 from unipelt.glue.result import write_result
 from unipelt.report import ReportError, read_results, write_report
-from unipelt.report.aggregate import (
-    TASKS,
-    Results,
-    Run,
-    costs,
-    curves,
-    kinds,
-    marks,
-    paired_test,
-    paired_tests,
-    paper,
-    paper_costs,
-    paper_upper_bound,
-    upper_bounds,
-)
+from unipelt.report.cells import Results, Run, kinds
+from unipelt.report.compare import costs, curves, marks, paired_test, paired_tests, upper_bounds
 from unipelt.report.page import PAPER
+from unipelt.report.paper import TASKS, paper, paper_costs, paper_upper_bound
 
 METRICS = {"cola": "matthews_correlation", "mrpc": "f1", "qqp": "f1", "stsb": "spearman"}
 COUNTER = itertools.count()

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from unipelt.plot import _figure
-from unipelt.report.aggregate import Cell, Curve, Results, curves
+from unipelt.report.cells import Cell, Results
+from unipelt.report.compare import Curve, curves
 
 _COLOURS = (
     "#4477aa",

@@ -1,0 +1,242 @@
+"""Methods compared: the upper bound, paired tests, curves over one number, costs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unipelt.config import flatten
+from unipelt.report.cells import Cell, Results, Run, Table, k_order, kinds, largest
+from unipelt.report.paper import TASKS, paper_upper_bound
+
+RESAMPLES = 10_000
+# What a number on the axis of a curve may be: the paper's Figures 2 and 3, and their like for the prefix.
+_SIZES = ("adapter.bottleneck", "lora.alpha", "lora.rank", "prefix.length")
+
+
+@dataclass(frozen=True)
+class UpperBound:
+    """The paper's Table 2: the best submodule of each task, were it known, beside their combination.
+
+    Attributes:
+        tasks: those in which the combination and all its submodules have scores.
+        best: the mean over these tasks of the best submodule's mean score, a fraction.
+        combined: the combination's mean over the same tasks, a fraction.
+        chosen: the best submodule of each task.
+        paper: the paper's two numbers in percent, where these are all its tasks.
+    """
+
+    row: str
+    tasks: tuple[str, ...]
+    best: float
+    combined: float
+    chosen: Mapping[str, str]
+    paper: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A combination against the best single method over pairs of task and seed.
+
+    Attributes:
+        single: the method that adds one kind of submodule and has the best mean over `tasks`.
+        among: the methods that it is the best of.
+        difference: mean of combination minus single, a fraction.
+        low, high: its 95 % interval by bootstrap over pairs.
+        t, wilcoxon: p values, two-sided; None where they are not defined.
+    """
+
+    row: str
+    single: str
+    among: tuple[str, ...]
+    tasks: tuple[str, ...]
+    pairs: int
+    difference: float
+    low: float
+    high: float
+    t: float | None
+    wilcoxon: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Scores against one number of the method, all else equal.
+
+    Attributes:
+        key: the number's name, as in `adapter.bottleneck`.
+        name: what is equal.
+        cells: by the number, from small to large.
+    """
+
+    key: str
+    name: str
+    cells: Mapping[float, Cell]
+
+
+def marks(values: Sequence[float | None], digits: int = 4) -> list[str]:
+    """`best` and `second` for the largest and second largest of a column, ties included; otherwise empty.
+
+    Values are compared as printed: with `digits` digits of the fraction. A column of one value marks nothing.
+    """
+    rounded = [None if value is None else round(value, digits) for value in values]
+    ranks = sorted({value for value in rounded if value is not None}, reverse=True)
+    if sum(value is not None for value in rounded) < 2:
+        return [""] * len(values)
+    names = dict(zip(ranks, ("best", "second"), strict=False))
+    return ["" if value is None else names.get(value, "") for value in rounded]
+
+
+def upper_bounds(table: Table) -> list[UpperBound]:
+    """For each combination, the mean over tasks of the best of its submodules (the paper's Table 2).
+
+    The best submodule of a task is the one with the best mean over seeds. A submodule is the preset of its name.
+    """
+    found = []
+    for row in table.combined():
+        cells, first = table.row(row), table.first(row)
+        parts = kinds(first.runs[0].config)
+        singles = {part: table.named(part, first.setting) for part in parts}
+        tasks = [task for task in cells if all(task in single for single in singles.values())]
+        if not tasks:
+            continue
+        chosen = {task: largest({part: cell[task].mean for part, cell in singles.items()}) for task in tasks}
+        printed = paper_upper_bound().get((table.k or 0, first.method))
+        found.append(
+            UpperBound(
+                row=row,
+                tasks=tuple(tasks),
+                best=statistics.fmean(singles[part][task].mean for task, part in chosen.items()),
+                combined=statistics.fmean(cells[task].mean for task in tasks),
+                chosen=chosen,
+                paper=printed if set(tasks) == set(TASKS) else None,
+            )
+        )
+    return found
+
+
+def paired_tests(table: Table) -> list[Paired]:
+    """Each combination against the best single method, over the pairs that both have.
+
+    The best is sought among the single methods that have all of the combination's tasks; if none has, among all of
+    them on the tasks that all of them have.
+    """
+    found = []
+    for row in table.combined():
+        cells = table.row(row)
+        everyone = table.singles(table.first(row).setting)
+        singles = [name for name in everyone if all(task in table.row(name) for task in cells)] or everyone
+        tasks = [task for task in cells if all(task in table.row(single) for single in singles)]
+        if not singles or not tasks:
+            continue
+        best = largest({name: statistics.fmean(table.row(name)[task].mean for task in tasks) for name in singles})
+        other = table.row(best)
+        differences = [
+            cells[task].scores[seed] - other[task].scores[seed]
+            for task in tasks
+            for seed in sorted(cells[task].scores)
+            if seed in other[task].scores
+        ]
+        if len(differences) > 1:
+            test = paired_test(differences)
+            found.append(Paired(row, best, tuple(singles), tuple(tasks), len(differences), *test))
+    return found
+
+
+def paired_test(
+    differences: Sequence[float], resamples: int = RESAMPLES
+) -> tuple[float, float, float, float | None, float | None]:
+    """Mean difference, its 95 % bootstrap interval (seeded), and p of the paired t-test and of Wilcoxon's.
+
+    Args:
+        differences: one for each pair.
+        resamples: of the bootstrap.
+    """
+    from scipy import stats  # slow to import
+
+    values = np.asarray(differences, dtype=np.float64)
+    generator = np.random.default_rng(0)
+    means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    # identical differences have no spread for t, and differences of 0 no rank for Wilcoxon
+    t = None if np.ptp(values) < 1e-12 else float(stats.ttest_1samp(values, 0.0).pvalue)
+    moved = values[np.abs(values) > 1e-12]
+    rank = float(stats.wilcoxon(np.round(moved, 12)).pvalue) if len(moved) else None
+    return float(values.mean()), float(low), float(high), t, rank
+
+
+def curves(results: Results) -> list[Curve]:
+    """Cells that differ in one number of their method only, at least two of them."""
+    found: dict[tuple[Any, ...], dict[float, Cell]] = defaultdict(dict)
+    for cell in results.cells:
+        flat = flatten(cell.runs[0].config)
+        for key in _SIZES:
+            size = flat.get(key)
+            if isinstance(size, (int, float)) and not isinstance(size, bool):
+                rest = json.dumps({name: value for name, value in flat.items() if name != key}, sort_keys=True)
+                found[key, cell.task, k_order(cell.k), rest, cell.row.removeprefix(cell.method)].setdefault(
+                    float(size), cell
+                )
+    return [
+        Curve(group[0], next(iter(cells.values())).method.partition(",")[0] + group[4], dict(sorted(cells.items())))
+        for group, cells in found.items()
+        if len(cells) > 1
+    ]
+
+
+def costs(table: Table) -> list[dict[str, Any]]:
+    """A line for each row: parameters, seconds, and what they are relative to fine-tuning on the same tasks.
+
+    Runs end early at different epochs, so training is compared by the second a step; inference by the second an
+    evaluated example, on dev and test data.
+    """
+    lines = []
+    for row in table.rows:
+        cells = table.row(row)
+        runs = [run for cell in cells.values() for run in cell.runs]
+        base = table.named("fine-tuning", table.first(row).setting)
+        lines.append(
+            {
+                "row": row,
+                "method": runs[0].method,
+                **{
+                    name: sorted({run.record["parameters"][name] for run in runs})
+                    for name in ("trained", "deployed", "head")
+                },
+                "base": max(run.record["parameters"]["base"] for run in runs),
+                "seconds": statistics.fmean(run.record["seconds"]["total"] for run in runs),
+                "training": _relative(_seconds_a_step, cells, base),
+                "inference": _relative(_seconds_an_example, cells, base),
+            }
+        )
+    return lines
+
+
+def _relative(
+    value: Callable[[Run], float | None], cells: Mapping[str, Cell], base: Mapping[str, Cell]
+) -> float | None:
+    """Mean over common tasks of the ratio of two rows' mean values; None where there are none."""
+    ratios = []
+    for task in cells.keys() & base.keys():
+        ours, theirs = ([found for run in row[task].runs if (found := value(run))] for row in (cells, base))
+        if ours and theirs:
+            ratios.append(statistics.fmean(ours) / statistics.fmean(theirs))
+    return statistics.fmean(ratios) if ratios else None
+
+
+def _seconds_a_step(run: Run) -> float | None:
+    steps = run.record["evaluations"][-1]["step"]
+    return run.record["seconds"]["train"] / steps if steps > 0 else None
+
+
+def _seconds_an_example(run: Run) -> float | None:
+    parts = [run.record["data"].get(name) for name in ("dev", "test")]
+    dev, test = (part.get("rows") if isinstance(part, Mapping) else None for part in parts)
+    if not isinstance(dev, int) or not isinstance(test, int) or dev + test <= 0:
+        return None
+    return run.record["seconds"]["evaluation"] / (len(run.record["evaluations"]) * dev + test)
