@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from spoilt import BAD_FAILURES, BAD_REQUESTS
 
 from unipelt.config import resolve
 from unipelt.glue.result import write_result
@@ -291,7 +292,8 @@ def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path: Path) -> Non
         ),
         "k": (json.dumps(spoil(make_record(seed=2), settings__train_samples="many")), "train_samples is 'many'"),
         "running": (json.dumps(spoil(make_record(seed=2), status="running")), "its status is 'running'"),
-        "seconds": (json.dumps(spoil(make_record(seed=2), seconds__total=float("inf"))), "its seconds are"),
+        "seconds": (json.dumps(spoil(make_record(seed=2), seconds__total=float("inf"))), "seconds.total is inf"),
+        "before": (json.dumps(spoil(make_record(seed=2), seconds__train=-1.0)), "its seconds are [-1.0"),
         "gates": (json.dumps(spoil(make_record(seed=2), gates={"layers": [0], "values": {"a": [1]}})), "its gates are"),
         "twin": (json.dumps({**make_record(seed=2, score=0.9), "digest": good["digest"]}), "the same run as a-good/"),
         "moved": (json.dumps(moved), "the same run as a-good/result.json"),
@@ -354,13 +356,40 @@ def test_missing_seeds_come_from_the_plan_or_from_the_others(tmp_path: Path) -> 
     assert "configs/table1.yaml" in page
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"runs": 3}', '{"runs": [3, null, {}, {"task": 1}], "chosen": 5}'])
-def test_a_plan_that_cannot_be_read_hides_no_results(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(("text", "reason"), BAD_REQUESTS)
+def test_a_plan_that_cannot_be_read_hides_no_results(tmp_path: Path, text: bytes, reason: str) -> None:
     save(tmp_path, make_record(score=0.6))
-    (tmp_path / "sweep.json").write_text(text)
+    (tmp_path / "sweep.json").write_bytes(text)
     results = read_results(tmp_path)
     assert [cell.mean for cell in results.cells] == [0.6]
-    assert [name for name, _ in results.left_out] == ([] if "null" in text else ["sweep.json"])
+    [(name, said)] = results.left_out
+    assert name == "sweep.json"
+    assert said.startswith(f"it does not say what a sweep asked for: {reason}"), said
+    assert "move it away and start the sweep again" in said
+
+
+@pytest.mark.parametrize(("text", "reason"), BAD_FAILURES)
+def test_a_failure_that_cannot_be_read_is_still_one(tmp_path: Path, text: bytes, reason: str) -> None:
+    save(tmp_path, make_record(score=0.6))
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "failure.json").write_bytes(text)
+    [(name, said)] = read_results(tmp_path).failures
+    assert name == "failed"
+    assert said.startswith(f"failure.json does not say why it failed: {reason}"), said
+    assert "a sweep tries the run again" in said
+
+
+def test_folders_with_the_names_of_files(tmp_path: Path) -> None:
+    save(tmp_path, make_record(score=0.6))
+    (tmp_path / "failed" / "failure.json").mkdir(parents=True)
+    (tmp_path / "sweep.json").mkdir()
+    results = read_results(tmp_path)
+    assert results.failures == (("failed", "failure.json cannot be read: Is a directory; move it away"),)
+    assert results.left_out == (("sweep.json", "it cannot be read: Is a directory; move it away"),)
+    write_report(tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "sweep.json: it cannot be read" in text
+    assert "failed: failure.json cannot be read" in text
 
 
 def test_of_candidates_the_best_on_dev_is_kept(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from scripts.killed_sweep import MOMENTS
+from spoilt import BAD_FAILURES, BAD_REQUESTS
 from tiny_task import save_model, write_glue
 
 from unipelt.command import main
@@ -30,6 +31,7 @@ from unipelt.sweep import (
     SweepError,
     carry_out,
     look,
+    read_request,
     read_sweep,
     run_folder,
     split_list,
@@ -438,6 +440,58 @@ def test_an_interruption_stops_the_others_and_records_no_failure(home: Path, tmp
     pretend = Pretend(home)
     assert carry_out(look(read_sweep(home / "sweep.yaml"), tmp_path), pretend, silent) == {}
     assert len(pretend.starts) == 8
+
+
+@pytest.mark.parametrize(("text", "reason"), BAD_REQUESTS)
+def test_a_request_that_cannot_be_read_is_left_as_it_is(home: Path, tmp_path: Path, text: bytes, reason: str) -> None:
+    path = tmp_path / REQUEST
+    path.write_bytes(text)
+    with pytest.raises(SweepError) as caught:
+        write_request(read_sweep(home / "sweep.yaml"), tmp_path)
+    assert str(caught.value).startswith(f"{path} does not say what a sweep asked for: {reason}"), str(caught.value)
+    assert "move it away and start the sweep again" in str(caught.value)
+    assert path.read_bytes() == text
+    path.unlink()
+    write_request(read_sweep(home / "sweep.yaml"), tmp_path)
+    request = read_request(tmp_path)
+    assert request is not None
+    assert len(request["runs"]) == 8
+
+
+def test_the_command_says_what_is_wrong_with_a_request(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / REQUEST).write_text("{}")
+    assert main(["sweep", str(home / "sweep.yaml"), "--out", str(tmp_path)]) == 2
+    assert f"unipelt: {tmp_path / REQUEST} does not say what a sweep asked for" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/")), "nothing was begun"
+
+
+@pytest.mark.parametrize(("text", "reason"), BAD_FAILURES)
+def test_a_run_whose_failure_cannot_be_read_is_tried_again(
+    home: Path, tmp_path: Path, text: bytes, reason: str
+) -> None:
+    sweep = read_sweep(home / "sweep.yaml", {"task": ["rte"], "method": ["lora"]})
+    path = run_folder(tmp_path, sweep.runs[0]) / FAILURE
+    path.parent.mkdir()
+    path.write_bytes(text)
+    state = look(sweep, tmp_path)
+    [failure] = state.failures.values()
+    assert failure["error"].startswith(f"{path} does not say why it failed: {reason}"), failure["error"]
+    assert "failed    1, to be tried again" in str(state)
+    pretend = Pretend(home)
+    assert carry_out(state, pretend, silent) == {}
+    assert pretend.starts == ["rte lora 1", "rte lora 2"]
+    assert not path.exists()
+
+
+def test_a_folder_where_a_file_should_be_is_named_before_anything_runs(home: Path, tmp_path: Path) -> None:
+    sweep = read_sweep(home / "sweep.yaml")
+    path = run_folder(tmp_path, sweep.runs[0]) / FAILURE
+    path.mkdir(parents=True)
+    with pytest.raises(SweepError, match="cannot be read: Is a directory; move it away") as caught:
+        look(sweep, tmp_path)
+    assert str(path) in str(caught.value)
 
 
 def test_the_request_lists_what_all_sweeps_asked_for(home: Path, tmp_path: Path) -> None:

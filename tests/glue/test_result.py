@@ -105,7 +105,9 @@ def test_every_part_is_needed_and_of_its_type(tmp_path: Path, path: tuple[str, .
         ({"evaluations": [{"epoch": 1.0, "step": 7, "loss": 0.7}]}, r"evaluations\[0\].metrics is missing"),
         ({"test": {"loss": 0.6, "metrics": {"f1": 0.5}}}, "test.metrics lacks accuracy"),
         ({"attempts": True}, "attempts is True"),
-        ({"majority": float("nan")}, "cannot be written as JSON"),
+        ({"majority": float("nan")}, "majority is nan"),
+        ({"attempts": 10**400}, "attempts is 1000"),
+        ({"hardware": {"cores": float("nan")}}, "cannot be written as JSON"),
         ({"hardware": {"cpu": object()}}, "cannot be written as JSON"),
     ],
 )

@@ -194,11 +194,11 @@ def _check_record(record: Any, path: Path) -> None:
         raise ResultError(
             f"{path} has the format {record['format']!r}, and this version reads {FORMAT}; a newer one may read it"
         )
-    problem = _mismatch(record, _SHAPE, "")
+    problem = mismatch(record, _SHAPE, "")
     if problem is None and not record["evaluations"]:
         problem = "evaluations is empty"
     for index, evaluation in enumerate([] if problem else record["evaluations"]):
-        problem = problem or _mismatch(evaluation, _EVALUATION, f"evaluations[{index}]")
+        problem = problem or mismatch(evaluation, _EVALUATION, f"evaluations[{index}]")
     for part in () if problem else ("dev", "test"):
         if record["task"]["primary"] not in record[part]["metrics"]:
             problem = f"{part}.metrics lacks {record['task']['primary']}"
@@ -206,8 +206,15 @@ def _check_record(record: Any, path: Path) -> None:
         raise ResultError(f"{path} is not a whole result: {problem}")
 
 
-def _mismatch(value: Any, shape: Any, where: str) -> str | None:
-    """What is wrong with a part of a record, or None."""
+def mismatch(value: Any, shape: Any, where: str) -> str | None:
+    """Where a value read from JSON is not as it must be, in words, or None.
+
+    Args:
+        value: what was read.
+        shape: a type, a tuple of types, or by key the shape of what a mapping holds; other keys are let pass. A
+            number must be finite, and not too large for a float.
+        where: what the value is called.
+    """
     if isinstance(shape, dict):
         if not isinstance(value, Mapping):
             return f"{where or 'it'} is not a mapping"
@@ -215,10 +222,12 @@ def _mismatch(value: Any, shape: Any, where: str) -> str | None:
             name = f"{where}.{key}" if where else key
             if key not in value:
                 return f"{name} is missing"
-            if problem := _mismatch(value[key], inner, name):
+            if problem := mismatch(value[key], inner, name):
                 return problem
         return None
     kinds = shape if isinstance(shape, tuple) else (shape,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return f"{where} is {value!r:.60}"
+    if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:  # NaN is not, either
         return f"{where} is {value!r:.60}"
     return None

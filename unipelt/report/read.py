@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unipelt.glue.result import RESULT, ResultError, read_result
 from unipelt.report.cells import Results, Run
-
-PLAN = "sweep.json"
-FAILURE = "failure.json"
+from unipelt.sweep import FAILURE, REQUEST, SweepError, read_failure, read_request
 
 
 class ReportError(ValueError):
@@ -53,27 +50,35 @@ def read_results(folder: str | Path) -> Results:
         runs.append(run)
 
     done = {path.parent for path in paths}
-    failures = []
-    for path in sorted(folder.glob(f"*/{FAILURE}")):
-        if path.parent not in done:
-            failures.append((path.parent.name, _failure(path)))
-    plan = _read_plan(folder, left_out)
-    absent = _absent(plan, runs, {name for name, _ in failures})
+    failed = sorted({path.parent for path in folder.glob(f"*/{FAILURE}")} - done)
+    failures = tuple((path.name, _error(path)) for path in failed)
+    try:
+        request = read_request(folder)
+    except SweepError as error:
+        left_out.append((REQUEST, str(error).replace(str(folder / REQUEST), "it", 1)))
+        request = None
+    if request is None:
+        return Results(tuple(runs), tuple(left_out), failures)
+    digests = {run.record["digest"] for run in runs}
+    known = {run.name for run in runs} | {name for name, _ in failures}
     seeds: dict[tuple[str, int | None, str], set[tuple[int, int]]] = defaultdict(set)
-    for item in plan.get("runs", ()):
-        if key := _planned(item):
-            seeds[key[0]].add(key[1])
-    chosen = plan.get("chosen", ())
-    if isinstance(chosen, Mapping):
-        chosen = list(chosen)
+    for planned in request["runs"]:
+        settings = planned["settings"]
+        if settings["task"] is not None:
+            key = settings["task"], settings["train_samples"], planned["method"]
+            seeds[key].add((settings["seed"], settings["data_seed"]))
     return Results(
         runs=tuple(runs),
         left_out=tuple(left_out),
-        failures=tuple(failures),
-        absent=tuple(absent),
+        failures=failures,
+        absent=tuple(
+            planned["folder"]
+            for planned in request["runs"]
+            if planned["digest"] not in digests and planned["folder"] not in known
+        ),
         seeds={key: frozenset(value) for key, value in seeds.items()},
-        choose=tuple(item for item in chosen if isinstance(item, str)) if isinstance(chosen, list) else (),
-        plan=str(plan.get("sweep", PLAN)) if plan else None,
+        choose=tuple(request["chosen"]),
+        plan=request["sweep"],
     )
 
 
@@ -92,7 +97,7 @@ def _problem(record: Mapping[str, Any]) -> str | None:
         if not number or not -1 <= score <= 1:  # NaN is not between them either
             return f"{where}.metrics.{primary} is {score!r:.60}, not a fraction"
     times = [record["seconds"][name] for name in ("train", "evaluation", "total")]
-    if not all(math.isfinite(value) and value >= 0 for value in times):
+    if min(times) < 0:
         return f"its seconds are {times}"
     gates = record["gates"]
     if gates is not None and not _are_gates(gates):
@@ -111,68 +116,11 @@ def _are_gates(gates: Mapping[str, Any]) -> bool:
     )
 
 
-def _failure(path: Path) -> str:
+def _error(folder: Path) -> str:
+    """Why the run in a folder failed, or why that cannot be known."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return str(found["error"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"its {FAILURE} cannot be read"
-
-
-def _read_plan(folder: Path, left_out: list[tuple[str, str]]) -> dict[str, Any]:
-    """The sweep's plan; empty where there is none. One that cannot be read is named in `left_out`."""
-    path = folder / PLAN
-    if not path.exists():
-        return {}
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        left_out.append((PLAN, f"it is not valid JSON: {error}"))
-        return {}
-    if not isinstance(plan, dict) or not isinstance(plan.get("runs", []), list):
-        left_out.append((PLAN, "it is not the plan of a sweep"))
-        return {}
-    return plan
-
-
-def _planned(item: Any) -> tuple[tuple[str, int | None, str], tuple[int, int]] | None:
-    """Task, K and method's name, and the seeds, of a planned run; None where the plan does not say them."""
-    if not isinstance(item, Mapping):
-        return None
-    inner = item.get("settings")
-    settings = {**(inner if isinstance(inner, Mapping) else {}), **item}
-    task, k, seed = (settings.get(name) for name in ("task", "train_samples", "seed"))
-    method = settings.get("method_name", settings.get("method"))
-    if isinstance(method, Mapping):
-        method = _method_name(method)
-    data_seed = settings.get("data_seed")
-    data_seed = seed if data_seed is None else data_seed
-    if not isinstance(task, str) or not isinstance(method, str) or not isinstance(seed, int):
-        return None
-    if not isinstance(data_seed, int) or not isinstance(k, (int, type(None))):
-        return None
-    return (task, k, method), (seed, data_seed)
-
-
-def _method_name(method: Mapping[str, Any]) -> str | None:
-    from unipelt.glue.settings import RunSettings
-
-    try:
-        return RunSettings(task="rte", method=method).method_name
-    except (ValueError, OSError):
-        return None
-
-
-def _absent(plan: Mapping[str, Any], runs: Sequence[Run], failed: set[str]) -> list[str]:
-    """Planned runs that left neither result nor failure."""
-    digests, names = {run.record["digest"] for run in runs}, {run.name for run in runs}
-    absent = []
-    for item in plan.get("runs", ()):
-        about = {"folder": item} if isinstance(item, str) else item
-        if not isinstance(about, Mapping):
-            continue
-        name = next((str(about[key]) for key in ("folder", "name", "digest") if about.get(key)), None)
-        if name is None or about.get("digest") in digests or name in names or name in failed:
-            continue
-        absent.append(name)
-    return absent
+        failure = read_failure(folder)
+        error = failure["error"] if failure else f"{folder / FAILURE} has just gone"
+    except SweepError as unread:
+        error = str(unread)
+    return error.replace(str(folder / FAILURE), FAILURE, 1)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,13 +15,25 @@ from typing import Any
 from unipelt.checkpoint import write_whole
 from unipelt.glue.folder import LockedError, find_finished, locked
 from unipelt.glue.job import RunError
+from unipelt.glue.result import mismatch
 from unipelt.glue.settings import RunSettings, clean_name, paper_learning_rate
-from unipelt.sweep.grid import Sweep
+from unipelt.sweep.grid import Sweep, SweepError
 
 REQUEST = "sweep.json"
 FAILURE = "failure.json"
 LOG = "log.txt"
 SETTINGS = "settings.json"
+_FORMAT = 1
+
+# What of these files is read, and what it must be (`mismatch`).
+_REQUEST = {"format": int, "sweep": str, "chosen": list, "runs": list}
+_RUN = {
+    "folder": str,
+    "digest": str,
+    "method": str,
+    "settings": {"task": (str, type(None)), "train_samples": (int, type(None)), "seed": int, "data_seed": int},
+}
+_FAILURE = {"error": str}
 
 
 class Busy(Exception):
@@ -90,7 +102,7 @@ def look(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
     for settings in runs:
         if (record := finished(settings)) is not None:
             state.seconds[folder_of(settings)] = record["seconds"]["total"]
-        elif (failure := read_failure(settings)) is not None:
+        elif (failure := read_failure(folder_of(settings))) is not None:
             state.failures[folder_of(settings)] = failure
     return state
 
@@ -122,7 +134,8 @@ def write_request(sweep: Sweep, out: str | Path) -> None:
     narrowed differently, on several machines, say, add to each other.
 
     Raises:
-        SweepError: the folder cannot be written.
+        SweepError: there is a file of that name which is not such a list; it is left as it is.
+        RunError: the folder cannot be written.
     """
     runs = {
         settings.digest(): {
@@ -137,13 +150,40 @@ def write_request(sweep: Sweep, out: str | Path) -> None:
     while True:
         with contextlib.suppress(Busy), alone(Path(out)):
             remove_drafts(Path(out))
-            path = Path(out) / REQUEST
-            earlier = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else ()
-            every = {run["digest"]: run for run in earlier} | runs
-            request = {"format": 1, "sweep": sweep.path, "chosen": sweep.chosen, "runs": list(every.values())}
-            write_whole(path, f"{json.dumps(request, indent=1)}\n".encode())
+            earlier = read_request(out) or {"runs": ()}
+            every = {run["digest"]: run for run in earlier["runs"]} | runs
+            request = {"format": _FORMAT, "sweep": sweep.path, "chosen": sweep.chosen, "runs": list(every.values())}
+            write_whole(Path(out) / REQUEST, f"{json.dumps(request, indent=1)}\n".encode())
             return
         time.sleep(0.1)
+
+
+def read_request(out: str | Path) -> dict[str, Any] | None:
+    """What sweeps into `out` have asked for, as `write_request` left it; None where it left nothing.
+
+    Raises:
+        SweepError: the file is damaged, or of another kind or format.
+    """
+    path = Path(out) / REQUEST
+    try:
+        request = _read(path, _REQUEST)
+        if request is None:
+            return None
+        if request["format"] != _FORMAT:
+            raise ValueError(f"its format is {request['format']}, and this version reads {_FORMAT}")
+        if not all(isinstance(name, str) for name in request["chosen"]):
+            raise ValueError(f"chosen is {request['chosen']!r:.60}")
+        for index, run in enumerate(request["runs"]):
+            if problem := mismatch(run, _RUN, f"runs[{index}]"):
+                raise ValueError(problem)
+    except SweepError:
+        raise
+    except ValueError as error:
+        raise SweepError(
+            f"{path} does not say what a sweep asked for: {error}; move it away and start the sweep again, which "
+            "writes it anew and keeps what has finished"
+        ) from error
+    return request
 
 
 def write_settings(settings: RunSettings) -> None:
@@ -165,12 +205,45 @@ def finished(settings: RunSettings) -> dict[str, Any] | None:
         return None
 
 
-def read_failure(settings: RunSettings) -> dict[str, Any] | None:
-    """What the run's last process left if it failed; None if there is nothing."""
+def read_failure(folder: str | Path) -> dict[str, Any] | None:
+    """What the last process in the folder of a run left if it failed; None if there is nothing.
+
+    What is damaged, or of another kind, is a failure all the same, whose error says so: the run is tried again.
+
+    Raises:
+        SweepError: it cannot be read.
+    """
+    path = Path(folder) / FAILURE
     try:
-        return json.loads((Path(folder_of(settings)) / FAILURE).read_text(encoding="utf-8"))
+        return _read(path, _FAILURE)
+    except SweepError:
+        raise
+    except ValueError as error:
+        return {"error": f"{path} does not say why it failed: {error}; a sweep tries the run again, and replaces it"}
+
+
+def _read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a file of JSON holds; None if there is none.
+
+    Raises:
+        SweepError: it cannot be read.
+        ValueError: what it holds is not of the shape.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise SweepError(f"{path} cannot be read: {error.strerror}; move it away") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not valid JSON ({error})") from error
+    if problem := mismatch(value, shape, ""):
+        raise ValueError(problem)
+    return value
 
 
 def write_failure(settings: RunSettings, error: str, log: Sequence[str]) -> dict[str, Any]:

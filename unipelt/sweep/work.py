@@ -117,7 +117,7 @@ def _attempt(
                 remove_drafts(folder)
             if (record := finished(settings)) is not None:
                 return record
-            failure = read_failure(settings)
+            failure = read_failure(folder)
             if failure is not None and failure != earlier.get(str(folder)):
                 return failure  # another sweep has just tried
             write_settings(settings)
