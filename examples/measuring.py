@@ -1,0 +1,271 @@
+"""Measure one model: time, memory and operations of a training step and of inference.
+
+It needs PyTorch and Transformers only. `benchmark.py` imports it, and runs it in another interpreter for AdapterHub's
+UniPELT, whose package wants another Transformers: `python measuring.py` builds that model and times a pass of it
+whenever it is asked, one line of JSON to ask and one to answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the ATen operations that run inside it, in the backward pass too; views are left out.
+
+    Attributes:
+        counts: by the operation's name, how often it ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_view(func):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def is_view(operation: Any) -> bool:
+    """Whether an operation only returns its argument's memory in another shape, so that it launches nothing."""
+    if operation._schema.name == "aten::_unsafe_view":  # a view, although its schema does not say so
+        return True
+    aliases = [value.alias_info for value in operation._schema.returns if value.alias_info is not None]
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that are alive, followed over the operations that run inside it.
+
+    The same on every machine and at every time, but blind to what an operation allocates and frees inside itself.
+
+    Attributes:
+        peak: the most bytes at once so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's memory, once, for as long as anything holds it."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return made
+
+
+class Contender:
+    """A model that takes turns with others.
+
+    Args:
+        model: in any state; its trainable parameters are those that the step trains.
+        batch: what the model is called with; `labels` in training only.
+        settings: device, precision and compile are read.
+        clock: seconds that pass.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: Mapping[str, Tensor],
+        settings: argparse.Namespace,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.settings, self.clock = settings, clock
+        self.model = model.to(settings.device)
+        self.batch = {name: tensor.to(settings.device) for name, tensor in batch.items()}
+        self.inputs = {name: tensor for name, tensor in self.batch.items() if name != "labels"}
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+        self.fast = torch.compile(self.model) if settings.compile else self.model
+
+    def learn(self, call: Any) -> None:
+        """Forward and backward."""
+        with self._autocast():
+            loss = call(**self.batch).loss
+        loss.backward()
+
+    def step(self, call: Any) -> None:
+        """A training step: forward, backward, clip, AdamW, gradients away."""
+        self.learn(call)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def infer(self, call: Any) -> None:
+        """A forward pass without gradients."""
+        with torch.no_grad(), self._autocast():
+            call(**self.inputs)
+
+    def seconds(self, kind: str) -> float:
+        """How long one pass took, `train` or `inference`, in seconds."""
+        self.model.train(kind == "train")
+        self._wait()
+        start = self.clock()
+        (self.step if kind == "train" else self.infer)(self.fast)
+        self._wait()
+        return self.clock() - start
+
+    def operations(self) -> dict[str, int]:
+        """Operations of a forward pass in evaluation, and of forward and backward in training."""
+        counted = {}
+        for name, training, run in (("forward", False, self.infer), ("train_step", True, self.learn)):
+            self.model.train(training)
+            with OperationCounter() as counter:
+                run(self.model)
+            counted[name] = counter.counts.total()
+        self.optimizer.zero_grad()
+        return counted
+
+    def peak_bytes(self) -> int:
+        """Peak of a training step after the first: weights, AdamW's state, gradients, saved and passing tensors."""
+        self.model.train()
+        self.step(self.fast)  # makes AdamW's state
+        live = LiveBytes()
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *self.batch.values(), *states):
+            live.add(tensor)
+        if self.settings.device == "cpu":
+            with live:
+                self.step(self.model)
+            return live.peak
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # the other models' memory too
+        self.step(self.fast)
+        return torch.cuda.max_memory_allocated() - before + live.live
+
+    def synchronisations(self) -> int | None:
+        """How often a training step waits for the GPU; None on a CPU."""
+        if self.settings.device == "cpu":
+            return None
+        self.model.train()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self.step(self.model)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing" in str(warning.message) for warning in seen)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def _wait(self) -> None:
+        if self.settings.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_batch(config: Any, settings: argparse.Namespace) -> dict[str, Tensor]:
+    """Random texts with their mask and labels, the same each time; a text ends in the model's end mark."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings.batch_size, settings.tokens)
+    ids = torch.randint(5, config.vocab_size, shape, generator=generator)
+    shortest = max(1.0, settings.tokens * (1 - 2 * settings.padding))
+    lengths = torch.linspace(shortest, settings.tokens, settings.batch_size).round().long()[:, None]
+    places = torch.arange(settings.tokens)
+    if isinstance(config.eos_token_id, int):
+        ids = torch.where(ids == config.eos_token_id, 4, ids).masked_fill(places == lengths - 1, config.eos_token_id)
+    mask = places < lengths
+    labels = torch.randint(0, 2, shape[:1], generator=generator)
+    return {"input_ids": ids.masked_fill(~mask, config.pad_token_id), "attention_mask": mask.long(), "labels": labels}
+
+
+def describe(model: Any, config: Any, settings: argparse.Namespace, change: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Change a model into a method's; the contender, and its operations, peak memory and waits."""
+    batch = make_batch(config, settings)
+    bare = Contender(model, batch, settings).operations()["forward"]
+    contender = Contender(change(model), batch, settings)
+    return contender, {
+        "operations": contender.operations() | {"frozen_forward": bare},
+        "peak_bytes": contender.peak_bytes(),
+        "synchronisations": contender.synchronisations(),
+    }
+
+
+def count_foreign(model: Any, base: int) -> dict[str, int | None]:
+    """Parameters of another library's model: what trains inside the base model, and outside it."""
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    head = sum(parameter.numel() for parameter in trained if id(parameter) not in inside)
+    total = sum(parameter.numel() for parameter in trained)
+    return {"trained": total - head, "deployed": None, "head": head, "base": base}
+
+
+def prepare(settings: argparse.Namespace) -> None:
+    """Set what holds for the whole process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.compile:  # the models share code, and past this many variants they would run uncompiled without a word
+        torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 256
+    torch.manual_seed(0)
+
+
+def work() -> None:
+    """What the other interpreter does: build, then time a pass whenever asked."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    contender: Any = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            if "seconds" in message:
+                answer = {"seconds": contender.seconds(message["seconds"])}
+            else:
+                contender, answer = _start_adapterhub(message["config"], argparse.Namespace(**message["settings"]))
+        except Exception as error:  # whatever it is, the other side says it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _start_adapterhub(values: dict[str, Any], settings: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    import adapters
+
+    prepare(settings)
+    config = transformers.AutoConfig.for_model(**values)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation=settings.attention)
+    base = sum(parameter.numel() for parameter in model.base_model.parameters())
+
+    def change(model: Any) -> Any:
+        adapters.init(model)
+        model.add_adapter("unipelt", config=adapters.UniPELTConfig())
+        model.train_adapter("unipelt")
+        return model
+
+    contender, described = describe(model, config, settings, change)
+    versions = {package.__name__: package.__version__ for package in (adapters, transformers, torch)}
+    return contender, {**described, "parameters": count_foreign(contender.model, base), "packages": versions}
+
+
+if __name__ == "__main__":
+    work()
