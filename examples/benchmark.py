@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(*names, type=type_, default=default, metavar="VALUE", help=text, **more)
 
     add("model", str, "bert-base-uncased", "a name on the hub, a folder, or package:NAME/FOLDER")
-    add("random", str, None, "instead of a model: random weights of this model type (bert, roberta, gpt2 ...)")
+    add("random", _text, None, "instead of a model: random weights of this model type (bert, roberta, gpt2 ...)")
     add("layers", _count, None, "with random: layers of each stack; by default the model type's own")
     add("hidden", _count, None, "with random: width of the layers; the feed-forward network is 4 times as wide")
     add("heads", _count, None, "with random: attention heads; by default of 64 units")
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("tokens", _count, 128, "tokens a text, padding included")
     add("padding", _below(0.5), 0.0, "fraction of the tokens that is padding, below 0.5; lengths are spread evenly")
     add("dropout", _below(1.0), None, "probability of every dropout; by default the model's own")
-    add("attention", str, None, "attention back-end: sdpa, eager ...; by default the model's own")
+    add("attention", _text, None, "attention back-end: sdpa, eager ...; by default the model's own")
     add("device", str, "auto", "auto (a GPU where there is one), cpu or cuda", choices=("auto", "cpu", "cuda"))
     add("precision", str, "fp32", "fp32, or bf16 for bfloat16 autocast", choices=("fp32", "bf16"))
     add("compile", _switch, False, "torch.compile for times (and CUDA's memory); operations are counted without")
@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add("warmup", _count, 3, "turns before those that count")
     add("repetitions", _count, 20, "turns that count")
     add("peft", _switch, True, "a row of PEFT's LoRA, where peft is installed")
-    add("adapters_python", str, None, "a Python with adapters (AdapterHub): a row of its UniPELT")
-    add("output", str, None, "the record; by default in runs/, by the name of CONFIG")
+    add("adapters_python", _text, None, "a Python with adapters (AdapterHub): a row of its UniPELT")
+    add("output", _text, None, "the record; by default in runs/, by the name of CONFIG")
     add("overwrite", _switch, False, "replace a record that is there")
     return parser
 
@@ -123,6 +123,10 @@ def _below(bound: float) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"it must be a number, at least 0 and below {bound}, not {text!r}")
 
     return read
+
+
+def _text(text: str) -> str | None:
+    return None if text.lower() in ("none", "null") else text
 
 
 def _switch(text: str) -> bool:

@@ -1,7 +1,8 @@
-"""Every configuration in `configs/` is parsed, and started on a tiny model; so are the runs of every sweep."""
+"""Every configuration in `configs/` is parsed, and started on a tiny model; so are sweeps' runs and benchmarks."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import pytest
 from tiny import DEPTH, WITH_PREFIX
 from tiny_task import save_model, write_glue, write_sentences
@@ -26,7 +28,8 @@ from unipelt.sweep import Sweep, read_sweep
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".yaml", ".json"))
 SWEEPS = [name for name in FILES if "grid" in read_mapping(FOLDER / name)]
-CONFIGS = [name for name in FILES if name not in SWEEPS]
+BENCHMARKS = [name for name in FILES if "methods" in read_mapping(FOLDER / name)]
+CONFIGS = [name for name in FILES if name not in (*SWEEPS, *BENCHMARKS)]
 TWINS = [name for name in SWEEPS if name.endswith("-release.yaml")]
 
 TABLE1 = ("fine-tuning", "bitfit", "adapter", "prefix", "lora", "unipelt-ap", "unipelt-apl")
@@ -60,6 +63,7 @@ def test_there_are_some() -> None:
     originals = {name.replace("-release.yaml", ".yaml") for name in TWINS}
     assert originals == {"table1.yaml", "table3.yaml", "figure2.yaml", "figure3.yaml"}
     assert set(SWEEPS) == {*SIZES, *TWINS}
+    assert BENCHMARKS == ["table4-release.yaml", "table4.yaml"]
 
 
 # Single runs
@@ -319,3 +323,53 @@ def test_a_sweeps_run_is_started(settings: RunSettings, home: Path, tmp_path: Pa
     assert record["status"] == "finished"
     assert record["method"]["config"] == settings.config.to_dict()
     assert record["method"]["learning_rate"] == settings.learning_rate
+
+
+# Benchmarks
+
+
+def methods_of(name: str) -> dict[str, UniPELTConfig]:
+    return benchmark.resolve_methods(benchmark.parse([str(FOLDER / name)]).methods)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_is_parsed_and_started(name: str, home: Path, tmp_path: Path) -> None:
+    options = [
+        "--model",
+        str(home / "model"),
+        "--batch_size",
+        "2",
+        "--tokens",
+        "8",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
+    options += ["--warmup", "1", "--repetitions", "1", "--peft", "false", "--output", str(tmp_path / "out.json")]
+    record = benchmark.benchmark(benchmark.parse([str(FOLDER / name), *options]))
+    assert {method: row["config"] for method, row in record["methods"].items()} == {
+        method: json.loads(json.dumps(config.to_dict())) for method, config in methods_of(name).items()
+    }
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_has_a_row_in_the_readme_and_holds_only_its_methods(name: str) -> None:
+    rows = re.findall(rf"^\| `{re.escape(name)}` \|(.*)\|$", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 1
+    assert all(column.strip() for column in rows[0].split("|"))
+    assert set(read_mapping(FOLDER / name)) == {"methods"}
+
+
+def test_table_4_is_the_papers_rows_and_the_model_without_submodules() -> None:
+    methods = methods_of("table4.yaml")
+    assert set(methods) == {*TABLE1, "frozen"}
+    assert [len(benchmark.paper_row(config)) for config in methods.values()] == [3] * 7 + [0]
+    assert not methods["frozen"].has_submodules
+
+
+def test_the_release_s_table_4_differs_by_its_protocol_only() -> None:
+    before, after = methods_of("table4.yaml"), methods_of("table4-release.yaml")
+    assert list(after.values()) == [config if name == "frozen" else released(config) for name, config in before.items()]
+    assert sum(not config.train_head for config in after.values()) == 3
+    assert [len(benchmark.paper_row(config)) for config in after.values()] == [3] * 7 + [0]
