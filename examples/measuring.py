@@ -135,16 +135,13 @@ class Contender:
         self._wait()
         return self.clock() - start
 
-    def operations(self) -> dict[str, int]:
-        """Operations of a forward pass in evaluation, and of forward and backward in training."""
-        counted = {}
-        for name, training, run in (("forward", False, self.infer), ("train_step", True, self.learn)):
-            self.model.train(training)
-            with OperationCounter() as counter:
-                run(self.model)
-            counted[name] = counter.counts.total()
+    def operations(self, kind: str) -> int:
+        """How many run in a forward pass in evaluation (`inference`), or in forward and backward (`train`)."""
+        self.model.train(kind == "train")
+        with OperationCounter() as counter:
+            (self.learn if kind == "train" else self.infer)(self.model)
         self.optimizer.zero_grad()
-        return counted
+        return counter.counts.total()
 
     def peak_bytes(self) -> int:
         """Peak of a training step after the first: weights, AdamW's state, gradients, saved and passing tensors."""
@@ -203,10 +200,14 @@ def make_batch(config: Any, settings: argparse.Namespace) -> dict[str, Tensor]:
 def describe(model: Any, config: Any, settings: argparse.Namespace, change: Callable[[Any], Any]) -> tuple[Any, Any]:
     """Change a model into a method's; the contender, and its operations, peak memory and waits."""
     batch = make_batch(config, settings)
-    bare = Contender(model, batch, settings).operations()["forward"]
+    bare = Contender(model, batch, settings).operations("inference")
     contender = Contender(change(model), batch, settings)
     return contender, {
-        "operations": contender.operations() | {"frozen_forward": bare},
+        "operations": {
+            "forward": contender.operations("inference"),
+            "train_step": contender.operations("train"),
+            "frozen_forward": bare,
+        },
         "peak_bytes": contender.peak_bytes(),
         "synchronisations": contender.synchronisations(),
     }
