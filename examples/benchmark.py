@@ -228,8 +228,9 @@ def _sized(settings: argparse.Namespace) -> Any:
     heads = settings.heads or max(1, hidden // 64)
     if hidden % heads:
         raise ValueError(f"hidden is {hidden}, which {heads} heads do not divide; choose heads")
-    sizes = dict.fromkeys(("num_hidden_layers", "decoder_layers", "num_decoder_layers"), layers)
-    sizes |= dict.fromkeys(("num_attention_heads", "decoder_attention_heads", "num_key_value_heads"), heads)
+    sizes = dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), layers)
+    names = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "num_key_value_heads")
+    sizes |= dict.fromkeys(names, heads)
     sizes |= dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 4 * hidden)
     sizes |= {"hidden_size": hidden, "num_labels": 2}
     return AutoConfig.for_model(
