@@ -251,6 +251,8 @@ def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
             remove_columns=[name for name in split.column_names if name != "label"],
             keep_in_memory=True,
             load_from_cache_file=False,
+            # otherwise the tokenizer is pickled and hashed, which takes longer than its work; nothing is cached here
+            new_fingerprint=f"{split._fingerprint}-tokens",
         )
     finally:
         if not bars:

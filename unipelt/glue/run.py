@@ -35,6 +35,7 @@ import unipelt
 from unipelt.checkpoint import MANIFEST, WEIGHTS, write_whole
 from unipelt.gate import Gates
 from unipelt.glue import folder as place
+from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens
 from unipelt.glue.folder import CHECKPOINTS, MODEL, PICTURE, PREDICTIONS, Progress
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.leaderboard import write_predictions
@@ -52,6 +53,7 @@ from unipelt.glue.result import (
 )
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import Task
+from unipelt.glue.trainer import BatchTrainer
 from unipelt.plot import plot_gates
 
 
@@ -176,7 +178,7 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         output_dir=str(folder / CHECKPOINTS),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size,
+        per_device_eval_batch_size=1,  # to Trainer; its batches of evaluation come ready made
         learning_rate=float(settings.learning_rate or 0.0),
         lr_scheduler_type="linear",
         warmup_steps=settings.warmup_ratio,  # below 1 it is a fraction of all steps
@@ -205,6 +207,17 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
     return arguments
 
 
+def evaluated(job: Job, name: str) -> Batches:
+    """The batches in which a split is evaluated, none of them made yet."""
+    settings, split = job.settings, job.splits[name]
+    if settings.eval_tokens == 0:
+        rows = pack_rows(len(split), settings.eval_batch_size)
+    else:
+        tokens = settings.eval_tokens or default_tokens(job.device)
+        rows = pack_tokens([len(ids) for ids in split["input_ids"]], tokens)
+    return Batches(split, rows, DataCollatorWithPadding(job.tokenizer), job.model)
+
+
 def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Train, or go on training; test once; write everything, the record last."""
     settings = job.settings
@@ -218,13 +231,13 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Call
     callbacks: list[TrainerCallback] = [marker, _Reporter(job.task.primary, say)]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
-    trainer = Trainer(
+    trainer = BatchTrainer(
         model=job.model,
         args=_arguments(job, folder),
         # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
         data_collator=DataCollatorWithPadding(job.tokenizer).__call__,
         train_dataset=job.splits["train"],
-        eval_dataset=job.splits["dev"],
+        eval_dataset=hold(evaluated(job, "dev"), job.device),
         compute_metrics=compute_metrics_for(job.task),
         # some models return hidden states besides the logits, and those need not be kept
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
@@ -293,7 +306,7 @@ def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
     has_gates = any(isinstance(module, Gates) for module in job.model.modules())
     recording: Any = unipelt.record_gates(job.model) if has_gates else contextlib.nullcontext({})
     with recording as gates:
-        output = trainer.predict(job.splits["test"])
+        output = trainer.predict(evaluated(job, "test"))
     metrics = output.metrics or {}
     test = {
         "loss": metrics["test_loss"],
@@ -304,7 +317,7 @@ def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
 
 def _predict(trainer: Trainer, job: Job, name: str, folder: Path) -> Path:
     """Predict one split and write the predictions in the order of the rows."""
-    output = trainer.predict(job.splits[name])
+    output = trainer.predict(evaluated(job, name))
     logits = np.asarray(output.predictions)
     values = logits.squeeze(-1) if job.task.is_regression else logits.argmax(-1)
     in_order = np.empty_like(values)

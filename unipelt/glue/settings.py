@@ -18,7 +18,7 @@ from unipelt.glue.tasks import get_task
 GLUE_DIR = "UNIPELT_GLUE_DIR"
 """Environment variable: the default of `glue_dir`."""
 
-INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads")
+INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads", "eval_tokens")
 """Fields that say how a run is carried out, as opposed to what it computes."""
 
 FILES = ("train_file", "dev_file", "test_file")
@@ -93,7 +93,12 @@ class RunSettings:
         10, "stop after this many evaluations (one an epoch) without a better dev score; null: never"
     )
     batch_size: int = _option(16, "examples a step")
-    eval_batch_size: int = _option(64, "examples a batch of evaluation")
+    eval_tokens: int | None = _option(
+        None,
+        "tokens a batch of evaluation, padding included; by default 1024 on a CPU and 8192 on a GPU; "
+        "0: eval_batch_size examples instead",
+    )
+    eval_batch_size: int = _option(64, "examples a batch of evaluation where eval_tokens is 0")
     max_length: int = _option(128, "tokens, special ones included; longer texts are cut")
     weight_decay: float = _option(0.0, "AdamW's weight decay")
     warmup_ratio: float = _option(0.0, "fraction of all steps in which the learning rate rises from 0")
@@ -154,7 +159,15 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be 1 or more, not {value}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_workers", "seed", "data_seed"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "num_workers",
+            "eval_tokens",
+            "seed",
+            "data_seed",
+        ):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise SettingsError(f"{name} must be 0 or more, not {value}")
