@@ -16,7 +16,8 @@ from unipelt.glue.batches import Batch, Batches
 class BatchTrainer(Trainer):
     """Trains as its parent does, and evaluates batches.
 
-    `eval_dataset`, and what `predict` is given, are not rows but batches: made ones in a list, or `Batches`. The loss of an evaluation is the mean over examples, whatever the sizes of the batches. It is for one process.
+    `eval_dataset`, and what `predict` is given, are not rows but batches: made ones in a list, or `Batches`. The loss
+    of an evaluation is the mean over examples, whatever the sizes of the batches. It is for one process.
     """
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -52,4 +53,6 @@ class BatchTrainer(Trainer):
         # where that loader was not run to its end
         self.gather_function = self.accelerator.gather
         output = super().evaluation_loop(*args, **kwargs)
+        if output.predictions is None:  # nothing but the loss was wanted
+            return output
         return output._replace(num_samples=len(output.predictions))  # it has counted batches
