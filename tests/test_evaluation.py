@@ -106,7 +106,7 @@ def test_columns_that_the_model_does_not_take_are_left_out() -> None:
 
 def outcome(home: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """The record of a run with dropout, over two epochs."""
-    chosen = RunSettings(**quick(home, output_dir=str(out), **changes))
+    chosen = RunSettings(**quick(home, output_dir=str(out), train_samples=40, **changes))
     return runner.run(chosen, say=lambda line: None)
 
 

@@ -49,8 +49,8 @@ class BatchTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The parent's loop over all rows of all batches."""
-        # gather_for_metrics, the parent's choice, cuts every batch to the size of the training loader's last one
-        # where that loader was not run to its end
+        # the parent's choice, gather_for_metrics, cuts results to the rest that the training loader ended with: what is
+        # loaded here is not known to accelerate
         self.gather_function = self.accelerator.gather
         output = super().evaluation_loop(*args, **kwargs)
         if output.predictions is None:  # nothing but the loss was wanted
