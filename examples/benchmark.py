@@ -35,7 +35,7 @@ Turns = Mapping[str, Callable[[str], float]]  # by name, what does one pass and 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Settings from a command line: optionally a YAML or JSON file, then `--field value`. Raises `ValueError`."""
-    from unipelt.glue.settings import read_config
+    from unipelt.glue.options import read_config
     from unipelt.sweep import split_list
 
     parser = _parser()
@@ -269,7 +269,7 @@ def resolve_methods(methods: Sequence[Any]) -> dict[str, Any]:
 def paper_row(config: Any) -> dict[str, str]:
     """The paper's numbers for a method, as printed; the release's protocol is the paper's too."""
     from unipelt import PRESETS, GateConfig
-    from unipelt.report.aggregate import paper_costs
+    from unipelt.report.paper import paper_costs
 
     same = replace(config, train_head=True, gate=GateConfig())
     name = next((name for name, preset in PRESETS.items() if preset == same), None)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unipelt.config import AdapterConfig
-from unipelt.gate import INITIAL_STD, Gates, Slot
+from unipelt.gate import INITIAL_STD, Gates, Slot, product
 
 
 class Adapter(nn.Module):
@@ -35,12 +35,13 @@ class Adapter(nn.Module):
         self.gates = gates
         self.tokens = tokens
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        adapted = self.up(nn.functional.relu(self.down(x)))
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        """`onto + g * up(ReLU(down(x)))`, all (B, T, D)."""
         if self.gates is None:
-            return adapted
-        return self.gates(x, None if self.tokens is None else self.tokens.take()) * adapted
+            return onto + self.up(nn.functional.relu(self.down(x)))
+        logits, low = product(x, self.gates, (self.down.weight,), self.down.bias)
+        gate = self.gates(logits, None if self.tokens is None else self.tokens.take())
+        return onto + gate * self.up(nn.functional.relu(low))
 
 
 def adapt_norm(norm: Any, args: tuple[Tensor], normed: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def adapt_norm(norm: Any, args: tuple[Tensor], normed: Tensor) -> Tensor:
 
     Both norms are the layer's own and frozen (semantics of the authors' release; paper, section 3.2).
     """
-    return norm.forward(norm.adapter(normed) + args[0])
+    return norm.forward(norm.adapter(normed, args[0]))
 
 
 def adapt_output(feed_forward: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -65,4 +66,4 @@ def adapt_output(feed_forward: Any, args: tuple[Tensor], output: Tensor) -> Tens
 
     (Granite multiplies all that it adds to a residual by a constant, the adapter's part with it.)
     """
-    return output + feed_forward.adapter(output)
+    return feed_forward.adapter(output, output)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from unipelt.gate import Gates, Slot, token_weights
+from unipelt.gate import Gates, Slot, product, token_weights
+from unipelt.lora import LoRA
 
 ATTENTION = "unipelt"
 BACK_ENDS = ("eager", "sdpa")
@@ -89,11 +90,7 @@ def enter_attention(
             site.tokens.put(weights)
     gates: Gates | None = attention.gates
     if gates is not None:
-        for path, value in zip(site.targets, gates(hidden, weights).unbind(dim=-1), strict=True):
-            scaled = attention
-            for name in path:
-                scaled = getattr(scaled, name)
-            scaled.gate.put(value)
+        _open(attention, site, gates, hidden, weights)
     if site.inserts:
         return _lengthen(attention, site, hidden, list(args), dict(kwargs))
     return None
@@ -127,14 +124,14 @@ def attend(
     prefix = module.prefix
     gate = prefix.take_gate()
     batch, heads, keys, size = key.shape
-    rows = prefix.rows(batch, key.dtype, gate).unflatten(-1, (heads, size)).transpose(2, 3)
+    before, in_front = prefix.rows(batch, key.dtype, gate).unflatten(-1, (heads, size)).transpose(2, 3).unbind()
     if bias is not None:
         kwargs["position_bias"] = nn.functional.pad(bias, (prefix.length, 0))
     return function(
         module,
         query,
-        torch.cat([rows[0], key], dim=2),
-        torch.cat([rows[1], value], dim=2),
+        torch.cat([before, key], dim=2),
+        torch.cat([in_front, value], dim=2),
         prefix.columns(attention_mask, key.dtype, keys, gate),
         **kwargs,
     )
@@ -164,6 +161,28 @@ def redirect(attention: Any) -> PreTrainedConfig:
     own._attn_implementation = ATTENTION
     attention.config = own
     return host
+
+
+def _open(attention: Any, site: Site, gates: Gates, hidden: Tensor, weights: Tensor | None) -> None:
+    """Hand the prefix its gate, and each low-rank term its input behind A and gate."""
+    scaled = []
+    for path in site.targets:
+        module = attention
+        for name in path:
+            module = getattr(module, name)
+        scaled.append(module)
+    terms = [module for module in scaled if isinstance(module, LoRA)]  # behind a prefix, if there is one
+    logits, low = product(hidden, gates, [term.A for term in terms])
+    own, values = gates(logits, weights).split((len(scaled) - len(terms), len(terms)), dim=-1)
+    if len(terms) < len(scaled):
+        attention.prefix.gate.put(own.squeeze(-1))
+    if terms:
+        if site.inserts:
+            low = nn.functional.pad(low, (0, 0, attention.prefix.length, 0))  # the text that `_lengthen` makes
+        lows = low.unflatten(-1, (len(terms), -1)) * values.unsqueeze(-1)
+        for term, gated in zip(terms, lows.unbind(dim=-2), strict=True):
+            assert term.low is not None
+            term.low.put(gated)
 
 
 def uses_interface(attention: Any) -> bool:

@@ -208,11 +208,14 @@ def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, dep
     tensors = {name: whole[name] for name in kept_names(model)}
     if deploy:
         networks = {module: path for path, module in model.named_modules() if isinstance(module, PrefixNetwork)}
+        prefixes = {}
+        for network, path in networks.items():
+            weights = {name: whole[f"{path}.{name}"] for name, _ in network.named_parameters()}
+            with torch.no_grad():
+                prefixes[network] = functional_call(network, weights)
         for path, module in model.named_modules():
             for network in module.network if isinstance(module, Prefix) else ():
-                weights = {name: whole[f"{networks[network]}.{name}"] for name, _ in network.named_parameters()}
-                with torch.no_grad():
-                    tensors[f"{path}.keys_values"] = functional_call(network, weights, (module.index,))
+                tensors[f"{path}.keys_values"] = prefixes[network][module.index]
         for path in networks.values():
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -6,6 +6,9 @@ Shapes: B examples, T tokens, D hidden size, G gates that read the same input.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +29,13 @@ class Slot:
     """
 
     def __init__(self) -> None:
-        self._values: dict[int, Tensor | None] = {}
+        self._values: dict[int, Any] = {}
 
-    def put(self, value: Tensor | None) -> None:
+    def put(self, value: Any) -> None:
         """Leave a value for `take` in the same thread."""
         self._values[_thread()] = value
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Any:
         """The value that was put, once. Raises `KeyError` outside a pass of the layer."""
         thread = _thread()
         if thread not in self._values and self._values:
@@ -80,26 +83,65 @@ class Gates(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(names), dtype=like.dtype, device=like.device))
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
-    def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(self, logits: Tensor, weights: Tensor | None) -> Tensor:
         """Gate values.
 
         Args:
-            x: (B, T, D); with a number a token, of any shape (..., D).
+            logits: `W x + b`, (B, T, G); with a number a token, of any shape (..., G). They are the reader's to
+                compute, since what reads the same x takes part in the same product (`product`).
             weights: (B, T) token weights that sum to 1 over an example, or None for the mean over all tokens.
 
         Returns:
             (B, 1, G), or (..., G) with a number a token; each in (0, 1).
         """
-        open_ = torch.sigmoid(nn.functional.linear(x, self.weight, self.bias))
+        open_ = torch.sigmoid(logits)
         if self.pooling == "token":
             return open_
         if weights is None:
             return open_.mean(dim=1, keepdim=True)
-        return torch.bmm(weights.to(open_.dtype).unsqueeze(1), open_)
+        return torch.bmm(once(weights, open_.dtype, partial(weights.to, open_.dtype)).unsqueeze(1), open_)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{', '.join(self.names)}; pooling={self.pooling}"
+
+
+def product(
+    x: Tensor, gates: Gates, others: Sequence[Tensor] = (), bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One product for all that reads the same x: each has few rows, and x is read once instead of once for each.
+
+    Args:
+        x: (..., D).
+        gates: the gates that read x.
+        others: what else reads it, each (R_i, D); R is the sum.
+        bias: (R,), or None for none.
+
+    Returns:
+        The gates' logits, (..., G), and the others' `W x + b`, (..., R).
+    """
+    if not others:
+        logits = nn.functional.linear(x, gates.weight, gates.bias)
+        return logits, logits[..., len(gates.names) :]
+    weight = torch.cat([gates.weight, *others])
+    count, rest = len(gates.names), len(weight) - len(gates.names)
+    all_bias = nn.functional.pad(gates.bias, (0, rest)) if bias is None else torch.cat([gates.bias, bias])
+    logits, low = nn.functional.linear(x, weight, all_bias).split((count, rest), dim=-1)
+    return logits, low
+
+
+def once(tensor: Tensor, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` derives from a tensor (without gradients), made once for all layers that are given that tensor.
+
+    It is kept with the tensor, and made again if the tensor was changed in place.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or tensor.is_inference():
+        return make()  # a compiler sees the repetition itself; inference tensors can neither be followed nor train
+    made: dict[Hashable, tuple[int, Tensor]] = vars(tensor).setdefault("unipelt", {})
+    version = tensor._version
+    if name not in made or made[name][0] != version:
+        made[name] = (version, make())
+    return made[name][1]
 
 
 def token_weights(attention_mask: Tensor | None, batch: int) -> Tensor | None:
@@ -126,7 +168,10 @@ def token_weights(attention_mask: Tensor | None, batch: int) -> Tensor | None:
             f"gates that average over a text cannot read a {type(attention_mask).__name__} (flex attention); "
             "call model.set_attn_implementation('sdpa')"
         )
-    mask = attention_mask
+    return once(attention_mask, ("token weights", batch), lambda: _token_weights(attention_mask, batch))
+
+
+def _token_weights(mask: Tensor, batch: int) -> Tensor:
     if mask.is_floating_point():
         mask = mask > torch.finfo(mask.dtype).min / 2
     real = mask.bool() if mask.dim() == 2 else mask.bool().flatten(1, 2).any(dim=1)

@@ -35,7 +35,7 @@ from unipelt.parameters import (
     submodule_parameters,
 )
 from unipelt.places import AttentionPlace, InjectionError, LayerPlaces, StackPlaces, find_stacks
-from unipelt.prefix import Prefix, PrefixNetwork
+from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
 
 
 def inject(
@@ -147,7 +147,7 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
     own = [layer.attention for layer in layers if layer.attention is not None]
     cross = [layer.cross for layer in layers if layer.cross is not None]
     networks = {}
-    for source, attentions in (("prefix_network", own), ("cross_prefix_network", cross)):
+    for source, attentions in zip(NETWORKS, (own, cross), strict=True):
         if config.prefix is None or not attentions:
             continue
         if hasattr(owner, source):
@@ -162,13 +162,14 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
             )
             setattr(owner, source, networks[source])
     if networks:
-        owner.register_forward_pre_hook(_share_networks)
+        owner.register_forward_pre_hook(enter_stack)
+        owner.register_forward_hook(leave_stack, always_call=True)
     for layer in layers:
         masked = config.gate.pooling == "masked_mean" and not found.causal
         tokens = Slot() if masked and layer.adapted is not None and config.adapter and config.adapter.gate else None
         for attention, source, label in (
-            (layer.attention, "prefix_network", found.label),
-            (layer.cross, "cross_prefix_network", found.cross_label),
+            (layer.attention, NETWORKS[0], found.label),
+            (layer.cross, NETWORKS[1], found.cross_label),
         ):
             if attention is not None:
                 place = (own if attention is layer.attention else cross).index(attention)
@@ -267,14 +268,6 @@ def _add_adapter(layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, 
     layer.adapted.register_forward_hook(adapt_norm if found.stack.norm else adapt_output)
 
 
-def _share_networks(owner: Any, args: tuple[Any, ...]) -> None:
-    """Show every prefix of a replica of the model (`nn.DataParallel`) this replica's networks."""
-    if getattr(owner, "_is_replica", False):
-        for module in owner.modules():
-            if isinstance(module, Prefix):
-                module.network = (getattr(owner, module.source),)
-
-
 def _watch_checkpointing(owner: Any, layer: nn.Module) -> None:
     """Reentrant gradient checkpointing needs an input that requires a gradient, and frozen embeddings give none.
 
@@ -330,11 +323,12 @@ HOOKS = (
     leave_attention,
     adapt_norm,
     adapt_output,
-    _share_networks,
+    enter_stack,
+    leave_stack,
     _wake_input,
     _wake_output,
 )
-OURS = ("adapter", "gates", "prefix", *NAMES, "prefix_network", "cross_prefix_network")
+OURS = ("adapter", "gates", "prefix", *NAMES, *NETWORKS)
 """Attributes of host modules that hold modules of ours; those named here but of other types are the host's."""
 
 

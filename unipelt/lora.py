@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config import LoRAConfig
-from unipelt.gate import Gates, Slot
+from unipelt.gate import Gates, Slot, product
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class LoRA(nn.Module):
         A: (r, in_features).
         B: (rows.count, r).
         rows: which outputs the term is added to.
-        gate: brings the gate of the pass, (B, 1) or (B, T), from the attention; None without.
+        low: brings `g A x` of the pass, (B, T, r), from the attention, which computes it in one product with its
+            gates; None where the term has no gate of the attention's.
         gates: computes the gate from the projection's own input, where that is not the attention's; else None.
         skips_ungated_calls: the projection is also called for something that no gate belongs to; leave that alone.
     """
@@ -56,7 +57,7 @@ class LoRA(nn.Module):
         self.rows = rows
         self.scale = config.alpha / config.rank
         self.gates = gates
-        self.gate = Slot() if config.gate and gates is None else None
+        self.low = Slot() if config.gate and gates is None else None
         self.skips_ungated_calls = False
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
@@ -69,23 +70,23 @@ class LoRA(nn.Module):
         Returns:
             (B, T, out_features).
         """
-        if self.gate is not None and self.skips_ungated_calls and self.gate.is_empty():
-            return out
-        low = nn.functional.linear(x, self.A)
-        if self.gates is not None:
-            low = low * self.gates(x, None)
-        elif self.gate is not None:
-            gate = self.gate.take()
-            assert gate is not None
-            low = low * gate.unsqueeze(-1)
+        scale = 1.0
+        if self.low is not None:
+            if self.skips_ungated_calls and self.low.is_empty():
+                return out
+            low: Tensor = self.low.take()
+        elif self.gates is not None:
+            logits, low = product(x, self.gates, (self.A,))
+            low = low * self.gates(logits, None)
         else:
-            low = low * self.scale
+            low, scale = nn.functional.linear(x, self.A), self.scale
+        if self.rows.count == out.shape[-1]:
+            both = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.B.t(), alpha=scale)
+            return both.view(out.shape)
         update = nn.functional.linear(low, self.B)
-        if self.rows.count != out.shape[-1]:
-            rest = out.shape[-1] // self.rows.groups - self.rows.start - self.rows.size
-            groups = update.unflatten(-1, (self.rows.groups, self.rows.size))
-            update = nn.functional.pad(groups, (self.rows.start, rest)).flatten(-2)
-        return out + update
+        rest = out.shape[-1] // self.rows.groups - self.rows.start - self.rows.size
+        groups = update.unflatten(-1, (self.rows.groups, self.rows.size))
+        return torch.add(out, nn.functional.pad(groups, (self.rows.start, rest)).flatten(-2), alpha=scale)
 
 
 NAMES = ("lora_query", "lora_value")

@@ -6,13 +6,66 @@ network, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unipelt.config import PrefixConfig
-from unipelt.gate import INITIAL_STD, Slot
+from unipelt.gate import INITIAL_STD, Slot, once
+
+
+class Pass:
+    """The prefixes of one pass of a stack, computed once at its entry instead of once in each layer.
+
+    A layer finds them during the pass and, when gradient checkpointing computes it again, in the backward pass. A
+    layer that is called without its stack finds none and computes its own; so does one that runs without gradients
+    although the stack has them, and every later one of that pass: that is reentrant checkpointing, whose second
+    computation needs inside the layer all that trains there. Each thread has its own.
+    """
+
+    def __init__(self) -> None:
+        self._prefixes: dict[int, tuple[Tensor, ...]] = {}
+        self._inside: set[int] = set()
+        self._traced: tuple[Tensor, ...] | None = None  # torch.compile's, who should not see the tensors of others
+
+    def enter(self, prefixes: tuple[Tensor, ...]) -> None:
+        """Begin a pass with the prefixes of all attentions, each (2, L, W)."""
+        if torch.compiler.is_compiling():
+            self._traced = prefixes
+            return
+        self._prefixes[get_ident()] = prefixes
+        self._inside.add(get_ident())
+
+    def leave(self) -> None:
+        """End it. What the backward pass may want stays until the next one begins."""
+        if torch.compiler.is_compiling():
+            self._traced = None
+            return
+        self._inside.discard(get_ident())
+        if not torch.is_grad_enabled():
+            self._prefixes.pop(get_ident(), None)
+
+    def look(self) -> tuple[Tensor, ...] | None:
+        """The prefixes of the pass, or None."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        thread = get_ident()
+        if thread not in self._inside:
+            if torch._C._current_graph_task_id() < 0:
+                return None
+            if thread not in self._prefixes and len(self._prefixes) == 1:  # on a GPU the backward pass has a thread
+                thread = next(iter(self._prefixes))
+        prefixes = self._prefixes.get(thread)
+        if prefixes is not None and prefixes[0].requires_grad and not torch.is_grad_enabled():
+            self._prefixes.pop(thread)
+            return None
+        return prefixes
+
+    def __reduce__(self) -> tuple[type[Pass], tuple[()]]:
+        return Pass, ()  # a copy is in no pass
 
 
 class PrefixNetwork(nn.Module):
@@ -35,22 +88,22 @@ class PrefixNetwork(nn.Module):
             nn.init.normal_(linear.weight, std=INITIAL_STD)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, index: int) -> Tensor:
-        """Keys and values of one attention's prefix.
+        self.pass_ = Pass()
 
-        Each attention computes its own slice, so that the recomputation of gradient checkpointing finds everything
-        that it needs inside the layer.
+    def forward(self, index: int | None = None) -> Tensor:
+        """Keys and values of the prefixes: of all, (N, 2, L, W), or of one, (2, L, W); keys, then values.
 
         Args:
-            index: the attention's place among those that share this network.
-
-        Returns:
-            (2, L, W): keys, then values.
+            index: the attention's place among those that share this network; None for all.
         """
-        rows = slice(index * 2 * self.width, (index + 1) * 2 * self.width)
         low = torch.tanh(self.w1(self.embedding))
-        both = nn.functional.linear(low, self.w2.weight[rows], self.w2.bias[rows])
-        return both.unflatten(-1, (2, self.width)).movedim(-2, 0)
+        if index is None:
+            both = self.w2(low)
+        else:
+            rows = slice(index * 2 * self.width, (index + 1) * 2 * self.width)
+            both = nn.functional.linear(low, self.w2.weight[rows], self.w2.bias[rows])
+        shaped = both.unflatten(-1, (-1, 2, self.width)).movedim(0, -2)
+        return shaped if index is None else shaped[0]
 
 
 class Prefix(nn.Module):
@@ -100,7 +153,9 @@ class Prefix(nn.Module):
         """Keys and values before the gate: (2, L, W)."""
         if self.keys_values is not None:
             return self.keys_values
-        return self.network[0](self.index)
+        network = self.network[0]
+        shared = network.pass_.look()
+        return network(self.index) if shared is None else shared[self.index]
 
     def take_gate(self) -> Tensor | None:
         """The gate of the pass, (B, 1) or (B, T), or None. Raises `KeyError` outside a pass of the attention."""
@@ -129,12 +184,19 @@ class Prefix(nn.Module):
             return _with_mass(gate.to(dtype), mask, tokens, self.length)
         if mask is None:
             return None
-        return nn.functional.pad(mask, (self.length, 0), value=True if mask.dtype == torch.bool else 0.0)
+        return once(mask, ("prefix", self.length, dtype), lambda: _with_columns(mask, dtype, self.length))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         form = "deployed" if self.keys_values is not None else f"part {self.index} of {self.source}"
         return f"length={self.length}, {form}, gating={self.gating if self.gate else 'none'}"
+
+
+def _with_columns(mask: Tensor, dtype: torch.dtype, length: int) -> Tensor:
+    """An additive mask with `length` open columns in front."""
+    if mask.dtype == torch.bool:  # sdpa does just this with it, but in every layer anew
+        mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return nn.functional.pad(mask, (length, 0))
 
 
 def _with_mass(gate: Tensor, mask: Tensor | None, tokens: int, length: int) -> Tensor:
@@ -150,3 +212,29 @@ def _with_mass(gate: Tensor, mask: Tensor | None, tokens: int, length: int) -> T
     mask = mask.expand(gate.shape[0], -1, rows, -1)
     columns = log.expand(-1, mask.shape[1], rows, length)
     return torch.cat([columns, mask.to(gate.dtype)], dim=-1)
+
+
+NETWORKS = ("prefix_network", "cross_prefix_network")
+"""The attributes of a stack's owner that hold its networks."""
+
+
+def enter_stack(owner: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a stack's owner: compute all its prefixes."""
+    if getattr(owner, "_is_replica", False):  # of `nn.DataParallel`, whose prefixes still know the model's network
+        for module in owner.modules():
+            if isinstance(module, Prefix):
+                module.network = (getattr(owner, module.source),)
+        return
+    for network in _networks(owner):
+        network.pass_.enter(network().unbind())
+
+
+def leave_stack(owner: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a stack's owner, called after a failure too."""
+    for network in _networks(owner):
+        network.pass_.leave()
+
+
+def _networks(owner: Any) -> Iterator[PrefixNetwork]:
+    found = (getattr(owner, name, None) for name in NETWORKS)
+    return (network for network in found if isinstance(network, PrefixNetwork))

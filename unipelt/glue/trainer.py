@@ -10,8 +10,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from unipelt.glue.batches import Batch, Batches
-
 
 class BatchTrainer(Trainer):
     """Trains as its parent does, and evaluates batches.
@@ -28,13 +26,13 @@ class BatchTrainer(Trainer):
         """The batches as they are."""
         return self._load(test_dataset)
 
-    def _load(self, batches: list[Batch] | Batches) -> DataLoader:
+    def _load(self, batches: Any) -> DataLoader:
         # Through a loader, although a plain loop would do: it draws a number from PyTorch's generator, and without
         # that draw the dropout of the next epoch would not be that of a run with Trainer's own evaluation.
         made = isinstance(batches, list)
         on_host = not (made and any(tensor.is_cuda for tensor in batches[0].values()))
         return DataLoader(
-            batches,  # type: ignore[arg-type]
+            batches,
             batch_size=None,
             num_workers=0 if made else self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and on_host,
