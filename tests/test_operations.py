@@ -246,6 +246,19 @@ def test_a_mask_of_inference_mode_may_train() -> None:
     assert torch.equal(model(given["input_ids"], attention_mask=mask).logits.detach(), want)
 
 
+def test_one_mask_may_serve_several_models() -> None:
+    """Prefixes of other lengths, and weights of another precision."""
+    given = tiny_batch()
+    mask = four(given["attention_mask"])
+    models = [make({"preset": "unipelt-apl", "prefix": {"length": length}}) for length in (3, 7)]
+    models.append(make({"preset": "unipelt-apl", "prefix": {"length": 3}}).double())
+    with torch.no_grad():
+        want = [model(given["input_ids"], attention_mask=mask.clone()).logits for model in models]
+        for _ in range(2):
+            for model, logits in zip(models, want, strict=True):
+                assert torch.equal(model(given["input_ids"], attention_mask=mask).logits, logits)
+
+
 def test_once() -> None:
     tensor, made = torch.ones(3), []
 
