@@ -1,0 +1,365 @@
+"""Many replicas of one injected model, trained at once.
+
+The frozen base is the same for all, so it sees one batch of all replicas' examples; what trains is stacked, a row a
+replica, and the model's own forward is mapped over the rows (`torch.vmap`). So every method can be packed.
+
+Shapes: R replicas, B examples of each, T tokens, C outputs of the head, N numbers that a replica keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from unipelt.attention import BACK_ENDS
+from unipelt.families import FAMILIES
+from unipelt.parameters import injection_of, kept_names
+
+_ALIGNMENT = 64  # numbers; kernels read vectors, and a parameter may start anywhere in its row
+_PROBE = 0.05  # how far the replicas of the probe are from each other
+_TOLERANCE = 1e-4  # of the probe's largest logit: masks read wrongly give far more, other kernels far less
+
+
+class PackError(ValueError):
+    """A model that cannot be packed, or a replica that does not belong to it; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is in a replica's row."""
+
+    start: int
+    shape: torch.Size
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The parameter as a view of rows (..., N): (..., *shape)."""
+        return rows[..., self.start : self.start + self.shape.numel()].unflatten(-1, self.shape or (1,))
+
+
+class Replica:
+    """One replica: its row of the pack, to be read, filled, and given to an optimizer.
+
+    Attributes:
+        decayed, plain: what trains, with and without weight decay: two leaves, flat, each of which shares its
+            storage and its gradient's with the pack. `torch.optim` and `clip_grad_norm_` work on them as ever.
+    """
+
+    def __init__(self, pack: Pack) -> None:
+        self.decayed = nn.Parameter(torch.empty(0, device=pack.device))
+        self.plain = nn.Parameter(torch.empty(0, device=pack.device))
+        self._places = pack.places
+        self._row = torch.empty(0)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """`[decayed, plain]`, for clipping."""
+        return [self.decayed, self.plain]
+
+    @property
+    def row(self) -> Tensor:
+        """(N,): all that it keeps, in the pack's order; a view."""
+        return self._row
+
+    def tensors(self, row: Tensor | None = None) -> dict[str, Tensor]:
+        """What it keeps, by the model's names and in its shapes: views of its row, or of another of the same pack."""
+        return {name: place.of(self._row if row is None else row) for name, place in self._places.items()}
+
+
+class Pack:
+    """Replicas of one injected model.
+
+        pack = Pack(model, tokens=128)
+        replicas = [pack.add(values) for values in starts]  # each by name, as `kept_values(model)` gives them
+        optimizers = [torch.optim.AdamW(replica.parameters, lr=lr) for replica, lr in zip(replicas, rates)]
+        model.train()
+        logits = pack({"input_ids": ids, "attention_mask": mask})  # (R, B, T) -> (R, B, C)
+        pack.backward(losses(logits, labels, real))
+        for replica, optimizer in zip(replicas, optimizers):
+            torch.nn.utils.clip_grad_norm_(replica.parameters, 1.0)
+            optimizer.step()
+
+    A replica's gradient is that of its own loss alone, so that its trajectory is that of a model by itself.
+
+    Args:
+        model: an injected model with one input sequence and `logits`, on the device where it is to train. Its own
+            values of what the replicas keep are left alone, and nothing of it is changed.
+        tokens: the longest texts that will come.
+        decayed: names of the parameters that weight decay is for; the rest of what trains is `plain`.
+
+    Raises:
+        PackError: this model cannot be packed; the message says why.
+        ValueError: nothing was injected.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: int, decayed: Collection[str] = ()) -> None:
+        _check(model)
+        kept = dict(kept_values(model))
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.model = model
+        self.replicas: list[Replica] = []
+        self.places: dict[str, _Place] = {}
+        segments = ([name for name in kept if name in trained and name in decayed],)
+        segments += ([name for name in kept if name in trained and name not in decayed],)
+        segments += ([name for name in kept if name not in trained],)
+        ends, end = [], 0
+        for names in segments:
+            for name in names:
+                self.places[name] = _Place(end, kept[name].shape)
+                end += -(-kept[name].numel() // _ALIGNMENT) * _ALIGNMENT
+            ends.append(end)
+        self._trained = trained & kept.keys()
+        self._ends = ends
+        self.device = model.device
+        self._rows = torch.zeros(0, end, device=self.device)
+        self._grad = torch.zeros(0, ends[1], device=self.device)
+        self._stack: dict[str, Tensor] = {}
+        self._leaves: dict[Tensor, Tensor] = {}  # each leaf of the stack, and where its gradient goes
+        _probe(self, model, min(tokens, _longest(model)))
+
+    def add(self, values: Mapping[str, Tensor]) -> Replica:
+        """A replica that starts from these values, by the names and in the shapes of `kept_values`.
+
+        Raises:
+            PackError: a value is missing, is of another shape, or belongs to nothing that a replica keeps.
+        """
+        if wrong := values.keys() ^ self.places.keys():
+            raise PackError(f"a replica of this pack keeps {len(self.places)} tensors; wrong here: {sorted(wrong)[0]}")
+        row = self._rows.new_zeros(1, self._rows.shape[1])
+        for name, place in self.places.items():
+            if values[name].shape != place.shape:
+                raise PackError(f"{name} is {tuple(values[name].shape)}, and in this pack {tuple(place.shape)}")
+            place.of(row[0]).copy_(values[name].detach().view(place.shape or (1,)))
+        self._rows = torch.cat([self._rows, row])
+        self.replicas.append(Replica(self))
+        self._bind()
+        return self.replicas[-1]
+
+    def remove(self, replica: Replica) -> None:
+        """Free a replica's place; what it kept stays readable. The others go on as they are."""
+        gone = next(index for index, other in enumerate(self.replicas) if other is replica)
+        replica._row = replica._row.clone()
+        for leaf in replica.parameters:
+            leaf.data, leaf.grad = leaf.data.clone(), None
+        self._rows = torch.cat([self._rows[:gone], self._rows[gone + 1 :]])
+        del self.replicas[gone]
+        self._bind()
+
+    def backward(self, losses: Tensor) -> None:
+        """Put the gradient of its own loss into each replica's leaves; what was there goes.
+
+        Args:
+            losses: (R,), of all replicas.
+        """
+        found = torch.autograd.grad(losses.sum(), list(self._leaves), materialize_grads=True)
+        torch._foreach_copy_(list(self._leaves.values()), list(found))
+
+    def __call__(self, batch: Mapping[str, Tensor], replicas: Sequence[Replica] | None = None) -> Tensor:
+        """Logits of each replica on its own examples.
+
+        Args:
+            batch: the model's arguments: `input_ids` and others, (R, B, T), and `attention_mask`, (R, B, T), 1 on
+                real tokens. Where replicas have texts of different lengths, all are padded to the longest; a
+                replica with fewer examples repeats one (and leaves it out of its loss).
+            replicas: whose; by default all. Gradients flow only to all.
+
+        Returns:
+            (R, B, C), with the replicas in the order that they were asked for.
+
+        Raises:
+            ValueError: the batch is not of as many replicas.
+        """
+        stack = self._stack
+        if replicas is not None and list(map(id, replicas)) != list(map(id, self.replicas)):
+            index = {id(replica): row for row, replica in enumerate(self.replicas)}
+            rows = self._rows[[index[id(replica)] for replica in replicas]]
+            stack = {name: place.of(rows) for name, place in self.places.items()}
+        count = len(self.replicas if replicas is None else replicas)
+        if wrong := [name for name, tensor in batch.items() if len(tensor) != count]:
+            raise ValueError(f"{wrong[0]} is for {len(batch[wrong[0]])} replicas, and there are {count}")
+        return _forward(self.model, self._shaped(stack), batch)
+
+    def _shaped(self, stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor if self.places[name].shape else tensor.squeeze(-1) for name, tensor in stack.items()}
+
+    def _bind(self) -> None:
+        """Make the stacked leaves, and those of each replica, views of the rows as they now are."""
+        decayed, trained = self._ends[:2]
+        self._grad = self._rows.new_zeros(len(self.replicas), trained)
+        self._stack, self._leaves = {}, {}
+        for name, place in self.places.items():
+            stacked = place.of(self._rows).detach()
+            if name in self._trained:
+                self._leaves[stacked.requires_grad_()] = place.of(self._grad)
+            self._stack[name] = stacked
+        for row, grad, replica in zip(self._rows, self._grad, self.replicas, strict=True):
+            replica._row = row
+            replica.decayed.data, replica.plain.data = row[:decayed], row[decayed:trained]
+            replica.decayed.grad, replica.plain.grad = grad[:decayed], grad[decayed:]
+
+
+def kept_values(model: nn.Module) -> dict[str, Tensor]:
+    """What a replica keeps of an injected model: submodules, gates, head, and whatever of the base trains."""
+    kept = set(kept_names(model))
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if name in kept}
+
+
+def losses(logits: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+    """The loss of each replica: cross-entropy, or the squared error where labels are scores.
+
+    Args:
+        logits: (R, B, C); for scores C = 1.
+        labels: (R, B), class ids or floating-point scores.
+        real: (R, B), whether the example counts; at least one of each replica does.
+
+    Returns:
+        (R,) float32: the mean over each replica's own real examples.
+    """
+    logits = logits.float()
+    if labels.is_floating_point():
+        each = (logits.squeeze(-1) - labels).square()
+    else:
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    return torch.where(real, each, 0.0).sum(dim=1) / real.sum(dim=1)
+
+
+class _FoldAttention(torch.autograd.Function):
+    """Fused attention of replicas as one call: they are folded into the batch.
+
+    On a CPU the fused kernel has no batching rule, and `vmap` would call it once a replica, and warn.
+    """
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """Outside of a map there is nothing to fold."""
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: what is recorded is the call in `vmap`."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        """(R, B, H, T, d) as (R B, H, T, d), wherever R was."""
+        *tensors, options = args
+        folded = []
+        for tensor, place in zip(tensors, in_dims, strict=False):
+            if tensor is not None:
+                tensor = tensor.expand(info.batch_size, *tensor.shape) if place is None else tensor.movedim(place, 0)
+                tensor = tensor.flatten(0, 1)
+            folded.append(tensor)
+        query, key, value, mask = folded
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, **options)
+        return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+class _Folding(TorchFunctionMode):
+    """Sends fused attention inside a map through `_FoldAttention`."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As `TorchFunctionMode` has it."""
+        if func is nn.functional.scaled_dot_product_attention:
+            return _fold(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fold(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] != query.shape[0]:
+        attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
+    return _FoldAttention.apply(query, key, value, attn_mask, options)
+
+
+def _forward(model: PreTrainedModel, stack: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits (R, B, C) of the replicas in `stack`, each parameter (R, ...), on a batch of (R, B, T)."""
+    batch = {**batch, "attention_mask": _ready_mask(batch["attention_mask"], model)}
+    folding = _Folding() if model.device.type == "cpu" else contextlib.nullcontext()
+    with folding:
+        return torch.vmap(partial(_logits, model), randomness="different")(dict(stack), batch)
+
+
+def _logits(model: PreTrainedModel, values: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    return functional_call(model, values, (), batch).logits
+
+
+def _ready_mask(mask: Tensor, model: PreTrainedModel) -> Tensor:
+    """A mask (R, B, T) as attention takes it, (R, B, 1, 1, T), so that no model makes one by looking at the data."""
+    real = mask.bool()[:, :, None, None, :]
+    if model.config._attn_implementation == "sdpa":
+        return real
+    dtype = model.dtype
+    return torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill(~real, torch.finfo(dtype).min)
+
+
+def _check(model: PreTrainedModel) -> None:
+    """Raise `PackError` for what cannot be packed whatever the data."""
+    name, config = type(model).__name__, injection_of(model).config
+    if model.config._attn_implementation not in BACK_ENDS:
+        raise PackError(
+            f"a pack works with the attention back-ends {' and '.join(BACK_ENDS)}, not "
+            f"{model.config._attn_implementation!r}; call model.set_attn_implementation('sdpa')"
+        )
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise PackError("gradient checkpointing and a pack exclude each other; pack fewer replicas instead")
+    family = FAMILIES.get(model.config.model_type)
+    if getattr(model.config, "is_decoder", False) or (family and any(stack.causal for stack in family.stacks)):
+        raise PackError(f"only encoders can be packed, and this {name} is none; train its runs one by one")
+    parts = [getattr(config, part) for part in ("adapter", "prefix", "lora")]
+    if config.gate.pooling == "mean" and any(part is not None and part.gate for part in parts):
+        raise PackError(
+            "gates with pooling 'mean' average over padding too, of which a pack has more than its replicas by "
+            "themselves; take pooling 'masked_mean', or train the runs one by one"
+        )
+    if other := [name for name, values in kept_values(model).items() if values.dtype != torch.float32]:
+        raise PackError(f"replicas are kept in float32, and {other[0]} is not; use autocast for half precision")
+
+
+def _longest(model: PreTrainedModel) -> int:
+    """Tokens that the model takes; a few of its positions may be reserved (RoBERTa's)."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return 1 << 30 if limit is None else limit - 2
+
+
+@torch.no_grad()
+def _probe(pack: Pack, model: PreTrainedModel, tokens: int) -> None:
+    """Raise `PackError` unless two replicas packed give what each gives by itself, on padded texts of that length."""
+    vocabulary, padding = model.config.vocab_size, getattr(model.config, "pad_token_id", None) or 0
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, 2, tokens), generator=generator)
+    ids[ids == padding] = (padding + 1) % vocabulary
+    lengths = torch.tensor([[tokens, max(1, tokens // 2)], [max(1, tokens - 1), min(3, tokens)]])
+    mask = (torch.arange(tokens) < lengths[..., None]).long()
+    batch = {"input_ids": torch.where(mask.bool(), ids, padding), "attention_mask": mask}
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    # away from each other and from where terms are zero
+    moves = {name: _PROBE * torch.randn(place.shape, generator=generator) for name, place in pack.places.items()}
+    values = {name: torch.stack([value, value + moves[name].to(value)]) for name, value in kept_values(model).items()}
+    training = model.training
+    model.eval()
+    name = type(model).__name__
+    try:
+        alone = []
+        for index in range(2):
+            single = {key: tensor[index] for key, tensor in values.items()}
+            alone.append(_logits(model, single, {key: tensor[index] for key, tensor in batch.items()}))
+        try:
+            packed = _forward(model, values, batch)
+        except Exception as error:  # whatever its code makes of a tensor that it cannot look into
+            why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise PackError(f"this {name} cannot be packed, its runs must be trained one by one: {why}") from error
+    finally:
+        model.train(training)
+    expected = torch.stack(alone).float()
+    gap = (packed.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    if not gap < _TOLERANCE:
+        raise PackError(
+            f"this {name} cannot be packed: on texts of {tokens} tokens it gives other numbers for a mask that is "
+            f"ready-made (by {gap:.1g} of the largest); train its runs one by one"
+        )
