@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def evaluated(job: Job, name: str) -> Batches:
 
 
 def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train, or go on training; test once; write everything, the record last."""
+    """Train, or go on training; then `finish`."""
     settings = job.settings
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -231,26 +231,61 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Call
     callbacks: list[TrainerCallback] = [marker, _Reporter(job.task.primary, say)]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
+    trainer = make_trainer(job, folder, hold(evaluated(job, "dev"), job.device), callbacks)
+    last = _train(trainer, job, folder, say)
+
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
+    return finish(trainer, job, folder, state, progress, marker.spend, say)
+
+
+def make_trainer(job: Job, folder: Path, dev: Any, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+    """The trainer of a run in that folder, with its dev set in batches; it also orders examples, tests and predicts."""
     trainer = BatchTrainer(
         model=job.model,
         args=_arguments(job, folder),
         # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
         data_collator=DataCollatorWithPadding(job.tokenizer).__call__,
         train_dataset=job.splits["train"],
-        eval_dataset=hold(evaluated(job, "dev"), job.device),
+        eval_dataset=dev,
         compute_metrics=compute_metrics_for(job.task),
         # some models return hidden states besides the logits, and those need not be kept
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    last = _train(trainer, job, folder, say)
+    return trainer
 
-    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
-    marker.spend()
+
+def finish(
+    trainer: Trainer,
+    job: Job,
+    folder: Path,
+    state: TrainerState,
+    progress: Progress,
+    spend: Callable[..., None],
+    say: Callable[[str], None],
+    **notes: Any,
+) -> dict[str, Any]:
+    """What follows training: one test of the model as it is, then everything is written, the record last.
+
+    Args:
+        trainer: as `make_trainer` makes it.
+        job: its model holds the weights of the best epoch.
+        folder: of the run.
+        state: of the training that has ended.
+        progress: of the run.
+        spend: called with kinds of seconds, counts what has passed since the last call as spent on them.
+        say: takes the lines for the reader.
+        notes: further entries of the record.
+
+    Returns:
+        The record.
+    """
+    settings = job.settings
+    spend()
     test, gates = _test(trainer, job)
-    marker.spend("evaluation")
+    spend("evaluation")
 
     files: dict[str, Any] = {"model": MODEL, "gates": None, "predictions": []}
     unipelt.save(job.model, folder / MODEL)
@@ -259,9 +294,9 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Call
     for name in [name for name in job.splits if name.startswith("predict:")]:
         path = _predict(trainer, job, name, folder / PREDICTIONS)
         files["predictions"].append(str(path.relative_to(folder)))
-    marker.spend()
+    spend()
 
-    record = _record(job, state, test, gates, progress, files, folder)
+    record = _record(job, state, test, gates, progress, files, folder) | notes
     write_result(record, folder)
     if not settings.keep_checkpoints:
         place.clean(folder)

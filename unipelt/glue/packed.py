@@ -1,0 +1,485 @@
+"""Several runs in one process and one pass: each ends as by itself, in a folder of its own.
+
+Runs that share a model, a method and the shape of the head (`pack_key`) take places in a `unipelt.pack.Pack`. Each has
+its own data in its own order, learning rate, optimizer, schedule, clipping, early stopping and best epoch; a run that
+has ended is tested and written at once, and its place is free for the next. A run that was killed goes on from its
+last checkpoint, in whatever company.
+
+Shapes: R runs, B examples of each, T tokens, C outputs of the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerState,
+    get_linear_schedule_with_warmup,
+)
+
+from unipelt.checkpoint import write_whole
+from unipelt.glue import folder as place
+from unipelt.glue.folder import Progress
+from unipelt.glue.job import Job, RunError, prepare
+from unipelt.glue.metric import compute_metrics_for
+from unipelt.glue.result import RESULT, summary
+from unipelt.glue.run import finish, make_trainer
+from unipelt.glue.settings import RunSettings
+from unipelt.glue.tasks import get_task
+from unipelt.pack import Pack, PackError, Replica, kept_values, losses
+from unipelt.parameters import injection_of
+
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints of a run: an epoch of a few-shot run takes less than writing one."""
+_FORMAT = 1  # of the checkpoints here, which the trainer's own runs leave alone
+_WEIGHTS, _STATE = "pack.safetensors", "pack.json"
+_OWN = (
+    *("task", "glue_dir", "train_samples", "dev_samples", "data_seed", "seed", "learning_rate", "epochs", "patience"),
+    *("weight_decay", "warmup_ratio", "max_grad_norm", "output_dir", "overwrite", "do_predict", "keep_checkpoints"),
+)
+"""The fields in which the runs of a pack may differ."""
+
+
+def pack_key(settings: RunSettings) -> str:
+    """What runs must have in common to share a pack, as JSON."""
+    common = {name: value for name, value in settings.to_dict().items() if name not in _OWN}
+    common["method"] = settings.config.to_dict()
+    task = None if settings.task is None else get_task(settings.task)
+    return json.dumps([common, None if task is None else [task.num_labels, task.is_regression]], sort_keys=True)
+
+
+def run_packed(
+    runs: Sequence[RunSettings], places: int, say: Callable[[str], None] = print
+) -> dict[str, dict[str, Any] | str]:
+    """Do these runs, `places` at a time.
+
+    Args:
+        runs: with the same `pack_key`, each with a folder of its own.
+        places: how many train at once.
+        say: takes the lines for the reader.
+
+    Returns:
+        By folder, the record, or in one line why there is none.
+
+    Raises:
+        RunError: the runs cannot share a pack. (What is wrong with one run fails that run alone.)
+    """
+    if places < 1:
+        raise RunError(f"a pack has 1 place or more, not {places}")
+    if len({pack_key(settings) for settings in runs}) > 1:
+        raise RunError("runs that share a pack may differ in task, data, seeds and learning rate, and in nothing else")
+    outcomes: dict[str, dict[str, Any] | str] = {}
+    waiting = list(runs)
+
+    def done(settings: RunSettings, outcome: dict[str, Any] | Exception) -> None:
+        line = f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, Exception) else outcome
+        outcomes[str(settings.output_dir)] = line
+
+    train(lambda free, idle: [waiting.pop(0) for _ in range(min(free, len(waiting)))], done, places, lambda _: say)
+    return outcomes
+
+
+def train(
+    take: Callable[[int, bool], Sequence[RunSettings]],
+    done: Callable[[RunSettings, dict[str, Any] | Exception], None],
+    places: int,
+    voice: Callable[[RunSettings], Callable[[str], None]],
+) -> None:
+    """Do runs as they come.
+
+    Args:
+        take: given how many places are free, and whether all are, returns as many runs at most. When all are free,
+            none means the end.
+        done: told of each run's record, or of what went wrong with it.
+        places: how many train at once.
+        voice: takes a run's lines for the reader.
+    """
+    pack: Pack | None = None
+    seats: list[_Seat] = []
+    threads = torch.get_num_threads()
+    try:
+        while True:
+            while len(seats) < places and (new := take(places - len(seats), not seats)):
+                for settings in new:
+                    try:
+                        seat = _sit(settings, pack, places, voice(settings))
+                    except Exception as error:  # the other runs go on
+                        done(settings, error)
+                        continue
+                    if isinstance(seat, dict):
+                        done(settings, seat)
+                    else:
+                        pack = seat.pack
+                        seats.append(seat)
+            if not seats or pack is None:
+                return
+            ended = [seat for seat in seats if seat.ended]  # at the moment of a kill
+            if not ended:
+                _step(pack, seats)
+                due = [seat for seat in seats if seat.epoch_is_over]
+                for seat, error in _evaluate(pack, due).items():
+                    seat.fail(error)
+                    seats.remove(seat)
+                    done(seat.job.settings, error)
+                ended = [seat for seat in seats if seat.ended]
+            for seat in ended:
+                seats.remove(seat)
+                try:
+                    outcome: dict[str, Any] | Exception = seat.finish(places)
+                except Exception as error:
+                    outcome = error
+                done(seat.job.settings, outcome)
+            if ended:
+                pack.model.train()
+    finally:
+        torch.set_num_threads(threads)
+        for seat in seats:
+            seat.lock.close()
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A run in its place.
+
+    Attributes:
+        places: of the pack, for the record.
+        best: what the replica was after the best epoch, (N,).
+        waited: evaluations since then.
+        losses: of the steps of this epoch, (R,) each, and which of them is this run's.
+        saved: when the last checkpoint was written.
+    """
+
+    job: Job
+    folder: Path
+    progress: Progress
+    trainer: Trainer
+    loader: DataLoader[Any]
+    pack: Pack
+    replica: Replica
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    state: TrainerState
+    lock: contextlib.ExitStack
+    say: Callable[[str], None]
+    best: Tensor
+    waited: int = 0
+    losses: list[tuple[Tensor, int]] = field(default_factory=list)
+    dev: list[dict[str, Tensor]] = field(default_factory=list)
+    clock: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+    batches: Iterator[dict[str, Tensor]] | None = None
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return len(self.loader)
+
+    @property
+    def epoch_is_over(self) -> bool:
+        return self.state.global_step % self.steps_an_epoch == 0
+
+    @property
+    def ended(self) -> bool:
+        patience = self.job.settings.patience
+        stopped = patience is not None and self.waited >= patience
+        return self.state.global_step > 0 and (stopped or self.state.global_step == self.state.max_steps)
+
+    def spend(self, *kinds: str) -> None:
+        """Count the seconds since the last call as spent on `kinds`, and in total."""
+        now = time.monotonic()
+        for kind in (*kinds, "total"):
+            self.progress.seconds[kind] += now - self.clock
+        self.clock = now
+
+    def next_batch(self) -> dict[str, Tensor]:
+        """The examples of the next step, as the trainer would take them."""
+        if self.batches is None:
+            set_epoch = getattr(self.loader, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self.state.global_step // self.steps_an_epoch)
+            self.batches = iter(self.loader)
+        return dict(next(self.batches))
+
+    def update(self, loss: Tensor, index: int) -> None:
+        """A step, once the gradient is there."""
+        settings = self.job.settings
+        if settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.replica.parameters, settings.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.losses.append((loss, index))
+        self.state.global_step += 1
+
+    def judge(self, logits: Tensor, labels: Tensor) -> None:
+        """Enter an evaluation on the dev set: logits (rows, C). Raises `ValueError` where training diverged."""
+        task, state = self.job.task, self.state
+        evaluation = EvalPrediction(predictions=logits.float().cpu().numpy(), label_ids=labels.cpu().numpy())
+        metrics = compute_metrics_for(task)(evaluation)
+        loss = losses(logits[None], labels[None], torch.ones_like(labels[None], dtype=torch.bool)).item()
+        train_loss = torch.stack([each[index] for each, index in self.losses]).mean().item()
+        state.epoch = state.global_step / self.steps_an_epoch
+        at = {"epoch": state.epoch, "step": state.global_step}
+        state.log_history.append({"loss": train_loss, **at})
+        scores = {f"eval_{name}": value for name, value in metrics.items()}
+        state.log_history.append({"eval_loss": loss, **scores, **at})
+        value = metrics[task.primary]
+        better = state.best_metric is None or value > state.best_metric
+        if better:
+            state.best_metric, state.best_global_step = value, state.global_step
+            self.best = self.replica.row.clone()
+        self.waited = 0 if better else self.waited + 1
+        self.losses, self.batches = [], None
+        self.say(
+            f"epoch {state.epoch:>3.0f}  train loss {train_loss:.4f}  dev loss {loss:.4f}  "
+            f"{task.primary} {value:.3f}{'  best so far' if better else ''}"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint, which is complete once it is marked, and remove the one before."""
+        step = self.state.global_step
+        checkpoint = place.checkpoint_at(self.folder, step)
+        checkpoint.mkdir(exist_ok=True)
+        tensors = {"row": self.replica.row, "best": self.best}
+        for index, leaf in enumerate(self.replica.parameters):
+            for name, tensor in self.optimizer.state.get(leaf, {}).items():
+                tensors[f"{index}.{name}"] = tensor
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_whole(checkpoint / _WEIGHTS, dump_tensors(content))
+        self.state.save_to_json(str(checkpoint / "trainer_state.json"))
+        state = {"waited": self.waited, "scheduler": self.scheduler.state_dict()}
+        write_whole(checkpoint / _STATE, json.dumps(state).encode())
+        self.progress.write(self.folder)
+        place.mark(self.folder, step, _digest(self.job), finished=self.ended)
+        place.remove_checkpoints(self.folder, keep=(checkpoint,))
+        self.saved = time.monotonic()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint."""
+        tensors = load_file(checkpoint / _WEIGHTS, device=str(self.pack.device))
+        self.replica.row.copy_(tensors["row"])
+        self.best = tensors["best"]
+        for index, leaf in enumerate(self.replica.parameters):
+            # the count of steps stays on the CPU, where AdamW keeps it
+            found = {name: tensors[f"{index}.{name}"] for name in _ADAM if f"{index}.{name}" in tensors}
+            if found:
+                self.optimizer.state[leaf] = found | {"step": found["step"].cpu()}
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        self.waited = state["waited"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.say(f"going on from {checkpoint}")
+
+    def fail(self, error: Exception) -> None:
+        """Leave the pack with a run that cannot go on."""
+        self.pack.remove(self.replica)
+        self.lock.close()
+        self.say(f"{type(error).__name__}: {error}")
+
+    def finish(self, places: int) -> dict[str, Any]:
+        """Leave the pack, test the best epoch and write everything; returns the record."""
+        with self.lock:
+            self.pack.remove(self.replica)
+            own = dict(self.job.model.named_parameters())
+            with torch.no_grad():
+                for name, tensor in self.replica.tensors(self.best).items():
+                    own[name].copy_(tensor.view(own[name].shape))
+            record = finish(
+                self.trainer,
+                self.job,
+                self.folder,
+                self.state,
+                self.progress,
+                self.spend,
+                self.say,
+                packed={"places": places},
+            )
+            self.say(summary(record, self.folder / RESULT))
+        return record
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _digest(job: Job) -> str:
+    return hashlib.sha256(f"pack {_FORMAT} {job.digest}".encode()).hexdigest()
+
+
+def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[str], None]) -> _Seat | dict[str, Any]:
+    """A run in a place of the pack, which is made if there is none; or the record, if it had finished before."""
+    clock = time.monotonic()
+    folder = Path(str(settings.output_dir))
+    if settings.gradient_checkpointing:
+        raise PackError("gradient checkpointing and a pack exclude each other; pack fewer runs instead")
+    if (record := place.find_finished(settings, folder)) is not None:
+        return record
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    with contextlib.ExitStack() as lock, torch.random.fork_rng():  # seeds are the run's, dropout is the pack's
+        job = prepare(settings)
+        lock.enter_context(place.locked(folder))
+        if (record := place.find_finished(settings, folder)) is not None:  # another process may have been faster
+            return record
+        if pack is None:
+            host = copy.deepcopy(job.model).to(torch.device(job.device))
+            pack = Pack(host, settings.max_length, _decayed(job.model))
+            host.train()
+        _share_base(job.model, pack.model)
+        progress = place.begin(settings, folder)
+        trainer = make_trainer(job, folder)
+        loader = trainer.get_train_dataloader()
+        replica = pack.add(kept_values(job.model))
+        try:
+            optimizer, scheduler, steps = _optimizer(replica, trainer, len(loader))
+            state = TrainerState(max_steps=steps, num_train_epochs=settings.epochs)
+            seat = _Seat(
+                *(job, folder, progress, trainer, loader, pack, replica, optimizer, scheduler, state),
+                lock=lock,
+                say=say,
+                best=replica.row,
+                clock=clock,
+            )
+            last = place.newest_checkpoint(folder, _digest(job))
+            place.remove_checkpoints(folder, digest=_digest(job))
+            if last is not None:
+                seat.restore(last)
+            seat.dev = _dev_batches(job, trainer)
+        except BaseException:
+            pack.remove(replica)
+            raise
+        seat.lock = lock.pop_all()
+    return seat
+
+
+def _share_base(model: PreTrainedModel, host: PreTrainedModel) -> None:
+    """Let a model's base be the host's, which holds the same numbers, so that there is one for all runs."""
+    kept, there = kept_values(model), dict(host.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in kept:
+            base = there[name].data
+            if not torch.equal(parameter.data.to(base.device), base):
+                raise RunError(f"the bases of runs in one pack must be the same, and {name} differs")
+            parameter.data = base
+    assert injection_of(model).config == injection_of(host).config
+
+
+def _decayed(model: PreTrainedModel) -> list[str]:
+    """The parameters that the trainer decays; it asks nothing else of itself."""
+    return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+
+
+def _optimizer(replica: Replica, trainer: Trainer, steps_an_epoch: int) -> tuple[torch.optim.Optimizer, Any, int]:
+    """The trainer's optimizer and schedule over a replica's leaves, and the number of all steps."""
+    arguments = trainer.args
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, trainer.model)
+    decays = ((replica.decayed, arguments.weight_decay), (replica.plain, 0.0))
+    groups = [{"params": [leaf], "weight_decay": decay} for leaf, decay in decays if leaf.numel()]
+    optimizer = kind(groups, **options)
+    steps = math.ceil(arguments.num_train_epochs * steps_an_epoch)
+    return optimizer, get_linear_schedule_with_warmup(optimizer, arguments.get_warmup_steps(steps), steps), steps
+
+
+def _dev_batches(job: Job, trainer: Trainer) -> list[dict[str, Tensor]]:
+    """The dev set, longest texts first, in batches."""
+    rows = job.splits["dev"]
+    columns = [name for name in (*job.tokenizer.model_input_names, "label") if name in rows.column_names]
+    collate, size = DataCollatorWithPadding(job.tokenizer), job.settings.eval_batch_size
+    examples = [dict(row) for row in rows.select_columns(columns)]
+    return [dict(collate(examples[start : start + size])) for start in range(0, len(examples), size)]
+
+
+def _step(pack: Pack, seats: Sequence[_Seat]) -> None:
+    """One step of each run."""
+    # in the pack's order: its losses are of all replicas
+    batch, real = _join([seat.next_batch() for seat in seats], seats)
+    labels = batch.pop("labels")
+    with _precision(seats[0].job):
+        logits = pack(batch)
+    each = losses(logits, labels, real)
+    pack.backward(each)
+    each = each.detach()
+    for index, seat in enumerate(seats):
+        seat.update(each, index)
+
+
+def _evaluate(pack: Pack, seats: Sequence[_Seat]) -> dict[_Seat, Exception]:
+    """Evaluate these runs, at the end of an epoch of theirs, on their dev sets; returns those that failed."""
+    if not seats:
+        return {}
+    found: dict[_Seat, list[tuple[Tensor, Tensor]]] = {seat: [] for seat in seats}
+    for seat in seats:
+        seat.spend("train")
+    pack.model.eval()
+    for index in range(max(len(seat.dev) for seat in seats)):
+        here = [seat for seat in seats if index < len(seat.dev)]
+        batch, real = _join([seat.dev[index] for seat in here], here)
+        labels = batch.pop("labels")
+        with torch.no_grad(), _precision(here[0].job):
+            logits = pack(batch, [seat.replica for seat in here]).float()
+        for row, seat in enumerate(here):
+            found[seat].append((logits[row, real[row]], labels[row, real[row]]))
+    pack.model.train()
+    failures: dict[_Seat, Exception] = {}
+    for seat, parts in found.items():
+        try:
+            seat.judge(torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts]))
+            seat.spend("evaluation")
+            if seat.ended or time.monotonic() - seat.saved >= CHECKPOINT_SECONDS:
+                seat.save()
+        except Exception as error:
+            failures[seat] = error
+    return failures
+
+
+def _precision(job: Job) -> contextlib.AbstractContextManager[Any]:
+    if job.settings.precision == "bf16":
+        return torch.autocast(job.device, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _join(batches: Sequence[Mapping[str, Tensor]], seats: Sequence[_Seat]) -> tuple[dict[str, Tensor], Tensor]:
+    """One batch of the batches of several runs.
+
+    Args:
+        batches: of each run, (B, T), and `labels`, (B,); B and T may differ.
+        seats: the runs.
+
+    Returns:
+        The batch, (R, B, T) and `labels` (R, B), on the pack's device; and (R, B), whether an example is a run's own
+        and not a repetition that fills the batch.
+    """
+    job, device = seats[0].job, seats[0].pack.device
+    padding = {"input_ids": job.tokenizer.pad_token_id, "token_type_ids": job.tokenizer.pad_token_type_id}
+    rows = max(len(batch["labels"]) for batch in batches)
+    tokens = max(batch["input_ids"].shape[1] for batch in batches)
+    real = torch.zeros(len(batches), rows, dtype=torch.bool)
+    joined: dict[str, Tensor] = {}
+    for name, first in batches[0].items():
+        shape = (len(batches), rows) if name == "labels" else (len(batches), rows, tokens)
+        joined[name] = torch.full(shape, padding.get(name, 0), dtype=first.dtype)
+    for index, batch in enumerate(batches):
+        count = len(batch["labels"])
+        real[index, :count] = True
+        for name, tensor in batch.items():
+            space = joined[name][index] if name == "labels" else joined[name][index, :, : tensor.shape[1]]
+            space[:count] = tensor
+            space[count:] = tensor[0]
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in joined.items()}, real.to(device)
