@@ -32,11 +32,18 @@ def _sweep(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
     if arguments.cpus < 0 or arguments.gpus < 0 or arguments.cpus + arguments.gpus == 0:
         raise ValueError("--cpus and --gpus must be 0 or more, and not both 0")
+    if arguments.pack < 1 or (arguments.pack > 1 and arguments.backend != "local"):
+        raise ValueError(f"--pack must be 1 or more, and 1 on a cluster, not {arguments.pack}")
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     narrow = {field: split_list(given[name]) for name, field in _LISTS.items() if name in given}
     override = {name.removeprefix("field "): value for name, value in given.items() if name.startswith("field ")}
     sweep = read_sweep(arguments.config, narrow, override)
     workers, start = arguments.workers or 1, None
+    if arguments.pack > 1:
+        from unipelt.packing import by_pack, in_packs
+
+        sweep, start = by_pack(sweep), in_packs(arguments.pack, workers)
+        workers *= arguments.pack
     if arguments.backend == "ray" and not arguments.dry_run:
         from unipelt.cluster import capacity, connect, on_cluster
 
@@ -79,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser(
         "sweep",
         help="do a grid of runs, or go on with one",
-        usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--tasks rte,cola] [--k 100,500] [--seeds 1,2] "
-        "[--methods lora,unipelt-apl] [--FIELD VALUE ...]",
+        usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--pack R] [--tasks rte,cola] [--k 100,500] "
+        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...]",
         description="Do the runs of a sweep file, each in a process of its own, and go on with what is there. Several "
         "machines may do so in one shared folder at once.",
         allow_abbrev=False,
@@ -90,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", required=True, metavar="DIR", help="folder of the runs")
     sweep.add_argument("--dry-run", action="store_true", help="only say what there is to do")
     sweep.add_argument("--workers", type=int, metavar="N", help="runs at a time [1; with ray, what the cluster takes]")
+    sweep.add_argument(
+        "--pack", type=int, default=1, metavar="R", help="runs that a worker trains in one pass over one model [1]"
+    )
     sweep.add_argument("--backend", choices=("local", "ray"), default="local", help="where the runs are done [local]")
     sweep.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; by default one is started here")
     sweep.add_argument("--cpus", type=float, default=1.0, metavar="X", help="with ray: CPUs that a run takes [1]")
