@@ -42,36 +42,32 @@ class _Place:
 
     def of(self, rows: Tensor) -> Tensor:
         """The parameter as a view of rows (..., N): (..., *shape)."""
-        return rows[..., self.start : self.start + self.shape.numel()].unflatten(-1, self.shape or (1,))
+        return rows[..., self.start : self.start + self.shape.numel()].view(*rows.shape[:-1], *self.shape)
 
 
 class Replica:
     """One replica: its row of the pack, to be read, filled, and given to an optimizer.
 
     Attributes:
+        row: (N,), all that it keeps, in the pack's order; a view of the pack's rows.
         decayed, plain: what trains, with and without weight decay: two leaves, flat, each of which shares its
             storage and its gradient's with the pack. `torch.optim` and `clip_grad_norm_` work on them as ever.
     """
 
-    def __init__(self, pack: Pack) -> None:
-        self.decayed = nn.Parameter(torch.empty(0, device=pack.device))
-        self.plain = nn.Parameter(torch.empty(0, device=pack.device))
-        self._places = pack.places
-        self._row = torch.empty(0)
+    def __init__(self, places: Mapping[str, _Place], device: torch.device) -> None:
+        self.row = torch.empty(0, device=device)
+        self.decayed = nn.Parameter(torch.empty(0, device=device))
+        self.plain = nn.Parameter(torch.empty(0, device=device))
+        self._places = places
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """`[decayed, plain]`, for clipping."""
+        """`[decayed, plain]`, for an optimizer without groups, and for clipping."""
         return [self.decayed, self.plain]
-
-    @property
-    def row(self) -> Tensor:
-        """(N,): all that it keeps, in the pack's order; a view."""
-        return self._row
 
     def tensors(self, row: Tensor | None = None) -> dict[str, Tensor]:
         """What it keeps, by the model's names and in its shapes: views of its row, or of another of the same pack."""
-        return {name: place.of(self._row if row is None else row) for name, place in self._places.items()}
+        return {name: place.of(self.row if row is None else row) for name, place in self._places.items()}
 
 
 class Pack:
@@ -107,9 +103,11 @@ class Pack:
         self.model = model
         self.replicas: list[Replica] = []
         self.places: dict[str, _Place] = {}
-        segments = ([name for name in kept if name in trained and name in decayed],)
-        segments += ([name for name in kept if name in trained and name not in decayed],)
-        segments += ([name for name in kept if name not in trained],)
+        segments = (
+            [name for name in kept if name in trained and name in decayed],
+            [name for name in kept if name in trained and name not in decayed],
+            [name for name in kept if name not in trained],
+        )
         ends, end = [], 0
         for names in segments:
             for name in names:
@@ -123,6 +121,8 @@ class Pack:
         self._grad = torch.zeros(0, ends[1], device=self.device)
         self._stack: dict[str, Tensor] = {}
         self._leaves: dict[Tensor, Tensor] = {}  # each leaf of the stack, and where its gradient goes
+        linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+        self._biases = {f"{path}.bias" for path in linear} & self.places.keys()
         _probe(self, model, min(tokens, _longest(model)))
 
     def add(self, values: Mapping[str, Tensor]) -> Replica:
@@ -132,21 +132,22 @@ class Pack:
             PackError: a value is missing, is of another shape, or belongs to nothing that a replica keeps.
         """
         if wrong := values.keys() ^ self.places.keys():
-            raise PackError(f"a replica of this pack keeps {len(self.places)} tensors; wrong here: {sorted(wrong)[0]}")
+            problem = "missing" if sorted(wrong)[0] in self.places else "none of them"
+            raise PackError(f"a replica of this pack keeps {len(self.places)} tensors; {sorted(wrong)[0]} is {problem}")
         row = self._rows.new_zeros(1, self._rows.shape[1])
         for name, place in self.places.items():
             if values[name].shape != place.shape:
                 raise PackError(f"{name} is {tuple(values[name].shape)}, and in this pack {tuple(place.shape)}")
-            place.of(row[0]).copy_(values[name].detach().view(place.shape or (1,)))
+            place.of(row[0]).copy_(values[name].detach())
         self._rows = torch.cat([self._rows, row])
-        self.replicas.append(Replica(self))
+        self.replicas.append(Replica(self.places, self.device))
         self._bind()
         return self.replicas[-1]
 
     def remove(self, replica: Replica) -> None:
         """Free a replica's place; what it kept stays readable. The others go on as they are."""
         gone = next(index for index, other in enumerate(self.replicas) if other is replica)
-        replica._row = replica._row.clone()
+        replica.row = replica.row.clone()
         for leaf in replica.parameters:
             leaf.data, leaf.grad = leaf.data.clone(), None
         self._rows = torch.cat([self._rows[:gone], self._rows[gone + 1 :]])
@@ -185,10 +186,12 @@ class Pack:
         count = len(self.replicas if replicas is None else replicas)
         if wrong := [name for name, tensor in batch.items() if len(tensor) != count]:
             raise ValueError(f"{wrong[0]} is for {len(batch[wrong[0]])} replicas, and there are {count}")
-        return _forward(self.model, self._shaped(stack), batch)
-
-    def _shaped(self, stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor if self.places[name].shape else tensor.squeeze(-1) for name, tensor in stack.items()}
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            # a map adds a stacked bias by itself, out of autocast's sight, and the sum would be in full precision
+            half = torch.get_autocast_dtype(kind)
+            stack = {name: tensor.to(half) if name in self._biases else tensor for name, tensor in stack.items()}
+        return _forward(self.model, stack, batch)
 
     def _bind(self) -> None:
         """Make the stacked leaves, and those of each replica, views of the rows as they now are."""
@@ -201,7 +204,7 @@ class Pack:
                 self._leaves[stacked.requires_grad_()] = place.of(self._grad)
             self._stack[name] = stacked
         for row, grad, replica in zip(self._rows, self._grad, self.replicas, strict=True):
-            replica._row = row
+            replica.row = row
             replica.decayed.data, replica.plain.data = row[:decayed], row[decayed:trained]
             replica.decayed.grad, replica.plain.grad = grad[:decayed], grad[decayed:]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -45,7 +46,6 @@ from unipelt.glue.run import finish, make_trainer
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
 from unipelt.pack import Pack, PackError, Replica, kept_values, losses
-from unipelt.parameters import injection_of
 
 CHECKPOINT_SECONDS = 60.0
 """Least time between two checkpoints of a run: an epoch of a few-shot run takes less than writing one."""
@@ -127,6 +127,8 @@ def train(
                     if isinstance(seat, dict):
                         done(settings, seat)
                     else:
+                        if pack is None:
+                            torch.manual_seed(settings.seed)  # dropout is the pack's, not the runs'
                         pack = seat.pack
                         seats.append(seat)
             if not seats or pack is None:
@@ -135,10 +137,10 @@ def train(
             if not ended:
                 _step(pack, seats)
                 due = [seat for seat in seats if seat.epoch_is_over]
-                for seat, error in _evaluate(pack, due).items():
-                    seat.fail(error)
+                for seat, reason in _evaluate(pack, due).items():
                     seats.remove(seat)
-                    done(seat.job.settings, error)
+                    seat.fail(reason)
+                    done(seat.job.settings, reason)
                 ended = [seat for seat in seats if seat.ended]
             for seat in ended:
                 seats.remove(seat)
@@ -301,7 +303,7 @@ class _Seat:
             own = dict(self.job.model.named_parameters())
             with torch.no_grad():
                 for name, tensor in self.replica.tensors(self.best).items():
-                    own[name].copy_(tensor.view(own[name].shape))
+                    own[name].copy_(tensor)
             record = finish(
                 self.trainer,
                 self.job,
@@ -333,13 +335,15 @@ def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[s
         return record
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with contextlib.ExitStack() as lock, torch.random.fork_rng():  # seeds are the run's, dropout is the pack's
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with contextlib.ExitStack() as lock, torch.random.fork_rng(devices):  # seeds are the run's, dropout is the pack's
         job = prepare(settings)
         lock.enter_context(place.locked(folder))
         if (record := place.find_finished(settings, folder)) is not None:  # another process may have been faster
             return record
         if pack is None:
-            host = copy.deepcopy(job.model).to(torch.device(job.device))
+            host: Any = copy.deepcopy(job.model)
+            host.to(job.device)
             pack = Pack(host, settings.max_length, _decayed(job.model))
             host.train()
         _share_base(job.model, pack.model)
@@ -361,7 +365,7 @@ def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[s
             place.remove_checkpoints(folder, digest=_digest(job))
             if last is not None:
                 seat.restore(last)
-            seat.dev = _dev_batches(job, trainer)
+            seat.dev = _dev_batches(job)
         except BaseException:
             pack.remove(replica)
             raise
@@ -378,7 +382,6 @@ def _share_base(model: PreTrainedModel, host: PreTrainedModel) -> None:
             if not torch.equal(parameter.data.to(base.device), base):
                 raise RunError(f"the bases of runs in one pack must be the same, and {name} differs")
             parameter.data = base
-    assert injection_of(model).config == injection_of(host).config
 
 
 def _decayed(model: PreTrainedModel) -> list[str]:
@@ -389,7 +392,7 @@ def _decayed(model: PreTrainedModel) -> list[str]:
 def _optimizer(replica: Replica, trainer: Trainer, steps_an_epoch: int) -> tuple[torch.optim.Optimizer, Any, int]:
     """The trainer's optimizer and schedule over a replica's leaves, and the number of all steps."""
     arguments = trainer.args
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, trainer.model)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     decays = ((replica.decayed, arguments.weight_decay), (replica.plain, 0.0))
     groups = [{"params": [leaf], "weight_decay": decay} for leaf, decay in decays if leaf.numel()]
     optimizer = kind(groups, **options)
@@ -397,10 +400,11 @@ def _optimizer(replica: Replica, trainer: Trainer, steps_an_epoch: int) -> tuple
     return optimizer, get_linear_schedule_with_warmup(optimizer, arguments.get_warmup_steps(steps), steps), steps
 
 
-def _dev_batches(job: Job, trainer: Trainer) -> list[dict[str, Tensor]]:
+def _dev_batches(job: Job) -> list[dict[str, Tensor]]:
     """The dev set, longest texts first, in batches."""
     rows = job.splits["dev"]
-    columns = [name for name in (*job.tokenizer.model_input_names, "label") if name in rows.column_names]
+    taken = (*inspect.signature(job.model.forward).parameters, "label")  # as the trainer chooses them
+    columns = [name for name in rows.column_names if name in taken]
     collate, size = DataCollatorWithPadding(job.tokenizer), job.settings.eval_batch_size
     examples = [dict(row) for row in rows.select_columns(columns)]
     return [dict(collate(examples[start : start + size])) for start in range(0, len(examples), size)]

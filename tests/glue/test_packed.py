@@ -1,0 +1,202 @@
+"""Runs that share a pack: each ends as by itself, goes on after a kill, and fails alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_task import make_quick, quick, write_glue
+
+from unipelt.glue import packed
+from unipelt.glue.folder import CHECKPOINTS, locked
+from unipelt.glue.job import RunError
+from unipelt.glue.packed import pack_key, run_packed
+from unipelt.glue.result import read_result
+from unipelt.glue.run import run
+from unipelt.glue.settings import RunSettings
+
+RUNS: tuple[dict[str, Any], ...] = (
+    {"seed": 1, "patience": 1},
+    {"seed": 2, "train_samples": 31, "learning_rate": 3e-3, "warmup_ratio": 0.3},
+    {"seed": 3, "data_seed": 1, "dev_samples": 18, "weight_decay": 0.1, "max_grad_norm": 0.1},
+)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither data that happen to be there nor the network."""
+    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.tsv, dev.tsv and a model without dropout."""
+    folder = make_quick(tmp_path_factory.mktemp("home"))
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    return folder
+
+
+def settings(home: Path, out: Path, **changes: Any) -> RunSettings:
+    return RunSettings(**quick(home, output_dir=str(out), **{"epochs": 3, **changes}))
+
+
+def quiet(line: str) -> None:
+    """No line."""
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The records of runs by themselves."""
+    out = tmp_path_factory.mktemp("alone")
+    return [run(settings(home, out / str(index), **changes), quiet) for index, changes in enumerate(RUNS)]
+
+
+def check_same(record: Any, expected: dict[str, Any]) -> None:
+    assert isinstance(record, dict), record
+    assert record["digest"] == expected["digest"]
+    assert record["best"] == expected["best"]
+    for ours, theirs in zip(record["evaluations"], expected["evaluations"], strict=True):
+        assert ours == {
+            **theirs,
+            "loss": pytest.approx(theirs["loss"]),
+            "train_loss": pytest.approx(theirs["train_loss"]),
+        }
+    assert record["test"]["metrics"] == expected["test"]["metrics"]
+    assert record["test"]["loss"] == pytest.approx(expected["test"]["loss"])
+    for name, values in expected["gates"]["values"].items():
+        assert record["gates"]["values"][name]["mean"] == pytest.approx(values["mean"], abs=1e-5)
+    same = ("task", "data", "parameters", "majority", "seeds", "model", "files", "dev")
+    assert {name: record[name] for name in same if name != "dev"} == {
+        name: expected[name] for name in same if name != "dev"
+    }
+    assert record.keys() == expected.keys() | {"packed"}
+
+
+def check_same_weights(folder: Path, other: Path) -> None:
+    ours, theirs = (load_file(place / "model" / "model.safetensors") for place in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_each_ends_as_by_itself(home: Path, tmp_path: Path, alone: list[dict[str, Any]]) -> None:
+    runs = [settings(home, tmp_path / str(index), **changes) for index, changes in enumerate(RUNS)]
+    lines: list[str] = []
+    outcomes = run_packed(runs, places=2, say=lines.append)
+    assert list(outcomes)[0] == str(tmp_path / "0"), "it stops early, and the third takes its place"
+    for index, expected in enumerate(alone):
+        folder = tmp_path / str(index)
+        check_same(outcomes[str(folder)], expected)
+        assert outcomes[str(folder)] == read_result(folder)
+        assert read_result(folder)["packed"] == {"places": 2}
+        assert {path.name for path in folder.iterdir()} == {".lock", "result.json", "model", "gates.png"}
+        check_same_weights(folder, Path(expected["settings"]["output_dir"]))
+        with locked(folder):
+            pass
+    assert len([line for line in lines if line.startswith("epoch ")]) == sum(len(item["evaluations"]) for item in alone)
+    again = run_packed(runs, places=3, say=quiet)
+    assert again == outcomes, "nothing is done twice"
+
+
+class Kill(BaseException):
+    """As of the process."""
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process end after that many steps of all runs together."""
+    update: Callable[..., None] = packed._Seat.update
+    count = 0
+
+    def counted(seat: Any, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > steps:
+            raise Kill
+        update(seat, *args)
+
+    monkeypatch.setattr(packed._Seat, "update", counted)
+
+
+def test_goes_on_after_a_kill(
+    home: Path, tmp_path: Path, alone: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "CHECKPOINT_SECONDS", 0.0)
+    runs = [settings(home, tmp_path / str(index), **changes) for index, changes in enumerate(RUNS)]
+    with monkeypatch.context() as patch:
+        stop_after(19, patch)
+        with pytest.raises(Kill):
+            run_packed(runs, places=3, say=quiet)
+    assert not list(tmp_path.glob("*/result.json"))
+    steps = {path.name for path in tmp_path.glob(f"*/{CHECKPOINTS}/checkpoint-*")}
+    assert steps == {"checkpoint-4", "checkpoint-6"}, "each with its last"
+    lines: list[str] = []
+    # the first in other company than before
+    outcomes = run_packed(runs[1:], places=2, say=lines.append) | run_packed(runs[:1], places=1, say=lines.append)
+    assert len([line for line in lines if line.startswith("going on from ")]) == 3
+    for index, expected in enumerate(alone):
+        check_same(outcomes[str(tmp_path / str(index))], expected)
+        assert read_result(tmp_path / str(index))["attempts"] == 2
+        check_same_weights(tmp_path / str(index), Path(expected["settings"]["output_dir"]))
+
+
+def test_a_checkpoint_of_a_pack_is_none_of_a_run_by_itself(
+    home: Path, tmp_path: Path, alone: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "CHECKPOINT_SECONDS", 0.0)
+    one = settings(home, tmp_path / "0", **RUNS[0])
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(Kill):
+            run_packed([one], places=1, say=quiet)
+    record = run(one, quiet)
+    assert record["evaluations"] == alone[0]["evaluations"]
+    assert "packed" not in record
+
+
+def test_one_fails_and_the_others_go_on(home: Path, tmp_path: Path, alone: list[dict[str, Any]]) -> None:
+    diverges = settings(home, tmp_path / "diverges", learning_rate=1e30, max_grad_norm=0.0)
+    blocked = settings(home, tmp_path / "blocked")
+    short = settings(home, tmp_path / "short", train_samples=100_000)
+    good = settings(home, tmp_path / "good", **RUNS[0])
+    with locked(tmp_path / "blocked"):
+        outcomes = run_packed([diverges, blocked, short, good], places=2, say=quiet)
+    assert "NaN" in str(outcomes[str(tmp_path / "diverges")])
+    assert "another process is running" in str(outcomes[str(tmp_path / "blocked")])
+    assert "100,000" in str(outcomes[str(tmp_path / "short")]) or "100000" in str(outcomes[str(tmp_path / "short")])
+    check_same(outcomes[str(tmp_path / "good")], alone[0])
+    assert not (tmp_path / "diverges" / "result.json").exists()
+    with locked(tmp_path / "diverges"):
+        pass
+
+
+def test_which_runs_can_share_a_pack(home: Path, tmp_path: Path) -> None:
+    folder = write_glue(tmp_path / "glue")
+
+    def key(task: str, **changes: Any) -> str:
+        data = {"task": task, "glue_dir": str(folder), "train_file": None, "dev_file": None}
+        return pack_key(settings(home, tmp_path / "out", **data, **changes))
+
+    first = key("rte")
+    assert first == key("sst2", seed=7, data_seed=3, train_samples=5, learning_rate=0.5, epochs=9)
+    assert first != key("stsb")
+    assert first != key("rte", method="lora")
+    assert first != key("rte", max_length=20)
+    assert first != key("rte", batch_size=3)
+    assert first != key("rte", precision="bf16")
+    runs = [settings(home, tmp_path / name, method=name) for name in ("lora", "adapter")]
+    with pytest.raises(RunError, match="may differ in"):
+        run_packed(runs, places=2, say=quiet)
+    with pytest.raises(RunError, match="1 place or more"):
+        run_packed([], places=0)
+    checkpointing = settings(home, tmp_path / "c", gradient_checkpointing=True)
+    outcomes = run_packed([checkpointing], places=1, say=quiet)
+    assert "gradient checkpointing" in str(outcomes[str(tmp_path / "c")])
+    assert not (tmp_path / "c").exists()
