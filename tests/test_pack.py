@@ -92,7 +92,7 @@ def compare_gradients(pack: Pack, replica: Replica, single: Any) -> None:
         torch.testing.assert_close(pack.places[name].of(flat), expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "mpnet"])
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "camembert"])
 def test_other_encoders(family: str) -> None:
     model = unipelt.inject(tiny_model(family), "unipelt-apl")
     pack = Pack(model, tokens=9)
@@ -252,7 +252,7 @@ def test_refuses_what_it_cannot_do() -> None:
     model = unipelt.inject(tiny_bert(), "lora")
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True
+            setattr(module, "gradient_checkpointing", True)  # noqa: B010  (modules declare no such attribute)
     with pytest.raises(PackError, match="gradient checkpointing"):
         Pack(model, tokens=9)
     with pytest.raises(PackError, match="kept in float32"):

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_task import save_model, write_glue
@@ -71,6 +72,7 @@ def test_runs_share_a_process(home: Path, tmp_path: Path, capsys: pytest.Capture
     assert "finished  4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_packed(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_sweep(home, tmp_path / "sweep.yaml")
     mean = "{preset: unipelt-apl, gate: {pooling: mean}}"
@@ -100,7 +102,7 @@ def prepared(home: Path, out: Path, count: int, epochs: int) -> list[RunSettings
     """Runs whose folders hold their settings, as `carry_out` leaves them to whoever starts them."""
     runs = []
     for seed in range(count):
-        values = {"task": "rte", "method": "lora", "seed": seed, "epochs": epochs, "patience": None}
+        values: dict[str, Any] = {"task": "rte", "method": "lora", "seed": seed, "epochs": epochs, "patience": None}
         values |= {"model": str(home / "model"), "glue_dir": str(home / "glue"), "train_samples": 16, "dev_samples": 8}
         values |= {"max_length": 16, "threads": 1, "device": "cpu", "output_dir": str(out / str(seed))}
         settings = RunSettings(**values)
@@ -131,6 +133,7 @@ def children() -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_a_process_that_dies_fails_its_runs(home: Path, tmp_path: Path) -> None:
     runs, start, stop = prepared(home, tmp_path, 2, epochs=5000), in_packs(2), threading.Event()
@@ -149,6 +152,7 @@ def test_a_process_that_dies_fails_its_runs(home: Path, tmp_path: Path) -> None:
             assert not (Path(str(settings.output_dir)) / RESULT).exists()
 
 
+@pytest.mark.slow
 def test_gives_up_when_told_to(home: Path, tmp_path: Path) -> None:
     runs, start, stop = prepared(home, tmp_path, 3, epochs=5000), in_packs(2), threading.Event()
     with ThreadPoolExecutor(3) as pool:
@@ -163,6 +167,7 @@ def test_gives_up_when_told_to(home: Path, tmp_path: Path) -> None:
                 future.result(60)
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_does(home: Path, tmp_path: Path) -> None:
     (settings,) = prepared(home, tmp_path, 1, epochs=1)
     with locked(tmp_path / "0"), pytest.raises(Busy):

@@ -91,7 +91,7 @@ def test_each_ends_as_by_itself(home: Path, tmp_path: Path, alone: list[dict[str
     runs = [settings(home, tmp_path / str(index), **changes) for index, changes in enumerate(RUNS)]
     lines: list[str] = []
     outcomes = run_packed(runs, places=2, say=lines.append)
-    assert list(outcomes)[0] == str(tmp_path / "0"), "it stops early, and the third takes its place"
+    assert next(iter(outcomes)) == str(tmp_path / "0"), "it stops early, and the third takes its place"
     for index, expected in enumerate(alone):
         folder = tmp_path / str(index)
         check_same(outcomes[str(folder)], expected)
