@@ -40,7 +40,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     sweep = read_sweep(arguments.config, narrow, override)
     workers, start = arguments.workers or 1, None
     if arguments.pack > 1:
-        from unipelt.packing import by_pack, in_packs
+        from unipelt.sweep.packs import by_pack, in_packs
 
         sweep, start = by_pack(sweep), in_packs(arguments.pack, workers)
         workers *= arguments.pack

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import inspect
 import json
 import math
 import time
@@ -38,11 +37,12 @@ from transformers import (
 
 from unipelt.checkpoint import write_whole
 from unipelt.glue import folder as place
+from unipelt.glue.batches import Batches, default_tokens, pack_rows, pack_tokens
 from unipelt.glue.folder import Progress
 from unipelt.glue.job import Job, RunError, prepare
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.result import RESULT, summary
-from unipelt.glue.run import finish, make_trainer
+from unipelt.glue.run import evaluated, finish, make_trainer
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
 from unipelt.pack import Pack, PackError, Replica, kept_values, losses
@@ -166,6 +166,8 @@ class _Seat:
         best: what the replica was after the best epoch, (N,).
         waited: evaluations since then.
         losses: of the steps of this epoch, (R,) each, and which of them is this run's.
+        dev: the dev set, (rows, T) and `labels` (rows,), longest texts first, on the pack's device.
+        lengths: tokens of each of its rows.
         saved: when the last checkpoint was written.
     """
 
@@ -184,7 +186,8 @@ class _Seat:
     best: Tensor
     waited: int = 0
     losses: list[tuple[Tensor, int]] = field(default_factory=list)
-    dev: list[dict[str, Tensor]] = field(default_factory=list)
+    dev: dict[str, Tensor] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
     clock: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
     batches: Iterator[dict[str, Tensor]] | None = None
@@ -348,7 +351,7 @@ def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[s
             host.train()
         _share_base(job.model, pack.model)
         progress = place.begin(settings, folder)
-        trainer = make_trainer(job, folder)
+        trainer = make_trainer(job, folder, evaluated(job, "dev"))
         loader = trainer.get_train_dataloader()
         replica = pack.add(kept_values(job.model))
         try:
@@ -365,7 +368,7 @@ def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[s
             place.remove_checkpoints(folder, digest=_digest(job))
             if last is not None:
                 seat.restore(last)
-            seat.dev = _dev_batches(job)
+            seat.dev, seat.lengths = _dev_set(job, pack.device)
         except BaseException:
             pack.remove(replica)
             raise
@@ -400,14 +403,11 @@ def _optimizer(replica: Replica, trainer: Trainer, steps_an_epoch: int) -> tuple
     return optimizer, get_linear_schedule_with_warmup(optimizer, arguments.get_warmup_steps(steps), steps), steps
 
 
-def _dev_batches(job: Job) -> list[dict[str, Tensor]]:
-    """The dev set, longest texts first, in batches."""
+def _dev_set(job: Job, device: torch.device) -> tuple[dict[str, Tensor], list[int]]:
+    """The dev set, padded once to its longest text, and the tokens of each row."""
     rows = job.splits["dev"]
-    taken = (*inspect.signature(job.model.forward).parameters, "label")  # as the trainer chooses them
-    columns = [name for name in rows.column_names if name in taken]
-    collate, size = DataCollatorWithPadding(job.tokenizer), job.settings.eval_batch_size
-    examples = [dict(row) for row in rows.select_columns(columns)]
-    return [dict(collate(examples[start : start + size])) for start in range(0, len(examples), size)]
+    whole = Batches(rows, [range(len(rows))], DataCollatorWithPadding(job.tokenizer), job.model)[0]
+    return {name: tensor.to(device) for name, tensor in whole.items()}, [len(ids) for ids in rows["input_ids"]]
 
 
 def _step(pack: Pack, seats: Sequence[_Seat]) -> None:
@@ -432,14 +432,21 @@ def _evaluate(pack: Pack, seats: Sequence[_Seat]) -> dict[_Seat, Exception]:
     for seat in seats:
         seat.spend("train")
     pack.model.eval()
-    for index in range(max(len(seat.dev) for seat in seats)):
-        here = [seat for seat in seats if index < len(seat.dev)]
-        batch, real = _join([seat.dev[index] for seat in here], here)
+    for rows in _cut(seats):
+        here = [seat for seat in seats if rows.start < len(seat.lengths)]
+        tokens = max(seat.lengths[rows.start] for seat in here)
+        parts = []
+        for seat in here:
+            rest = slice(rows.start, rows.stop)
+            cut = {name: tensor[rest] for name, tensor in seat.dev.items()}
+            parts.append({name: tensor if name == "labels" else tensor[:, :tokens] for name, tensor in cut.items()})
+        batch, _ = _join(parts, here)
         labels = batch.pop("labels")
         with torch.no_grad(), _precision(here[0].job):
             logits = pack(batch, [seat.replica for seat in here]).float()
         for row, seat in enumerate(here):
-            found[seat].append((logits[row, real[row]], labels[row, real[row]]))
+            count = len(parts[row]["labels"])
+            found[seat].append((logits[row, :count], labels[row, :count]))
     pack.model.train()
     failures: dict[_Seat, Exception] = {}
     for seat, parts in found.items():
@@ -451,6 +458,19 @@ def _evaluate(pack: Pack, seats: Sequence[_Seat]) -> dict[_Seat, Exception]:
         except Exception as error:
             failures[seat] = error
     return failures
+
+
+def _cut(seats: Sequence[_Seat]) -> list[range]:
+    """The batches in which dev sets are evaluated together: rows of each, the same for all."""
+    job = seats[0].job
+    count = max(len(seat.lengths) for seat in seats)
+    if job.settings.eval_tokens == 0:
+        return pack_rows(count, job.settings.eval_batch_size)
+    budget = job.settings.eval_tokens or default_tokens(job.device)
+    if job.device == "cpu":  # what stays in its cache
+        budget = max(1, budget // len(seats))
+    longest = [max(seat.lengths[row] for seat in seats if row < len(seat.lengths)) for row in range(count)]
+    return pack_tokens(longest, budget)
 
 
 def _precision(job: Job) -> contextlib.AbstractContextManager[Any]:
@@ -471,6 +491,7 @@ def _join(batches: Sequence[Mapping[str, Tensor]], seats: Sequence[_Seat]) -> tu
         and not a repetition that fills the batch.
     """
     job, device = seats[0].job, seats[0].pack.device
+    here = batches[0]["labels"].device
     padding = {"input_ids": job.tokenizer.pad_token_id, "token_type_ids": job.tokenizer.pad_token_type_id}
     rows = max(len(batch["labels"]) for batch in batches)
     tokens = max(batch["input_ids"].shape[1] for batch in batches)
@@ -478,7 +499,7 @@ def _join(batches: Sequence[Mapping[str, Tensor]], seats: Sequence[_Seat]) -> tu
     joined: dict[str, Tensor] = {}
     for name, first in batches[0].items():
         shape = (len(batches), rows) if name == "labels" else (len(batches), rows, tokens)
-        joined[name] = torch.full(shape, padding.get(name, 0), dtype=first.dtype)
+        joined[name] = torch.full(shape, padding.get(name, 0), dtype=first.dtype, device=here)
     for index, batch in enumerate(batches):
         count = len(batch["labels"])
         real[index, :count] = True

@@ -1,7 +1,7 @@
 """Runs of a sweep in processes that do several at once (`unipelt.glue.packed`).
 
 `in_packs` starts runs for `unipelt.sweep.carry_out`, which keeps its claims, logs and failures as for any run. A pack
-is a process (`python -m unipelt.packing PLACES`) that is told of runs as places become free:
+is a process (`python -m unipelt.sweep.packs PLACES`) that is told of runs as places become free:
 
     its standard input    the path of a run's settings.json, a line each; the end of the pipe is the end of the process
     its standard output   {"folder": ..., "error": one line or null, "busy": whether another process does it}
@@ -29,7 +29,7 @@ from typing import IO, Any
 from unipelt.glue.folder import LockedError
 from unipelt.glue.packed import pack_key, train
 from unipelt.glue.settings import RunSettings
-from unipelt.sweep import LOG, SETTINGS, Busy, Sweep
+from unipelt.sweep import LOG, SETTINGS, Busy, Sweep, read_settings
 
 IDLE_SECONDS = 5.0
 """How long a pack without runs waits for the next one before it ends."""
@@ -145,7 +145,7 @@ def _open(key: str, places: int, packs: int) -> _Pack:
     defaults |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // packs))} if packs > 1 else {}
     printed = tempfile.TemporaryFile()  # noqa: SIM115  (closed by whoever reads it, when the process has ended)
     process = subprocess.Popen(
-        [sys.executable, "-m", "unipelt.packing", str(places)],
+        [sys.executable, "-m", "unipelt.sweep.packs", str(places)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=printed,
@@ -204,12 +204,10 @@ def _main(places: int) -> int:
             if not line:
                 ended = True
                 break
-            path = Path(line)
             try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-                new.append(RunSettings(**{**values, "output_dir": str(path.parent)}))
+                new.append(read_settings(Path(line)))
             except (ValueError, OSError, TypeError) as error:
-                answer(str(path.parent), _line(error))
+                answer(str(Path(line).parent), _line(error))
         return new
 
     def done(settings: RunSettings, outcome: dict[str, Any] | Exception) -> None:

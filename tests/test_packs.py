@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 from tiny_task import save_model, write_glue
 
-from unipelt import packing
 from unipelt.command import main
 from unipelt.glue.folder import locked
 from unipelt.glue.result import RESULT, read_result
 from unipelt.glue.settings import RunSettings
-from unipelt.packing import by_pack, in_packs
-from unipelt.sweep import FAILURE, LOG, SETTINGS, Busy, read_sweep, run_folder
+from unipelt.sweep import FAILURE, LOG, SETTINGS, Busy, packs, read_sweep, run_folder
+from unipelt.sweep.packs import by_pack, in_packs
 
 SWEEP = """
 model: {home}/model
@@ -42,7 +41,7 @@ grid:
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
-    monkeypatch.setattr(packing, "_PAUSE", 0.05)
+    monkeypatch.setattr(packs, "_PAUSE", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def children() -> list[int]:
             command = path.with_name("cmdline").read_bytes()
         except OSError:
             continue
-        if int(words[1]) == os.getpid() and b"unipelt.packing" in command:
+        if int(words[1]) == os.getpid() and b"unipelt.sweep.packs" in command:
             found.append(int(path.parent.name))
     return found
 
