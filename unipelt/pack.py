@@ -8,7 +8,6 @@ Shapes: R replicas, B examples of each, T tokens, C outputs of the head, N numbe
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -237,7 +236,7 @@ def losses(logits: Tensor, labels: Tensor, real: Tensor) -> Tensor:
 class _FoldAttention(torch.autograd.Function):
     """Fused attention of replicas as one call: they are folded into the batch.
 
-    On a CPU the fused kernel has no batching rule, and `vmap` would call it once a replica, and warn.
+    Not every fused kernel has a batching rule: on a CPU `vmap` would call it once a replica, and warn.
     """
 
     @staticmethod
@@ -283,8 +282,7 @@ def _fold(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = 
 def _forward(model: PreTrainedModel, stack: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
     """Logits (R, B, C) of the replicas in `stack`, each parameter (R, ...), on a batch of (R, B, T)."""
     batch = {**batch, "attention_mask": _ready_mask(batch["attention_mask"], model)}
-    folding = _Folding() if model.device.type == "cpu" else contextlib.nullcontext()
-    with folding:
+    with _Folding():
         return torch.vmap(partial(_logits, model), randomness="different")(dict(stack), batch)
 
 

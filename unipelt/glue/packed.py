@@ -194,14 +194,17 @@ class _Seat:
 
     @property
     def steps_an_epoch(self) -> int:
+        """The last, which may be smaller, included."""
         return len(self.loader)
 
     @property
     def epoch_is_over(self) -> bool:
+        """Whether an evaluation is due."""
         return self.state.global_step % self.steps_an_epoch == 0
 
     @property
     def ended(self) -> bool:
+        """Whether training is at its end, or stopped early."""
         patience = self.job.settings.patience
         stopped = patience is not None and self.waited >= patience
         return self.state.global_step > 0 and (stopped or self.state.global_step == self.state.max_steps)
@@ -352,7 +355,8 @@ def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[s
         _share_base(job.model, pack.model)
         progress = place.begin(settings, folder)
         trainer = make_trainer(job, folder, evaluated(job, "dev"))
-        loader = trainer.get_train_dataloader()
+        loader: Any = trainer.get_train_dataloader()
+        loader.device = None  # batches go to the GPU when they have been joined
         replica = pack.add(kept_values(job.model))
         try:
             optimizer, scheduler, steps = _optimizer(replica, trainer, len(loader))
@@ -435,17 +439,16 @@ def _evaluate(pack: Pack, seats: Sequence[_Seat]) -> dict[_Seat, Exception]:
     for rows in _cut(seats):
         here = [seat for seat in seats if rows.start < len(seat.lengths)]
         tokens = max(seat.lengths[rows.start] for seat in here)
-        parts = []
+        cuts = []
         for seat in here:
-            rest = slice(rows.start, rows.stop)
-            cut = {name: tensor[rest] for name, tensor in seat.dev.items()}
-            parts.append({name: tensor if name == "labels" else tensor[:, :tokens] for name, tensor in cut.items()})
-        batch, _ = _join(parts, here)
+            cut = {name: tensor[rows.start : rows.stop] for name, tensor in seat.dev.items()}
+            cuts.append({name: tensor if name == "labels" else tensor[:, :tokens] for name, tensor in cut.items()})
+        batch, _ = _join(cuts, here)
         labels = batch.pop("labels")
         with torch.no_grad(), _precision(here[0].job):
             logits = pack(batch, [seat.replica for seat in here]).float()
         for row, seat in enumerate(here):
-            count = len(parts[row]["labels"])
+            count = len(cuts[row]["labels"])
             found[seat].append((logits[row, :count], labels[row, :count]))
     pack.model.train()
     failures: dict[_Seat, Exception] = {}
@@ -453,7 +456,7 @@ def _evaluate(pack: Pack, seats: Sequence[_Seat]) -> dict[_Seat, Exception]:
         try:
             seat.judge(torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts]))
             seat.spend("evaluation")
-            if seat.ended or time.monotonic() - seat.saved >= CHECKPOINT_SECONDS:
+            if time.monotonic() - seat.saved >= CHECKPOINT_SECONDS:
                 seat.save()
         except Exception as error:
             failures[seat] = error
@@ -507,4 +510,6 @@ def _join(batches: Sequence[Mapping[str, Tensor]], seats: Sequence[_Seat]) -> tu
             space = joined[name][index] if name == "labels" else joined[name][index, :, : tensor.shape[1]]
             space[:count] = tensor
             space[count:] = tensor[0]
+    if device.type == "cuda" and here.type == "cpu":
+        joined = {name: tensor.pin_memory() for name, tensor in joined.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in joined.items()}, real.to(device)
