@@ -146,7 +146,7 @@ class Pack:
     def remove(self, replica: Replica) -> None:
         """Free a replica's place; what it kept stays readable. The others go on as they are."""
         gone = next(index for index, other in enumerate(self.replicas) if other is replica)
-        replica.row = replica.row.clone()
+        replica.row = replica.row.clone()  # or it would keep all rows in memory
         for leaf in replica.parameters:
             leaf.data, leaf.grad = leaf.data.clone(), None
         self._rows = torch.cat([self._rows[:gone], self._rows[gone + 1 :]])
