@@ -128,9 +128,11 @@ def make(method: Any) -> Any:
     return model
 
 
-def gradients(model: Any, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(model: Any, *batches: dict[str, Tensor], call: Any = None) -> dict[str, Tensor]:
+    """Of the summed losses, one backward pass behind all forward passes."""
     model.zero_grad()
-    total = torch.stack([model(**given, labels=LABELS).loss for given in batches or (tiny_batch(),)]).sum()
+    call = model if call is None else call
+    total = torch.stack([call(**given, labels=LABELS).loss for given in batches or (tiny_batch(),)]).sum()
     total.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -283,20 +285,25 @@ def test_token_weights_of_one_mask_for_several_batches() -> None:
 # torch.compile
 
 
-def test_lengths_do_not_compile_for_ever() -> None:
-    """The second length makes the graph one for all lengths."""
-    model = make(SCALE)
+@pytest.mark.parametrize("training", [False, True])
+def test_lengths_do_not_compile_for_ever(training: bool) -> None:
+    """The second length makes the graph one for all lengths, forward and backward."""
+    model = make(SCALE).train(training)
     graphs: list[nn.Module] = []
 
-    def backend(graph: Any, inputs: Any) -> Any:
+    def count(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
         return graph
 
     torch._dynamo.reset()
-    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        for tokens in (9, 12, 15, 20, 31):
-            given = tiny_batch(lengths=(5, tokens, 7), tokens=tokens)
-            torch.testing.assert_close(compiled(**given).logits, model(**given).logits, atol=1e-5, rtol=0)
+    compiled: Any = torch.compile(model, backend=count, fullgraph=True)
+    for tokens in (9, 12, 15, 20, 31):
+        given = tiny_batch(lengths=(5, tokens, 7), tokens=tokens)
+        if training:
+            want = gradients(model, given)
+            assert_close(gradients(model, given, call=compiled), want)
+        else:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(**given).logits, model(**given).logits, atol=1e-5, rtol=0)
     torch._dynamo.reset()
     assert len(graphs) <= 2
