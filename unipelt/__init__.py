@@ -12,6 +12,7 @@ from unipelt.config import (
     resolve,
 )
 from unipelt.families import Attention, Family, Stack, register_family
+from unipelt.fold import FoldedGate, FoldError, FoldReport, fold
 from unipelt.inject import InjectionError, inject, remove
 from unipelt.parameters import ParameterCounts, parameter_counts
 from unipelt.record import GateRecord, record_gates
@@ -26,6 +27,9 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Family",
+    "FoldError",
+    "FoldReport",
+    "FoldedGate",
     "GateConfig",
     "GateRecord",
     "InjectionError",
@@ -34,6 +38,7 @@ __all__ = [
     "PrefixConfig",
     "Stack",
     "UniPELTConfig",
+    "fold",
     "from_pretrained",
     "inject",
     "load",

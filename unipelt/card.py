@@ -17,7 +17,7 @@ def model_card(config: UniPELTConfig, counts: ParameterCounts, manifest: Mapping
     metadata = ["---", "library_name: unipelt", "tags:", "- unipelt", "- parameter-efficient-tuning"]
     if on_hub:
         metadata.insert(2, f"base_model: {name}")
-    deployed = "deployed form" if manifest["deployed"] else "as trained"
+    deployed = "folded" if "folded" in manifest else "deployed form" if manifest["deployed"] else "as trained"
     return "\n".join(
         [
             *metadata,

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from unipelt.card import model_card
 from unipelt.config import ConfigError, UniPELTConfig, read_mapping
+from unipelt.fold import Constants, FoldError, fold_constants
 from unipelt.inject import InjectionError, _inject, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.prefix import Prefix, PrefixNetwork
@@ -56,7 +57,8 @@ def save(
         folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
             manifest, which holds the weights' SHA-256, last.
         deploy: fold the prefix's reparameterisation network away. The logits stay the same; the prefix is smaller
-            and, if it is trained further, it is trained directly.
+            and, if it is trained further, it is trained directly. A folded model is saved as what it was folded
+            from, in this form, with the gates' constants: loading folds again.
         state_dict: the model's whole state dict, where it had to be gathered from several processes.
 
     Returns:
@@ -88,6 +90,8 @@ def save(
         "base": _describe_base(model, whole),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }
+    if injection.folded is not None:
+        manifest["folded"] = injection.folded.constants
     text = json.dumps(manifest, indent=2) + "\n"
     # The manifest decides: until it is replaced the old weights are the checkpoint, from then on the new ones are,
     # under their first name or the last. So whatever breaks off in between, one of the two is there whole.
@@ -141,8 +145,12 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 places[name].copy_(tensor)
-    except BaseException:
+        if manifest["folded"] is not None:
+            fold_constants(model, manifest["folded"])
+    except BaseException as error:
         remove(model)
+        if isinstance(error, FoldError):
+            raise CheckpointError(f"the checkpoint in {folder} cannot be folded again: {error}") from error
         raise
     return model
 
@@ -205,7 +213,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, deploy: bool) -> dict[str, Tensor]:
-    tensors = {name: whole[name] for name in kept_names(model)}
+    folded = injection_of(model).folded
+    tensors = {name: whole[name] for name in kept_names(model)} | dict(folded.tensors if folded else {})
     if deploy:
         networks = {module: path for path, module in model.named_modules() if isinstance(module, PrefixNetwork)}
         prefixes = {}
@@ -231,7 +240,7 @@ def _describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[
     name = model.config._name_or_path
     # FSDP2 puts a class of its own in front of the model's
     cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
-    known: Mapping[str, Tensor] = injection.originals
+    known: Mapping[str, Tensor] = injection.before
     if any(_is_sharded(parameter) for parameter in model.parameters()):
         known = {**whole, **known}
     return {
@@ -295,7 +304,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ConfigError(f"format must be {FORMAT}, not {raw.get('format')!r}; a newer unipelt may read it")
         base = _typed(raw, "base", dict)
         found = _typed(base, "fingerprint", dict)
-        _only(raw, ("format", "unipelt", "deployed", "head", "unfrozen", "base", "weights"), "")
+        _only(raw, ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "base", "weights"), "")
         _only(base, ("class", "name_or_path", "revision", "config", "fingerprint"), "base.")
         head, unfrozen = _names(raw, "head"), _names(raw, "unfrozen")
         if base.get("revision") is not None:
@@ -306,6 +315,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         manifest = {
             "unipelt": UniPELTConfig.from_dict(_typed(raw, "unipelt", dict)),
             "deployed": _typed(raw, "deployed", bool),
+            "folded": _constants(raw) if "folded" in raw else None,
             "head": head,
             "unfrozen": unfrozen,
             "base": {
@@ -344,6 +354,18 @@ def _names(values: Mapping[str, Any], key: str) -> list[str]:
     if not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{key} must be a list of names, not {names!r}")
     return names
+
+
+def _constants(values: Mapping[str, Any]) -> Constants:
+    """The constants that gates were folded to; that the gates are there is checked on the model."""
+    folded: dict[str, Any] = _typed(values, "folded", dict)
+    for path in folded:
+        for name, constant in _typed(folded, path, dict).items():
+            if constant is not None and not (type(constant) in (int, float) and 0 < constant <= 1):
+                raise ConfigError(
+                    f"folded: {name!r} at {path!r} must be above 0 and at most 1, or null, not {constant!r}"
+                )
+    return folded
 
 
 def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:

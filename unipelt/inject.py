@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,16 @@ def inject(
 def remove(model: PreTrainedModel) -> PreTrainedModel:
     """Take everything out again: the model as it was before `inject`, bit for bit, in place.
 
-    Parameters of the model's own that trained (the head, biases, with `train_base` every weight) get back the
-    values that they had. Raises `ValueError` if nothing was injected.
+    Parameters of the model's own that trained (the head, biases, with `train_base` every weight), or that low-rank
+    terms were merged into (`unipelt.fold`), get back the values that they had. Raises `ValueError` if nothing was
+    injected.
     """
     injection = injection_of(model)
+    before = injection.before
     _strip(model)
     for name, parameter in model.named_parameters():
-        if name in injection.originals:
-            parameter.data.copy_(injection.originals[name])
+        if name in before:
+            parameter.data.copy_(before[name])
         parameter.grad = None
         parameter.requires_grad_(injection.required_grad[name])
     return model
@@ -315,6 +317,24 @@ def _awake(value: Any) -> Any:
     return value.detach().requires_grad_(True)
 
 
+def refuse_training(model: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a folded model."""
+    if model.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a folded model does not train: its gates are constants and its low-rank terms are in the weights; call "
+            "model.eval() to use it, or train the model that it was folded from"
+        )
+
+
+def drop_hooks(module: Any, dropped: Collection[Callable[..., Any]]) -> None:
+    """Take those hooks off a module's forward."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in dropped]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+
+
 REPLACED = ("_keys_to_ignore_on_save", "save_pretrained")
 HOOKS = (
     enter_attention,
@@ -325,6 +345,7 @@ HOOKS = (
     adapt_output,
     enter_stack,
     leave_stack,
+    refuse_training,
     _wake_input,
     _wake_output,
 )
@@ -338,10 +359,7 @@ def _strip(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, (Adapter, Gates, LoRA, Prefix, PrefixNetwork)):
             continue
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in HOOKS]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        drop_hooks(module, HOOKS)
         for name in OURS:
             if isinstance(getattr(module, name, None), (Adapter, Gates, LoRA, Prefix, PrefixNetwork)):
                 delattr(module, name)

@@ -6,7 +6,7 @@ Our parameters are found by the type of the module that holds them, never by a p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,24 @@ from unipelt.lora import LoRA
 from unipelt.prefix import Prefix, PrefixNetwork
 
 
+@dataclass(frozen=True)
+class Folded:
+    """What `unipelt.fold` did to an injected model.
+
+    Attributes:
+        constants: path of a `Gates` module -> name of a gate -> the constant that it became; None where the gate was
+            closed and its submodule dropped.
+        tensors: what a checkpoint holds that folding changed or took away, as it was before, on the CPU.
+        weights: the pretrained weights that low-rank terms were merged into, by name, as they were before, on the CPU.
+        unfrozen: what `unfrozen_names` gave before everything was frozen.
+    """
+
+    constants: Mapping[str, Mapping[str, float | None]]
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    unfrozen: frozenset[str]
+
+
 @dataclass
 class Injection:
     """What `unipelt.inject` did to a model, kept on it as `model.unipelt_injection`.
@@ -33,6 +51,7 @@ class Injection:
         required_grad: `requires_grad` of every parameter before.
         replaced: attributes of the model itself that injection overwrote.
         originals: what pretrained parameters that train were before, on the CPU.
+        folded: what folding did; None before.
     """
 
     config: UniPELTConfig
@@ -41,6 +60,12 @@ class Injection:
     required_grad: dict[str, bool]
     replaced: dict[str, Any] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
+    folded: Folded | None = None
+
+    @property
+    def before(self) -> dict[str, Tensor]:
+        """What every pretrained parameter that training or folding changed was before, on the CPU, by name."""
+        return {**(self.folded.weights if self.folded else {}), **self.originals}
 
 
 @dataclass(frozen=True)
@@ -192,10 +217,9 @@ def kept_names(model: nn.Module) -> list[str]:
     """
     injection = injection_of(model)
     ours = {name for _, name, _ in submodule_parameters(model)}
+    also = {*injection.head, *injection.originals, *(injection.folded.unfrozen if injection.folded else ())}
     return [
-        name
-        for name, parameter in model.named_parameters()
-        if name in ours or name in injection.head or name in injection.originals or parameter.requires_grad
+        name for name, parameter in model.named_parameters() if name in ours or name in also or parameter.requires_grad
     ]
 
 
@@ -207,7 +231,10 @@ def unfrozen_names(model: nn.Module) -> set[str]:
 
 
 def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
-    """Count an injected model's parameters, trained and deployed. Raises `ValueError` if nothing was injected."""
+    """Count an injected model's parameters, trained and deployed. Raises `ValueError` if nothing was injected.
+
+    In a folded model nothing trains, and what is deployed is what is left beside the base.
+    """
     injection = injection_of(model)
     trained: Counter[str] = Counter()
     deployed: Counter[str] = Counter()
@@ -239,8 +266,10 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
             trained[part] += parameter.numel()
             deployed[part] += parameter.numel()
     in_gates = sum(gates.values())
+    if injection.folded is not None:
+        trained.clear()
     return ParameterCounts(
-        trained=sum(trained.values()) + in_gates,
+        trained=sum(trained.values()) + in_gates if injection.folded is None else 0,
         deployed=sum(deployed.values()) + in_gates,
         head=head,
         base=base,

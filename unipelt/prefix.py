@@ -122,6 +122,8 @@ class Prefix(nn.Module):
         keys_values: (2, L, W), the parameter that remains when the network has been folded away; else None.
         gate: brings the gate of the pass, (B, 1) or (B, T), from the attention; None without.
         gating: `scale` or `mass`.
+        mass: what is added to the prefix's attention logits, `log c` where a gate that acts through the mass became
+            the constant c (`unipelt.fold`); else 0.
     """
 
     keys_values: nn.Parameter | None
@@ -143,6 +145,7 @@ class Prefix(nn.Module):
         self.length = config.length
         self.gate = Slot() if config.gate else None
         self.gating: str = "mass" if causal else config.gating
+        self.mass = 0.0
         self.network: tuple[PrefixNetwork, ...] = () if network is None else (network,)
         self.keys_values = None
         if network is None:
@@ -182,6 +185,10 @@ class Prefix(nn.Module):
         """
         if gate is not None and self.gating == "mass":
             return _with_mass(gate.to(dtype), mask, tokens, self.length)
+        if self.mass:
+            if mask is None:
+                mask = torch.zeros(1, 1, 1, tokens, dtype=dtype, device=self().device)
+            return _with_columns(mask, dtype, self.length, self.mass)
         if mask is None:
             return None
         return once(mask, ("prefix", self.length, dtype), lambda: _with_columns(mask, dtype, self.length))
@@ -189,14 +196,15 @@ class Prefix(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         form = "deployed" if self.keys_values is not None else f"part {self.index} of {self.source}"
-        return f"length={self.length}, {form}, gating={self.gating if self.gate else 'none'}"
+        gating = self.gating if self.gate else f"constant, log g = {self.mass:.3f}" if self.mass else "none"
+        return f"length={self.length}, {form}, gating={gating}"
 
 
-def _with_columns(mask: Tensor, dtype: torch.dtype, length: int) -> Tensor:
-    """An additive mask with `length` open columns in front."""
+def _with_columns(mask: Tensor, dtype: torch.dtype, length: int, mass: float = 0.0) -> Tensor:
+    """An additive mask with `length` open columns in front, whose keys weigh exp(mass) times as much."""
     if mask.dtype == torch.bool:  # sdpa does just this with it, but in every layer anew
         mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    return nn.functional.pad(mask, (length, 0))
+    return nn.functional.pad(mask, (length, 0), value=mass)
 
 
 def _with_mass(gate: Tensor, mask: Tensor | None, tokens: int, length: int) -> Tensor:

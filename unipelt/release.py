@@ -111,6 +111,8 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
     """The release's name of every parameter of an injected BERT; an adapter's name is a star."""
     if model.config.model_type != "bert":
         raise CheckpointError(f"the release gates BERT only, and this is a {model.config.model_type!r} model")
+    if injection_of(model).folded is not None:
+        raise CheckpointError("this model is folded, and the release knows only gates and terms of their own")
     if injection_of(model).deployed:
         raise CheckpointError("the release saves the prefix's network, which this deployed model no longer has")
     places: dict[str, _Place] = {}
