@@ -1,4 +1,7 @@
-"""The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them."""
+"""The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them.
+
+`unipelt fold DIR` folds the model of one.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,14 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _fold(arguments: argparse.Namespace) -> int:
+    from unipelt.glue.folding import fold_run
+
+    given = {name: getattr(arguments, name) for name in ("out", "tolerance", "closed", "rounds")}
+    fold_run(arguments.folder, say=lambda line: print(line, flush=True), **given)
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ValueError(message)
@@ -80,8 +91,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from unipelt.glue.settings import RunSettings
 
-    parser = _Parser(prog="unipelt", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="sweep|report")
+    parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="sweep|report|fold")
 
     sweep = commands.add_parser(
         "sweep",
@@ -122,4 +133,22 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(do=_report)
     report.add_argument("folder", metavar="DIR", help="folder of the runs")
     report.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
+
+    folding = commands.add_parser(
+        "fold",
+        help="make nearly constant gates of a finished run constants",
+        description="Fold the model of a finished run on its dev set (unipelt.fold), compare scores, logits and time "
+        "on its test set, and write the folded model.",
+        allow_abbrev=False,
+    )
+    folding.set_defaults(do=_fold)
+    folding.add_argument("folder", metavar="DIR", help="folder of the run")
+    folding.add_argument("--out", metavar="DIR", help="new folder of the folded model [DIR/folded]")
+    folding.add_argument(
+        "--tolerance", type=float, metavar="X", help="largest standard deviation of a constant gate [0.05]"
+    )
+    folding.add_argument(
+        "--closed", type=float, metavar="X", help="a constant gate below this goes, and its submodule [0.01]"
+    )
+    folding.add_argument("--rounds", type=int, default=7, metavar="N", help="how often the time is taken [7]")
     return parser

@@ -26,6 +26,7 @@ except ImportError:  # not on every system; there, two runs in one folder are no
     fcntl = None  # type: ignore[assignment]
 
 MODEL = "model"
+FOLDED = "folded"
 PICTURE = "gates.png"
 PREDICTIONS = "predictions"
 CHECKPOINTS = "checkpoints"
@@ -127,7 +128,7 @@ def begin(settings: RunSettings, folder: Path) -> Progress:
         (folder / RESULT).unlink(missing_ok=True)
         for checkpoint in _checkpoints(folder):
             _remove_checkpoint(checkpoint)
-    for name in (MODEL, PREDICTIONS):
+    for name in (MODEL, PREDICTIONS, FOLDED):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # drafts of an attempt that was killed
         for path in folder.glob(name):
