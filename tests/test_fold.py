@@ -21,7 +21,11 @@ from unipelt.gate import Gates
 from unipelt.lora import LoRA
 from unipelt.prefix import PrefixNetwork
 
-SMALL = {"adapter": {"bottleneck": 6}, "prefix": {"length": 4, "hidden": 10}, "lora": {"rank": 3, "alpha": 5.0}}
+SMALL: dict[str, dict[str, Any]] = {
+    "adapter": {"bottleneck": 6},
+    "prefix": {"length": 4, "hidden": 10},
+    "lora": {"rank": 3, "alpha": 5.0},
+}
 FAMILIES = ["bert", "bart", "gpt2", "t5", "llama", "mpnet", "albert", "modernbert", "gpt_neox", "deberta"]
 
 
@@ -205,7 +209,7 @@ def test_a_decoder_behind_an_encoder_has_its_own_padding() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    model = unipelt.inject(tiny_model("bert").to(dtype), config("bert", adapter=None, prefix=None))
+    model: Any = unipelt.inject(tiny_model("bert").to(dtype), config("bert", adapter=None, prefix=None))
     shake(model)
     hold(model, by_name)
     projection: Any = model.bert.encoder.layer[0].attention.self.value
@@ -216,6 +220,18 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     report = unipelt.fold(model, batches(), tolerance=1e-2)
     constant = next(gate.mean for gate in report.gates if gate.name == "lora_value")
     assert torch.equal(projection.weight, (weight + constant * (B @ A)).to(dtype))
+
+
+def test_autocast_does_not_reach_what_is_folded(tmp_path: Path) -> None:
+    model = trained()
+    hold(model, by_name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        unipelt.fold(model, batches(), tolerance=1e-2)
+    unipelt.save(model, tmp_path)
+    loaded = unipelt.load(unipelt.remove(copy.deepcopy(model)), tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+    for (name, weight), other in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(weight, other), name
 
 
 def test_terms_without_gates_are_merged_without_data() -> None:
@@ -278,7 +294,7 @@ def test_remove_gives_the_base_again(family: str) -> None:
 
 def test_what_trained_of_the_base_is_kept(tmp_path: Path) -> None:
     """BitFit's biases, and a projection that the caller trained besides, into which a term is merged."""
-    model = unipelt.inject(tiny_model("bert"), config("bert", bitfit=True))
+    model: Any = unipelt.inject(tiny_model("bert"), config("bert", bitfit=True))
     base = copy.deepcopy(unipelt.remove(copy.deepcopy(model)))
     model.bert.encoder.layer[1].attention.self.value.weight.requires_grad_(True)
     shake(model)

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -76,12 +76,15 @@ class FoldReport:
     Attributes:
         gates: every gate of every layer.
         examples: how many examples the gates were recorded over.
+        tolerance, closed: what was asked for.
         merged: how many low-rank terms are in the weights now, those without a gate included.
         before, after: parameter counts.
     """
 
     gates: tuple[FoldedGate, ...]
     examples: int
+    tolerance: float
+    closed: float
     merged: int
     before: ParameterCounts
     after: ParameterCounts
@@ -173,7 +176,7 @@ def fold(
         told.append(FoldedGate(gate.path, gate.name, mean, std, low, high, _outcome(gate, constant)))
     before = parameter_counts(model)
     merged = fold_constants(model, constants)
-    return FoldReport(tuple(told), examples, merged, before, parameter_counts(model))
+    return FoldReport(tuple(told), examples, tolerance, closed, merged, before, parameter_counts(model))
 
 
 def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
@@ -193,7 +196,7 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
     gates = _find_gates(model)
     settled = _settle(model, gates, constants)
     _check_weights(model, settled)
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(model):
         prefixes = _deployed_prefixes(model)
         merged, count = _merged_weights(model, settled)
         injection.folded = _remember(model, injection, constants, prefixes, merged)
@@ -328,6 +331,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
+    """What is folded is computed in its own precision, whatever the caller evaluates in."""
+    with ExitStack() as stack:
+        for kind in {"cpu", model.device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -62,8 +62,9 @@ def fold_run(
     Returns:
         What `fold.json` holds: `gates` (each with its statistics and outcome), `outcomes`, `merged` (low-rank terms),
         `parameters` (before and after), `test` (metrics by form), `changed` (by form, against the trained one: the
-        largest change of a logit, and how many predictions are others), `seconds` (by form, of the timed batches, one for each round),
-        `ratios` (by form, median over the rounds of its time to the trained form's), the run, machine and versions.
+        largest change of a logit, and how many predictions are others), `seconds` (by form, over the timed batches,
+        one for each round), `ratios` (by form, median over the rounds of its time to the trained form's), the run,
+        machine and versions.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -99,7 +100,8 @@ def fold_run(
     result = {
         "format": FORMAT,
         "run": {"digest": record["digest"], "test": record["test"]},
-        "options": options,
+        "tolerance": report.tolerance,
+        "closed": report.closed,
         "examples": report.examples,
         "gates": [asdict(gate) for gate in report.gates],
         "outcomes": report.outcomes,
