@@ -149,6 +149,25 @@ def test_closed_gates_take_their_submodules_along(family: str) -> None:
     }
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "bart", "mpnet"])
+def test_a_closed_prefix_goes_and_gates_beside_it_stay(family: str) -> None:
+    base = tiny_model(family)
+    model = unipelt.inject(
+        copy.deepcopy(base), config(family, prefix={**SMALL["prefix"], "gating": "mass"}, train_head=False)
+    )
+    shake(model, std=0.3)
+    hold(model, lambda name: 1e-7 if name.endswith("prefix") else None)
+    expected = outputs(model, family)
+    report = unipelt.fold(model, batches(family), tolerance=1e-6, closed=1e-3)
+    assert {(gate.name.endswith("prefix"), gate.outcome) for gate in report.gates} == {
+        (True, "dropped"),
+        (False, "kept"),
+    }
+    torch.testing.assert_close(outputs(model, family), expected, atol=1e-5, rtol=1e-5)
+    assert "prefix" not in report.after.deployed_submodules
+    assert_same(what_is_there(unipelt.remove(model)), what_is_there(base))
+
+
 def test_a_closed_prefix_that_takes_attention_stays() -> None:
     model = trained()
     hold(model, lambda name: 1e-4)
@@ -307,7 +326,10 @@ def test_what_trained_of_the_base_is_kept(tmp_path: Path) -> None:
     manifests = [json.loads((tmp_path / name / "unipelt.json").read_text()) for name in ("unfolded", "folded")]
     assert manifests[1].pop("folded")
     assert manifests[0] == manifests[1], "the same weights, of the same base"
+    before = copy.deepcopy(base).state_dict()
     assert torch.equal(outputs(unipelt.load(base, tmp_path / "folded")), outputs(model))
+    for name, tensor in unipelt.remove(base).state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_copies_and_the_command_to_train() -> None:

@@ -54,7 +54,7 @@ def test_a_run_is_folded_and_compared(home: Path, capsys: pytest.CaptureFixture[
     assert result["outcomes"] == {"merged": 4, "constant": 4, "dropped": 0, "kept": 0}
     assert (result["tolerance"], result["closed"], result["examples"]) == (0.2, 0.01, 24)
     assert set(result["seconds"]) == set(result["ratios"]) == {"trained", "deployed", "folded", "base"}
-    assert {len(values) for values in result["seconds"].values()} == {2}
+    assert {len(values) for values in result["seconds"].values()} == {2}, "two rounds of one batch"
     assert result["ratios"]["trained"] == 1.0
     assert "8 gates over 24 examples: 4 merged" in printed
     assert printed.rstrip().endswith(str(home / "out" / "folded"))

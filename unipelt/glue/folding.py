@@ -56,15 +56,15 @@ def fold_run(
         out: the new folder; by default `folded` in that of the run.
         tolerance: as `unipelt.fold` takes it, and by default its own.
         closed: likewise.
-        rounds: how often each form is timed, one after the other in each round.
+        rounds: how often each form is timed on each timed batch, the forms by turns.
         say: takes the lines for the reader.
 
     Returns:
         What `fold.json` holds: `gates` (each with its statistics and outcome), `outcomes`, `merged` (low-rank terms),
         `parameters` (before and after), `test` (metrics by form), `changed` (by form, against the trained one: the
-        largest change of a logit, and how many predictions are others), `seconds` (by form, over the timed batches,
-        one for each round), `ratios` (by form, median over the rounds of its time to the trained form's), the run,
-        machine and versions.
+        largest change of a logit, and how many predictions are others), `seconds` (by form, of a batch, `rounds`
+        times for each timed batch), `ratios` (by form, median of its time to the trained form's for the same batch in
+        the same round), the run, machine and versions.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -169,21 +169,27 @@ def _compare(job: Job, models: Mapping[str, PreTrainedModel], rounds: int) -> di
         for name, values in logits.items()
         if name != "trained"
     }
-    step = -(-len(batches) // TIMED_BATCHES)
-    timed = batches[::step]
-    for model in models.values():  # the first pass of a model is slower
-        _logits(job, model, timed[:1])
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, model in models.items():
-            begun = time.perf_counter()
-            _logits(job, model, timed)  # brings the logits to the CPU, so that a GPU has finished
-            seconds[name].append(time.perf_counter() - begun)
+    seconds = _times(job, models, batches[:: -(-len(batches) // TIMED_BATCHES)], rounds)
     ratios = {
         name: statistics.median(own / first for own, first in zip(values, seconds["trained"], strict=True))
         for name, values in seconds.items()
     }
     return {"test": metrics, "changed": changed, "seconds": seconds, "ratios": ratios}
+
+
+def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each form for each batch of each round, the forms by turns, each as often first as the others."""
+    names = list(models)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:  # the first pass of a model is slower
+        _logits(job, models[name], batches[:1])
+    for turn in range(rounds * len(batches)):
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            begun = time.perf_counter()
+            _logits(job, models[name], [batches[turn // rounds]])  # which brings them to the CPU: a GPU has finished
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
 
 
 def _logits(job: Job, model: PreTrainedModel, batches: Batches) -> Tensor:
