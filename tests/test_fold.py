@@ -142,6 +142,12 @@ def test_closed_gates_take_their_submodules_along(family: str) -> None:
     assert report.outcomes == {"merged": 0, "constant": 0, "dropped": len(report.gates), "kept": 0}
     assert report.after.deployed == 0
     torch.testing.assert_close(outputs(model, family), expected, atol=1e-5, rtol=1e-5)
+    hooks = [
+        {*module._forward_hooks.values(), *module._forward_pre_hooks.values()}
+        for module in model.modules()
+        if type(module).__module__.startswith(("torch", "transformers"))
+    ]
+    assert {hook.__name__ for found in hooks for hook in found} <= {"refuse_training", "_wake_input", "_wake_output"}
     kinds = ("unipelt_site", "gates", "prefix", "adapter", "lora_query", "lora_value", "unipelt_rows")
     assert not any(hasattr(module, name) for module in model.modules() for name in kinds)
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {

@@ -12,11 +12,12 @@ from unipelt.config import (
     resolve,
 )
 from unipelt.families import Attention, Family, Stack, register_family
-from unipelt.fold import FoldedGate, FoldError, FoldReport, fold
+from unipelt.fold import FoldedGate, FoldReport, fold
 from unipelt.inject import InjectionError, inject, remove
 from unipelt.parameters import ParameterCounts, parameter_counts
 from unipelt.record import GateRecord, record_gates
 from unipelt.release import load_release_state_dict, release_state_dict
+from unipelt.spread import FoldError
 
 __version__ = "0.1.0"
 

@@ -26,10 +26,11 @@ from transformers.utils import logging
 
 from unipelt.card import model_card
 from unipelt.config import ConfigError, UniPELTConfig, read_mapping
-from unipelt.fold import Constants, FoldError, fold_constants
+from unipelt.fold import Constants, fold_constants
 from unipelt.inject import InjectionError, _inject, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.prefix import Prefix, PrefixNetwork
+from unipelt.spread import FoldError
 
 WEIGHTS = "model.safetensors"
 NEXT = f"{WEIGHTS}.next"

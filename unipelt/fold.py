@@ -1,6 +1,6 @@
 """After training: gates that turned out nearly constant become constants, and what they scale is folded away.
 
-Shapes: B examples, T tokens, G gates that read the same input, N values of a gate, P parts (calls of a gate).
+Shapes: W prefix width, L prefix length.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,16 +34,13 @@ from unipelt.parameters import (
     unfrozen_names,
 )
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
+from unipelt.spread import FoldError, GatePlace, find_gates, measure_gates
 
 Outcome = Literal["merged", "constant", "dropped", "kept"]
 Constants = Mapping[str, Mapping[str, float | None]]
 """Path of a `Gates` module -> name of one of its gates -> its constant, or None where its submodule is dropped."""
 
 FOLDABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class FoldError(ValueError):
-    """A model that cannot be folded, or not so; the message says why. The model is as it was."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +158,10 @@ def fold(
     _check_arguments(tolerance, closed)
     if injection.folded is not None:
         raise FoldError("this model is folded already; to fold it otherwise, start from the model before folding")
-    gates = _find_gates(model)
+    gates = find_gates(model)
     if not gates and not any(isinstance(module, (LoRA, PrefixNetwork)) for module in model.modules()):
         raise FoldError(f"this {type(model).__name__} has nothing to fold: no gate, no LoRA, no prefix network")
-    values, examples = _measure(model, gates, batches) if gates else ({}, 0)
+    values, examples = measure_gates(model, gates, batches) if gates else ({}, 0)
     constants: dict[str, dict[str, float | None]] = {}
     told = []
     for gate in gates:
@@ -193,7 +189,7 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
         FoldError: a gate is not there, a constant is not above 0 and at most 1, or as `fold`. The model is as it was.
     """
     injection = injection_of(model)
-    gates = _find_gates(model)
+    gates = find_gates(model)
     settled = _settle(model, gates, constants)
     _check_weights(model, settled)
     with torch.no_grad(), _without_autocast(model):
@@ -219,118 +215,11 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class _Gate:
-    """A gate, and where it is.
-
-    Attributes:
-        path: of its `Gates` module.
-        row: its place there.
-        target: the submodule that it scales.
-        mask: the model's input that tells real tokens from padding in what it reads.
-    """
-
-    path: str
-    name: str
-    row: int
-    module: Gates
-    target: Any
-    mask: str
-
-
-def _find_gates(model: PreTrainedModel) -> list[_Gate]:
-    behind_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    found = []
-    for path, module in model.named_modules():
-        site: Site | None = vars(module).get("unipelt_site")
-        host: Any = module
-        if site is not None and host.gates is not None:
-            targets = [host.get_submodule(".".join(target)) for target in site.targets]
-        elif isinstance(module, (Adapter, LoRA)) and module.gates is not None:
-            targets = [module]
-        else:
-            continue
-        for row, (name, target) in enumerate(zip(host.gates.names, targets, strict=True)):
-            mask = "attention_mask"
-            if isinstance(module, LoRA):  # of cross-attention's values, which reads the other text
-                mask = "attention_mask" if behind_encoder else "encoder_attention_mask"
-            elif behind_encoder and name.startswith(("decoder.", "cross.")):
-                mask = "decoder_attention_mask"
-            found.append(_Gate(f"{path}.gates", name, row, host.gates, target, mask))
-    return found
-
-
 def _check_arguments(tolerance: float, closed: float) -> None:
     for name, value, most in (("tolerance", tolerance, math.inf), ("closed", closed, 1.0)):
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < most:
             bound = "" if most == math.inf else " and below 1"
             raise FoldError(f"{name} must be a number, 0 or above{bound}, not {value!r}")
-
-
-def _measure(
-    model: PreTrainedModel, gates: list[_Gate], batches: Iterable[Mapping[str, Any]]
-) -> tuple[dict[str, Tensor], int]:
-    """Mean, standard deviation, minimum and maximum of every gate, (4, G) by path; and the number of examples."""
-    parts: dict[str, list[Tensor]] = {gate.path: [] for gate in gates}
-    inputs: dict[str, Any] = {}
-    examples = 0
-
-    def keep(gate: _Gate, module: Any, args: Any, output: Tensor) -> None:
-        values = output if output.dim() == 3 else output.unflatten(0, (_batch_size(inputs), -1))
-        mask = inputs.get(gate.mask)
-        if values.shape[1] > 1 and isinstance(mask, Tensor) and mask.shape == values.shape[:2]:
-            values = values[mask.to(values.device).bool()]
-        parts[gate.path].append(_sums(values.flatten(0, -2).float().cpu().double()))
-
-    hooks = {gate.path: (gate.module, partial(keep, gate)) for gate in gates}
-    with _evaluating(model), _hooked(hooks.values()), torch.no_grad():
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise FoldError(f"batches must hold mappings of the model's inputs, not {type(batch).__name__}")
-            inputs = {
-                name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()
-            }
-            examples += _batch_size(inputs)
-            model(**inputs)
-    if examples < 2:
-        raise FoldError(f"how much a gate varies shows over at least two examples, and batches held {examples}")
-    if absent := [path for path, found in parts.items() if not found]:
-        raise FoldError(f"the gates at {absent[0]!r} were never computed in these batches")
-    values = {path: _spread(torch.stack(found)) for path, found in parts.items()}
-    for gate in gates:
-        if not values[gate.path][:, gate.row].isfinite().all():
-            raise FoldError(f"the gate {gate.name!r} at {gate.path!r} is not finite over these batches")
-    return values, examples
-
-
-def _batch_size(inputs: Mapping[str, Any]) -> int:
-    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1)
-
-
-def _sums(values: Tensor) -> Tensor:
-    """Number, mean, sum of squared deviations, minimum and maximum, (5, G), of values (N, G)."""
-    count, mean = values.new_full(values.shape[1:], len(values)), values.mean(dim=0)
-    return torch.stack([count, mean, (values - mean).square().sum(dim=0), values.amin(dim=0), values.amax(dim=0)])
-
-
-def _spread(parts: Tensor) -> Tensor:
-    """Mean, standard deviation, minimum and maximum, (4, G), over all parts of (P, 5, G)."""
-    count, mean, squares, low, high = parts.unbind(dim=1)
-    total = count.sum(dim=0)
-    middle = (count * mean).sum(dim=0) / total
-    variance = (squares + count * (mean - middle).square()).sum(dim=0) / total
-    return torch.stack([middle, variance.sqrt(), low.amin(dim=0), high.amax(dim=0)])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -342,17 +231,9 @@ def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _constant(gate: _Gate, mean: float, std: float, tolerance: float, closed: float) -> float | Literal["kept"] | None:
+def _constant(
+    gate: GatePlace, mean: float, std: float, tolerance: float, closed: float
+) -> float | Literal["kept"] | None:
     """What a gate becomes: a constant, None (its submodule is dropped), or that it is kept."""
     if std > tolerance:
         return "kept"
@@ -373,7 +254,7 @@ def _serves_positions(target: Any) -> bool:
     return isinstance(target, LoRA) and target.skips_ungated_calls
 
 
-def _outcome(gate: _Gate, constant: float | Literal["kept"] | None) -> Outcome:
+def _outcome(gate: GatePlace, constant: float | Literal["kept"] | None) -> Outcome:
     if constant == "kept":
         return "kept"
     if constant is None:
@@ -381,7 +262,7 @@ def _outcome(gate: _Gate, constant: float | Literal["kept"] | None) -> Outcome:
     return "merged" if isinstance(gate.target, LoRA) else "constant"
 
 
-def _settle(model: nn.Module, gates: list[_Gate], constants: Constants) -> dict[nn.Module, float | None]:
+def _settle(model: nn.Module, gates: list[GatePlace], constants: Constants) -> dict[nn.Module, float | None]:
     """The constant of every submodule that loses its gate, None if it is dropped; low-rank terms without one too."""
     known = {(gate.path, gate.name): gate.target for gate in gates}
     settled: dict[nn.Module, float | None] = {}
@@ -499,7 +380,9 @@ def _sites(model: nn.Module) -> list[tuple[Any, Site]]:
     return [(module, vars(module)["unipelt_site"]) for module in model.modules() if "unipelt_site" in vars(module)]
 
 
-def _shrink_gates(attention: Any, site: Site, gates: list[_Gate], settled: Mapping[nn.Module, float | None]) -> None:
+def _shrink_gates(
+    attention: Any, site: Site, gates: list[GatePlace], settled: Mapping[nn.Module, float | None]
+) -> None:
     """Keep the rows of an attention's gates whose submodules are not settled."""
     rows = [gate.row for gate in gates if gate.target not in settled]
     if len(rows) == len(gates):

@@ -62,9 +62,9 @@ def fold_run(
     Returns:
         What `fold.json` holds: `gates` (each with its statistics and outcome), `outcomes`, `merged` (low-rank terms),
         `parameters` (before and after), `test` (metrics by form), `changed` (by form, against the trained one: the
-        largest change of a logit, and how many predictions are others), `seconds` (by form, of a batch, `rounds`
-        times for each timed batch), `ratios` (by form, median of its time to the trained form's for the same batch in
-        the same round), the run, machine and versions.
+        `largest` change of a logit, and how many `predictions` are others, None for a regression), `seconds` (by
+        form, of a batch, `rounds` times for each timed batch), `ratios` (by form, median of its time to the trained
+        form's for the same batch in the same round), the run, machine and versions.
 
     Raises:
         FileNotFoundError: there is no finished run.
@@ -164,7 +164,9 @@ def _compare(job: Job, models: Mapping[str, PreTrainedModel], rounds: int) -> di
     changed = {
         name: {
             "largest": float((values - logits["trained"]).abs().max()),
-            "predictions": int((values.argmax(-1) != logits["trained"].argmax(-1)).sum()),
+            "predictions": None
+            if job.task.is_regression
+            else int((values.argmax(-1) != logits["trained"].argmax(-1)).sum()),
         }
         for name, values in logits.items()
         if name != "trained"
@@ -206,7 +208,7 @@ def _table(result: Mapping[str, Any], primary: str) -> list[str]:
     for name in FORMS:
         score = f"{result['test'][name][primary]:.3f}" if name in result["test"] else ""
         change = result["changed"].get(name)
-        told = f"{change['largest']:>26.2e} {change['predictions']:>12}" if change else ""
+        told = f"{change['largest']:>26.2e} {change['predictions'] or 0:>12}" if change else ""
         seconds = statistics.median(result["seconds"][name])
         lines.append(f"{name:<9} {score:>10} {seconds:>9.3f} {result['ratios'][name]:>7.3f} {told}".rstrip())
     return lines
