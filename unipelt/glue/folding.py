@@ -208,7 +208,11 @@ def _table(result: Mapping[str, Any], primary: str) -> list[str]:
     for name in FORMS:
         score = f"{result['test'][name][primary]:.3f}" if name in result["test"] else ""
         change = result["changed"].get(name)
-        told = f"{change['largest']:>26.2e} {change['predictions'] or 0:>12}" if change else ""
+        told = (
+            f"{change['largest']:>26.2e} {'' if change['predictions'] is None else change['predictions']:>12}"
+            if change
+            else ""
+        )
         seconds = statistics.median(result["seconds"][name])
         lines.append(f"{name:<9} {score:>10} {seconds:>9.3f} {result['ratios'][name]:>7.3f} {told}".rstrip())
     return lines
