@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -276,6 +278,15 @@ def paper_row(config: Any) -> dict[str, str]:
     return {metric: value for (method, metric), value in paper_costs().items() if method == name}
 
 
+def deployed(model: Any) -> Any:
+    """The model as it is deployed, without the network that its prefixes come from; the model is left alone."""
+    import unipelt
+
+    with tempfile.TemporaryDirectory() as folder:
+        unipelt.save(model, folder, deploy=True)
+        return unipelt.load(unipelt.remove(copy.deepcopy(model)), folder)
+
+
 def _rows(config: Any, settings: argparse.Namespace, notes: list[str]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Every contender with its name and description; where a wanted one cannot be had, a note."""
     import unipelt
@@ -288,6 +299,8 @@ def _rows(config: Any, settings: argparse.Namespace, notes: list[str]) -> Iterat
             raise ValueError(f"{name}: {error}") from error
         counts = asdict(unipelt.parameter_counts(contender.model))
         kept = {part: counts[part] for part in ("trained", "deployed", "head", "base")}
+        if method.prefix is not None:
+            contender.deploy(deployed(contender.model))
         yield name, contender, {**row, "config": method.to_dict(), "parameters": kept, "paper": paper_row(method)}
     if settings.peft:
         try:
@@ -390,7 +403,8 @@ def table(record: Mapping[str, Any]) -> str:
         f"{settings['tokens']} ({100 * settings['padding']:.0f} % padding), {settings['precision']}, "
         f"{'compiled' if settings['compile'] else 'eager'}, {settings['repetitions']} turns, on "
         f"{record['hardware']['gpu'] or record['hardware']['cpu']}, {record['hardware']['threads']} threads.",
-        "In square brackets the paper's, of BERT-base. Operations are ATen's without views; a training step's are of "
+        "Inference is of the deployed form. In square brackets the paper's, of BERT-base.",
+        "Operations are ATen's without views; a training step's are of "
         "forward and backward; added a layer: in a forward pass, to the model without submodules, over the layers.",
         f"Peak: {memory}.",
         *record["notes"],

@@ -91,6 +91,9 @@ class Contender:
         batch: what the model is called with; `labels` in training only.
         settings: device, precision and compile are read.
         clock: seconds that pass.
+
+    Attributes:
+        deployed: what infers: the model, or another form of it that was made for that.
     """
 
     def __init__(
@@ -107,6 +110,12 @@ class Contender:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         self.fast = torch.compile(self.model) if settings.compile else self.model
+        self.deployed = self.fast
+
+    def deploy(self, model: Any) -> None:
+        """Let another form of the model infer."""
+        model = model.to(self.settings.device).eval()
+        self.deployed = torch.compile(model) if self.settings.compile else model
 
     def learn(self, call: Any) -> None:
         """Forward and backward."""
@@ -131,7 +140,10 @@ class Contender:
         self.model.train(kind == "train")
         self._wait()
         start = self.clock()
-        (self.step if kind == "train" else self.infer)(self.fast)
+        if kind == "train":
+            self.step(self.fast)
+        else:
+            self.infer(self.deployed)
         self._wait()
         return self.clock() - start
 

@@ -161,6 +161,31 @@ def test_training_trains_and_inference_does_not() -> None:
     assert toy.linear.weight.grad is None
 
 
+def test_what_is_deployed_infers() -> None:
+    trained, small = Toy(2, 2), Toy(2, 2)
+    calls: list[str] = []
+    trained.register_forward_hook(lambda *_: calls.append("trained"))
+    small.register_forward_hook(lambda *_: calls.append("deployed"))
+    contender = measuring.Contender(trained, {"x": torch.ones(1, 2)}, settings())
+    contender.deploy(small)
+    contender.seconds("train")
+    contender.seconds("inference")
+    assert calls == ["trained", "deployed"]
+    assert not small.training
+
+
+def test_the_deployed_form_has_no_network_and_the_same_logits() -> None:
+    chosen = settings()
+    config = benchmark.make_config(chosen)
+    model = unipelt.inject(benchmark.load_model(config, chosen), "unipelt-apl").eval()
+    batch = measuring.make_batch(config, chosen)
+    small = benchmark.deployed(model)
+    assert not any("prefix_network" in name for name, _ in small.named_parameters())
+    assert any("prefix_network" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(small(**batch).logits, model(**batch).logits)
+
+
 def test_contenders_take_turns_and_the_warm_up_does_not_count() -> None:
     asked: list[tuple[str, str]] = []
 
