@@ -74,7 +74,7 @@ def load_task(task: Task, glue_dir: str | Path | None = None, with_test: bool = 
         splits += [split for split in task.official_rows if split.startswith("test")]
     if glue_dir is None:
         return _load_hub(task, splits)
-    folder = _find_folder(task, Path(glue_dir))
+    folder = find_folder(task, Path(glue_dir))
     return DatasetDict({split: _read_split(task, folder, split) for split in splits})
 
 
@@ -238,7 +238,8 @@ def _load_hub(task: Task, splits: Sequence[str]) -> DatasetDict:
 # GLUE from a folder
 
 
-def _find_folder(task: Task, root: Path) -> Path:
+def find_folder(task: Task, root: Path) -> Path:
+    """The folder of a task in that of GLUE. Raises `DataError` if there is none, or more than one."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; pass --glue_dir with a folder that holds {task.folder}/")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir())

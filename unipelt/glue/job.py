@@ -26,9 +26,10 @@ from transformers.utils import cached_file, logging
 
 import unipelt
 from unipelt.checkpoint import WEIGHTS
-from unipelt.glue.data import fingerprint, load_files, load_task, split_note
+from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
+from unipelt.glue.keep import Corpus, Kept, State, Tokens, files_in, state_of
 from unipelt.glue.metric import majority_score
-from unipelt.glue.sampling import few_shot
+from unipelt.glue.sampling import few_shot_rows
 from unipelt.glue.settings import RunSettings, locate_model
 from unipelt.glue.tasks import Task, get_task
 
@@ -63,8 +64,18 @@ class Job:
     digest: str
 
 
-def prepare(settings: RunSettings) -> Job:
-    """Load and check everything. Raises `ValueError` or `OSError` with one sentence."""
+def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
+    """Load and check everything.
+
+    Args:
+        settings: of the run.
+        kept: what runs before it in this process left, and where this one leaves what the next can use. The job is
+            the same with and without.
+
+    Raises:
+        ValueError, OSError: it cannot start; one sentence says why.
+    """
+    kept = Kept() if kept is None else kept
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
             "a run trains in one process, and WORLD_SIZE is above 1; start it with python, and several runs side by "
@@ -74,23 +85,25 @@ def prepare(settings: RunSettings) -> Job:
         raise RunError("device is cuda, and PyTorch finds no GPU; use --device cpu")
     device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     _check_folder(Path(str(settings.output_dir)))
-    task, splits, notes = _load_data(settings)
-    data = {name: {"rows": len(split), "sha256": fingerprint(split)} for name, split in splits.items()}
-    majority = majority_score(task, splits["train"]["label"], splits["test"]["label"])
+    corpus = _load_data(settings, kept)
+    task = corpus.task
+    parts, notes = _choose_parts(settings, corpus)
+    data = {name: _describe(corpus, part) for name, part in parts.items()}
+    majority = majority_score(task, _labels(corpus, parts["train"]), _labels(corpus, parts["test"]))
 
     place = locate_model(settings.model)
-    config, tokenizer = _load_tokenizer(settings, place, task)
-    sha256 = _weights_sha256(settings, place)
-    encoded = {name: _encode(split, task, tokenizer, settings.max_length) for name, split in splits.items()}
-    order = {}
-    for name, split in encoded.items():
-        if name != "train":
-            # longest first: least padding, and too little memory shows at once
-            order[name] = np.argsort([-len(ids) for ids in split["input_ids"]], kind="stable")
-            encoded[name] = split.select(order[name])
+    config, tokenizer = _load_tokenizer(settings, place, task, kept)
+    sha256, weights = _weights_sha256(settings, place, kept)
+    splits, order = {}, {}
+    for name, part in parts.items():
+        splits[name], rows = _tokens(corpus, part, tokenizer, settings.max_length, in_order=name == "train")
+        if rows is not None:
+            order[name] = rows
     model = _load_model(settings, place, config)
+    if weights and state_of(path for path, *_ in weights) == weights:
+        kept.share_base(model, weights)
     digest = hashlib.sha256(json.dumps([settings.digest(), data, sha256], sort_keys=True).encode()).hexdigest()
-    return Job(settings, task, model, tokenizer, encoded, order, data, majority, notes, device, sha256, digest)
+    return Job(settings, task, model, tokenizer, splits, order, data, majority, notes, device, sha256, digest)
 
 
 def _check_folder(folder: Path) -> None:
@@ -104,44 +117,70 @@ def _check_folder(folder: Path) -> None:
             raise RunError(f"cannot write the results: {place} is not a folder; choose another output_dir")
 
 
-def _load_data(settings: RunSettings) -> tuple[Task, dict[str, Dataset], list[str]]:
-    """The task; splits `train`, `dev`, `test` and those to predict (`predict:NAME`); notes on them."""
-    notes: list[str] = []
+@dataclass(frozen=True)
+class _Part:
+    """What a run takes of a split: all rows, or some in this order; the labels too, or not."""
+
+    split: str
+    rows: np.ndarray | None = None
+    labelled: bool = True
+
+
+def _load_data(settings: RunSettings, kept: Kept) -> Corpus:
     if settings.task is not None:
         task = get_task(settings.task)
-        whole = load_task(task, settings.glue_dir, with_test=settings.do_predict)
-        notes += [
-            f"{split} is {note}" for split in ("train", "dev") if (note := split_note(task, split, len(whole[split])))
-        ]
-        predicted = [name for name in whole if name.startswith("test")]
-    else:
-        task, whole = load_files(
-            str(settings.train_file),
-            settings.dev_file,
-            settings.test_file,
+        files = [] if settings.glue_dir is None else files_in(find_folder(task, Path(settings.glue_dir)))
+        return kept.corpus(
+            (task.name, settings.glue_dir, settings.do_predict),
+            files,
+            lambda: (task, load_task(task, settings.glue_dir, with_test=settings.do_predict)),
+        )
+    named = (str(settings.train_file), settings.dev_file, settings.test_file)
+    columns = None if settings.text_columns is None else tuple(settings.text_columns)
+    return kept.corpus(
+        (*named, columns, settings.label_column, settings.regression),
+        [file for file in named if file is not None],
+        lambda: load_files(
+            *named,
             text_columns=settings.text_columns,
             label_column=settings.label_column,
             regression=settings.regression,
-        )
+        ),
+    )
+
+
+def _choose_parts(settings: RunSettings, corpus: Corpus) -> tuple[dict[str, _Part], list[str]]:
+    """What the run takes, and notes on it.
+
+    `train`; what chooses the checkpoint, `dev`; what is tested once at the end, `test`; and all that is to be
+    predicted, `predict:NAME`.
+    """
+    notes: list[str] = []
+    whole = corpus.splits
+    if settings.task is not None:
+        sizes = {split: len(whole[split]) for split in ("train", "dev")}
+        notes += [
+            f"{split} is {note}" for split, rows in sizes.items() if (note := split_note(corpus.task, split, rows))
+        ]
+        predicted = [name for name in whole if name.startswith("test")]
+    else:
         predicted = [name for name in ("test",) if settings.do_predict and name in whole]
         if settings.do_predict and not predicted:
             raise RunError("do_predict needs a test_file, the rows to predict")
     train, dev, test = _choose_splits(settings, whole, notes)
-    splits = {"train": train, "dev": dev, "test": test}
-    for name in predicted:
-        splits[f"predict:{name}"] = whole[name].select_columns(list(task.columns))
-    return task, splits, notes
+    parts = {"train": train, "dev": dev, "test": test}
+    return parts | {f"predict:{name}": _Part(name, labelled=False) for name in predicted}, notes
 
 
-def _choose_splits(settings: RunSettings, whole: DatasetDict, notes: list[str]) -> tuple[Dataset, Dataset, Dataset]:
+def _choose_splits(settings: RunSettings, whole: DatasetDict, notes: list[str]) -> tuple[_Part, _Part, _Part]:
     """What trains, what chooses the checkpoint, and what is tested once at the end."""
-    dev = whole.get("dev")
-    test = whole["test"] if "test" in whole and "label" in whole["test"].column_names else None
+    dev = _Part("dev") if "dev" in whole else None
+    test = _Part("test") if "test" in whole and "label" in whole["test"].column_names else None
     if settings.train_samples is None:
         assert dev is not None, "settings without train_samples have a dev set"
         if test is None:
             notes.append("dev = test: the checkpoint was chosen on the data that it is tested on")
-        return whole["train"], dev, dev if test is None else test
+        return _Part("train"), dev, dev if test is None else test
     if dev is not None and test is not None:
         raise RunError(
             "with train_samples the dev set is cut from the train file, so dev_file and test_file would both be the "
@@ -149,13 +188,48 @@ def _choose_splits(settings: RunSettings, whole: DatasetDict, notes: list[str]) 
         )
     if dev is None and test is None:
         raise RunError("the test_file has no labels, so there is nothing to test on; give a labelled dev_file")
-    train, cut = few_shot(whole["train"], settings.train_samples, settings.dev_samples, int(settings.data_seed or 0))
+    rows, dev_rows = few_shot_rows(
+        len(whole["train"]), settings.train_samples, settings.dev_samples, int(settings.data_seed or 0)
+    )
     scored = dev if test is None else test
     assert scored is not None
-    return train, cut, scored
+    return _Part("train", rows), _Part("train", dev_rows), scored
 
 
-def _load_tokenizer(settings: RunSettings, place: str, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
+def _describe(corpus: Corpus, part: _Part) -> dict[str, Any]:
+    """Rows and fingerprint."""
+    texts = corpus.texts(part.split, part.labelled)
+    if part.rows is None:
+        return {"rows": len(texts), "sha256": corpus.fingerprint(part.split, part.labelled)}
+    return {"rows": len(part.rows), "sha256": fingerprint(texts.select(part.rows))}
+
+
+def _labels(corpus: Corpus, part: _Part) -> np.ndarray:
+    labels: np.ndarray = corpus.once(("labels", part.split), lambda: np.asarray(corpus.splits[part.split]["label"]))
+    return labels if part.rows is None else labels[part.rows]
+
+
+def _tokens(
+    corpus: Corpus, part: _Part, tokenizer: PreTrainedTokenizerBase, max_length: int, in_order: bool
+) -> tuple[Dataset, np.ndarray | None]:
+    """Token ids of a part; unless they are to stay in order, longest text first, and where each row was."""
+    of_this = (part.split, part.labelled, tokenizer, max_length)
+
+    def encode(rows: Dataset) -> Dataset:
+        return _encode(rows, corpus.task, tokenizer, max_length)
+
+    def sort() -> tuple[Dataset, np.ndarray]:
+        # longest first: least padding, and too little memory shows at once
+        order = np.argsort([-len(ids) for ids in tokens.of(part.rows)[:]["input_ids"]], kind="stable")
+        return tokens.of(order if part.rows is None else part.rows[order]), order
+
+    tokens = corpus.once(("tokens", *of_this), lambda: Tokens(corpus.texts(part.split, part.labelled), encode))
+    if in_order:
+        return tokens.of(part.rows), None
+    return corpus.once(("sorted", *of_this), sort) if part.rows is None else sort()
+
+
+def _load_tokenizer(settings: RunSettings, place: str, task: Task, kept: Kept) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model's configuration for this task, and its tokenizer."""
     labels = dict(enumerate(task.label_names)) or {0: "score"}
     try:
@@ -166,7 +240,8 @@ def _load_tokenizer(settings: RunSettings, place: str, task: Task) -> tuple[Any,
             label2id={label: index for index, label in labels.items()},
             problem_type="regression" if task.is_regression else "single_label_classification",
         )
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        folder = place if os.path.isdir(place) else os.path.dirname(str(cached_file(place, "config.json")))
+        tokenizer = kept.tokenizer(place, files_in(folder), lambda: AutoTokenizer.from_pretrained(place))
     except (OSError, ValueError) as error:
         kind = "" if os.path.isdir(place) else ", which is no folder here"
         raise RunError(f"cannot load the model {settings.model!r}{kind}: {_first_line(error)}") from error
@@ -185,8 +260,11 @@ def _load_tokenizer(settings: RunSettings, place: str, task: Task) -> tuple[Any,
     return config, tokenizer
 
 
-def _weights_sha256(settings: RunSettings, place: str) -> str | None:
-    """SHA-256 of the model's `model.safetensors`, checked against the settings; None if it has no such file."""
+def _weights_sha256(settings: RunSettings, place: str, kept: Kept) -> tuple[str | None, State]:
+    """SHA-256 of the model's `model.safetensors`, checked against the settings, and the state of that file.
+
+    None and an empty state if it has no such file.
+    """
     try:
         path = cached_file(place, WEIGHTS)
     except (OSError, ValueError):
@@ -194,22 +272,15 @@ def _weights_sha256(settings: RunSettings, place: str) -> str | None:
     if path is None:
         if settings.model_sha256 is not None:
             raise RunError(f"model_sha256 is given, and {settings.model} has no {WEIGHTS} to check it against")
-        return None
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
+        return None, ()
+    state = state_of([path])
+    sha256 = kept.sha256(path)
     if settings.model_sha256 not in (None, sha256):
         raise RunError(
             f"{path} is not the file that model_sha256 names: its SHA-256 is {sha256}, not {settings.model_sha256}; "
             "get the right model, or correct model_sha256 if you trust this one"
         )
-    return sha256
-
-
-def _hash(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    return sha256, state
 
 
 def _load_model(settings: RunSettings, place: str, config: Any) -> PreTrainedModel:

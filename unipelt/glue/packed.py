@@ -40,6 +40,7 @@ from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, default_tokens, pack_rows, pack_tokens
 from unipelt.glue.folder import Progress
 from unipelt.glue.job import Job, RunError, prepare
+from unipelt.glue.keep import Kept, same_memory
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.result import RESULT, summary
 from unipelt.glue.run import evaluated, finish, make_trainer
@@ -114,13 +115,15 @@ def train(
     """
     pack: Pack | None = None
     seats: list[_Seat] = []
+    kept = Kept()
+    equal: dict[str, Tensor] = {}
     threads = torch.get_num_threads()
     try:
         while True:
             while len(seats) < places and (new := take(places - len(seats), not seats)):
                 for settings in new:
                     try:
-                        seat = _sit(settings, pack, places, voice(settings))
+                        seat = _sit(settings, pack, kept, equal, voice(settings))
                     except Exception as error:  # the other runs go on
                         done(settings, error)
                         continue
@@ -331,8 +334,18 @@ def _digest(job: Job) -> str:
     return hashlib.sha256(f"pack {_FORMAT} {job.digest}".encode()).hexdigest()
 
 
-def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[str], None]) -> _Seat | dict[str, Any]:
-    """A run in a place of the pack, which is made if there is none; or the record, if it had finished before."""
+def _sit(
+    settings: RunSettings, pack: Pack | None, kept: Kept, equal: dict[str, Tensor], say: Callable[[str], None]
+) -> _Seat | dict[str, Any]:
+    """A run in a place of the pack, which is made if there is none; or the record, if it had finished before.
+
+    Args:
+        settings: of the run.
+        pack: if there is one.
+        kept: what the runs of this process share.
+        equal: parameters that are known to equal the pack's base, by name; more are entered.
+        say: takes the run's lines for the reader.
+    """
     clock = time.monotonic()
     folder = Path(str(settings.output_dir))
     if settings.gradient_checkpointing:
@@ -343,7 +356,7 @@ def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[s
         torch.set_num_threads(settings.threads)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with contextlib.ExitStack() as lock, torch.random.fork_rng(devices):  # seeds are the run's, dropout is the pack's
-        job = prepare(settings)
+        job = prepare(settings, kept)
         lock.enter_context(place.locked(folder))
         if (record := place.find_finished(settings, folder)) is not None:  # another process may have been faster
             return record
@@ -352,7 +365,7 @@ def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[s
             host.to(job.device)
             pack = Pack(host, settings.max_length, _decayed(job.model))
             host.train()
-        _share_base(job.model, pack.model)
+        _share_base(job.model, pack.model, equal)
         progress = place.begin(settings, folder)
         trainer = make_trainer(job, folder, evaluated(job, "dev"))
         loader: Any = trainer.get_train_dataloader()
@@ -380,14 +393,19 @@ def _sit(settings: RunSettings, pack: Pack | None, places: int, say: Callable[[s
     return seat
 
 
-def _share_base(model: PreTrainedModel, host: PreTrainedModel) -> None:
-    """Let a model's base be the host's, which holds the same numbers, so that there is one for all runs."""
-    kept, there = kept_values(model), dict(host.named_parameters())
+def _share_base(model: PreTrainedModel, host: PreTrainedModel, equal: dict[str, Tensor]) -> None:
+    """Let a model's base be the host's, which holds the same numbers, so that there is one for all runs.
+
+    What is in the memory of a tensor in `equal` is not compared again; what is found to be equal is entered there.
+    """
+    own, there = kept_values(model), dict(host.named_parameters())
     for name, parameter in model.named_parameters():
-        if name not in kept:
+        if name not in own:
             base = there[name].data
-            if not torch.equal(parameter.data.to(base.device), base):
-                raise RunError(f"the bases of runs in one pack must be the same, and {name} differs")
+            if not same_memory(parameter.data, equal.get(name)):
+                if not torch.equal(parameter.data.to(base.device), base):
+                    raise RunError(f"the bases of runs in one pack must be the same, and {name} differs")
+                equal[name] = parameter.data
             parameter.data = base
 
 

@@ -27,16 +27,22 @@ def few_shot(train: Dataset, train_samples: int, dev_samples: int, seed: int) ->
     Raises:
         ValueError: A number is not positive, the seed is negative, or the split is too small.
     """
+    rows, dev_rows = few_shot_rows(len(train), train_samples, dev_samples, seed)
+    return train.select(rows), train.select(dev_rows)
+
+
+def few_shot_rows(count: int, train_samples: int, dev_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` rows `few_shot` takes: (train_samples,) and (dev_samples,). Raises as it does."""
     for name, value in (("train_samples", train_samples), ("dev_samples", dev_samples)):
         if operator.index(value) < 1:
             raise ValueError(f"{name} is {value}; give a positive number of rows")
     if operator.index(seed) < 0:
         raise ValueError(f"seed is {seed}; give 0 or a positive whole number")
     wanted = train_samples + dev_samples
-    if wanted > len(train):
+    if wanted > count:
         raise ValueError(
             f"train_samples {train_samples:,} + dev_samples {dev_samples:,} = {wanted:,} rows, "
-            f"but the train split has {len(train):,}; lower one of the two"
+            f"but the train split has {count:,}; lower one of the two"
         )
-    order = np.random.default_rng(seed).permutation(len(train))
-    return train.select(order[:train_samples]), train.select(order[train_samples:wanted])
+    order = np.random.default_rng(seed).permutation(count)
+    return order[:train_samples], order[train_samples:wanted]
