@@ -184,9 +184,9 @@ def _once(kept: dict[Hashable, Any], key: Hashable, files: list[str | Path], mak
     before, made = kept.pop(key, (None, None))
     if before != state:
         made = make()
-        if state_of(files) != state:  # they are being written
-            return made
-    kept[key] = (state, made)  # the last, so that what was not used for longest is the first
+    # with the state before they were read, so that a change meanwhile shows next time; and as the last, so that what
+    # was not used for longest is the first
+    kept[key] = (state, made)
     while len(kept) > most:
         del kept[next(iter(kept))]
     return made
