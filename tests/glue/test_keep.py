@@ -21,7 +21,7 @@ from unipelt.glue import keep, packed
 from unipelt.glue.job import Job, RunError, prepare
 from unipelt.glue.keep import Kept, Tokens, same_memory
 from unipelt.glue.settings import RunSettings
-from unipelt.parameters import kept_names
+from unipelt.parameters import injection_of, kept_names
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def check_same_weights(ours: Job, theirs: Job) -> None:
         assert torch.equal(mine[name], tensor), name
     flags = [{name: p.requires_grad for name, p in job.model.named_parameters()} for job in (ours, theirs)]
     assert flags[0] == flags[1]
-    originals = [job.model.unipelt_injection.originals for job in (ours, theirs)]  # type: ignore[union-attr]
+    originals = [injection_of(job.model).originals for job in (ours, theirs)]
     assert originals[0].keys() == originals[1].keys()
     assert all(torch.equal(originals[0][name], tensor) for name, tensor in originals[1].items())
 
@@ -143,7 +143,12 @@ def test_what_repeats_is_done_once(home: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def count(module: Any, name: str) -> None:
         original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, **kwargs: (done.append(name), original(*args, **kwargs))[1])
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
 
     for module, name in ((jobs, "load_task"), (jobs, "load_files"), (jobs, "_encode"), (keep, "_sha256")):
         count(module, name)
@@ -235,7 +240,12 @@ def test_a_base_is_compared_once(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     frozen = [name for name, _ in host.named_parameters() if name not in set(kept_names(host))]
     compared: list[int] = []
     compare = torch.equal
-    monkeypatch.setattr(torch, "equal", lambda *pair: (compared.append(1), compare(*pair))[1])
+
+    def counted(one: torch.Tensor, other: torch.Tensor) -> bool:
+        compared.append(1)
+        return compare(one, other)
+
+    monkeypatch.setattr(torch, "equal", counted)
     equal: dict[str, torch.Tensor] = {}
     for model, count in ((first, len(frozen)), (second, 0), (other, len(frozen))):
         packed._share_base(model, host, equal)

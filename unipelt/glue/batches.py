@@ -28,6 +28,12 @@ def default_tokens(device: str) -> int:
     return _TOKENS[device]
 
 
+def text_lengths(split: Dataset) -> list[int]:
+    """Tokens of each row."""
+    columns = split.select_columns("input_ids").iter(batch_size=1000)  # row by row takes four times as long
+    return [len(ids) for batch in columns for ids in batch["input_ids"]]
+
+
 def pack_tokens(lengths: Sequence[int], tokens: int) -> list[range]:
     """Cut rows into runs of consecutive ones, each as long as the budget allows.
 

@@ -26,6 +26,7 @@ from transformers.utils import cached_file, logging
 
 import unipelt
 from unipelt.checkpoint import WEIGHTS
+from unipelt.glue.batches import text_lengths
 from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
 from unipelt.glue.keep import Corpus, Kept, State, Tokens, files_in, state_of
 from unipelt.glue.metric import majority_score
@@ -220,7 +221,7 @@ def _tokens(
 
     def sort() -> tuple[Dataset, np.ndarray]:
         # longest first: least padding, and too little memory shows at once
-        order = np.argsort([-len(ids) for ids in tokens.of(part.rows)[:]["input_ids"]], kind="stable")
+        order = np.argsort([-length for length in text_lengths(tokens.of(part.rows))], kind="stable")
         return tokens.of(order if part.rows is None else part.rows[order]), order
 
     tokens = corpus.once(("tokens", *of_this), lambda: Tokens(corpus.texts(part.split, part.labelled), encode))

@@ -37,7 +37,7 @@ from transformers import (
 
 from unipelt.checkpoint import write_whole
 from unipelt.glue import folder as place
-from unipelt.glue.batches import Batches, default_tokens, pack_rows, pack_tokens
+from unipelt.glue.batches import Batches, default_tokens, pack_rows, pack_tokens, text_lengths
 from unipelt.glue.folder import Progress
 from unipelt.glue.job import Job, RunError, prepare
 from unipelt.glue.keep import Kept, same_memory
@@ -429,7 +429,7 @@ def _dev_set(job: Job, device: torch.device) -> tuple[dict[str, Tensor], list[in
     """The dev set, padded once to its longest text, and the tokens of each row."""
     rows = job.splits["dev"]
     whole = Batches(rows, [range(len(rows))], DataCollatorWithPadding(job.tokenizer), job.model)[0]
-    return {name: tensor.to(device) for name, tensor in whole.items()}, [len(ids) for ids in rows["input_ids"]]
+    return {name: tensor.to(device) for name, tensor in whole.items()}, text_lengths(rows)
 
 
 def _step(pack: Pack, seats: Sequence[_Seat]) -> None:

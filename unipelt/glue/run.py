@@ -35,7 +35,7 @@ import unipelt
 from unipelt.checkpoint import MANIFEST, WEIGHTS, write_whole
 from unipelt.gate import Gates
 from unipelt.glue import folder as place
-from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens
+from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
 from unipelt.glue.folder import CHECKPOINTS, MODEL, PICTURE, PREDICTIONS, Progress
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.leaderboard import write_predictions
@@ -214,7 +214,7 @@ def evaluated(job: Job, name: str) -> Batches:
         rows = pack_rows(len(split), settings.eval_batch_size)
     else:
         tokens = settings.eval_tokens or default_tokens(job.device)
-        rows = pack_tokens([len(ids) for ids in split["input_ids"]], tokens)
+        rows = pack_tokens(text_lengths(split), tokens)
     return Batches(split, rows, DataCollatorWithPadding(job.tokenizer), job.model)
 
 
