@@ -206,8 +206,11 @@ def _describe(corpus: Corpus, part: _Part) -> dict[str, Any]:
 
 
 def _labels(corpus: Corpus, part: _Part) -> np.ndarray:
-    labels: np.ndarray = corpus.once(("labels", part.split), lambda: np.asarray(corpus.splits[part.split]["label"]))
-    return labels if part.rows is None else labels[part.rows]
+    labels = corpus.splits[part.split].select_columns("label")
+    if part.rows is not None:
+        return np.asarray(labels.select(part.rows)[:]["label"])
+    whole: np.ndarray = corpus.once(("labels", part.split), lambda: np.asarray(labels[:]["label"]))
+    return whole
 
 
 def _tokens(
