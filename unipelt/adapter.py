@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unipelt.config import AdapterConfig
@@ -41,7 +42,7 @@ class Adapter(nn.Module):
             return onto + self.up(nn.functional.relu(self.down(x)))
         logits, low = product(x, self.gates, (self.down.weight,), self.down.bias)
         gate = self.gates(logits, None if self.tokens is None else self.tokens.take())
-        return onto + gate * self.up(nn.functional.relu(low))
+        return torch.addcmul(onto, gate, self.up(nn.functional.relu(low)))
 
 
 def adapt_norm(norm: Any, args: tuple[Tensor], normed: Tensor) -> Tensor:

@@ -202,8 +202,8 @@ class Prefix(nn.Module):
 
 def _with_columns(mask: Tensor, dtype: torch.dtype, length: int, mass: float = 0.0) -> Tensor:
     """An additive mask with `length` open columns in front, whose keys weigh exp(mass) times as much."""
-    if mask.dtype == torch.bool:  # sdpa does just this with it, but in every layer anew
-        mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    if mask.dtype == torch.bool:  # sdpa does this too, but in every layer anew
+        mask = mask.to(dtype).log()  # 0 where it is true, -inf where it is false
     return nn.functional.pad(mask, (length, 0), value=mass)
 
 
