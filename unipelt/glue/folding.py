@@ -195,7 +195,7 @@ def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, ro
 
 
 def _logits(job: Job, model: PreTrainedModel, batches: Batches) -> Tensor:
-    with torch.inference_mode(), _precision(job):
+    with torch.no_grad(), _precision(job):
         found = [model(**batch).logits for batch in batches]
     return torch.cat(found).float().cpu()
 
