@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.utils import logging
 
 SIZES = {
     "vocab_size": 60,
@@ -60,6 +61,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _as_talkative_as_before() -> Iterator[None]:
+    """A benchmark has its process to itself and silences Transformers; other tests look for its warnings."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(level)
+    if bars:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture

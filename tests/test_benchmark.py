@@ -6,7 +6,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig
-from transformers.utils import logging
 
 import unipelt
 from unipelt.config import PRESETS
@@ -26,15 +25,6 @@ SMALL = ["--random", "bert", "--layers", "2", "--hidden", "32", "--heads", "2", 
 SMALL += ["--warmup", "1", "--repetitions", "2", "--device", "cpu", "--threads", "1"]
 PLAIN = [*SMALL, "--peft", "false"]
 ONES = torch.ones(2, 4)
-
-
-@pytest.fixture(autouse=True)
-def _as_talkative_as_before() -> Iterator[None]:
-    """A benchmark has its process to itself and silences Transformers."""
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
 
 
 def settings(*words: str) -> argparse.Namespace:
