@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake, tiny_batch, tiny_bert
+from measuring import OperationCounter
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -21,20 +21,6 @@ LABELS = torch.tensor([0, 1, 1])
 SCALE = "unipelt-apl"
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
 NOGATE = "unipelt-apl-nogate"
-
-
-class Counting(TorchDispatchMode):
-    """Counts operations that compute something, and not those that look at the same memory in another way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        looks = any(out.alias_info is not None and not out.alias_info.is_write for out in operation._schema.returns)
-        if not looks and operation is not torch.ops.aten._unsafe_view.default:
-            self.counts[str(operation)] += 1
-        return operation(*args, **(kwargs or {}))
 
 
 def bert(layers: int) -> Any:
@@ -57,7 +43,7 @@ def batch(padded: bool) -> dict[str, Tensor]:
 
 def forward_operations(model: Any, padded: bool = True) -> Counter[str]:
     given = batch(padded)
-    with torch.no_grad(), Counting() as counting:
+    with torch.no_grad(), OperationCounter() as counting:
         model.eval()(**given)
     return counting.counts
 
@@ -65,7 +51,7 @@ def forward_operations(model: Any, padded: bool = True) -> Counter[str]:
 def step_operations(model: Any, padded: bool = True) -> Counter[str]:
     """Forward and backward."""
     given = batch(padded)
-    with Counting() as counting:
+    with OperationCounter() as counting:
         model.train()(**given, labels=torch.arange(16) % 2).loss.backward()
     return counting.counts
 

@@ -80,7 +80,7 @@ class Site:
 def enter_attention(
     attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: compute the gates that read the attention's input and hand each to what it scales."""
+    """Forward pre-hook: compute the gates that read the attention's input; each goes to what it scales (`_open`)."""
     site: Site = attention.unipelt_site
     hidden: Tensor = site.hidden.read(args, kwargs)
     weights = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,13 @@ class Slot:
     """
 
     def __init__(self) -> None:
-        self._values: dict[int, Any] = {}
+        self._values: dict[int, Tensor | None] = {}
 
-    def put(self, value: Any) -> None:
+    def put(self, value: Tensor | None) -> None:
         """Leave a value for `take` in the same thread."""
         self._values[_thread()] = value
 
-    def take(self) -> Any:
+    def take(self) -> Tensor | None:
         """The value that was put, once. Raises `KeyError` outside a pass of the layer."""
         thread = _thread()
         if thread not in self._values and self._values:

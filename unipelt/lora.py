@@ -74,7 +74,8 @@ class LoRA(nn.Module):
         if self.low is not None:
             if self.skips_ungated_calls and self.low.is_empty():
                 return out
-            low: Tensor = self.low.take()
+            low = self.low.take()
+            assert low is not None
         elif self.gates is not None:
             logits, low = product(x, self.gates, (self.A,))
             low = low * self.gates(logits, None)

@@ -241,8 +241,8 @@ class _FoldAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-        """Outside of a map there is nothing to fold."""
-        raise NotImplementedError
+        """Outside of a map there is nothing to fold, and nobody calls this."""
+        raise RuntimeError("attention of replicas was called outside of their map")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

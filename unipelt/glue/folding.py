@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
@@ -17,14 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, DataCollatorWithPadding, EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel
 
 import unipelt
 from unipelt.checkpoint import write_whole
+from unipelt.glue.batches import Batch, hold
 from unipelt.glue.folder import FOLDED, MODEL
-from unipelt.glue.job import Job, RunError, prepare
+from unipelt.glue.job import Job, RunError, precision_of, prepare
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.result import describe_code, describe_hardware, describe_packages, read_result
+from unipelt.glue.run import evaluated
 from unipelt.glue.settings import RunSettings
 
 RECORD = "fold.json"
@@ -34,7 +35,7 @@ FORMS = ("trained", "deployed", "folded", "base")
 TIMED_BATCHES = 4
 """At most so many of the test set's batches are timed: evenly spaced, so short texts and long ones are among them."""
 
-Batches = Sequence[BatchEncoding]
+Batches = Sequence[Batch]
 
 
 def fold_run(
@@ -130,26 +131,16 @@ def _forms(
         unipelt.save(trained, draft, deploy=True)
         deployed = unipelt.load(copy.deepcopy(base), draft).eval()
     folded = copy.deepcopy(trained)
-    with _precision(job):
+    with precision_of(job):
         report = unipelt.fold(folded, _batches(job, "dev"), **options)
     return dict(zip(FORMS, (trained, deployed, folded, base), strict=True)), report
 
 
-def _precision(job: Job) -> Any:
-    """What the run evaluated in."""
-    if job.settings.precision == "bf16":
-        return torch.autocast(job.device, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
 def _batches(job: Job, split: str) -> Batches:
-    """A split in batches on the device, without labels."""
-    rows, size = job.splits[split].remove_columns("label"), job.settings.eval_batch_size
-    collate: Any = DataCollatorWithPadding(job.tokenizer)
-    starts = range(0, len(rows), size)
+    """A split in the batches of its evaluation, on the device, without labels."""
     return [
-        collate([rows[index] for index in range(start, min(start + size, len(rows)))]).to(job.device)
-        for start in starts
+        {name: tensor.to(job.device) for name, tensor in batch.items() if name != "labels"}
+        for batch in hold(evaluated(job, split), job.device)
     ]
 
 
@@ -195,7 +186,7 @@ def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, ro
 
 
 def _logits(job: Job, model: PreTrainedModel, batches: Batches) -> Tensor:
-    with torch.no_grad(), _precision(job):
+    with torch.no_grad(), precision_of(job):
         found = [model(**batch).logits for batch in batches]
     return torch.cat(found).float().cpu()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -105,6 +106,13 @@ def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
         kept.share_base(model, weights)
     digest = hashlib.sha256(json.dumps([settings.digest(), data, sha256], sort_keys=True).encode()).hexdigest()
     return Job(settings, task, model, tokenizer, splits, order, data, majority, notes, device, sha256, digest)
+
+
+def precision_of(job: Job) -> contextlib.AbstractContextManager[Any]:
+    """What a run computes in: bfloat16 autocast, or nothing in particular."""
+    if job.settings.precision == "bf16":
+        return torch.autocast(job.device, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _check_folder(folder: Path) -> None:

@@ -39,7 +39,7 @@ from unipelt.checkpoint import write_whole
 from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, default_tokens, pack_rows, pack_tokens, text_lengths
 from unipelt.glue.folder import Progress
-from unipelt.glue.job import Job, RunError, prepare
+from unipelt.glue.job import Job, RunError, precision_of, prepare
 from unipelt.glue.keep import Kept, same_memory
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.result import RESULT, summary
@@ -437,7 +437,7 @@ def _step(pack: Pack, seats: Sequence[_Seat]) -> None:
     # in the pack's order: its losses are of all replicas
     batch, real = _join([seat.next_batch() for seat in seats], seats)
     labels = batch.pop("labels")
-    with _precision(seats[0].job):
+    with precision_of(seats[0].job):
         logits = pack(batch)
     each = losses(logits, labels, real)
     pack.backward(each)
@@ -463,7 +463,7 @@ def _evaluate(pack: Pack, seats: Sequence[_Seat]) -> dict[_Seat, Exception]:
             cuts.append({name: tensor if name == "labels" else tensor[:, :tokens] for name, tensor in cut.items()})
         batch, _ = _join(cuts, here)
         labels = batch.pop("labels")
-        with torch.no_grad(), _precision(here[0].job):
+        with torch.no_grad(), precision_of(here[0].job):
             logits = pack(batch, [seat.replica for seat in here]).float()
         for row, seat in enumerate(here):
             count = len(cuts[row]["labels"])
@@ -492,12 +492,6 @@ def _cut(seats: Sequence[_Seat]) -> list[range]:
         budget = max(1, budget // len(seats))
     longest = [max(seat.lengths[row] for seat in seats if row < len(seat.lengths)) for row in range(count)]
     return pack_tokens(longest, budget)
-
-
-def _precision(job: Job) -> contextlib.AbstractContextManager[Any]:
-    if job.settings.precision == "bf16":
-        return torch.autocast(job.device, torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def _join(batches: Sequence[Mapping[str, Tensor]], seats: Sequence[_Seat]) -> tuple[dict[str, Tensor], Tensor]:
