@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 import unipelt
 from unipelt.glue import few_shot, fingerprint, load_files, load_task
 from unipelt.glue.folder import CHECKPOINTS
+from unipelt.glue.job import RunError, prepare
 from unipelt.glue.result import read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
@@ -174,6 +175,23 @@ def test_full_data_says_that_dev_is_test(home: Path, tmp_path: Path) -> None:
     assert record["gates"] is None
     assert record["files"]["gates"] is None
     assert not (tmp_path / "run" / "gates.png").exists()
+
+
+def test_smaller_test_set_is_the_same_for_every_seed(home: Path, glue: Path, tmp_path: Path) -> None:
+    first, second, larger, whole, too_many = (
+        prepare(glue_settings(home, glue, tmp_path, task="sst2", seed=seed, test_samples=samples))
+        for seed, samples in ((1, 10), (2, 10), (1, 11), (1, None), (1, 10_000))
+    )
+    assert first.data["test"] == second.data["test"]
+    assert first.data["train"] != second.data["train"]
+    assert (first.data["test"]["rows"], larger.data["test"]["rows"]) == (10, 11)
+    assert (whole.data["test"], whole.notes) == (too_many.data["test"], too_many.notes)
+    assert f"tested on 10 of {whole.data['test']['rows']} rows, the same in every run" in first.notes
+    texts = [{tuple(row) for row in job.splits["test"]["input_ids"]} for job in (first, larger, whole)]
+    assert texts[0] <= texts[1] <= texts[2]
+    assert "test_samples" not in whole.settings.identity()
+    with pytest.raises(RunError, match="the test set is the dev set here"):
+        prepare(settings(home, tmp_path, train_samples=None, test_samples=5))
 
 
 def test_predictions_are_in_the_order_of_the_rows(home: Path, glue: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from unipelt.glue.batches import text_lengths
 from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
 from unipelt.glue.keep import Corpus, Kept, State, Tokens, files_in, state_of
 from unipelt.glue.metric import majority_score
-from unipelt.glue.sampling import few_shot_rows
+from unipelt.glue.sampling import few_shot_rows, fixed_rows
 from unipelt.glue.settings import RunSettings, locate_model
 from unipelt.glue.tasks import Task, get_task
 
@@ -177,6 +177,14 @@ def _choose_parts(settings: RunSettings, corpus: Corpus) -> tuple[dict[str, _Par
         if settings.do_predict and not predicted:
             raise RunError("do_predict needs a test_file, the rows to predict")
     train, dev, test = _choose_splits(settings, whole, notes)
+    rows, count = len(whole[test.split]), settings.test_samples
+    if count is not None and test is dev:
+        raise RunError(
+            "test_samples is given, and the test set is the dev set here, which chooses the checkpoint; leave it out"
+        )
+    if count is not None and count < rows:
+        notes.append(f"tested on {count:,} of {rows:,} rows, the same in every run")
+        test = _Part(test.split, fixed_rows(rows, count))
     parts = {"train": train, "dev": dev, "test": test}
     return parts | {f"predict:{name}": _Part(name, labelled=False) for name in predicted}, notes
 

@@ -53,8 +53,9 @@ CHECKPOINT_SECONDS = 60.0
 _FORMAT = 1  # of the checkpoints here, which the trainer's own runs leave alone
 _WEIGHTS, _STATE = "pack.safetensors", "pack.json"
 _OWN = (
-    *("task", "glue_dir", "train_samples", "dev_samples", "data_seed", "seed", "learning_rate", "epochs", "patience"),
-    *("weight_decay", "warmup_ratio", "max_grad_norm", "output_dir", "overwrite", "do_predict", "keep_checkpoints"),
+    *("task", "glue_dir", "train_samples", "dev_samples", "test_samples", "data_seed", "seed", "learning_rate"),
+    *("epochs", "patience", "weight_decay", "warmup_ratio", "max_grad_norm"),
+    *("output_dir", "overwrite", "do_predict", "keep_checkpoints"),
 )
 """The fields in which the runs of a pack may differ."""
 

@@ -46,3 +46,8 @@ def few_shot_rows(count: int, train_samples: int, dev_samples: int, seed: int) -
         )
     order = np.random.default_rng(seed).permutation(count)
     return order[:train_samples], order[train_samples:wanted]
+
+
+def fixed_rows(count: int, samples: int) -> np.ndarray:
+    """Which rows a smaller test set takes: (min(samples, count),), in order, the same ones in every run."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:samples])

@@ -77,6 +77,9 @@ class RunSettings:
     )
     dev_samples: int = _option(1000, "with train_samples: the next that many examples are the dev set")
     data_seed: int | None = _option(None, "seed of that shuffle; by default seed")
+    test_samples: int | None = _option(
+        None, "test on that many rows, the same for every run (drawn once for all seeds); by default on all"
+    )
     seed: int = _option(1, "seed of initialisation, dropout and the order of examples")
     method: str | Mapping[str, Any] = _option(
         "unipelt-apl",
@@ -154,6 +157,7 @@ class RunSettings:
             "eval_batch_size",
             "train_samples",
             "dev_samples",
+            "test_samples",
             "threads",
         ):
             value = getattr(self, name)
@@ -230,6 +234,8 @@ class RunSettings:
         for name in (*FILES, "glue_dir"):
             if values[name] is not None:
                 values[name] = os.path.abspath(values[name])
+        if values["test_samples"] is None:  # runs from before there was this field stay the runs that they were
+            del values["test_samples"]
         values["method"] = self.config.to_dict()
         return values
 
