@@ -1,6 +1,6 @@
 """The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them.
 
-`unipelt fold DIR` folds the model of one.
+`unipelt collect DIR` copies their records alone, to publish, and `unipelt fold DIR` folds the model of one.
 """
 
 from __future__ import annotations
@@ -75,6 +75,16 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _collect(arguments: argparse.Namespace) -> int:
+    from unipelt.report import collect
+
+    written, left_out = collect(arguments.folder, arguments.out)
+    print(f"{len(written)} files in {arguments.out}")
+    for name, reason in left_out:
+        print(f"left out: {name}, as {reason}")
+    return 0
+
+
 def _fold(arguments: argparse.Namespace) -> int:
     from unipelt.glue.folding import fold_run
 
@@ -92,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     from unipelt.glue.settings import RunSettings
 
     parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="sweep|report|fold")
+    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold")
 
     sweep = commands.add_parser(
         "sweep",
@@ -133,6 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(do=_report)
     report.add_argument("folder", metavar="DIR", help="folder of the runs")
     report.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
+
+    collecting = commands.add_parser(
+        "collect",
+        help="the records of finished runs alone, to publish",
+        description="Copy the records of a folder of runs, without models and without this machine's paths; a report "
+        "of the copy says the same.",
+        allow_abbrev=False,
+    )
+    collecting.set_defaults(do=_collect)
+    collecting.add_argument("folder", metavar="DIR", help="folder of the runs")
+    collecting.add_argument("--out", required=True, metavar="DIR", help="folder of the records; it may hold others")
 
     folding = commands.add_parser(
         "fold",

@@ -10,12 +10,13 @@ from typing import Any
 
 from unipelt.checkpoint import write_whole
 from unipelt.report.cells import Results
+from unipelt.report.collect import collect
 from unipelt.report.page import compose, seeds_text
 from unipelt.report.pictures import check_matplotlib, draw
 from unipelt.report.read import ReportError, read_results
 from unipelt.report.render import to_html, to_markdown
 
-__all__ = ["ReportError", "Results", "read_results", "write_report"]
+__all__ = ["ReportError", "Results", "collect", "read_results", "write_report"]
 
 PICTURES = "pictures"
 
