@@ -7,6 +7,7 @@ Trainer's checkpoints are such folders too.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -96,6 +97,7 @@ def save(
     text = json.dumps(manifest, indent=2) + "\n"
     # The manifest decides: until it is replaced the old weights are the checkpoint, from then on the new ones are,
     # under their first name or the last. So whatever breaks off in between, one of the two is there whole.
+    _settle(folder)
     write_whole(folder / NEXT, weights)
     try:
         write_whole(folder / MANIFEST, text.encode())
@@ -200,8 +202,20 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     return load(model, folder).eval()
 
 
+def _settle(folder: Path) -> None:
+    """Finish a save that broke off after its manifest was written: its weights must not be taken for a draft."""
+    try:
+        weights = (folder / NEXT).read_bytes()
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest["weights"]["sha256"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return  # there is none, or no manifest that could name it
+    if hashlib.sha256(weights).hexdigest() == digest:
+        os.replace(folder / NEXT, folder / WEIGHTS)
+
+
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then in its place. Raises `OSError`."""
+    """Write a file whole or not at all: beside it first, then in its place. Raises `OSError`, which names it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -209,8 +223,14 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # the file, not its draft; where no space is left the system names none at all
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder has become read-only, say
+            beside.unlink()
 
 
 def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, deploy: bool) -> dict[str, Tensor]:
