@@ -112,7 +112,8 @@ def begin(settings: RunSettings, folder: Path) -> Progress:
     finished = (folder / RESULT).exists()
     if progress is None and not finished:
         for name in (MODEL, PREDICTIONS, CHECKPOINTS, PICTURE):
-            if (folder / name).exists():
+            # a run that was killed as it began leaves no more than a folder for its progress
+            if (folder / name).exists() and not (name == CHECKPOINTS and _is_bare(folder / name)):
                 raise RunError(f"{folder / name} is there and is of no run; choose another output_dir")
     if progress is not None and progress.settings != settings.digest() and not settings.overwrite:
         raise RunError(
@@ -180,6 +181,11 @@ def clean(folder: Path) -> None:
     """Remove what a finished run does not need: checkpoints and progress."""
     remove_checkpoints(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _is_bare(checkpoints: Path) -> bool:
+    """Whether there is nothing in the folder of checkpoints but, at most, drafts of the progress."""
+    return checkpoints.is_dir() and set(checkpoints.iterdir()) == set(checkpoints.glob(f".{_PROGRESS}.*.tmp"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
