@@ -29,6 +29,7 @@ import unipelt
 from unipelt.checkpoint import WEIGHTS
 from unipelt.glue.batches import text_lengths
 from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
+from unipelt.glue.failure import memory_named
 from unipelt.glue.keep import Corpus, Kept, State, Tokens, files_in, state_of
 from unipelt.glue.metric import majority_score
 from unipelt.glue.sampling import few_shot_rows, fixed_rows
@@ -66,6 +67,7 @@ class Job:
     digest: str
 
 
+@memory_named("data and model were loaded", "free some, or choose a smaller model", RunError)
 def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
     """Load and check everything.
 

@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn import metrics as sk
 from transformers import EvalPrediction
 
+from unipelt.glue.failure import Diverged
 from unipelt.glue.tasks import Task
 
 _CITATION = """\
@@ -111,16 +112,15 @@ def compute_metrics_for(task: Task) -> Callable[[EvalPrediction], dict[str, floa
     model returns more than logits, the first output is taken.
 
     Raises (the returned function):
-        ValueError: The output has the wrong shape or holds NaN, as it does when training diverged.
+        ValueError: The output has the wrong shape.
+        Diverged: The output holds NaN, as it does when training diverged.
     """
 
     def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
         output = evaluation.predictions
         logits = np.asarray(output[0] if isinstance(output, (tuple, list)) else output)
         if np.isnan(logits).any():
-            raise ValueError(
-                "the model's outputs hold NaN: training has diverged; lower the learning rate or use float32"
-            )
+            raise Diverged("the model's outputs hold NaN")
         if task.is_regression:
             if logits.ndim == 2 and logits.shape[1] == 1:
                 logits = logits.squeeze(-1)

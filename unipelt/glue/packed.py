@@ -38,6 +38,7 @@ from transformers import (
 from unipelt.checkpoint import write_whole
 from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, default_tokens, pack_rows, pack_tokens, text_lengths
+from unipelt.glue.failure import Diverged, RunFailed, check_losses, memory_named
 from unipelt.glue.folder import Progress
 from unipelt.glue.job import Job, RunError, precision_of, prepare
 from unipelt.glue.keep import Kept, same_memory
@@ -139,9 +140,10 @@ def train(
                 return
             ended = [seat for seat in seats if seat.ended]  # at the moment of a kill
             if not ended:
-                _step(pack, seats)
-                due = [seat for seat in seats if seat.epoch_is_over]
-                for seat, reason in _evaluate(pack, due).items():
+                with memory_named(f"{len(seats)} runs trained in one pack", "pack fewer", RunFailed):
+                    _step(pack, seats)
+                    failed = _evaluate(pack, [seat for seat in seats if seat.epoch_is_over])
+                for seat, reason in failed.items():
                     seats.remove(seat)
                     seat.fail(reason)
                     done(seat.job.settings, reason)
@@ -240,13 +242,19 @@ class _Seat:
         self.state.global_step += 1
 
     def judge(self, logits: Tensor, labels: Tensor) -> None:
-        """Enter an evaluation on the dev set: logits (rows, C). Raises `ValueError` where training diverged."""
+        """Enter an evaluation on the dev set: logits (rows, C). Raises `Diverged`."""
         task, state = self.job.task, self.state
         evaluation = EvalPrediction(predictions=logits.float().cpu().numpy(), label_ids=labels.cpu().numpy())
-        metrics = compute_metrics_for(task)(evaluation)
         loss = losses(logits[None], labels[None], torch.ones_like(labels[None], dtype=torch.bool)).item()
         train_loss = torch.stack([each[index] for each, index in self.losses]).mean().item()
         state.epoch = state.global_step / self.steps_an_epoch
+        try:
+            check_losses(train=train_loss)
+            metrics = compute_metrics_for(task)(evaluation)
+            check_losses(dev=loss)
+        except Diverged as error:
+            rate = float(self.job.settings.learning_rate or 0.0)
+            raise error.at(state.epoch, state.global_step, rate) from error
         at = {"epoch": state.epoch, "step": state.global_step}
         state.log_history.append({"loss": train_loss, **at})
         scores = {f"eval_{name}": value for name, value in metrics.items()}

@@ -36,6 +36,7 @@ from unipelt.checkpoint import MANIFEST, WEIGHTS, write_whole
 from unipelt.gate import Gates
 from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
+from unipelt.glue.failure import Diverged, RunFailed, check_losses, explain
 from unipelt.glue.folder import CHECKPOINTS, MODEL, PICTURE, PREDICTIONS, Progress
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.leaderboard import write_predictions
@@ -69,7 +70,8 @@ def run(settings: RunSettings, say: Callable[[str], None] = print) -> dict[str, 
 
     Raises:
         ValueError, OSError: bad input; nothing was trained and nothing of an earlier run was touched.
-        RuntimeError: the run failed after it had begun, because training diverged, say, or the disk is full.
+        RunFailed: the run failed after it had begun, because training diverged, say, or the disk is full; its
+            checkpoints are kept. (Errors of other kinds are mistakes in the code.)
     """
     begun = time.monotonic()
     folder = Path(str(settings.output_dir))
@@ -91,8 +93,10 @@ def run(settings: RunSettings, say: Callable[[str], None] = print) -> dict[str, 
                 progress = place.begin(settings, folder)
                 try:
                     record = _execute(job, folder, progress, begun, say)
-                except (ValueError, OSError) as error:
-                    raise RuntimeError(f"the run failed after it had begun: {error}") from error
+                except Exception as error:
+                    if (reason := explain(error)) is None:
+                        raise
+                    raise RunFailed(f"the run failed after it had begun: {reason}") from error
     finally:
         torch.set_num_threads(threads)
     say(summary(record, folder / RESULT))
@@ -134,6 +138,16 @@ class _Marker(TrainerCallback):
         place.mark(self.folder, state.global_step, self.digest, finished=control.should_training_stop)
         steps = (state.global_step, state.best_global_step)
         place.remove_checkpoints(self.folder, keep=tuple(place.checkpoint_at(self.folder, step) for step in steps))
+
+
+class _Watch(TrainerCallback):
+    """Stops training once a loss is not finite, before a checkpoint is written of it."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        check_losses(train=event["logs"].get("loss", 0.0))
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        check_losses(dev=event["metrics"].get("eval_loss", 0.0))
 
 
 class _Reporter(TrainerCallback):
@@ -189,6 +203,7 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # it would put the mean of the others in the place of a loss that is NaN
         save_total_limit=None,  # _Marker removes checkpoints, and only after the next one is complete
         load_best_model_at_end=True,
         metric_for_best_model=job.task.primary,
@@ -228,7 +243,7 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Call
     for line in _header(job):
         say(line)
     marker = _Marker(folder, job.digest, progress, begun)
-    callbacks: list[TrainerCallback] = [marker, _Reporter(job.task.primary, say)]
+    callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(job.task.primary, say)]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     trainer = make_trainer(job, folder, hold(evaluated(job, "dev"), job.device), callbacks)
@@ -324,7 +339,11 @@ def _train(trainer: Trainer, job: Job, folder: Path, say: Callable[[str], None])
         say(f"going on from {last}")
     # Trainer takes at least one step when it resumes, so a run that had stopped must not be resumed
     if last is None or not place.is_final(last):
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except Diverged as error:
+            now = trainer.state
+            raise error.at(now.epoch or 0.0, now.global_step, float(job.settings.learning_rate or 0.0)) from error
         last = place.newest_checkpoint(folder, job.digest)
     assert last is not None, "training ends with a marked checkpoint"
     return last

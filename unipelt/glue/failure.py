@@ -1,0 +1,98 @@
+"""What can go wrong with a run while it trains, each in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+from collections.abc import Iterator
+
+import torch
+
+_DISK = {
+    number: text
+    for name, text in (
+        ("ENOSPC", "free some space"),
+        ("EDQUOT", "free some space, or get a larger quota"),
+        ("EFBIG", "raise the limit on the size of a file (ulimit -f)"),
+        ("EROFS", "make the folder writable again"),
+        ("EACCES", "make the folder writable again"),
+    )
+    if (number := getattr(errno, name, None)) is not None
+}
+# What PyTorch's writer of archives says where a file cannot be written; it raises nothing but a RuntimeError.
+_ARCHIVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "File cannot be opened")
+_ON = "the same command goes on from the last finished epoch"
+
+
+class RunFailed(RuntimeError):
+    """A run that failed after it had begun; the message says why and how to go on. Its checkpoints are kept."""
+
+
+class Diverged(ValueError):
+    """Numbers of a run that are no longer finite.
+
+    Args:
+        what: is not finite, in words.
+        where: in the training, in words; where that is known.
+    """
+
+    def __init__(self, what: str, where: str = "") -> None:
+        super().__init__(
+            f"{what}{where and f' {where}'}: training has diverged; lower the learning rate or use float32"
+        )
+        self.what = what
+
+    def at(self, epoch: float, step: int, learning_rate: float) -> Diverged:
+        """The same, with the end of what was trained, and the run's learning rate."""
+        return Diverged(self.what, f"after epoch {epoch:g} (step {step}, learning_rate {learning_rate:g})")
+
+
+def check_losses(**losses: float) -> None:
+    """Raise `Diverged` if one of these losses, named by their split, is not finite."""
+    for split, loss in losses.items():
+        if not math.isfinite(loss):
+            raise Diverged(f"the {split} loss is {loss}")
+
+
+def explain(error: Exception) -> str | None:
+    """Why training ended with this error, and what to do; None where that can only be a mistake in the code."""
+    if is_out_of_memory(error):
+        return (
+            f"memory ran out{_because(error)}; with more of it free {_ON}, with less a run needs a smaller batch_size "
+            "or max_length, or gradient_checkpointing"
+        )
+    if isinstance(error, Diverged):
+        return f"{error}; the last good checkpoint is kept, and other settings need another output_dir, or --overwrite"
+    if isinstance(error, OSError):
+        remedy = _DISK.get(error.errno or 0)
+        return f"{error}; {f'{remedy}, and ' if remedy else ''}{_ON}"
+    if isinstance(error, ValueError):
+        return f"{error}; {_ON}"
+    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in _ARCHIVE):
+        return f"a checkpoint cannot be written{_because(error)}; where the disk is full, free some space, and {_ON}"
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU or PyTorch's allocator of the host, which has no error of its own, had no more memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def memory_named(what: str, remedy: str, kind: type[Exception]) -> Iterator[None]:
+    """Where memory runs out, raise an error of this kind that says while doing what, and what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise kind(f"memory ran out while {what}{_because(error)}; {remedy}") from error
+
+
+def _because(error: Exception) -> str:
+    """The first line of what an error says, in brackets, if it says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f" ({lines[0]})" if lines else ""
