@@ -253,6 +253,16 @@ def write_failure(settings: RunSettings, error: str, log: Sequence[str]) -> dict
     return failure
 
 
+def remove_failure(settings: RunSettings) -> None:
+    """Forget that a run's process failed. Raises `SweepError` if that is not possible."""
+    path = Path(folder_of(settings)) / FAILURE
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        what = "a folder" if path.is_dir() else error.strerror
+        raise SweepError(f"{path} cannot be removed: {what}; move it away") from error
+
+
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Make the folder and keep others out of it. Raises `Busy` where another process has its lock."""

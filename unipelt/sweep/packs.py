@@ -11,6 +11,7 @@ What a run says goes to its own log; what the process says beside that, to the l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -98,6 +99,8 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
     def listen(pack: _Pack) -> None:
         assert pack.process.stdout is not None
         for line in pack.process.stdout:
+            if not line.endswith("\n"):
+                break  # it died as it spoke
             said = json.loads(line)
             with changed:
                 outcome = pack.runs.pop(said["folder"])
@@ -119,7 +122,8 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
                 if code == 0:
                     outcome.set_exception(_Unbegun())
                 else:
-                    with open(Path(folder) / LOG, "ab") as log:
+                    # who waits is to be told all the same where the disk is full
+                    with contextlib.suppress(OSError), open(Path(folder) / LOG, "ab") as log:
                         log.write(tail)
                     outcome.set_result(_reason(code, tail, len(left)))
 

@@ -18,7 +18,6 @@ from unipelt.glue.folder import CHECKPOINTS, clean
 from unipelt.glue.result import RESULT, summary
 from unipelt.glue.settings import RunSettings
 from unipelt.sweep.folder import (
-    FAILURE,
     LOG,
     SETTINGS,
     Busy,
@@ -29,6 +28,7 @@ from unipelt.sweep.folder import (
     folder_of,
     read_failure,
     remove_drafts,
+    remove_failure,
     write_failure,
     write_settings,
 )
@@ -127,7 +127,7 @@ def _attempt(
             if record is None:
                 log = _lines(folder / LOG, printed)[-_TAIL:]
                 return write_failure(settings, error or "it ended without a result", log)
-            (folder / FAILURE).unlink(missing_ok=True)
+            remove_failure(settings)
             return record
     except Busy:
         return None
@@ -181,7 +181,7 @@ def _tidy(settings: RunSettings) -> None:
     if (folder / CHECKPOINTS).exists() and not settings.keep_checkpoints:
         with contextlib.suppress(Busy), alone(folder):
             clean(folder)
-    (folder / FAILURE).unlink(missing_ok=True)
+    remove_failure(settings)
 
 
 def _size(path: Path) -> int:
