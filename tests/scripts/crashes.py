@@ -1,0 +1,440 @@
+"""What writes files, killed before each of its operations on files in turn: `python crashes.py FOLDER NAME…`.
+
+Every attempt is a process of its own, forked before anything used a thread, which kills itself with SIGKILL. Leaves
+`report.json`: by scenario, how many attempts were killed, and what then was wrong, if anything.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_task import make_quick, quick
+from transformers import BertConfig, BertForSequenceClassification, TrainerState
+
+import unipelt
+from unipelt.checkpoint import CheckpointError
+from unipelt.glue import run as running
+from unipelt.glue.folder import CHECKPOINTS
+from unipelt.glue.job import prepare
+from unipelt.glue.result import RESULT, ResultError, read_result, write_result
+from unipelt.glue.run import run
+from unipelt.glue.settings import RunSettings
+from unipelt.glue.trainer import BatchTrainer
+from unipelt.parameters import kept_names
+from unipelt.sweep import FAILURE, REQUEST, carry_out, look, read_request, read_sweep, write_request
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # as audit events, whatever the function's name is
+NOT_KILLED = 0
+
+
+def die_at(operation: int) -> None:
+    """Let this process kill itself before that one of its changes to files; where it has just written, half is lost."""
+    done = 0
+
+    def step() -> bool:
+        nonlocal done
+        done += 1
+        return done == operation
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (opened or event in CHANGES) and step():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fsync(file: int) -> None:  # a kill does not need what comes to the disk, only when
+        if step():
+            if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+                os.ftruncate(file, os.fstat(file).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = fsync
+    sys.addaudithook(audit)
+
+
+def attempt(act: Callable[[], object], operation: int | None = None) -> bool:
+    """Do it in a process of its own, which dies at that operation; whether it did. Any other end is an error."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            die_at(operation or -1)
+            act()
+            code = NOT_KILLED
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert status in (NOT_KILLED, signal.SIGKILL), f"operation {operation}: it failed by itself"
+    return status == signal.SIGKILL
+
+
+def crash_points(
+    act: Callable[[], object], before: Callable[[], None], after: Callable[[bool], None], most: int = 500
+) -> int:
+    """Do it once for each operation, each time from the start, until it gets to its end.
+
+    Args:
+        act: what is done, in processes of their own.
+        before: makes what it starts from.
+        after: looks at what is left; told whether it was killed.
+        most: operations, for a start that is all that matters.
+
+    Returns:
+        How many were killed.
+    """
+    for operation in range(1, most + 1):
+        before()
+        killed = attempt(act, operation)
+        try:
+            after(killed)
+        except Exception as error:
+            raise AssertionError(f"operation {operation}: {error}") from error
+        if not killed:
+            return operation - 1
+    return most
+
+
+# Saving a model
+
+
+def tiny_model() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = BertConfig(**sizes, intermediate_size=4, max_position_embeddings=4)
+    return BertForSequenceClassification(config)
+
+
+def fill(model: Any, version: int) -> Any:
+    """Make everything that is saved of a model tell its version."""
+    kept = set(kept_names(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in kept:
+                parameter.fill_(version)
+    return model
+
+
+def version_in(base: Any, folder: Path) -> int | None:
+    """Which version there is whole; None if there is no checkpoint."""
+    try:
+        model = unipelt.load(base, folder)
+    except (FileNotFoundError, CheckpointError):
+        return None
+    kept = set(kept_names(model))
+    values = {value for name, tensor in model.named_parameters() if name in kept for value in tensor.flatten().tolist()}
+    unipelt.remove(model)
+    assert len(values) == 1, f"what is loaded is of several versions: {values}"
+    return int(values.pop())
+
+
+def a_save(home: Path) -> int:
+    """Two saves after each other over an older one are killed, at every operation of each; then a third goes through.
+
+    Whatever was there whole before, or the new one, is there whole after. Of first kills that leave the same files,
+    one is followed by second ones.
+    """
+    model, base = unipelt.inject(tiny_model(), "lora"), tiny_model()
+    start, between, folder = home / "start", home / "between", home / "folder"
+    unipelt.save(fill(model, 1), start)
+
+    def save(version: int) -> Callable[[], object]:
+        return lambda: unipelt.save(fill(model, version), folder)
+
+    kills, seen = 0, set[str]()
+    for first in count(1):
+        copy(start, folder)
+        if not attempt(save(2), first):
+            break
+        kills += 1
+        there = version_in(base, folder)
+        assert there in (1, 2), f"after operation {first}: {there}"
+        if (state := state_of(folder)) in seen:
+            continue
+        seen.add(state)
+        copy(folder, between)
+
+        def after(killed: bool, first: int = first, there: int | None = there) -> None:
+            found = version_in(base, folder)
+            assert found in ((there, 3) if killed else (3,)), f"{first}: {found}, where {there} was"
+            unipelt.save(fill(model, 4), folder)
+            assert version_in(base, folder) == 4
+            assert {path.name for path in folder.iterdir() if path.suffix != ".tmp"} == {
+                *("README.md", "model.safetensors", "unipelt.json")
+            }
+
+        kills += crash_points(save(3), lambda: copy(between, folder), after)
+    return kills
+
+
+def a_first_save(home: Path) -> int:
+    """It is there whole, or not at all."""
+    model, base, folder = unipelt.inject(tiny_model(), "lora"), tiny_model(), home / "folder"
+
+    def after(killed: bool) -> None:
+        found = version_in(base, folder)
+        assert found in ((None, 1) if killed else (1,))
+        assert found == 1 or not base_is_injected(base)
+        unipelt.save(fill(model, 2), folder)
+        assert version_in(base, folder) == 2
+
+    return crash_points(lambda: unipelt.save(fill(model, 1), folder), lambda: clear(folder), after)
+
+
+def state_of(folder: Path) -> str:
+    """Names, without numbers of processes, and contents."""
+    files = ((re.sub(r"\d+", "", path.name), path.read_bytes().hex()) for path in folder.iterdir())
+    return str(sorted(files))
+
+
+def base_is_injected(base: Any) -> bool:
+    return getattr(base, "unipelt_injection", None) is not None
+
+
+def copy(folder: Path, to: Path) -> None:
+    clear(to)
+    shutil.copytree(folder, to)
+
+
+def clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# Records
+
+
+def a_record(home: Path) -> int:
+    """The old one, or the new one, or, where there was none, none."""
+    old = json.loads((home.parent / "record.json").read_text())
+    new = old | {"attempts": 7}
+    folder = home / "folder"
+    kills = 0
+    for earlier in (None, old):
+
+        def before(earlier: Any = earlier) -> None:
+            clear(folder)
+            folder.mkdir()
+            if earlier is not None:
+                write_result(earlier, folder)
+
+        def after(killed: bool, earlier: Any = earlier) -> None:
+            assert found_record(folder) in ((earlier, new) if killed else (new,))
+
+        kills += crash_points(lambda: write_result(new, folder), before, after)
+    return kills
+
+
+def found_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_result(folder)
+    except FileNotFoundError:
+        return None
+    except ResultError as error:
+        raise AssertionError("half a result is taken for one") from error
+
+
+# A run, of which only training is left out
+
+EPOCHS, BEST = 3, 2
+METRICS = ("accuracy", "f1", "matthews_correlation")
+
+
+def pretend(trainer: Any, resume_from_checkpoint: str | None = None) -> None:
+    """In place of `Trainer.train`: epochs that leave a checkpoint each, in which the weights tell the epoch."""
+    begun = 0
+    if resume_from_checkpoint is not None:
+        checkpoint = Path(resume_from_checkpoint)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        begun = trainer.state.global_step
+        assert version_in(tiny_base(trainer.model), checkpoint) == begun, "half a checkpoint was taken for a whole one"
+        assert (checkpoint / "optimizer.pt").read_bytes() == OPTIMIZER
+    for epoch in range(begun + 1, EPOCHS + 1):
+        fill(trainer.model, epoch)
+        at = {"epoch": float(epoch), "step": epoch}
+        score = {"eval_loss": 0.5, **{f"eval_{name}": 0.9 if epoch == BEST else 0.5 for name in METRICS}}
+        trainer.state.log_history += [{"loss": 1 / epoch, **at}, {**score, **at}]
+        trainer.state.epoch, trainer.state.global_step = float(epoch), epoch
+        trainer.state.best_global_step = min(epoch, BEST)
+        trainer.control.should_training_stop = epoch == EPOCHS
+        checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{epoch}"
+        unipelt.save(trainer.model, checkpoint)
+        (checkpoint / "optimizer.pt").write_bytes(OPTIMIZER)
+        trainer.state.save_to_json(str(checkpoint / "trainer_state.json"))
+        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+
+
+OPTIMIZER = bytes(range(100))
+_BASES: list[Any] = []
+
+
+def tiny_base(model: Any) -> Any:
+    """The model's base, without what was injected."""
+    if not _BASES:
+        _BASES.append(type(model).from_pretrained(model.name_or_path, num_labels=2))
+    return _BASES[0]
+
+
+def a_run(home: Path) -> int:
+    """It goes on after any of its operations on files, and ends as if undisturbed; once finished it is not repeated."""
+    settings, folder = pretended(home)
+    run(settings, say=silent)
+    expected, weights = outcome(folder), (folder / "model" / "model.safetensors").read_bytes()
+    names = {".lock", RESULT, "model"}
+    assert {path.name for path in folder.iterdir()} == names
+
+    def after(killed: bool) -> None:
+        result = folder / RESULT
+        before = result.read_bytes() if result.exists() else None
+        run(settings, say=silent)
+        assert before in (None, result.read_bytes()), "a finished run was repeated"
+        assert outcome(folder) == expected
+        assert (folder / "model" / "model.safetensors").read_bytes() == weights
+        assert {path.name for path in folder.iterdir()} == names
+        assert read_result(folder)["attempts"] <= 2
+
+    return crash_points(lambda: run(settings, say=silent), lambda: clear(folder), after)
+
+
+def a_run_over_another(home: Path) -> int:
+    """The earlier result is there, or there is none until the new one is."""
+    earlier, folder = pretended(home)
+    later = replace(earlier, overwrite=True, warmup_ratio=0.5, keep_checkpoints=True)
+    run(replace(earlier, keep_checkpoints=True), say=silent)
+    old = read_result(folder)
+    start = home / "start"
+    copy(folder, start)
+
+    def after(killed: bool) -> None:
+        there = found_record(folder)
+        assert there == old or there is None or there["digest"] == later.digest()
+        assert (there is not None and there["digest"] == later.digest()) or killed
+        run(later, say=silent)
+        assert read_result(folder)["digest"] == later.digest()
+        kept = {path.name for path in (folder / CHECKPOINTS).glob("checkpoint-*")}
+        assert kept == {f"checkpoint-{BEST}", f"checkpoint-{EPOCHS}"}
+
+    return crash_points(lambda: run(later, say=silent), lambda: copy(start, folder), after, most=40)
+
+
+def pretended(home: Path) -> tuple[RunSettings, Path]:
+    """Settings and folder of a run that only pretends to train; what it loads is loaded once for all processes."""
+    folder = home / "run"
+    settings = RunSettings(**quick(home.parent, output_dir=str(folder), method="lora"))
+    job = prepare(settings)
+    tiny_base(job.model)
+    test = {"loss": 0.5, "metrics": dict.fromkeys(METRICS, 0.5)}
+    for name, stand_in in {
+        "prepare": lambda chosen: replace(job, settings=chosen, digest=chosen.digest()),
+        "_test": lambda trainer, job: (test, {}),
+        "describe_code": lambda: {"commit": None, "dirty": None},  # the real one asks git, in a process
+    }.items():
+        assert hasattr(running, name)
+        setattr(running, name, stand_in)
+    BatchTrainer.train = pretend  # type: ignore[assignment]
+    return settings, folder
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    record = read_result(folder)
+    return {name: record[name] for name in ("evaluations", "best", "dev", "test", "digest", "parameters", "files")}
+
+
+# A sweep, whose runs only leave a record
+
+SWEEP = """
+model: {home}/model
+train_file: {home}/train.tsv
+dev_file: {home}/dev.tsv
+train_samples: 16
+dev_samples: 8
+grid:
+  - {{method: lora, seed: [1, 2]}}
+"""
+
+
+def a_sweep(home: Path) -> int:
+    """Two runs of which one fails at first: no start of a run that has finished, and all finish."""
+    sweep, out = read_sweep(home.parent / "sweep.yaml"), home / "out"
+    record = json.loads((home.parent / "record.json").read_text())
+
+    def start(settings: RunSettings, stop: threading.Event) -> str | None:
+        folder = Path(str(settings.output_dir))
+        with open(out / "starts.txt", "a") as file:
+            file.write(f"{folder.name}\n")
+        if settings.seed == 2 and (out / "starts.txt").read_text().count(folder.name) == 1:
+            return "made to fail"
+        write_result(record | {"settings": settings.to_dict(), "digest": settings.digest()}, folder)
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+        return None
+
+    def act() -> None:
+        write_request(sweep, out)
+        for _ in range(3):  # the second does again what failed, the third tidies up after it
+            carry_out(look(sweep, out), start, say=silent)
+
+    def before() -> None:
+        clear(out)
+        out.mkdir()
+        (out / "starts.txt").touch()
+
+    def after(killed: bool) -> None:
+        results = {path: path.read_bytes() for path in out.glob(f"*/{RESULT}")}
+        starts = (out / "starts.txt").read_text().split()
+        act()
+        assert len(list(out.glob(f"*/{RESULT}"))) == 2
+        assert {path: path.read_bytes() for path in results} == results
+        new = (out / "starts.txt").read_text().split()[len(starts) :]
+        assert not {path.parent.name for path in results} & set(new), "a finished run was started again"
+        assert not [*out.rglob("*.tmp"), *out.rglob(FAILURE), *out.rglob(CHECKPOINTS)]
+        request = read_request(out)
+        assert request is not None
+        assert len(request["runs"]) == 2
+        assert (out / REQUEST).is_file()
+
+    return crash_points(act, before, after)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+SCENARIOS = (a_first_save, a_save, a_record, a_sweep, a_run, a_run_over_another)
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Do the scenarios of these names; leave `report.json`."""
+    torch.set_num_threads(1)
+    make_quick(folder)
+    settings = RunSettings(**quick(folder, output_dir=str(folder / "first"), method="lora", epochs=1))
+    attempt(lambda: (folder / "record.json").write_text(json.dumps(run(settings, say=silent))))
+    (folder / "sweep.yaml").write_text(SWEEP.format(home=folder))
+    os.fsync = lambda file: None  # nothing here outlives the machine
+    gc.freeze()  # what was imported need not be looked at again, which takes longer than the rest
+    report = {}
+    for scenario in [scenario for scenario in SCENARIOS if scenario.__name__ in names]:
+        home = folder / scenario.__name__
+        home.mkdir()
+        try:
+            report[scenario.__name__] = {"kills": scenario(home), "problem": None}
+        except Exception:
+            report[scenario.__name__] = {"kills": 0, "problem": traceback.format_exc()}
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
