@@ -324,7 +324,8 @@ def sweep_it(home: Path, out: Path, options: list[str]) -> Callable[[Callable[[s
     def act(say: Callable[[str], None]) -> None:
         say("begun")
         Forked.tell = staticmethod(say)
-        code = command(["sweep", str(home.parent / "sweep.yaml"), "--out", str(out), *options])
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            code = command(["sweep", str(home.parent / "sweep.yaml"), "--out", str(out), *options])
         assert code in (0, 1)
 
     return act

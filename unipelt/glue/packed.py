@@ -249,9 +249,8 @@ class _Seat:
         train_loss = torch.stack([each[index] for each, index in self.losses]).mean().item()
         state.epoch = state.global_step / self.steps_an_epoch
         try:
-            check_losses(train=train_loss)
             metrics = compute_metrics_for(task)(evaluation)
-            check_losses(dev=loss)
+            check_losses(train=train_loss, dev=loss)
         except Diverged as error:
             rate = float(self.job.settings.learning_rate or 0.0)
             raise error.at(state.epoch, state.global_step, rate) from error
