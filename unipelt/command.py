@@ -1,6 +1,7 @@
 """The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them.
 
-`unipelt collect DIR` copies their records alone, to publish, and `unipelt fold DIR` folds the model of one.
+`unipelt collect DIR` copies their records alone, to publish; `unipelt fold DIR` folds the model of one, and `unipelt
+rerun DIR` does one again and compares.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ _LISTS = {"tasks": "task", "k": "train_samples", "seeds": "seed", "methods": "me
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 some runs failed, 2 bad input, 130 interrupted."""
+    """Run the command.
+
+    Returns:
+        The exit code: 0 done; 1 some runs failed, or a rerun gave other numbers; 2 bad input; 130 interrupted.
+    """
     try:
         arguments = _parser().parse_args(argv)
         return arguments.do(arguments)
@@ -93,16 +98,31 @@ def _fold(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rerun(arguments: argparse.Namespace) -> int:
+    from unipelt.glue.options import read_option
+    from unipelt.glue.rerun import rerun
+
+    given = {name.removeprefix("field "): value for name, value in vars(arguments).items() if name.startswith("field ")}
+    changes = {name: read_option(name, value) for name, value in given.items() if value is not None}
+    result = rerun(
+        *(arguments.record, arguments.out),
+        tolerance=arguments.tolerance,
+        changes=changes,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0 if result["equal"] else 1
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ValueError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
-    from unipelt.glue.settings import RunSettings
+    from unipelt.glue.settings import CARRIED, MOVED, RunSettings
 
     parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold")
+    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun")
 
     sweep = commands.add_parser(
         "sweep",
@@ -172,4 +192,22 @@ def _parser() -> argparse.ArgumentParser:
         "--closed", type=float, metavar="X", help="a constant gate below this goes, and its submodule [0.01]"
     )
     folding.add_argument("--rounds", type=int, default=7, metavar="N", help="how often the time is taken [7]")
+
+    again = commands.add_parser(
+        "rerun",
+        help="do a finished run again and compare",
+        description="Do the run of a record again in a new folder, and compare every number. Exit status 0: equal, "
+        "1: different, 2: it cannot be done. What makes numbers equal and what does not: docs/reproducibility.md.",
+        allow_abbrev=False,
+    )
+    again.set_defaults(do=_rerun)
+    again.add_argument("record", metavar="RESULT", help="the run's result.json, or its folder")
+    again.add_argument("--out", metavar="FOLDER", help="new folder of the second run [runs/NAME-rerun]")
+    again.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="X", help="largest difference that counts as equal [0]"
+    )
+    for name in (*MOVED, *CARRIED):
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        what = "where it is now" if name in MOVED else "another one"
+        again.add_argument(*names, dest=f"field {name}", metavar="VALUE", help=f"{what} [the record's]")
     return parser

@@ -58,12 +58,15 @@ from unipelt.glue.trainer import BatchTrainer
 from unipelt.plot import plot_gates
 
 
-def run(settings: RunSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    settings: RunSettings, say: Callable[[str], None] = print, check: Callable[[Job], None] | None = None
+) -> dict[str, Any]:
     """Do a run, or go on with one that was killed, or return the record of one that has finished.
 
     Args:
         settings: what to run, and where.
         say: takes the lines for the reader.
+        check: called with what was loaded, before anything is written or trained; what it raises ends the run.
 
     Returns:
         The record, as `read_result` returns it.
@@ -87,6 +90,8 @@ def run(settings: RunSettings, say: Callable[[str], None] = print) -> dict[str, 
         torch.set_num_threads(settings.threads)
     try:
         job = prepare(settings)
+        if check is not None:
+            check(job)
         with place.locked(folder):
             record = place.find_finished(settings, folder)  # another process may have been faster
             if record is None:

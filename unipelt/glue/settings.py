@@ -22,6 +22,10 @@ INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_work
 """Fields that say how a run is carried out, as opposed to what it computes."""
 
 FILES = ("train_file", "dev_file", "test_file")
+MOVED = ("model", "glue_dir", *FILES)
+"""Fields that say where something lies; a rerun may find the same elsewhere."""
+CARRIED = ("device", "threads", "num_workers", "eval_tokens")
+"""Fields that a rerun may change because they say how it is carried out; all but `num_workers` change roundings."""
 _EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")  # what YAML 1.1 takes for a string
 
 

@@ -1,0 +1,369 @@
+"""A finished run once more, from its record alone, and what comes out beside what came out then.
+
+Whatever a record says that would make the second run another one (settings, data, model) is compared before any time
+is spent, and a difference is an error. Then the run is done in a new folder, every number of the outcome is compared,
+and of what surrounded the two runs all that differs is named: where numbers differ, it is the likely reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import unipelt
+from unipelt.checkpoint import WEIGHTS, _describe_base, write_whole
+from unipelt.config import ConfigError, UniPELTConfig, flatten, resolve
+from unipelt.glue.folder import MODEL
+from unipelt.glue.job import Job, RunError
+from unipelt.glue.keep import Kept
+from unipelt.glue.result import RESULT, read_result
+from unipelt.glue.run import run
+from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name
+
+RECORD = "rerun.json"
+FORMAT = 1
+OUTCOME = ("evaluations", "best", "dev", "test", "majority", "gates", "parameters")
+"""The parts of a record that are compared."""
+_HARDWARE = ("device", "gpu", "cpu", "threads", "system")
+
+
+def rerun(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    tolerance: float = 0.0,
+    changes: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Do the run of a record again, in a new folder, and compare.
+
+    Killed, it goes on when it is called again with the same arguments. The folder of the record is only read.
+
+    Args:
+        path: a `result.json`, or the folder of a run.
+        out: the new folder; by default `runs/`, the name of the old one, and `-rerun`.
+        tolerance: the largest absolute difference of a number (loss, metric, mean of a gate) that counts as equal.
+            Steps and counts must always be the same.
+        changes: values for fields of `MOVED` and `CARRIED`, for what lies or is done elsewhere now.
+        say: takes the lines for the reader.
+
+    Returns:
+        What `rerun.json` in the new folder holds: `equal`; `numbers` (how many were compared) and the `largest`
+        absolute difference; `differences` (`what`, `then`, `now`, `by`) beyond the tolerance; `weights`, whether the
+        files of the two models are the same, None where there are not two; `surroundings` (`what`, `then`, `now`);
+        `notes`; and `of`, which record.
+
+    Raises:
+        FileNotFoundError: there is no such record.
+        RunError: it cannot be done again here, or would be another run, and the message says why; nothing was
+            trained. Or the run failed.
+        ValueError, OSError: as `unipelt.glue.run.run`.
+    """
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise RunError(f"tolerance must be a number, 0 or above, not {tolerance}")
+    path = Path(path)
+    path = path / RESULT if path.is_dir() else path
+    record = read_result(path)
+    settings, notes = settings_of(record, changes)
+    out = Path("runs") / clean_name(f"{_name(path)}-rerun") if out is None else Path(out)
+    settings = replace(settings, output_dir=str(out))
+    of = {"path": os.path.abspath(path), "digest": record["digest"], "sha256": sha256_of(path)}
+    _check_places(settings)
+    _check_out(out, path, of["sha256"])
+
+    def begin(job: Job) -> None:
+        check_same(job, record)
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out, {"status": "running", "of": of})  # so that a rerun that was killed can be told from other things
+
+    say(f"rerun of {path}")
+    for note in notes:
+        say(f"        {note}")
+    try:
+        again = run(settings, say, begin)
+    except RuntimeError as error:
+        raise RunError(str(error)) from error
+    result = {
+        "status": "finished",
+        "of": of,
+        "digest": again["digest"],
+        **compare(record, again, tolerance, weights=(path.parent / MODEL / WEIGHTS, out / MODEL / WEIGHTS)),
+        "surroundings": surroundings(record, again),
+        "notes": notes,
+    }
+    _write(out, result)
+    for line in _told(result):
+        say(line)
+    say(f"-> {out / RECORD}")
+    return result
+
+
+def settings_of(record: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> tuple[RunSettings, list[str]]:
+    """The settings of a record, for a run that is to do the same.
+
+    Threads and device that the settings left open are those that the record's hardware names.
+
+    Args:
+        record: as `read_result` returns it.
+        changes: as `rerun` takes them.
+
+    Returns:
+        The settings, and notes on what is not quite as it was.
+
+    Raises:
+        RunError: the record is of a newer version, or its settings are not those that were run.
+        SettingsError, ConfigError: a value cannot be meant.
+    """
+    changes = dict(changes or {})
+    if strange := [name for name in changes if name not in (*MOVED, *CARRIED)]:
+        raise RunError(f"a rerun cannot have another {strange[0]}; it may have another {', '.join((*MOVED, *CARRIED))}")
+    given, known = dict(record["settings"]), [item.name for item in fields(RunSettings)]
+    theirs = f"unipelt {record['packages'].get('unipelt')}"
+    if unknown := [name for name in given if name not in known]:
+        raise RunError(
+            f"the record's settings hold {', '.join(map(repr, unknown))}, which unipelt {unipelt.__version__} does not "
+            f"know: it is of a newer version ({theirs}); rerun it with that"
+        )
+    notes: list[str] = []
+    config = _config_of(record, theirs, notes)
+    if absent := [name for name in known if name not in given]:
+        defaults = ", ".join(f"{item.name} {item.default!r}" for item in fields(RunSettings) if item.name in absent)
+        notes.append(f"the record lacks settings that were added since, which take their defaults: {defaults}")
+    try:
+        meant: Any = resolve(given.get("method", {}))
+    except (ConfigError, OSError):
+        meant = None
+    if meant != config:
+        given["method"] = config.to_dict()  # a preset may have changed since; what was run is what counts
+    _check_digest(record, RunSettings(**given), absent, notes)
+    given |= {"overwrite": False, "output_dir": None} | _hardware_of(record, given, changes, notes) | changes
+    if record.get("packed") is not None:
+        notes.append(
+            f"it was one of a pack ({record['packed']!r:.60}) and is done by itself now: without dropout the numbers "
+            "agree to rounding, with dropout in distribution only"
+        )
+    return RunSettings(**given), notes
+
+
+def check_same(job: Job, record: Mapping[str, Any]) -> None:
+    """Raise `RunError` unless the job has the data and the model of the record."""
+    for name in dict.fromkeys((*record["data"], *job.data)):
+        then, now = record["data"].get(name), job.data.get(name)
+        if then != now:
+            raise RunError(
+                f"the {name.removeprefix('predict:')} data are not those of the record ({then} then, {now} now); give "
+                "those of the run (--glue_dir, --train_file, --dev_file, --test_file)"
+            )
+    then, remedy = record["model"], "give the model of the run (--model)"
+    if then["class"] != type(job.model).__name__:
+        raise RunError(f"the model was a {then['class']}, and this is a {type(job.model).__name__}; {remedy}")
+    if then["sha256"] != job.model_sha256:
+        raise RunError(
+            f"the model is not that of the record: the SHA-256 of its {WEIGHTS} was {then['sha256']}, and is "
+            f"{job.model_sha256}; {remedy}"
+        )
+    fingerprint = _describe_base(job.model, dict(job.model.named_parameters()))["fingerprint"]
+    if then["fingerprint"] != fingerprint:
+        raise RunError(
+            f"the model's weights are not those of the record: their fingerprint was {then['fingerprint']}, and is "
+            f"{fingerprint}; {remedy}"
+        )
+
+
+def compare(
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    tolerance: float = 0.0,
+    weights: tuple[Path, Path] | None = None,
+) -> dict[str, Any]:
+    """Compare the outcomes of two records.
+
+    Args:
+        then: one record.
+        now: the other.
+        tolerance: as `rerun` takes it.
+        weights: files with the weights of the two models, which need not be there. They count as an outcome where
+            `tolerance` is 0.
+
+    Returns:
+        `equal`, `tolerance`, `numbers`, `largest`, `differences` and `weights`, as `rerun` returns them.
+    """
+    old, new = (dict(_leaves({name: record[name] for name in OUTCOME})) for record in (then, now))
+    found: list[dict[str, Any]] = []
+    largest = 0.0
+    for what in dict.fromkeys((*old, *new)):
+        ours, theirs = new.get(what), old.get(what)
+        if ours == theirs:
+            continue
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (ours, theirs))
+        by = abs(float(ours) - float(theirs)) if numbers else None  # type: ignore[arg-type]
+        largest = max(largest, by or 0.0)
+        exact = by is None or (isinstance(ours, int) and isinstance(theirs, int))
+        if exact or by > tolerance:  # type: ignore[operator]
+            found.append({"what": what, "then": theirs, "now": ours, "by": by})
+    same = None
+    if weights is not None and all(file.is_file() for file in weights):
+        first, second = map(sha256_of, weights)
+        same = first == second
+        if not same and tolerance == 0:
+            found.append({"what": f"{MODEL}/{WEIGHTS}", "then": first, "now": second, "by": None})
+    return {
+        "equal": not found,
+        "tolerance": tolerance,
+        "numbers": len({**old, **new}),
+        "largest": largest,
+        "differences": found,
+        "weights": same,
+    }
+
+
+def surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What surrounded two runs and was not the same, the likeliest reasons for other numbers first."""
+    pairs = [("packed", then.get("packed"), now.get("packed"))]
+    pairs += [(name, then["hardware"].get(name), now["hardware"].get(name)) for name in _HARDWARE]
+    pairs += [("eval_tokens", then["settings"].get("eval_tokens"), now["settings"]["eval_tokens"])]
+    pairs += [(name, then["packages"].get(name), version) for name, version in now["packages"].items()]
+    pairs += [("commit", then["code"]["commit"], now["code"]["commit"])]
+    found = [{"what": what, "then": one, "now": other} for what, one, other in pairs if one != other]
+    dirty = then["code"]["dirty"], now["code"]["dirty"]
+    if any(dirty):  # equal commits say little then
+        found.append({"what": "changes that are in no commit", "then": dirty[0], "now": dirty[1]})
+    return found
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
+    return Kept().sha256(str(path))
+
+
+def _name(path: Path) -> str:
+    """What the run of a record is called."""
+    return path.absolute().parent.name if path.name == RESULT else path.stem
+
+
+def _config_of(record: Mapping[str, Any], theirs: str, notes: list[str]) -> UniPELTConfig:
+    """The method as it was run."""
+    try:
+        config = UniPELTConfig.from_dict(record["method"]["config"])
+    except ConfigError as error:
+        raise RunError(
+            f"method.config of the record: {error}; if it is of a newer version ({theirs}), rerun it with that"
+        ) from error
+    now = flatten(config.to_dict())
+    if absent := [f"{name} {now[name]!r}" for name in now if name not in flatten(record["method"]["config"])]:
+        notes.append(f"the record's method lacks what was added since, which takes its default: {', '.join(absent)}")
+    return config
+
+
+def _check_digest(record: Mapping[str, Any], settings: RunSettings, absent: list[str], notes: list[str]) -> None:
+    """Raise `RunError` if the record's settings cannot be those that its digest is of."""
+    identity = {name: value for name, value in settings.identity().items() if name not in absent}
+    paths = {name: record["settings"].get(name) for name in (*FILES, "glue_dir") if name in identity}
+    # as recorded: an environment variable may have filled in what was left open
+    identity |= {name: None if value is None else os.path.abspath(value) for name, value in paths.items()}
+    identity["method"] = record["method"]["config"]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    if digest == record["digest"]:
+        return
+    if any(value is not None and not os.path.isabs(value) for value in paths.values()):
+        notes.append(
+            "the digest of the settings cannot be checked: it is of paths that were relative to another folder than "
+            "this one"
+        )
+        return
+    raise RunError(
+        f"the settings of the record are not those that were run: their SHA-256 is {digest}, and its digest says "
+        f"{record['digest']}; get the record as the run left it"
+    )
+
+
+def _hardware_of(
+    record: Mapping[str, Any], given: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """Threads and device, where the settings left them open, as they were."""
+    hardware, found = record["hardware"], {}
+    threads, device = hardware.get("threads"), hardware.get("device")
+    if given.get("threads") is None and "threads" not in changes and type(threads) is int and threads > 0:
+        found["threads"] = threads
+        notes.append(f"threads {threads}, as PyTorch chose then; sums are split by thread")
+    if given.get("device", "auto") == "auto" and "device" not in changes and device in ("cpu", "cuda"):
+        if device == "cpu" or torch.cuda.is_available():
+            found["device"] = device
+        else:
+            notes.append(f"it ran on a GPU ({hardware.get('gpu')!r:.60}), and there is none here")
+    return found
+
+
+def _check_places(settings: RunSettings) -> None:
+    """Raise `RunError` if a file or folder of the settings is not there; a model may be a name on the hub."""
+    for name in MOVED:
+        value = getattr(settings, name)
+        if value is not None and (name != "model" or os.path.isabs(value)) and not os.path.exists(value):
+            raise RunError(f"{name} is {value}, and nothing is there; if it has moved, say where to with --{name}")
+
+
+def _check_out(out: Path, path: Path, sha256: str) -> None:
+    """Raise `RunError` unless the folder is new, or holds this very rerun, unfinished."""
+    if out.is_dir() and out.resolve() == path.resolve().parent:
+        raise RunError(f"{out} is the folder of the record itself; choose another --out")
+    if out.exists() and not out.is_dir():  # a record, say, which would be taken for that of the rerun
+        raise RunError(f"{out} is not a folder; choose another --out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    try:
+        there = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        unfinished = there["status"] == "running" and there["of"]["sha256"] == sha256
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        unfinished = False
+    if not unfinished:
+        raise RunError(f"{out} is there already; remove it, or choose another --out")
+
+
+def _write(out: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps({"format": FORMAT, **content}, indent=2, allow_nan=False)
+    write_whole(out / RECORD, f"{text}\n".encode())
+
+
+def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested mappings and lists that is neither, each by its path, as in `evaluations[0].loss`."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{where}[{index}]")
+    else:
+        yield where, value
+
+
+def _told(result: Mapping[str, Any], most: int = 10) -> list[str]:
+    """The comparison, for people."""
+    count, found, tolerance = result["numbers"], result["differences"], result["tolerance"]
+    if result["equal"]:
+        files = {True: ", and the weights", False: "; the weights are not the same", None: ""}[result["weights"]]
+        within = (
+            "bit for bit" if not result["largest"] else f"to within {tolerance:g} (at most {result['largest']:.2g})"
+        )
+        lines = [f"equal, {within}: {count} numbers{files}"]
+    else:
+        lines = [f"different: {len(found)} of {count} numbers{f' by more than {tolerance:g}' if tolerance else ''}"]
+        for item in found[:most]:
+            by = "" if item["by"] is None else f"  ({item['by']:.2g})"
+            lines.append(f"        {item['what']}: {item['then']!r:.60} then, {item['now']!r:.60} now{by}")
+        if len(found) > most:
+            lines.append(f"        and {len(found) - most} more; the largest difference is {result['largest']:.2g}")
+    around = result["surroundings"]
+    if around:
+        lines.append("what surrounded them differs" + ("" if result["equal"] else ", the likely reason") + ":")
+        lines += [f"        {item['what']}: {item['then']!r:.60} then, {item['now']!r:.60} now" for item in around]
+    elif not result["equal"]:
+        lines.append("nothing that the record knows of differs around them; see docs/reproducibility.md for the rest")
+    return lines
