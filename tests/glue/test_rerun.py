@@ -20,6 +20,7 @@ from unipelt.glue.rerun import compare, rerun, settings_of, surroundings
 from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
+from unipelt.report import collect
 
 
 @pytest.fixture(autouse=True)
@@ -396,10 +397,22 @@ def UniPELT_of(record: dict[str, Any]) -> unipelt.UniPELTConfig:
     return unipelt.UniPELTConfig.from_dict(record["method"]["config"])
 
 
-def test_relative_paths_are_of_another_folder(record: dict[str, Any]) -> None:
-    record["settings"]["train_file"] = "data/train.tsv"
-    _, notes = settings_of(record)
-    assert any("cannot be checked" in note for note in notes)
+def test_digests_of_whole_paths_cannot_always_be_checked(record: dict[str, Any]) -> None:
+    relative = change(record, "settings.train_file", lambda path: "data/train.tsv")
+    collected = change(record, "settings", lambda values: values | {"model": "model", "output_dir": "out"})
+    for other in (relative, collected):
+        _, notes = settings_of(other)
+        assert any("digest of the settings cannot be checked" in note for note in notes)
+    with pytest.raises(ValueError, match="are not those that were run"):
+        settings_of(change(record, "settings.model", lambda path: "model"))
+
+
+def test_collected_records_say_where_to_look(home: Path, tmp_path: Path) -> None:
+    collect(home / "out", tmp_path / "records")
+    options = {"train_file": str(home / "train.tsv"), "dev_file": str(home / "dev.tsv"), "model": str(home / "model")}
+    with pytest.raises(ValueError, match=r"train_file is train.tsv, and nothing is there; .* --train_file"):
+        rerun(tmp_path / "records" / "run", tmp_path / "new", say=quiet)
+    assert rerun(tmp_path / "records" / "run", tmp_path / "new", changes=options, say=quiet)["equal"]
 
 
 def test_threads_and_device_are_those_of_the_record(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
