@@ -76,11 +76,12 @@ def test_equal_bit_for_bit(home: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert tree(home) == before, "what was there is left alone"
     printed = capsys.readouterr().out
     assert "\nequal, bit for bit: " in printed
-    assert "threads 1, as PyTorch chose then" in printed
     result = json.loads((tmp_path / "again" / "rerun.json").read_text())
     first, second = read_result(home / "out"), read_result(tmp_path / "again")
     assert (result["status"], result["equal"], result["differences"]) == ("finished", True, [])
     assert result["weights"] is True
+    assert result["notes"] == ["threads 1, as PyTorch chose then; sums are split by thread"]
+    assert all(f"\n        {note}\n" in printed for note in result["notes"])
     assert result["of"]["digest"] == result["digest"] == first["digest"] == second["digest"]
     assert result["numbers"] > 40, "losses, metrics, gates, counts"
     assert second["evaluations"] == first["evaluations"]
@@ -186,6 +187,27 @@ def test_a_difference_is_found_and_told(
     assert result["largest"] == item["by"] == pytest.approx(1e-9)
 
 
+def test_what_lies_beside_the_weights_is_named(home: Path, tmp_path: Path) -> None:
+    """Dropout and lower case are in no fingerprint of weights."""
+    model = shutil.copytree(home / "model", tmp_path / "model")
+    for file, before, after in (
+        ("config.json", '"hidden_dropout_prob": 0.1', '"hidden_dropout_prob": 0.5'),
+        ("tokenizer.json", '"lowercase": true', '"lowercase": false'),
+    ):
+        text = (model / file).read_text()
+        assert before in text
+        (model / file).write_text(text.replace(before, after))
+    lines: list[str] = []
+    result = rerun(home / "out", tmp_path / "new", changes={"model": str(model)}, say=lines.append)
+    assert "        model.config.hidden_dropout_prob was 0.1, and is 0.5" in lines[:4]
+    assert any(line.startswith("        model.tokenizer was '") for line in lines[:4])
+    assert not result["equal"]
+    named = {item["what"] for item in result["surroundings"]}
+    assert {"model.config.hidden_dropout_prob", "model.tokenizer"} <= named
+    assert not [what for what in named if what.startswith("model.") and "dropout" not in what and "token" not in what]
+    assert len(result["notes"]) == 3
+
+
 def change(record: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
     record = copy.deepcopy(record)
     place: Any = record
@@ -223,6 +245,11 @@ def test_every_number_counts(record: dict[str, Any], where: str, value: Callable
     assert not compare(other, record)["equal"]
     assert compare(record, other, tolerance=1e-5)["equal"] == forgiven
     assert compare(record, copy.deepcopy(record))["equal"]
+
+
+def test_no_tolerance_is_for_steps_and_counts(record: dict[str, Any]) -> None:
+    for where in ("best.step", "evaluations.0.step", "parameters.head"):
+        assert not compare(record, change(record, where, lambda x: x + 1), tolerance=9.0)["equal"]
 
 
 def test_weights_count_where_nothing_is_tolerated(record: dict[str, Any], tmp_path: Path) -> None:
@@ -395,6 +422,14 @@ def test_what_a_preset_meant_counts(record: dict[str, Any]) -> None:
 
 def UniPELT_of(record: dict[str, Any]) -> unipelt.UniPELTConfig:
     return unipelt.UniPELTConfig.from_dict(record["method"]["config"])
+
+
+def test_older_records_say_less_of_the_model(record: dict[str, Any]) -> None:
+    older = change(
+        record, "model", lambda model: {key: model[key] for key in ("name", "class", "sha256", "fingerprint")}
+    )
+    older["code"]["dirty"] = record["code"]["dirty"] = False
+    assert surroundings(older, record) == []
 
 
 def test_digests_of_whole_paths_cannot_always_be_checked(record: dict[str, Any]) -> None:

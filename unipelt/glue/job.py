@@ -110,6 +110,15 @@ def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
     return Job(settings, task, model, tokenizer, splits, order, data, majority, notes, device, sha256, digest)
 
 
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of what a fast tokenizer is made of, truncation and padding apart; None of a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state = {key: part for key, part in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def precision_of(job: Job) -> contextlib.AbstractContextManager[Any]:
     """What a run computes in: bfloat16 autocast, or nothing in particular."""
     if job.settings.precision == "bf16":

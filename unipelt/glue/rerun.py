@@ -22,7 +22,7 @@ import unipelt
 from unipelt.checkpoint import WEIGHTS, _describe_base, write_whole
 from unipelt.config import ConfigError, UniPELTConfig, flatten, resolve
 from unipelt.glue.folder import MODEL
-from unipelt.glue.job import Job, RunError
+from unipelt.glue.job import Job, RunError, tokenizer_sha256
 from unipelt.glue.keep import Kept
 from unipelt.glue.result import RESULT, read_result
 from unipelt.glue.run import run
@@ -32,6 +32,7 @@ RECORD = "rerun.json"
 FORMAT = 1
 OUTCOME = ("evaluations", "best", "dev", "test", "majority", "gates", "parameters")
 """The parts of a record that are compared."""
+_OF_NO_MATTER = ("transformers_version", "_name_or_path", "use_cache")  # the last: a trainer turns it off
 _HARDWARE = ("device", "gpu", "cpu", "threads", "system")
 
 
@@ -80,7 +81,9 @@ def rerun(
     _check_out(out, path, of["sha256"])
 
     def begin(job: Job) -> None:
-        check_same(job, record)
+        for note in check_same(job, record):
+            notes.append(note)
+            say(f"        {note}")
         out.mkdir(parents=True, exist_ok=True)
         _write(out, {"status": "running", "of": of})  # so that a rerun that was killed can be told from other things
 
@@ -153,8 +156,16 @@ def settings_of(record: Mapping[str, Any], changes: Mapping[str, Any] | None = N
     return RunSettings(**given), notes
 
 
-def check_same(job: Job, record: Mapping[str, Any]) -> None:
-    """Raise `RunError` unless the job has the data and the model of the record."""
+def check_same(job: Job, record: Mapping[str, Any]) -> list[str]:
+    """Check that a job has the data and the model of a record.
+
+    Returns:
+        Notes: what of the model's configuration, and whether its tokenizer, is not as it was. Versions of libraries
+        may write either in another way.
+
+    Raises:
+        RunError: other data or other weights.
+    """
     for name in dict.fromkeys((*record["data"], *job.data)):
         then, now = record["data"].get(name), job.data.get(name)
         if then != now:
@@ -170,12 +181,14 @@ def check_same(job: Job, record: Mapping[str, Any]) -> None:
             f"the model is not that of the record: the SHA-256 of its {WEIGHTS} was {then['sha256']}, and is "
             f"{job.model_sha256}; {remedy}"
         )
-    fingerprint = _describe_base(job.model, dict(job.model.named_parameters()))["fingerprint"]
-    if then["fingerprint"] != fingerprint:
+    base = _describe_base(job.model, dict(job.model.named_parameters()))
+    if then["fingerprint"] != base["fingerprint"]:
         raise RunError(
             f"the model's weights are not those of the record: their fingerprint was {then['fingerprint']}, and is "
-            f"{fingerprint}; {remedy}"
+            f"{base['fingerprint']}; {remedy}"
         )
+    now = {"config": base["config"], "tokenizer": tokenizer_sha256(job.tokenizer)}
+    return [f"{what} was {one!r:.70}, and is {other!r:.70}" for what, one, other in _model_pairs(then, now)]
 
 
 def compare(
@@ -232,11 +245,24 @@ def surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[s
     pairs += [("eval_tokens", then["settings"].get("eval_tokens"), now["settings"]["eval_tokens"])]
     pairs += [(name, then["packages"].get(name), version) for name, version in now["packages"].items()]
     pairs += [("commit", then["code"]["commit"], now["code"]["commit"])]
+    pairs += _model_pairs(then["model"], now["model"])
     found = [{"what": what, "then": one, "now": other} for what, one, other in pairs if one != other]
     dirty = then["code"]["dirty"], now["code"]["dirty"]
     if any(dirty):  # equal commits say little then
         found.append({"what": "changes that are in no commit", "then": dirty[0], "now": dirty[1]})
     return found
+
+
+def _model_pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What of configuration and tokenizer differs, by name, then and now; of old records, which lack them, nothing."""
+    found = []
+    if isinstance(then.get("config"), Mapping):
+        old, new = (flatten(model["config"]) for model in (then, now))
+        names = [name for name in {**old, **new} if name not in _OF_NO_MATTER]
+        found = [(f"model.config.{name}", old.get(name), new.get(name)) for name in names]
+    if "tokenizer" in then:
+        found.append(("model.tokenizer", then["tokenizer"], now["tokenizer"]))
+    return [item for item in found if item[1] != item[2]]
 
 
 def sha256_of(path: Path) -> str:
@@ -359,13 +385,13 @@ def _told(result: Mapping[str, Any], most: int = 10) -> list[str]:
         lines = [f"different: {len(found)} of {count} numbers{f' by more than {tolerance:g}' if tolerance else ''}"]
         for item in found[:most]:
             by = "" if item["by"] is None else f"  ({item['by']:.2g})"
-            lines.append(f"        {item['what']}: {item['then']!r:.60} then, {item['now']!r:.60} now{by}")
+            lines.append(f"        {item['what']}: {item['then']!r:.70} then, {item['now']!r:.70} now{by}")
         if len(found) > most:
             lines.append(f"        and {len(found) - most} more; the largest difference is {result['largest']:.2g}")
     around = result["surroundings"]
     if around:
         lines.append("what surrounded them differs" + ("" if result["equal"] else ", the likely reason") + ":")
-        lines += [f"        {item['what']}: {item['then']!r:.60} then, {item['now']!r:.60} now" for item in around]
+        lines += [f"        {item['what']}: {item['then']!r:.70} then, {item['now']!r:.70} now" for item in around]
     elif not result["equal"]:
         lines.append("nothing that the record knows of differs around them; see docs/reproducibility.md for the rest")
     return lines

@@ -38,7 +38,7 @@ from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
 from unipelt.glue.failure import Diverged, RunFailed, check_losses, explain
 from unipelt.glue.folder import CHECKPOINTS, MODEL, PICTURE, PREDICTIONS, Progress
-from unipelt.glue.job import Job, prepare
+from unipelt.glue.job import Job, prepare, tokenizer_sha256
 from unipelt.glue.leaderboard import write_predictions
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.result import (
@@ -464,6 +464,8 @@ def _record(
             "class": type(job.model).__name__,
             "sha256": job.model_sha256,
             "fingerprint": base["fingerprint"],
+            "config": base["config"],
+            "tokenizer": tokenizer_sha256(job.tokenizer),
         },
         "parameters": asdict(unipelt.parameter_counts(job.model)),
         "gates": means,
