@@ -141,7 +141,7 @@ def test_a_run_of_a_pack_is_done_by_itself(tmp_path: Path) -> None:
     assert result["equal"]
     assert result["surroundings"][0] == {"what": "packed", "then": {"places": 2}, "now": None}
     assert 0 < result["largest"] < 1e-4
-    assert compare(*(read_result(tmp_path / name) for name in ("pack/2", "again")))["differences"]
+    assert compare(read_result(tmp_path / "pack" / "2"), read_result(tmp_path / "again"))["differences"]
 
 
 def test_goes_on_after_a_kill(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,10 +301,12 @@ def test_folders_of_others_are_left_alone(home: Path, tmp_path: Path, name: str)
 
 
 def test_keep_checkpoints(home: Path, tmp_path: Path) -> None:
-    run(settings(home, tmp_path / "run", epochs=6, patience=2, keep_checkpoints=True), say=lambda line: None)
+    record = run(settings(home, tmp_path / "run", epochs=6, patience=2, keep_checkpoints=True), say=lambda line: None)
     kept = {path.name for path in (tmp_path / "run" / CHECKPOINTS).glob("checkpoint-*")}
-    assert kept == {"checkpoint-12", "checkpoint-20"}, "the best and the last"
-    names = {path.name for path in (tmp_path / "run" / CHECKPOINTS / "checkpoint-20").iterdir()}
+    last = record["evaluations"][-1]["step"]
+    assert record["best"]["step"] < last
+    assert kept == {f"checkpoint-{record['best']['step']}", f"checkpoint-{last}"}, "the best and the last"
+    names = {path.name for path in (tmp_path / "run" / CHECKPOINTS / f"checkpoint-{last}").iterdir()}
     assert "tokenizer.json" not in names, "what does not change is not saved every epoch"
 
 
