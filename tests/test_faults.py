@@ -172,7 +172,7 @@ def test_a_fault_in_a_step(
 
 def at_step(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Have the loss of that step changed."""
-    compute: Callable[..., torch.Tensor] = BatchTrainer.compute_loss
+    compute: Callable[..., Any] = BatchTrainer.compute_loss
     steps = 0
 
     def loss(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +194,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(home: Path, tmp_path: Path, m
 def test_dev_outputs_that_are_infinite(
     said: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = BatchTrainer.prediction_step
+    step: Callable[..., Any] = BatchTrainer.prediction_step
 
     def infinite(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         loss, logits, labels = step(trainer, *args, **kwargs)

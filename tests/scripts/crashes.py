@@ -62,7 +62,7 @@ def die_at(operation: int) -> None:
                 os.ftruncate(file, os.fstat(file).st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    os.fsync = fsync
+    setattr(os, "fsync", fsync)  # noqa: B010
     sys.addaudithook(audit)
 
 
@@ -115,7 +115,7 @@ def crash_points(
 
 def tiny_model() -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = BertConfig(**sizes, intermediate_size=4, max_position_embeddings=4)
     return BertForSequenceClassification(config)
 
@@ -423,9 +423,9 @@ def main(folder: Path, names: list[str]) -> None:
     settings = RunSettings(**quick(folder, output_dir=str(folder / "first"), method="lora", epochs=1))
     attempt(lambda: (folder / "record.json").write_text(json.dumps(run(settings, say=silent))))
     (folder / "sweep.yaml").write_text(SWEEP.format(home=folder))
-    os.fsync = lambda file: None  # nothing here outlives the machine
+    setattr(os, "fsync", lambda file: None)  # noqa: B010  (nothing here outlives the machine)
     gc.freeze()  # what was imported need not be looked at again, which takes longer than the rest
-    report = {}
+    report: dict[str, dict[str, Any]] = {}
     for scenario in [scenario for scenario in SCENARIOS if scenario.__name__ in names]:
         home = folder / scenario.__name__
         home.mkdir()

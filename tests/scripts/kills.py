@@ -58,7 +58,8 @@ class Process:
             try:
                 os.close(read)
                 os.setpgid(0, 0)
-                act(lambda line: os.write(write, f"{line}\n".encode()) and None)
+                with os.fdopen(write, "w", buffering=1) as pipe:
+                    act(lambda line: print(line, file=pipe))
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -335,7 +336,7 @@ def stand_ins() -> None:
     """Processes that are forked, not started anew; and no long pauses."""
     for module in (work, packs):
         setattr(module, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))  # noqa: B010
-        module._PAUSE = 0.05
+        setattr(module, "_PAUSE", 0.05)  # noqa: B010
     packs.IDLE_SECONDS = 0.2
     packed.CHECKPOINT_SECONDS = 0.0
     running.describe_code = lambda: {"commit": None, "dirty": None}  # asks git, in a process
@@ -350,9 +351,9 @@ def main(folder: Path, seed: int, names: list[str]) -> None:
     (folder / "still" / "config.json").write_text(json.dumps(config))
     (folder / "sweep.yaml").write_text(SWEEP.format(home=folder))
     stand_ins()
-    os.fsync = lambda file: None  # nothing here outlives the machine
+    setattr(os, "fsync", lambda file: None)  # noqa: B010  (nothing here outlives the machine)
     gc.freeze()  # what was imported need not be looked at again, which takes longer than the rest
-    report = {}
+    report: dict[str, dict[str, Any]] = {}
     for scenario in [one for one in (saves, runs, sweeps, sweeps_in_packs) if one.__name__ in names]:
         home = folder / scenario.__name__
         home.mkdir()
