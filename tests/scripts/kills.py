@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import random
 import signal
@@ -178,6 +179,23 @@ def check_same(folder: Path, calm: Path) -> None:
         assert (folder / "model" / file).read_bytes() == (calm / "model" / file).read_bytes()
 
 
+def check_close(folder: Path, calm: Path) -> None:
+    """Two runs had the same outcome but for rounding: after a kill, one trains in other company in its pack."""
+    ours, theirs = read_result(folder), read_result(calm)
+    for name in ("best", "majority", "data", "parameters", "digest", "files"):
+        assert ours[name] == theirs[name], name
+    pairs = [(ours[name], theirs[name]) for name in ("dev", "test")]
+    pairs += zip(ours["evaluations"], theirs["evaluations"], strict=True)
+    for one, other in pairs:
+        assert one["metrics"] == other["metrics"]
+        for name in one.keys() & {"loss", "train_loss"}:
+            assert math.isclose(one[name], other[name], rel_tol=1e-5), f"{name}: {one[name]} and {other[name]}"
+    weights, expected = (load_file(place / "model" / WEIGHTS) for place in (folder, calm))
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+
+
 # Sweeps
 
 
@@ -274,7 +292,7 @@ def sweeps(home: Path, chance: random.Random) -> int:
 
 
 def sweeps_in_packs(home: Path, chance: random.Random) -> int:
-    """As `sweeps`, with a process that does two runs at a time."""
+    """As `sweeps`, with a process that does two runs at a time; in other company, numbers are rounded otherwise."""
     return _sweeps(home, chance, PACKS, ["--pack", "2"])
 
 
@@ -302,7 +320,7 @@ def _sweeps(home: Path, chance: random.Random, least: int, options: list[str]) -
         Process(sweep_it(home, out, options)).end(None)
         for path, content in finished.items():
             assert path.read_bytes() == content, "a finished run was repeated"
-            check_same(path.parent, calm / path.parent.name)
+            (check_close if options else check_same)(path.parent, calm / path.parent.name)
         assert not [*out.rglob("failure.json"), *out.rglob("*.tmp"), *out.glob("*/checkpoints")]
     return kills
 
