@@ -1,5 +1,6 @@
-"""Saves, runs and sweeps are killed at random moments, again and again, and end as if nobody had disturbed them: bit for bit,
-but for runs in packs, whose rounding depends on their company.
+"""Saves, runs and sweeps are killed at random moments, again and again, and end as if nobody had disturbed them.
+
+Bit for bit, but for runs in packs, whose rounding depends on their company.
 
 `UNIPELT_KILL_SEED` chooses the moments, as far as the machine keeps its time.
 """
