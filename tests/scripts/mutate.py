@@ -263,6 +263,8 @@ def _other_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
             yield "argument left out", ast.Call(node.func, node.args, left)
     if len(node.args) > 1:
         yield "argument left out", ast.Call(node.func, node.args[:-1], node.keywords)
+    if "super()" in ast.unparse(node.func):
+        return  # fails at once, whatever the tests
     if isinstance(node.func, ast.Attribute) and not _is_library(node.func.value):
         yield "call left out", node.func.value  # x.f(y) to x
     elif len(node.args) == 1 and not isinstance(node.args[0], ast.Starred):
@@ -372,14 +374,14 @@ def run_tests(files: Sequence[str], plugin: Watching, *options: str) -> int:
     return int(pytest.main([*quiet, *options, *files], plugins=[plugin]))
 
 
-def look(files: Sequence[str], modules: Sequence[Path]) -> dict[str, Any]:
+def look(files: Sequence[str], modules: Sequence[Path], keyword: str = "") -> dict[str, Any]:
     """The tests as they are: which fail, how long each takes, which line of each module each executes."""
     before = set(sys.modules)
     watched = coverage.Coverage(data_file=None, include=[str(path) for path in modules], messages=False)
     plugin = Watching(coverage=watched)
     watched.start()
     watched.switch_context("import")
-    status = run_tests(files, plugin)
+    status = run_tests(files, plugin, "-k", keyword)
     watched.stop()
     lines = {str(path): watched.get_data().contexts_by_lineno(str(path)) for path in modules}
     ours = ("unipelt", "tests", "examples", "ray", "_pytest", "conftest")
@@ -467,11 +469,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", required=True, type=Path, help="files of the package")
     parser.add_argument("--tests", nargs="+", required=True, help="test files, or tests, as pytest takes them")
+    parser.add_argument("-k", dest="keyword", default="", help="of these, what pytest's -k selects")
     parser.add_argument("--sample", type=int, help="at most so many mutants of each module")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--slowest", type=float, default=4.0, help="leave out tests that take longer, in seconds")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests that one mutant meets at most")
     parser.add_argument("--again", type=Path, help="a result: run only what was not killed there")
+    parser.add_argument("--seen", type=Path, help="keep here what the run without mutants saw, or take it from here")
     parser.add_argument("--out", type=Path, help="write a result here (JSON)")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     options = parser.parse_args()
@@ -501,7 +505,12 @@ def main() -> None:
     import torch  # the libraries come first, the package never: every mutant imports that itself
     import transformers
 
-    seen = in_child(lambda: look(options.tests, modules), 3600)
+    if options.seen and options.seen.exists():
+        seen = json.loads(options.seen.read_text())
+    else:
+        seen = in_child(lambda: look(options.tests, modules, options.keyword), 3600)
+    if options.seen and seen is not None:
+        options.seen.write_text(json.dumps(seen))
     if seen is None or seen["status"] != 0:
         why = "it broke off" if seen is None else f"pytest's status is {seen['status']}; {seen['failed']}"
         sys.exit(f"the tests must pass as they are: {why}")
@@ -517,9 +526,9 @@ def main() -> None:
         lines = seen["lines"][str(path)]
         contexts = {test for line in range(site.lines[0], site.lines[1] + 1) for test in lines.get(str(line), ())}
         everywhere = site.imported or "import" in contexts
-        tests = [test for test in durations if everywhere or test in contexts]
-        tests.sort(key=lambda test: (-kills[test], durations[test]))
-        seconds, fitting = 0.0, []
+        tests = in_order([test for test in durations if everywhere or test in contexts], durations, kills)
+        seconds = 0.0
+        fitting: list[str] = []
         for test in tests:
             seconds += durations[test]
             if seconds > options.budget and fitting:
@@ -565,6 +574,17 @@ def main() -> None:
             options.out.write_text(json.dumps(about, indent=1))
     for module, outcomes in counts([each for each, _, _ in chosen]).items():
         print(module, ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+
+
+def in_order(tests: list[str], durations: dict[str, float], kills: Counter[str]) -> list[str]:
+    """Those that killed before, then one of each test function, then their other parameters; the fast ones first."""
+    turns: Counter[str] = Counter()
+    turn = {}
+    for test in sorted(tests, key=lambda test: durations[test]):
+        function = test.partition("[")[0]
+        turn[test] = turns[function]
+        turns[function] += 1
+    return sorted(tests, key=lambda test: (-kills[test], turn[test], durations[test]))
 
 
 def counts(mutants: list[Mutant]) -> dict[str, dict[str, int]]:
