@@ -24,6 +24,7 @@ from unipelt import (
     UniPELTConfig,
     resolve,
 )
+from unipelt.config import LARGEST, convert, flatten
 
 PARTS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 48},
@@ -150,6 +151,25 @@ def test_plain_types_become_the_fields_types() -> None:
     assert UniPELTConfig(adapter={"bottleneck": 3}).adapter == AdapterConfig(3)  # type: ignore[arg-type]
 
 
+def test_one_text_stands_for_a_tuple_of_texts() -> None:
+    assert convert(tuple[str, ...], "text", "columns") == ("text",)
+    assert convert(tuple[str, ...], ["text"], "columns") == ("text",)
+    assert convert(tuple[str, ...] | None, "all", "columns") == ("all",), "it means None among indices only"
+    with pytest.raises(ConfigError, match="columns must be a list, not 3"):
+        convert(tuple[str, ...], 3, "columns")
+
+
+def test_the_largest_size_is_allowed_and_the_next_is_not() -> None:
+    assert AdapterConfig(LARGEST).bottleneck == LARGEST
+    assert LoRAConfig(alpha=LARGEST).alpha == LARGEST
+    with pytest.raises(ConfigError, match="bottleneck must be at most 1,000,000"):
+        AdapterConfig(LARGEST + 1)
+
+
+def test_nested_mappings_as_one() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": []}, "e": None}) == {"a.b.c": 1, "a.d": [], "e": None}
+
+
 sizes = st.integers(1, 4096)
 configurations = st.builds(
     UniPELTConfig,
@@ -203,6 +223,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lora": {"alpha": float("nan")}}, ("lora.alpha", "finite number", "nan")),
     ({"lora": {"alpha": float("inf")}}, ("lora.alpha", "finite number", "inf")),
     ({"lora": {"alpha": 10**400}}, ("lora.alpha",)),
+    ({"lora": {"alpha": -(10**400)}}, ("lora.alpha", "finite number")),
     ({"adapter": {"bottleneck": 10**12}}, ("adapter.bottleneck",)),
     ({"prefix": {"length": 10**30}}, ("prefix.length",)),
     ({"lora": {"rank": 2**63}}, ("lora.rank",)),

@@ -7,7 +7,8 @@
 The libraries take longer to import than most tests take to run, so they are imported once, and each mutant is a fork
 that imports `unipelt` anew with the mutated module in place. One run without mutants comes first: it must pass, and it
 says which test executes which line (`coverage`). A mutant meets the tests that execute its statement, those that
-killed its neighbours first, the fast ones next, until one fails; what runs while a module is imported meets all.
+killed its neighbours first, then one of each function, the fast ones first, until one fails; what runs while a module
+is imported meets all.
 
 Left alone are docstrings, annotations, assertions, imports and what is raised (that it is raised is not left alone).
 The exit status is 0 whether or not mutants survive: survivors are to be read, for some change nothing that could be
