@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast, pipeline
 
 import unipelt
@@ -137,6 +139,18 @@ def test_checkpointing_leaves_evaluation_and_the_embeddings_alone() -> None:
     gradients(model.train())
     assert not model.get_input_embeddings().weight.requires_grad
     assert model.get_input_embeddings().weight.grad is None
+
+
+def test_checkpointing_that_does_not_say_which_is_reentrant() -> None:
+    """As torch takes it, with a warning."""
+    model = make_model("unipelt-apl").train()
+    want = gradients(model)
+    checkpoint_activations(model, True)
+    for layer in model.bert.encoder.layer:  # Transformers itself always says
+        layer._gradient_checkpointing_func = partial(checkpoint, preserve_rng_state=True)
+    with pytest.warns(UserWarning, match="use_reentrant parameter should be passed explicitly"):
+        got = gradients(model)
+    assert_close(got, want)
 
 
 # Copies

@@ -20,8 +20,11 @@ from transformers import (
 import unipelt
 import unipelt.inject
 from unipelt.adapter import Adapter
-from unipelt.gate import Gates, token_weights
+from unipelt.attention import Site
+from unipelt.gate import Gates, Slot, token_weights
+from unipelt.inject import _inject
 from unipelt.lora import LoRA
+from unipelt.parameters import injection_of, submodule_parameters
 from unipelt.prefix import Prefix, PrefixNetwork
 
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
@@ -118,6 +121,52 @@ def test_initialisation() -> None:
     with unipelt.record_gates(model) as gates:
         logits(model, tiny_batch())
     assert all((values - 0.5).abs().max() < 0.25 for values in gates.values())
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_submodules_are_of_their_hosts_kind(device: str, deployed: bool) -> None:
+    model: Any = tiny_bert()
+    model.to(device, torch.bfloat16)
+    _inject(model, unipelt.resolve("unipelt-apl"), deployed=deployed, head=None)
+    ours = list(submodule_parameters(model))
+    assert {kind for kind, _, _ in ours} == {"adapter", "prefix", "lora", "gate"}
+    for _, name, parameter in ours:
+        assert (parameter.device.type, parameter.dtype) == (device, torch.bfloat16), name
+
+
+def slots(model: torch.nn.Module) -> list[Slot]:
+    """Every slot that a model holds, of submodules and of their sites."""
+    held = [value for module in model.modules() for value in vars(module).values()]
+    sites = [value for value in held if isinstance(value, Site)]
+    held += [value for site in sites for value in (site.tokens, *site.inserts)]
+    return list({id(value): value for value in held if isinstance(value, Slot)}.values())
+
+
+PARTLY_GATED = (
+    {"adapter": {"gate": False}},
+    {"prefix": {"gate": False}},
+    {"lora": {"gate": False}},
+    {"lora": {"gate": False}, "prefix": {"gate": False}},
+    {"adapter": None, "prefix": None},
+)
+
+
+@pytest.mark.parametrize("changes", [{}, *PARTLY_GATED], ids=str)
+def test_a_pass_leaves_nothing_behind(changes: dict[str, Any]) -> None:
+    """What nobody takes would be kept, with its graph, until the next pass."""
+    model = unipelt.inject(tiny_bert(), changes)
+    assert slots(model)
+    model(**tiny_batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
+    assert all(slot.is_empty() for slot in slots(model))
+
+
+def test_only_what_trains_of_the_base_is_remembered() -> None:
+    for preset, kept in (("unipelt-apl", {"classifier.weight", "classifier.bias"}), ("fine-tuning", None)):
+        model = tiny_bert()
+        names = {name for name, _ in model.named_parameters()}
+        unipelt.inject(model, preset)
+        assert injection_of(model).originals.keys() == (names if kept is None else kept)
 
 
 @pytest.mark.parametrize("config", ["unipelt-apl", MASS, "unipelt-al", "prefix"])
