@@ -294,6 +294,32 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
     assert_same(model, before)
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("encoder", "prefix_network"),
+        ("encoder.layer.1.attention.self", "gates"),
+        ("encoder.layer.1.attention.self", "prefix"),
+        ("encoder.layer.1.attention.self", "unipelt_site"),
+        ("encoder.layer.1.attention.self.query", "lora_query"),
+        ("encoder.layer.1.attention.self.value", "lora_value"),
+        ("encoder.layer.1.attention.self.value", "unipelt_rows"),
+        ("encoder.layer.1.output.LayerNorm", "adapter"),
+    ],
+)
+def test_what_a_host_calls_by_one_of_our_names_is_its_own(place: str, name: str) -> None:
+    model: Any = tiny_bert()
+    host = model.bert.get_submodule(place)
+    setattr(host, name, "mine")
+    before, flags = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(unipelt.InjectionError, match=rf"has an attribute '{name}' of its own"):
+        unipelt.inject(model, "unipelt-apl")
+    assert getattr(host, name) == "mine"
+    assert_same(model, before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_bert()
     before, attributes = state(model), [set(vars(module)) for module in model.modules()]

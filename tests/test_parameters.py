@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,10 @@ def test_counts_read_well_and_need_an_injection() -> None:
     text = str(counts)
     for number in (counts.trained, counts.deployed, counts.head, counts.base, *counts.submodules.values()):
         assert f"{number:,}" in text
+    assert f"({100 * counts.trained / counts.base:.2f} % of the base's {counts.base:,})" in text
+    assert "(0.00 % of the base's 0)" in str(dataclasses.replace(counts, base=0))
+    gates = " ".join(text[text.index("gates: ") :].split())
+    assert gates.startswith("gates: prefix 99, adapter 99 deployed"), "a row of at most four"
     unipelt.remove(model)
     with pytest.raises(ValueError, match="inject"):
         unipelt.parameter_counts(model)
