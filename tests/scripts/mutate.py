@@ -10,7 +10,8 @@ says which test executes which line (`coverage`). A mutant meets the tests that 
 killed its neighbours first, then one of each function, the fast ones first, until one fails; what runs while a module
 is imported meets all.
 
-Left alone are docstrings, annotations, assertions, imports and what is raised (that it is raised is not left alone).
+Left alone are docstrings, annotations, assertions, imports, whether a dataclass is frozen, the words of f-strings, and
+what is raised (that it is raised is not left alone).
 The exit status is 0 whether or not mutants survive: survivors are to be read, for some change nothing that could be
 seen.
 """
@@ -182,6 +183,8 @@ def _is_left_alone(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True  # docstrings
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
+        return True
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dataclass":
         return True
     if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
         return True
@@ -436,11 +439,11 @@ class Mutant:
         return self.module, self.scope, self.operator, self.before, self.after, self.occurrence
 
 
-def found(path: Path) -> list[tuple[Mutant, Site, int]]:
+def found(path: Path, source: str) -> list[tuple[Mutant, Site, int]]:
     """Every mutant of a module, with its number in the order of the code."""
     counts: Counter[tuple[str, ...]] = Counter()
     mutants = []
-    for number, site in enumerate(sites(ast.parse(path.read_text(encoding="utf-8")))):
+    for number, site in enumerate(sites(ast.parse(source))):
         named = (site.scope, site.operator, site.before, site.after)
         counts[named] += 1
         module = path.relative_to(ROOT).as_posix()
@@ -449,9 +452,9 @@ def found(path: Path) -> list[tuple[Mutant, Site, int]]:
     return mutants
 
 
-def mutate(path: Path, number: int) -> CodeType | None:
-    """The module with one change; None if that is no Python (a `return` of a name that is nowhere, say)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def mutate(path: Path, source: str, number: int) -> CodeType | None:
+    """The module with one change; None if that is no Python."""
+    tree = ast.parse(source)
     next(site for index, site in enumerate(sites(tree)) if index == number).apply()
     try:
         return compile(ast.fix_missing_locations(tree), str(path), "exec")
@@ -491,8 +494,9 @@ def main() -> None:
             for values in json.loads(options.again.read_text())["mutants"]
             if values["outcome"] in ("survived", "uncovered")
         }
-    for path in modules:
-        here = [each for each in found(path) if alive is None or each[0].key in alive]
+    sources = {path: path.read_text(encoding="utf-8") for path in modules}  # read once: someone may be at work on them
+    for path, source in sources.items():
+        here = [each for each in found(path, source) if alive is None or each[0].key in alive]
         if options.sample is not None and len(here) > options.sample:
             drawn = random.Random(f"{options.seed} {path.name}").sample(range(len(here)), options.sample)
             here = [here[place] for place in sorted(drawn)]
@@ -536,7 +540,7 @@ def main() -> None:
                 break
             fitting.append(test)
         mutant.tests = len(fitting)
-        code = mutate(path, number)
+        code = mutate(path, sources[path], number)
         if code is None:
             mutant.outcome = "invalid"
         elif not fitting:
