@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import unipelt
+from unipelt.parameters import kept_names, unfrozen_names
 
 BASE = 109_482_240  # BERT-base with its pooler
 ADAPTER = 894_528
@@ -259,3 +260,14 @@ def test_training_moves_what_trains_and_nothing_else(preset: str) -> None:
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("preset", ["unipelt-apl", "lora", "bitfit", "fine-tuning"])
+def test_what_a_caller_unfreezes_is_kept_too(preset: str) -> None:
+    model: Any = unipelt.inject(tiny_bert(), preset)
+    assert unfrozen_names(model) == set()
+    before = kept_names(model)
+    weight = "bert.embeddings.word_embeddings.weight"
+    model.get_parameter(weight).requires_grad_(True)
+    assert unfrozen_names(model) == (set() if preset == "fine-tuning" else {weight})
+    assert set(kept_names(model)) == {weight, *before}

@@ -213,6 +213,13 @@ def test_what_a_description_refuses_is_refused_with_its_reason(own: ModuleType) 
     unipelt.inject(model, "lora")
 
 
+def test_lora_may_be_refused_too(own: ModuleType) -> None:
+    unipelt.register_family("own", STACK, refused={"lora": "its weights are no matrices"})
+    with pytest.raises(unipelt.InjectionError, match=r"cannot take LoRA: its weights are no matrices$"):
+        unipelt.inject(own.pretrained(), "unipelt-al")
+    unipelt.inject(own.pretrained(), "unipelt-ap")
+
+
 class SoftmaxAttention(nn.Module):
     """An attention that computes its own softmax."""
 
