@@ -130,7 +130,7 @@ def submodule_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parame
         kind = next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), None)
         if kind is not None:
             for name, parameter in module.named_parameters():
-                if kind == "gate" or not name.startswith("gates."):  # gates are modules of their own
+                if not name.startswith("gates."):  # gates are modules of their own
                     yield kind, f"{dot}{name}", parameter
 
 

@@ -162,7 +162,7 @@ def _find_layer(
             f"{stack.norm or stack.output} is a Sequential, which would run an adapter as one more of its steps; "
             f"describe its last one instead: '{stack.norm or stack.output}.{len(adapted) - 1}'"
         )
-    if adapted is not None and hasattr(adapted, "adapter"):
+    if hasattr(adapted, "adapter"):
         raise InjectionError(f"{type(adapted).__name__} has an attribute 'adapter' of its own")
     return LayerPlaces(layer, attention, crossing, adapted)
 

@@ -94,7 +94,7 @@ def measure_gates(
         mask = inputs.get(gate.mask)
         if values.shape[1] > 1 and isinstance(mask, Tensor) and mask.shape == values.shape[:2]:
             values = values[mask.to(values.device).bool()]
-        parts[gate.path].append(_sums(values.flatten(0, -2).float().cpu().double()))
+        parts[gate.path].append(_sums(values.flatten(0, -2).cpu().double()))
 
     hooks = {gate.path: (gate.module, partial(keep, gate)) for gate in gates}
     with _evaluating(model), _hooked(hooks.values()), torch.no_grad():
