@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 import unipelt
 from unipelt import CheckpointError, FoldError, InjectionError
+from unipelt.fold import fold_constants
 from unipelt.gate import Gates
 from unipelt.lora import LoRA
+from unipelt.parameters import injection_of
 from unipelt.prefix import PrefixNetwork
+from unipelt.spread import find_gates
 
 SMALL: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 6},
@@ -230,6 +233,47 @@ def test_a_decoder_behind_an_encoder_has_its_own_padding() -> None:
         report = unipelt.fold(copy.deepcopy(model), [{**batch, "decoder_attention_mask": mask}], tolerance=0.0)
         seen[int(mask.sum())] = report.gates[0].mean
     assert seen[13] != seen[18]
+
+
+def test_two_examples_are_enough() -> None:
+    batch = tiny_batch("bert")
+    one, two = ({name: tensor[:count] for name, tensor in batch.items()} for count in (1, 2))
+    with pytest.raises(FoldError, match="at least two examples, and batches held 1"):
+        unipelt.fold(trained(), [one])
+    assert unipelt.fold(trained(), [two]).examples == 2
+
+
+def test_each_gate_knows_what_tells_real_tokens_of_its_input() -> None:
+    """Gates of a cross-attention read the decoder's states, but its value's reads what the encoder gave."""
+
+    def masks(family: str, **changes: Any) -> dict[str, str]:
+        return {gate.name: gate.mask for gate in find_gates(trained(family, **changes))}
+
+    assert set(masks("bert").values()) == set(masks("gpt2").values()) == {"attention_mask"}
+    decoder = masks("bert", head="CausalLM", is_decoder=True, add_cross_attention=True)
+    assert "cross.lora_query" in decoder
+    assert decoder.pop("cross.lora_value") == "encoder_attention_mask"
+    assert set(decoder.values()) == {"attention_mask"}
+    both = masks("bart")
+    assert both.pop("cross.lora_value") == "attention_mask"
+    assert {mask for name, mask in both.items() if name.startswith(("decoder.", "cross."))} == {
+        "decoder_attention_mask"
+    }
+    assert {mask for name, mask in both.items() if "." not in name} == {"attention_mask"}
+
+
+def test_what_was_folded_is_remembered_apart_from_the_caller() -> None:
+    model = trained()
+    gate = find_gates(model)[0]
+    constants: dict[str, dict[str, float | None]] = {gate.path: {gate.name: 0.5}}
+    fold_constants(model, constants)
+    constants[gate.path][gate.name] = 0.7
+    folded = injection_of(model).folded
+    assert folded is not None
+    assert folded.constants == {gate.path: {gate.name: 0.5}}
+    counts = unipelt.parameter_counts(model)
+    assert counts.trained == 0
+    assert not counts.submodules
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -104,7 +104,10 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
 }
-UNTOUCHED = ("annotation", "returns", "exc", "cause", "keywords_of_class")
+LIBRARIES = tuple(
+    "torch nn np math json os re copy inspect hashlib shutil csv time sys threading dataclasses self".split()
+)
+UNTOUCHED = ("annotation", "returns", "exc", "cause")
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete)
 
 
@@ -277,17 +280,7 @@ def _other_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
 
 def _is_library(node: ast.AST) -> bool:
     """Whether it is a module rather than a value: nothing is left of a call without it."""
-    return ast.unparse(node).partition(".")[0] in (
-        "torch",
-        "nn",
-        "math",
-        "json",
-        "os",
-        "re",
-        "np",
-        "dataclasses",
-        "self",
-    )
+    return ast.unparse(node).partition(".")[0] in LIBRARIES
 
 
 # A run of tests, in a process of its own
