@@ -104,26 +104,9 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
 }
-LIBRARIES = tuple(
-    [
-        "torch",
-        "nn",
-        "np",
-        "math",
-        "json",
-        "os",
-        "re",
-        "copy",
-        "inspect",
-        "hashlib",
-        "shutil",
-        "csv",
-        "time",
-        "sys",
-        "threading",
-        "dataclasses",
-        "self",
-    ]
+LIBRARIES = (
+    *("torch", "nn", "np", "math", "json", "os", "re", "copy", "inspect", "hashlib", "shutil", "csv", "time", "sys"),
+    *("threading", "dataclasses", "self"),
 )
 UNTOUCHED = ("annotation", "returns", "exc", "cause")
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete)

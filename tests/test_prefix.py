@@ -1,0 +1,246 @@
+"""Prefixes by themselves: their network, a pass's own, the masks they make; and how attention finds its arguments."""
+
+from __future__ import annotations
+
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unipelt.attention import Argument, _is_causal
+from unipelt.config import PrefixConfig
+from unipelt.prefix import Pass, Prefix, PrefixNetwork, enter_stack, leave_stack
+
+LENGTH, HIDDEN, WIDTH, LAYERS, TOKENS = 3, 6, 4, 2, 5
+LOWEST = torch.finfo(torch.float32).min
+LIKE = torch.zeros(1)
+
+
+def make_network() -> PrefixNetwork:
+    torch.manual_seed(0)
+    network = PrefixNetwork(HIDDEN, WIDTH, LAYERS, PrefixConfig(LENGTH, 7), LIKE)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    return network
+
+
+def make(
+    gating: str = "scale", gate: bool = True, network: PrefixNetwork | None = None, causal: bool = False, index: int = 1
+) -> Prefix:
+    config = PrefixConfig(LENGTH, 7, gate, gating)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    prefix = Prefix(index, "prefix_network", WIDTH, config, network, LIKE, causal=causal)
+    if prefix.keys_values is not None:
+        nn.init.normal_(prefix.keys_values)
+    return prefix
+
+
+# The network
+
+
+def test_a_network_is_two_layers_and_each_attention_has_its_part() -> None:
+    network = make_network()
+    low = torch.tanh(network.embedding @ network.w1.weight.t() + network.w1.bias)
+    whole = low @ network.w2.weight.t() + network.w2.bias  # (L, N 2 W)
+    want = whole.view(LENGTH, LAYERS, 2, WIDTH).permute(1, 2, 0, 3)
+    torch.testing.assert_close(network(), want)
+    for index in range(LAYERS):
+        torch.testing.assert_close(network(index), want[index])
+        torch.testing.assert_close(make(network=network, index=index)(), want[index])
+
+
+def test_a_deployed_prefix_is_a_parameter_that_starts_at_zero() -> None:
+    prefix = Prefix(0, "prefix_network", WIDTH, PrefixConfig(LENGTH, 7), None, LIKE, causal=False)
+    assert [name for name, _ in prefix.named_parameters()] == ["keys_values"]
+    assert prefix() is prefix.keys_values
+    assert torch.equal(prefix(), torch.zeros(2, LENGTH, WIDTH))
+    assert "deployed, gating=scale" in repr(prefix)
+    assert "part 1 of prefix_network, gating=mass" in repr(make("mass", network=make_network()))
+    assert "gating=none" in repr(make(gate=False))
+    prefix = make(gate=False)
+    prefix.mass = -0.5
+    assert "constant, log g = -0.500" in repr(prefix)
+
+
+# A pass
+
+
+def test_a_pass_shows_its_prefixes_until_it_ends() -> None:
+    first, second, one = (torch.ones(2),), (torch.zeros(2),), Pass()
+    assert one.look() is None
+    one.enter(first)
+    assert one.look() is first
+    one.enter(second)
+    assert one.look() is second
+    seen: list[Any] = []
+    thread = Thread(target=lambda: seen.append(one.look()))
+    thread.start()
+    thread.join()
+    assert seen == [None], "another thread is in no pass"
+    one.leave()
+    assert one.look() is None
+
+
+def test_a_pass_without_gradients_keeps_nothing() -> None:
+    one = Pass()
+    with torch.no_grad():
+        one.enter((torch.ones(2),))
+        one.leave()
+    assert not one._prefixes
+    one.enter((torch.ones(2),))
+    one.leave()
+    assert one._prefixes, "the backward pass may want them"
+    one.leave()
+
+
+def test_a_layer_without_gradients_in_a_pass_with_them_computes_its_own() -> None:
+    """As every later one of that pass."""
+    network, calls = make_network(), []
+    prefix = make(network=network)
+    network.register_forward_hook(lambda module, args, output: calls.append(args))
+    owner = nn.Module()
+    owner.prefix_network = network
+    enter_stack(owner, ())
+    assert prefix().requires_grad
+    assert calls == [()], "computed at the entry"
+    with torch.no_grad():
+        assert not prefix().requires_grad
+    assert calls == [(), (1,)]
+    prefix()
+    assert calls == [(), (1,), (1,)]
+    leave_stack(owner, (), None)
+    with torch.no_grad():  # nothing of this pass has gradients
+        enter_stack(owner, ())
+        prefix()
+        leave_stack(owner, (), None)
+    assert calls == [(), (1,), (1,), ()]
+
+
+# Keys, values and masks
+
+
+def test_a_gate_scales_keys_and_values_of_its_example() -> None:
+    gate = torch.tensor([[0.25], [0.5]])
+    for gating, want in (("scale", gate), ("mass", torch.ones(2, 1))):
+        prefix = make(gating)
+        rows = prefix.rows(2, torch.float32, gate)
+        assert rows.shape == (2, 2, LENGTH, WIDTH)
+        torch.testing.assert_close(rows, prefix()[:, None] * want.view(1, 2, 1, 1))
+        torch.testing.assert_close(prefix.rows(2, torch.float32, None), prefix()[:, None].expand(2, 2, -1, -1))
+        assert prefix.rows(2, torch.bfloat16, gate).dtype == torch.bfloat16
+
+
+FORMS = ("none", "boolean", "additive", "boolean of queries", "additive of one")
+
+
+def mask(form: str) -> Tensor | None:
+    """Two texts, the second two tokens shorter."""
+    real = torch.arange(TOKENS) < torch.tensor([5, 3])[:, None, None, None]
+    if form == "none":
+        return None
+    if form == "boolean of queries":
+        return real.expand(2, 1, TOKENS, TOKENS) & torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    if form == "boolean":
+        return real
+    additive = torch.zeros(2, 1, 1, TOKENS).masked_fill(~real, LOWEST)
+    return additive[1:] if form == "additive of one" else additive
+
+
+def weights(given: Tensor | None, keys: int) -> Tensor:
+    """What a mask makes of keys that are all alike, (2, 1, queries, keys)."""
+    if given is None:
+        return torch.full((2, 1, 1, keys), 1 / keys)
+    additive = torch.zeros(given.shape).masked_fill(~given, -torch.inf) if given.dtype == torch.bool else given
+    return additive.softmax(dim=-1).expand(2, 1, -1, -1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mass", ["none", "gate", "gate of a query", "constant", "scale"])
+def test_the_masks_of_a_prefix(mass: str, form: str) -> None:
+    """A prefix key weighs g times as much as a key of the text; where it has no such gate, as much."""
+    given, prefix = mask(form), make("scale" if mass in ("none", "scale") else "mass", gate=mass != "constant")
+    gate, g = None, torch.ones(1, 1)
+    if mass == "gate":
+        gate = g = torch.tensor([[0.25], [0.0]])
+    elif mass == "gate of a query":
+        gate = g = torch.linspace(0.1, 0.9, 2 * TOKENS).view(2, TOKENS)
+    elif mass == "constant":
+        prefix.mass, g = -0.7, torch.tensor([[-0.7]]).exp()
+    elif mass == "scale":
+        gate = torch.tensor([[0.25], [0.5]])
+    columns = prefix.columns(given, torch.float32, TOKENS, gate)
+    if form == "none" and mass in ("none", "scale"):
+        assert columns is None
+        return
+    assert columns is not None
+    assert columns.shape[-1] == LENGTH + TOKENS
+    assert columns.dtype == torch.float32
+    assert not columns.isnan().any()
+    text = weights(given, TOKENS)
+    rows = max(text.shape[2], g.shape[1])
+    before = g[:, None, :, None].expand(2, 1, rows, LENGTH)
+    seen = (text > 0).float().expand(2, 1, rows, TOKENS)  # those keys that are seen are all alike
+    share = torch.cat([before, seen], dim=-1)
+    torch.testing.assert_close(weights(columns, LENGTH + TOKENS), share / share.sum(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_closed_gate_has_a_finite_gradient(dtype: torch.dtype) -> None:
+    gate = torch.tensor([[0.0], [0.5]], dtype=dtype, requires_grad=True)
+    columns = make("mass").columns(mask("boolean"), dtype, TOKENS, gate)
+    assert columns is not None
+    assert columns.dtype == dtype
+    assert (columns[0, ..., :LENGTH] == -torch.inf).all()
+    columns.softmax(dim=-1)[..., 0].sum().backward()
+    assert gate.grad is not None
+    assert gate.grad.isfinite().all()
+
+
+def test_masks_are_of_the_attentions_precision_and_made_once() -> None:
+    prefix, given = make(), mask("boolean")
+    narrow = prefix.columns(given, torch.bfloat16, TOKENS, None)
+    assert narrow is not None
+    assert narrow.dtype == torch.bfloat16
+    assert prefix.columns(given, torch.bfloat16, TOKENS, None) is narrow
+    wide = prefix.columns(given, torch.float32, TOKENS, None)
+    assert wide is not None
+    assert wide.dtype == torch.float32
+
+
+def test_causal_attention_has_its_gate_in_the_mass() -> None:
+    assert make(causal=True).gating == "mass"
+    assert make("mass").gating == "mass"
+    assert make().gating == "scale"
+
+
+# Arguments
+
+
+def test_an_argument_is_found_wherever_it_was_given() -> None:
+    named, passed = Argument("mask", 1), Argument("mask", None)
+    assert named.read(("x", "m"), {}) == "m"
+    assert named.read(("x",), {"mask": "m"}) == "m"
+    assert named.read(("x",), {}) is None
+    assert passed.read(("x", "y"), {"mask": "m"}) == "m"
+    with pytest.raises(RuntimeError, match="called without 'mask'; its description names another argument"):
+        passed.read(("x", "y"), {"other": 1})
+    for argument, args, want in (
+        (named, ["x", "m"], (["x", "new"], {})),
+        (named, ["x"], (["x"], {"mask": "new"})),
+        (passed, ["x", "y"], (["x", "y"], {"mask": "new"})),
+    ):
+        kwargs: dict[str, Any] = {}
+        argument.write(args, kwargs, "new")
+        assert (args, kwargs) == want
+
+
+def test_attention_is_causal_as_transformers_decides() -> None:
+    plain, looks_both_ways = nn.Module(), nn.Module()
+    looks_both_ways.is_causal = False  # type: ignore[assignment]
+    assert _is_causal(plain, {})
+    assert not _is_causal(looks_both_ways, {})
+    assert not _is_causal(looks_both_ways, {"is_causal": None})
+    assert _is_causal(looks_both_ways, {"is_causal": True})
+    assert not _is_causal(plain, {"is_causal": False})
