@@ -176,6 +176,48 @@ def test_some_of_the_replicas_in_any_order() -> None:
     torch.testing.assert_close(part, whole[[2, 0]], rtol=1e-5, atol=1e-6)
 
 
+def test_all_of_the_replicas_by_name_train() -> None:
+    model = unipelt.inject(tiny_bert(), "lora")
+    pack = Pack(model, tokens=9)
+    replicas = [pack.add(values) for values in starts(model)]
+    found = []
+    for asked in (None, list(replicas)):
+        pack.backward(losses(pack(join(batches()), asked), LABELS, REAL))
+        found.append([replica.plain.grad.clone() for replica in replicas if replica.plain.grad is not None])
+    assert len(found[0]) == len(found[1]) == 3
+    for one, other in zip(*found, strict=True):
+        assert one.any()
+        assert torch.equal(one, other)
+
+
+def test_what_decays_what_does_not_and_what_is_frozen_lie_apart() -> None:
+    model = unipelt.inject(tiny_bert(), {"preset": "unipelt-al", "train_head": False})
+    values = kept_values(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained < values.keys(), "the head is kept all the same"
+    decayed = {name for name in trained if not name.endswith("bias")} | {
+        "classifier.weight",
+        "bert.pooler.dense.weight",
+    }
+    pack = Pack(model, tokens=9, decayed=decayed)
+    replicas = [pack.add(values), pack.add(values)]
+    expected = {name: -(-value.numel() // 64) * 64 for name, value in values.items()}
+    replica = replicas[1]
+    assert replica.decayed.numel() == sum(expected[name] for name in trained & decayed)
+    assert replica.plain.numel() == sum(expected[name] for name in trained - decayed)
+    assert replica.row.numel() == sum(expected.values())
+    with torch.no_grad():
+        replica.decayed.fill_(7.0)
+        replica.plain.fill_(8.0)
+    for name, tensor in replica.tensors().items():
+        if name in trained:
+            assert (tensor == (7.0 if name in decayed else 8.0)).all(), name
+        else:
+            assert torch.equal(tensor, values[name]), name
+    for name, tensor in replica.tensors(replicas[0].row).items():
+        assert torch.equal(tensor, values[name]), name
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = unipelt.inject(tiny_bert(), "unipelt-apl")
     before = copy.deepcopy(model.state_dict())
@@ -240,6 +282,7 @@ def test_refuses_what_would_come_out_differently() -> None:
     config = {"preset": "unipelt-apl", "gate": {"pooling": "mean"}}
     with pytest.raises(PackError, match="average over padding"):
         Pack(unipelt.inject(tiny_bert(), config), tokens=9)
+    Pack(unipelt.inject(tiny_bert(), {**config, "preset": "lora"}), tokens=9)  # without a gate nothing is averaged
     for family in ("gpt2", "bart"):
         with pytest.raises(PackError, match="only encoders"):
             Pack(unipelt.inject(tiny_model(family, "SequenceClassification"), "lora"), tokens=9)
@@ -270,8 +313,10 @@ def test_refuses_what_does_not_fit() -> None:
     pack = Pack(model, tokens=9)
     values = starts(model)[0]
     name = next(iter(values))
-    with pytest.raises(PackError, match="is missing"):
+    with pytest.raises(PackError, match=r"is missing$"):
         pack.add({key: tensor for key, tensor in values.items() if key != name})
+    with pytest.raises(PackError, match=r"another is none of them$"):
+        pack.add({**values, "another": torch.zeros(1)})
     with pytest.raises(PackError, match=r"and in this pack \("):
         pack.add({**values, name: torch.zeros(1, 2, 3)})
     assert pack.replicas == []

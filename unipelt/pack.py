@@ -117,7 +117,6 @@ class Pack:
         self._ends = ends
         self.device = model.device
         self._rows = torch.zeros(0, end, device=self.device)
-        self._grad = torch.zeros(0, ends[1], device=self.device)
         self._stack: dict[str, Tensor] = {}
         self._leaves: dict[Tensor, Tensor] = {}  # each leaf of the stack, and where its gradient goes
         linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
@@ -195,14 +194,14 @@ class Pack:
     def _bind(self) -> None:
         """Make the stacked leaves, and those of each replica, views of the rows as they now are."""
         decayed, trained = self._ends[:2]
-        self._grad = self._rows.new_zeros(len(self.replicas), trained)
+        grads = self._rows.new_zeros(len(self.replicas), trained)
         self._stack, self._leaves = {}, {}
         for name, place in self.places.items():
             stacked = place.of(self._rows).detach()
             if name in self._trained:
-                self._leaves[stacked.requires_grad_()] = place.of(self._grad)
+                self._leaves[stacked.requires_grad_()] = place.of(grads)
             self._stack[name] = stacked
-        for row, grad, replica in zip(self._rows, self._grad, self.replicas, strict=True):
+        for row, grad, replica in zip(self._rows, grads, self.replicas, strict=True):
             replica.row = row
             replica.decayed.data, replica.plain.data = row[:decayed], row[decayed:trained]
             replica.decayed.grad, replica.plain.grad = grad[:decayed], grad[decayed:]
