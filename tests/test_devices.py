@@ -492,8 +492,11 @@ def test_chunked_feed_forward(method: Any, masked: bool) -> None:
     if not masked:
         del batch["attention_mask"]
     want = logits(make_model(method), batch)
-    got = logits(make_model(method, chunk_size_feed_forward=3), batch)
-    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    model = make_model(method, chunk_size_feed_forward=3)
+    torch.testing.assert_close(logits(model, batch), want, atol=1e-6, rtol=0)
+    unipelt.remove(model)
+    assert {layer.chunk_size_feed_forward for layer in model.bert.encoder.layer} == {3}
+    assert not any(name.startswith("unipelt") for layer in model.bert.encoder.layer for name in vars(layer))
 
 
 def test_a_pass_that_failed_does_not_stop_what_follows() -> None:
