@@ -273,15 +273,11 @@ def _add_adapter(layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, 
 def _watch_checkpointing(owner: Any, layer: nn.Module) -> None:
     """Reentrant gradient checkpointing needs an input that requires a gradient, and frozen embeddings give none.
 
-    A stack is given states, embeddings, or token ids that it embeds itself: the first two are seen by a hook of the
-    stack, the last by one of its embeddings.
+    A stack is given states, embeddings, or token ids that it embeds itself. What embeds them is woken by Transformers,
+    when checkpointing is switched on; the first two are seen by a hook of the stack.
     """
     owner.unipelt_layer = (layer,)  # a reference, not a part
     owner.register_forward_pre_hook(_wake_input, with_kwargs=True)
-    embeddings: Any = owner.get_input_embeddings() if isinstance(owner, PreTrainedModel) else None
-    if isinstance(embeddings, nn.Module) and not hasattr(embeddings, "unipelt_layer"):
-        embeddings.__dict__["unipelt_layer"] = (layer,)
-        embeddings.register_forward_hook(_wake_output)
 
 
 def _wake_input(
@@ -293,10 +289,6 @@ def _wake_input(
         tuple(_awake(value) if place == 0 else value for place, value in enumerate(args)),
         {name: _awake(value) if name in STATES else value for name, value in kwargs.items()},
     )
-
-
-def _wake_output(embeddings: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    return _awake(output) if _checkpoints_reentrantly(embeddings) else None
 
 
 def _checkpoints_reentrantly(module: Any) -> bool:
@@ -347,7 +339,6 @@ HOOKS = (
     leave_stack,
     refuse_training,
     _wake_input,
-    _wake_output,
 )
 OURS = ("adapter", "gates", "prefix", *NAMES, *NETWORKS)
 """Attributes of host modules that hold modules of ours; those named here but of other types are the host's."""
