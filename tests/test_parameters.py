@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SIZES, tiny_batch, tiny_bert
+from tiny import tiny_config
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -17,10 +18,11 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    T5EncoderModel,
 )
 
 import unipelt
-from unipelt.parameters import kept_names, unfrozen_names
+from unipelt.parameters import head_names, kept_names, unfrozen_names
 
 BASE = 109_482_240  # BERT-base with its pooler
 ADAPTER = 894_528
@@ -271,3 +273,8 @@ def test_what_a_caller_unfreezes_is_kept_too(preset: str) -> None:
     model.get_parameter(weight).requires_grad_(True)
     assert unfrozen_names(model) == (set() if preset == "fine-tuning" else {weight})
     assert set(kept_names(model)) == {weight, *before}
+
+
+def test_an_encoder_of_an_encoder_decoder_has_no_head() -> None:
+    """It holds one of the two parts of its base, and nothing beside."""
+    assert head_names(T5EncoderModel(tiny_config("t5"))) == frozenset()
