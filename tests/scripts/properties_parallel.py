@@ -1,0 +1,100 @@
+"""Two data-parallel processes that take each of several cases through a step, against one with the joint batch.
+
+Usage: properties_parallel.py FOLDER   reads FOLDER/jobs.json; process N writes what it found to FOLDER/results-N.json
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from strategies import Case, Sizes, Texts, batch, loss_of
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import unipelt
+from scripts.families_parallel import PROCESSES, differing, differing_between_processes, own_rows, whole
+
+ROWS = 4
+
+
+def read(job: dict[str, Any]) -> tuple[Case, list[Texts]]:
+    """A case and the batches that it sees, from plain types."""
+    values = job["case"]
+    method, sizes = unipelt.UniPELTConfig.from_dict(values["method"]), Sizes(**values["sizes"])
+    return Case(**{**values, "method": method, "sizes": sizes}), [Texts(**values) for values in job["texts"]]
+
+
+def write(case: Case, several: list[Texts]) -> dict[str, Any]:
+    """What `read` reads."""
+    values = {**vars(case), "method": case.method.to_dict(), "sizes": vars(case.sizes)}
+    return {"case": values, "texts": [{**vars(one), "hidden": [[]] * ROWS} for one in several]}
+
+
+def step(case: Case, model: Any, forward: Callable[..., Any], several: list[Texts], rows: slice) -> dict[str, Tensor]:
+    """Gradients of the last of some passes, and all parameters after a step by them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # with so large an epsilon Adam's first step follows a gradient's size, not its sign alone
+    optimizer = torch.optim.AdamW(trained, lr=0.1, eps=0.1, weight_decay=0.0)
+    for described in several:
+        optimizer.zero_grad()
+        loss_of(forward, case, batch(model, case, described), rows).backward()
+    named = dict(model.named_parameters())
+    found = {f"gradient of {name}": whole(p.grad) for name, p in named.items() if p.grad is not None}
+    optimizer.step()
+    return found | {name: whole(parameter) for name, parameter in named.items()}
+
+
+def compare(job: dict[str, Any]) -> dict[str, Any]:
+    """What two processes and one do not agree on."""
+    case, several = read(job)
+    one, model = case.build().train(), case.build().train()
+    want = step(case, one, one, several, slice(None))
+    got = step(case, model, DistributedDataParallel(model), several, own_rows())
+    return {"other": differing(got, want), "other in the second process": differing_between_processes(got)}
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    store = torch.distributed.FileStore(str(folder / "store"), PROCESSES)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=120)
+    )
+    results: list[dict[str, Any]] = []
+    for job in json.loads((folder / "jobs.json").read_text(encoding="utf-8")):
+        try:
+            results.append(compare(job))
+        except Exception:
+            results.append({"error": traceback.format_exc()})
+        # after each, for a collective that only one process reaches may end both
+        (folder / f"results-{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    # torch's destructors may wait for gloo's thread, which may wait for the GIL that they hold: leave without them
+    os._exit(0)
+
+
+def main(folder: str) -> int:
+    # forked, so that the libraries are imported once
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(rank, Path(folder))) for rank in range(PROCESSES)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return max(abs(worker.exitcode or 0) for worker in workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,345 @@
+"""What properties are drawn over: models of every family, methods, and texts with their masks.
+
+What is drawn are descriptions, frozen and short, so that a failing example can be read and typed in again; functions
+make models and batches of them, the same for the same description. `UNIPELT_EXAMPLES=N` draws N examples of every
+property, at random; without it there are few, and always the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+from conftest import shake
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from tiny import ENCODER_DECODERS, ENCODERS, EOS, PAD, VOCABULARY, WITH_PREFIX, tiny_config, tiny_model
+from torch import Tensor
+
+import unipelt
+from unipelt.families import FAMILIES
+
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+AS_DECODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text", "ernie")
+"""Encoders of which Transformers can make a causal language model."""
+COMMON = ("bert", "llama", "bart", "t5", "gpt2", "albert", "deberta-v2", "modernbert", "mpnet", "gpt_neox", "bloom")
+"""One of each kind, to be drawn more often."""
+
+
+def examples(default: int) -> Callable[[Any], Any]:
+    """Settings of a property: how many examples a usual run draws."""
+    wanted = int(os.environ.get("UNIPELT_EXAMPLES", "0"))
+    return settings(
+        max_examples=wanted or default,
+        derandomize=not wanted,
+        database=None,
+        deadline=None,
+        print_blob=bool(wanted),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    )
+
+
+# Models with a method
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a tiny model, whose hidden size is `heads * head`.
+
+    Attributes:
+        heads, head: how many heads of queries, and their size in units.
+        key_heads: how many heads of keys and values, where a family lets queries share them.
+        layers, decoder_layers: of the model or its encoder, and of the decoder behind it.
+        groups: layers with weights of their own, where a family shares them.
+        inner: width of the feed-forward network, in units.
+    """
+
+    heads: int = 2
+    head: int = 8
+    key_heads: int = 1
+    layers: int = 2
+    decoder_layers: int = 2
+    groups: int = 1
+    inner: int = 20
+
+    def changes(self, family: str) -> dict[str, Any]:
+        """These sizes by the names that the family's configuration has for them."""
+        there = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+        there |= tiny_config(family).to_dict().keys()
+        named = (
+            (self.heads * self.head, "hidden_size d_model n_embd dim"),
+            (self.layers, "num_hidden_layers num_layers n_layer n_layers encoder_layers"),
+            (self.decoder_layers, "decoder_layers num_decoder_layers"),
+            (self.heads, "num_attention_heads num_heads n_head n_heads encoder_attention_heads"),
+            (self.heads, "decoder_attention_heads"),
+            (self.key_heads, "num_key_value_heads"),
+            (self.groups, "num_hidden_groups"),
+            (self.inner, "intermediate_size d_ff n_inner hidden_dim ffn_dim encoder_ffn_dim decoder_ffn_dim"),
+        )
+        return {name: value for value, names in named for name in names.split() if name in there}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of a family, and the method that goes into it.
+
+    Attributes:
+        family: `model_type`.
+        method: what is injected.
+        attention: the back-end, where Transformers has a choice.
+        head: what follows `AutoModelFor`; by default as `tiny_model` has it.
+        as_decoder: an encoder built as a causal language model.
+        seed: of all weights.
+    """
+
+    family: str
+    method: unipelt.UniPELTConfig
+    sizes: Sizes = Sizes()
+    attention: str = "sdpa"
+    head: str = ""
+    as_decoder: bool = False
+    seed: int = 0
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token of the model's output sees only those before it."""
+        return self.as_decoder or self.family not in ENCODERS
+
+    @property
+    def behind_encoder(self) -> bool:
+        """Whether the output is that of a decoder behind an encoder."""
+        return self.family in ENCODER_DECODERS and not self.head
+
+    def bare(self, dropout: float = 0.0, **changes: Any) -> Any:
+        """The pretrained model, without the method, in evaluation mode."""
+        changes = {**self.sizes.changes(self.family), **({"is_decoder": True} if self.as_decoder else {}), **changes}
+        head = "CausalLM" if self.as_decoder else self.head
+        return tiny_model(self.family, head, self.attention, dropout, self.seed, **changes)
+
+    def build(self, dropout: float = 0.0, moved: bool = True, **changes: Any) -> Any:
+        """The model with the method; what trains is away from its start, so that no term is zero, if it is `moved`."""
+        model = unipelt.inject(self.bare(dropout, **changes), self.method)
+        if moved:
+            shake(model, self.seed + 1)
+        return model
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> Sizes:
+    heads, layers = draw(st.sampled_from((2, 1, 4))), draw(st.integers(1, 3))
+    return Sizes(
+        heads=heads,
+        head=draw(st.sampled_from((8, 16))),
+        key_heads=draw(st.sampled_from([count for count in (1, 2, 4) if heads % count == 0])),
+        layers=layers,
+        decoder_layers=draw(st.integers(1, 3)),
+        groups=draw(st.sampled_from([count for count in (1, 2, 3) if layers % count == 0])),
+        inner=draw(st.integers(4, 40)),
+    )
+
+
+@st.composite
+def methods(
+    draw: st.DrawFn,
+    family: str,
+    sizes: Sizes,
+    *,
+    parts: Sequence[str] = ("adapter", "prefix", "lora"),
+    gated: Sequence[bool] = (True, False),
+    gating: Sequence[str] = ("scale", "mass"),
+    pooling: Sequence[str] = ("masked_mean", "mean"),
+    base_trains: bool = True,
+) -> unipelt.UniPELTConfig:
+    """Any method that the family can take: some of the parts, with at least one."""
+    possible = [part for part in parts if part != "prefix" or family in WITH_PREFIX]
+    chosen = draw(st.lists(st.sampled_from(possible), min_size=1, unique=True))
+    gate = st.sampled_from(gated)
+    fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+        "adapter": {"bottleneck": st.integers(1, 9), "gate": gate},
+        "prefix": {
+            "length": st.integers(1, 6),
+            "hidden": st.integers(1, 12),
+            "gate": gate,
+            "gating": st.sampled_from(gating),
+        },
+        "lora": {"rank": st.integers(1, 6), "alpha": st.floats(0.5, 16.0, width=16), "gate": gate},
+    }
+    values: dict[str, Any] = dict.fromkeys(fields)
+    for part in chosen:
+        values[part] = {name: draw(strategy) for name, strategy in fields[part].items()}
+    depth = sizes.groups if family == "albert" else sizes.layers
+    sides = {"encoder": True, "decoder": True, "cross": True}
+    if family in ENCODER_DECODERS:
+        depth = min(depth, sizes.decoder_layers)
+        which = draw(st.sets(st.sampled_from(sorted(sides)), max_size=2))
+        if chosen == ["adapter"] and which == {"encoder", "decoder"}:
+            which = set()  # an adapter has no place in attention to the encoder
+        sides |= dict.fromkeys(which, False)
+    trains = st.booleans() if base_trains else st.just(False)
+    layers = draw(st.none() | st.sets(st.integers(0, depth - 1), min_size=1).map(sorted))
+    return unipelt.UniPELTConfig.from_dict(
+        {
+            **values,
+            **sides,
+            "layers": layers,
+            "gate": {"pooling": draw(st.sampled_from(pooling))},
+            "train_head": draw(st.booleans()),
+            "train_base": draw(trains),
+            "bitfit": draw(trains) if family in WITH_BIASES else False,
+        }
+    )
+
+
+def _has_biases(family: str) -> bool:
+    return any(name.endswith("bias") for name, _ in tiny_model(family, "Model").named_parameters())
+
+
+WITH_BIASES = [family for family in FAMILIES if _has_biases(family)]
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    families: Sequence[str] = tuple(FAMILIES),
+    *,
+    attention: Sequence[str] = ("sdpa", "eager"),
+    heads: bool = False,
+    decoders_too: bool = False,
+    **restricted: Any,
+) -> Case:
+    """A case of one of the families.
+
+    Args:
+        draw: by Hypothesis.
+        families: some of them are drawn more often (`COMMON`).
+        attention: back-ends.
+        heads: whether heads of tasks are drawn too.
+        decoders_too: whether encoders are built as decoders too.
+        restricted: what `methods` takes.
+    """
+    often = [family for family in COMMON if family in families]
+    family = draw(st.sampled_from([*often, *families]))
+    size = draw(sizes())
+    as_decoder = decoders_too and family in AS_DECODERS and draw(st.booleans())
+    possible = [head for head in TASKS if has_head(family, head)] if heads and not as_decoder else []
+    return Case(
+        family,
+        draw(methods(family, size, **restricted)),
+        size,
+        attention=draw(st.sampled_from(attention)),
+        head=draw(st.sampled_from(["", *possible])),
+        as_decoder=as_decoder,
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def has_head(family: str, head: str) -> bool:
+    return type(tiny_config(family)) in getattr(transformers, f"AutoModelFor{head}")._model_mapping
+
+
+# Texts
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Random texts.
+
+    Attributes:
+        lengths: in tokens, of each.
+        targets: of what a decoder behind an encoder is given, in tokens; as many as `lengths`.
+        padding: where padding is; "none" is no mask at all, and all texts are as long as the longest.
+        wider: tokens of padding beside the longest text.
+        hidden: of each text, tokens of its inside that are masked; the first and the last two never are.
+        seed: of the tokens.
+    """
+
+    lengths: tuple[int, ...]
+    targets: tuple[int, ...]
+    padding: Literal["right", "left", "none"] = "right"
+    wider: int = 0
+    hidden: tuple[frozenset[int], ...] = ()
+    seed: int = 0
+
+
+@st.composite
+def texts(
+    draw: st.DrawFn,
+    paddings: Sequence[str] = ("right", "left", "none"),
+    *,
+    rows: tuple[int, int] = (1, 4),
+    longest: int = 11,
+    holes: bool = False,
+) -> Texts:
+    count = draw(st.integers(*rows))
+    lengths = draw(st.lists(st.integers(2, longest), min_size=count, max_size=count))
+    targets = draw(st.lists(st.integers(2, 7), min_size=count, max_size=count))
+    hidden = [draw(st.frozensets(st.integers(1, max(1, length - 3)))) if holes else frozenset() for length in lengths]
+    return Texts(
+        tuple(lengths),
+        tuple(targets),
+        draw(st.sampled_from(paddings)),  # type: ignore[arg-type]
+        draw(st.integers(0, 4)),
+        tuple(frozenset(place for place in places if place < n - 2) for places, n in zip(hidden, lengths, strict=True)),
+        draw(st.integers(0, 1000)),
+    )
+
+
+def batch(model: Any, case: Case, described: Texts) -> dict[str, Tensor]:
+    """The model's inputs: (B, T) tokens, the mask if there is one, and what a decoder behind an encoder is given."""
+    generator = torch.Generator().manual_seed(described.seed)
+    tokens = max(described.lengths) + (0 if described.padding == "none" else described.wider)
+    rows = len(described.lengths)
+    ids = torch.randint(5, VOCABULARY, (rows, tokens), generator=generator)
+    if described.padding == "none":
+        ids[:, -1] = EOS
+        inputs = {"input_ids": ids}
+    else:
+        mask = torch.zeros(rows, tokens, dtype=torch.long)
+        for row, (length, hidden) in enumerate(zip(described.lengths, described.hidden, strict=True)):
+            start = tokens - length if described.padding == "left" else 0
+            ids[row, :start] = ids[row, start + length :] = PAD
+            ids[row, start + length - 1] = EOS
+            mask[row, start : start + length] = 1
+            mask[row, [start + place for place in hidden]] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if case.causal and "position_ids" in inspect.signature(model.forward).parameters:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    if case.behind_encoder:
+        wanted = max(described.targets)
+        inputs["decoder_input_ids"] = torch.randint(5, VOCABULARY, (rows, wanted), generator=generator)
+        if described.padding != "none":
+            inputs["decoder_attention_mask"] = (torch.arange(wanted) < torch.tensor(described.targets)[:, None]).long()
+    return inputs
+
+
+def real(case: Case, inputs: dict[str, Tensor], out: Tensor) -> Tensor:
+    """Which of the outputs, (B,) or (B, T), are promised anything: those of tokens that are not masked."""
+    if not (case.head in ("TokenClassification", "QuestionAnswering") or (case.causal and not case.head)):
+        return torch.ones(len(out), dtype=torch.bool)
+    mask = inputs.get("decoder_attention_mask" if case.behind_encoder else "attention_mask")
+    return torch.ones(out.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+
+
+# Training
+
+
+def loss_of(model: Any, case: Case, inputs: dict[str, Tensor], rows: slice = slice(None)) -> Tensor:
+    """A random sum of the first output over real tokens, and its mean over texts: some of the batch's, by `rows`."""
+    given = {name: tensor[rows] for name, tensor in inputs.items()}
+    out: Tensor = model(**given)[0]
+    generator = torch.Generator().manual_seed(case.seed)
+    weights = torch.randn(len(inputs["input_ids"]), *out.shape[1:], generator=generator)[rows].to(out.dtype)
+    return (out * weights)[real(case, given, out)].sum() / len(out)
+
+
+def gradients(model: Any, case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Of `loss_of`, with the same dropout at every call, by name; None where there is none."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss_of(model, case, inputs).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}

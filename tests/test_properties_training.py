@@ -1,0 +1,316 @@
+"""What holds for every family, method, size and text of a model that is trained, saved, folded and taken apart."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import shake
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+from scripts.properties_parallel import ROWS, write
+from strategies import Case, Texts, batch, cases, examples, gradients, loss_of, texts
+from test_checkpoint import assert_same, what_is_there
+from test_families import assert_close, assert_near, first, logits
+from test_fold import hold
+from test_pack import alone, compare_gradients
+from tiny import ENCODERS
+from torch import Tensor
+from transformers.utils import logging
+
+import unipelt
+from unipelt.gate import Gates
+from unipelt.lora import LoRA
+from unipelt.pack import Pack, kept_values
+from unipelt.parameters import injection_of, kept_names
+from unipelt.prefix import PrefixNetwork
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FILES = ("model.safetensors", "unipelt.json", "README.md")
+PACKED = [name for name in ENCODERS if name not in ("deberta", "deberta-v2", "modernbert")]
+
+
+def own_names(case: Case, model: Any) -> tuple[set[str], set[str], set[str]]:
+    """Names of parameters: of the method; of the head; of the rest. Found by what models without them have."""
+    pretrained = {name for name, _ in case.bare().named_parameters()}
+    base = {name for name, _ in replace(case, head="Model", as_decoder=False).bare().named_parameters()}
+    prefix = f"{model.base_model_prefix}."
+    is_task = bool(case.head) or not case.causal
+    head = {name for name in pretrained if is_task and not {name, name.removeprefix(prefix)} & base}
+    return {name for name, _ in model.named_parameters()} - pretrained, head, pretrained - head
+
+
+def declared(case: Case, model: Any) -> set[str]:
+    """Names of the parameters that the configuration says train."""
+    ours, head, base = own_names(case, model)
+    method = case.method
+    biases = {name for name in head | base if name.endswith("bias")} if method.bitfit else set()
+    return ours | biases | (head if method.train_head else set()) | (base if method.train_base else set())
+
+
+def steps(case: Case, model: Any, inputs: dict[str, Tensor], count: int = 2) -> None:
+    """Train, with dropout and weight decay, by an optimizer that is given every parameter there is."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss_of(model, case, inputs).backward()
+        optimizer.step()
+    model.eval()
+
+
+# Training
+
+
+@examples(14)
+@given(cases(heads=True, decoders_too=True), texts())
+def test_gradients_reach_just_what_is_declared(case: Case, described: Texts) -> None:
+    bare = case.bare()
+    inputs = batch(bare, case, described)
+    used = {name for name, gradient in gradients(bare, case, inputs).items() if gradient is not None}
+    model = case.build()
+    want, (ours, head, _) = declared(case, model), own_names(case, model)
+    assert ours
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == want
+    counts = unipelt.parameter_counts(model)
+    assert counts.trained + counts.head == sum(model.get_parameter(name).numel() for name in want)
+    found = gradients(model, case, inputs)
+    reached = {name for name, gradient in found.items() if gradient is not None}
+    assert reached == want & (ours | used)
+    for name in want & (ours | head):
+        gradient = found[name]
+        assert gradient is not None
+        assert gradient.isfinite().all(), name
+        # all units of a narrow bottleneck may be dead
+        assert gradient.any() or ".adapter." in name, name
+
+
+@examples(12)
+@given(cases(heads=True, decoders_too=True), texts())
+def test_what_is_frozen_stays_bit_for_bit(case: Case, described: Texts) -> None:
+    model = case.build(dropout=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    want, (ours, head, _) = declared(case, model), own_names(case, model)
+    steps(case, model, batch(model, case, described))
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved <= want
+    assert want & (ours | head) <= moved
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
+@examples(12)
+@given(cases(heads=True, decoders_too=True), texts(), st.booleans())
+def test_gradient_checkpointing_changes_no_gradient(case: Case, described: Texts, reentrant: bool) -> None:
+    model = case.build(dropout=0.1).train()
+    assume(model.supports_gradient_checkpointing)
+    inputs = batch(model, case, described)
+    want = gradients(model, case, inputs)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    assert_close(gradients(model, case, inputs), want)
+
+
+# There and back
+
+
+@examples(14)
+@given(
+    cases(heads=True, decoders_too=True),
+    texts(rows=(2, 3)),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.sampled_from(("", "trained", "saved", "folded")),
+    st.integers(0, 99),
+)
+def test_remove_gives_the_base_again(
+    case: Case, described: Texts, dtype: torch.dtype, training: bool, what: str, seed: int
+) -> None:
+    """Bitwise: values, modules, hooks, configuration, modes, and what trained."""
+    base = case.bare().to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in base.parameters():
+        parameter.requires_grad_(bool(torch.rand((), generator=generator) < 0.5))
+    inputs = batch(base, case, described)
+    want = logits(base, inputs)  # a first pass may leave something behind in the model
+    base.train(training)
+    before, modules = what_is_there(base), list(base.modules())
+    parameters = dict(base.named_parameters())
+    hooks = [{**module._forward_hooks, **module._forward_pre_hooks} for module in modules]
+    model = unipelt.inject(base, case.method)
+    assert model is base
+    assert before["tensors"].keys() <= model.state_dict().keys()
+    shake(model)
+    if what == "trained":
+        steps(case, model, inputs)
+        model.train(training)
+    elif what == "saved":
+        with tempfile.TemporaryDirectory() as folder:
+            unipelt.save(model, folder, deploy=seed % 2 == 0)
+    elif what == "folded" and can_fold(model):
+        unipelt.fold(model, [inputs], tolerance=1.0, closed=0.5)
+        model.train(training)
+    unipelt.remove(model)
+    assert list(base.modules()) == modules
+    assert all(parameter is parameters[name] for name, parameter in base.named_parameters())
+    assert [{**module._forward_hooks, **module._forward_pre_hooks} for module in modules] == hooks
+    assert_same(what_is_there(base), before)
+    assert torch.equal(logits(base.eval(), inputs).nan_to_num(), want.nan_to_num())
+
+
+def can_fold(model: Any) -> bool:
+    return any(isinstance(module, (Gates, LoRA, PrefixNetwork)) for module in model.modules())
+
+
+@examples(20)
+@given(
+    cases(heads=True, decoders_too=True),
+    texts(rows=(2, 3)),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.sampled_from((None, 0.0, 0.02, 0.1, 1.0)),
+    st.sampled_from((0.0, 0.45, 0.5)),
+)
+def test_what_is_saved_comes_back(
+    case: Case, described: Texts, dtype: torch.dtype, deploy: bool, tolerance: float | None, closed: float
+) -> None:
+    """Bitwise, in every precision, deployed or not, folded or not; and the loaded model saves the same bytes."""
+    model = unipelt.inject(case.bare().to(dtype), case.method)
+    shake(model, case.seed + 1)
+    inputs = batch(model, case, described)
+    before = logits(model, inputs)
+    if tolerance is not None and can_fold(model):
+        unipelt.fold(model, [inputs], tolerance=tolerance, closed=closed)
+    with tempfile.TemporaryDirectory() as name:
+        one, two = Path(name) / "one", Path(name) / "two"
+        unipelt.save(model, one, deploy=deploy)
+        base = case.bare().to(dtype)
+        pretrained = what_is_there(base)
+        loaded = unipelt.load(base, one)
+        unipelt.save(loaded, two, deploy=deploy)
+        for file in FILES:
+            assert (one / file).read_bytes() == (two / file).read_bytes(), file
+    want = logits(model, inputs)
+    if injection_of(model).folded is None:
+        assert torch.equal(want.nan_to_num(), before.nan_to_num())
+    assert torch.equal(logits(loaded, inputs).nan_to_num(), want.nan_to_num())
+    if not deploy:
+        assert_same({"tensors": loaded.state_dict()}, {"tensors": model.state_dict()})
+        assert unipelt.parameter_counts(loaded) == unipelt.parameter_counts(model)
+        trains = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+        assert trains == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    else:
+        assert unipelt.parameter_counts(loaded).deployed == unipelt.parameter_counts(model).deployed
+    unipelt.remove(loaded)
+    loaded.train(pretrained["training"][0])
+    assert_same(what_is_there(loaded), pretrained)
+
+
+@examples(8)
+@given(cases(heads=True), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans())
+def test_a_checkpoint_in_another_precision_is_rounded_once(
+    case: Case, dtype: torch.dtype, other: torch.dtype, deploy: bool
+) -> None:
+    model = unipelt.inject(case.bare().to(dtype), case.method)
+    shake(model)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the base cannot be checked is said in a test of its own
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            unipelt.save(model, name, deploy=deploy)
+            exact = unipelt.load(case.bare().to(dtype), name)
+            rounded = unipelt.load(case.bare().to(other), name)
+    finally:
+        logging.set_verbosity(level)
+    for name in kept_names(exact):
+        parameter = rounded.get_parameter(name)
+        assert parameter.dtype == other
+        assert torch.equal(parameter, exact.get_parameter(name).to(other)), name
+
+
+@examples(10)
+@given(cases(gated=[True, True, False], heads=True, decoders_too=True), texts(rows=(2, 3)), st.data())
+def test_folding_constant_gates_changes_nothing(case: Case, described: Texts, data: st.DataObject) -> None:
+    model = case.build()
+    assume(can_fold(model))
+    inputs = batch(model, case, described)
+    names = sorted({name for module in model.modules() if isinstance(module, Gates) for name in module.names})
+    values = {name: data.draw(st.sampled_from((0.2, 0.5, 0.9)), label=name) for name in names}
+    hold(model, lambda name: values[name])
+    want = logits(model, inputs)
+    report = unipelt.fold(model, [inputs], tolerance=1e-5, closed=0.0)
+    assert_near(logits(model, inputs), want)
+    # a term that serves relative positions too keeps its gate
+    kept = {gate.name for gate in report.gates if gate.outcome == "kept"}
+    assert kept <= ({"lora_query"} if case.family == "deberta-v2" else set())
+
+
+# Several at once
+
+
+@examples(10)
+@given(cases(PACKED, pooling=["masked_mean"]), texts(["right"], rows=(1, 3)), st.integers(1, 3))
+def test_packed_models_are_what_each_is_by_itself(case: Case, described: Texts, count: int) -> None:
+    model = case.build(moved=False)
+    inputs = [batch(model, case, replace(described, seed=described.seed + index)) for index in range(count)]
+    pack = Pack(model, tokens=inputs[0]["input_ids"].shape[1])
+    begun = []
+    for index in range(count):
+        other = copy.deepcopy(model)
+        shake(other, index + 1)
+        begun.append(kept_values(other))
+        pack.add(begun[-1])
+    packed = pack({name: torch.stack([one[name] for one in inputs]) for name in inputs[0]})
+    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
+    pack.backward((packed * weights).flatten(1).sum(dim=1))
+    for index, values in enumerate(begun):
+        single = alone(model, values)
+        out = first(single, inputs[index])
+        assert_near(packed[index], out)
+        (out * weights[index]).sum().backward()
+        compare_gradients(pack, pack.replicas[index], single)
+
+
+@pytest.mark.slow
+@settings(examples(4), phases=[Phase.generate])
+@given(
+    st.lists(
+        st.tuples(
+            cases(heads=True, decoders_too=True, base_trains=False),
+            st.lists(texts(rows=(ROWS, ROWS)), min_size=2, max_size=2),
+        ),
+        min_size=8,
+        max_size=8,
+    )
+)
+def test_two_processes_make_the_step_of_one(jobs: list[tuple[Case, list[Texts]]]) -> None:
+    """By DistributedDataParallel, each with half of the joint batch."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "jobs.json").write_text(json.dumps([write(*job) for job in jobs]), encoding="utf-8")
+        process = subprocess.run(
+            [sys.executable, str(tests / "scripts" / "properties_parallel.py"), name],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        files = sorted(folder.glob("results-*.json"))
+        assert len(files) == 2, process.stdout
+        for results in (json.loads(file.read_text(encoding="utf-8")) for file in files):
+            for job, found in zip(jobs, results, strict=True):
+                assert found == {"other": [], "other in the second process": []}, (job, found)
