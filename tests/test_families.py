@@ -598,6 +598,16 @@ def test_a_side_may_be_left_out(family: str) -> None:
         unipelt.inject(model, method(family, encoder=False, decoder=False, cross=False))
 
 
+def test_an_adapter_alone_in_the_attention_to_the_encoder_is_nowhere() -> None:
+    """It was taken as a model that is frozen and carries nothing."""
+    model = tiny_model("bart")
+    before = state(model)
+    with pytest.raises(unipelt.InjectionError, match="encoder=False, decoder=False, cross=True leave nothing of"):
+        unipelt.inject(model, small("adapter", encoder=False, decoder=False))
+    assert_same(model.state_dict(), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 # Refusals
 
 

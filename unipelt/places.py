@@ -90,6 +90,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlac
         check_back_end(model.config._attn_implementation)
     # a model may be a part of its architecture: T5's encoder, BART's decoder
     stacks = [(stack, list(layers_at(model.base_model, stack.layers))) for stack in family.stacks]
+    crossing = config.cross and (config.prefix is not None or config.lora is not None)  # there is no adapter there
     present = [(stack, layers) for stack, layers in stacks if layers]
     if not present:
         raise _built_otherwise(model, f"it has no layers at {family.stacks[0].layers!r}")
@@ -100,7 +101,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlac
         else:
             causal, label = stack.causal, "decoder." if stack.causal else ""
         own = config.decoder if causal else config.encoder
-        cross = config.cross and stack.cross is not None and (len(present) > 1 or len(family.stacks) == 1)
+        cross = crossing and stack.cross is not None and (len(present) > 1 or len(family.stacks) == 1)
         if not own and not cross:
             continue
         if cross and not causal and any(stack.cross and _has(layer, stack.cross.path) for layer in layers):
