@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ COMMON = ("bert", "llama", "bart", "t5", "gpt2", "albert", "deberta-v2", "modern
 """One of each kind, to be drawn more often."""
 
 
-def examples(default: int) -> Callable[[Any], Any]:
+def examples(default: int) -> settings:
     """Settings of a property: how many examples a usual run draws."""
     wanted = int(os.environ.get("UNIPELT_EXAMPLES", "0"))
     return settings(
@@ -282,7 +282,7 @@ def texts(
     return Texts(
         tuple(lengths),
         tuple(targets),
-        draw(st.sampled_from(paddings)),  # type: ignore[arg-type]
+        draw(st.sampled_from(paddings)),
         draw(st.integers(0, 4)),
         tuple(frozenset(place for place in places if place < n - 2) for places, n in zip(hidden, lengths, strict=True)),
         draw(st.integers(0, 1000)),

@@ -18,7 +18,7 @@ from unipelt.adapter import Adapter
 from unipelt.gate import Gates
 
 CAUSAL = (*DECODERS, *ENCODER_DECODERS)
-MASKED = {"pooling": ["masked_mean"]}
+MASKED: Any = {"pooling": ["masked_mean"]}
 """A mean over all tokens is promised to depend on padding."""
 
 
@@ -142,15 +142,12 @@ def test_a_text_in_pieces_is_the_whole_text(case: Case, described: Texts, data: 
     inputs = batch(model, case, described)
     tokens = inputs["decoder_input_ids" if case.behind_encoder else "input_ids"].shape[1]
     cuts = sorted(data.draw(st.sets(st.integers(1, tokens - 1)), label="cuts"))
-    whole = logits(bare, inputs)
-    where = real(case, inputs, whole)
     try:
-        own = (split(case, bare, inputs, cuts) - whole).abs()[where].max() <= 1e-5 * max(1.0, whole.abs().max())
-    except RuntimeError:
-        own = torch.tensor(False)
-    assume(bool(own))  # some of the oldest Transformers' models cannot
+        split(case, bare, inputs, cuts)
+    except RuntimeError:  # an older StableLM itself mistakes the size of its mask, for pieces of a text
+        assume(False)
     whole = logits(model, inputs)
-    assert_same_there(split(case, model, inputs, cuts), whole, where)
+    assert_same_there(split(case, model, inputs, cuts), whole, real(case, inputs, whole))
 
 
 # What does nothing
