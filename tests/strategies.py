@@ -7,16 +7,19 @@ property, at random; without it there are few, and always the same.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Sequence
+import random
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import transformers
 from conftest import shake
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tiny import ENCODER_DECODERS, ENCODERS, EOS, PAD, VOCABULARY, WITH_PREFIX, tiny_config, tiny_model
 from torch import Tensor
@@ -31,17 +34,50 @@ COMMON = ("bert", "llama", "bart", "t5", "gpt2", "albert", "deberta-v2", "modern
 """One of each kind, to be drawn more often."""
 
 
-def examples(default: int) -> settings:
-    """Settings of a property: how many examples a usual run draws."""
-    wanted = int(os.environ.get("UNIPELT_EXAMPLES", "0"))
-    return settings(
-        max_examples=wanted or default,
-        derandomize=not wanted,
-        database=None,
-        deadline=None,
-        print_blob=bool(wanted),
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-    )
+TURN = 10
+"""After so many examples of a run, most that Hypothesis draws are the last one with a part of it copied to another."""
+
+
+def holds(default: int, *drawn: st.SearchStrategy[Any], shrink: bool = True) -> Callable[[Callable[..., None]], Any]:
+    """Make a test of a property.
+
+    Args:
+        default: how many examples a usual run draws.
+        drawn: the property's arguments.
+        shrink: whether a failing example is made small.
+    """
+    count = int(os.environ.get("UNIPELT_EXAMPLES", "0"))
+    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
+
+    def decorate(check: Callable[..., None]) -> Callable[[], None]:
+        names = inspect.signature(check).parameters
+
+        @functools.wraps(check)
+        def test() -> None:
+            tried = 0
+
+            def counted(**values: Any) -> None:
+                nonlocal tried
+                check(**values)
+                tried += 1
+
+            counted.__name__ = check.__name__
+            for start in range(0, count or default, TURN):
+                turn = settings(
+                    max_examples=min(TURN, (count or default) - start),
+                    database=None,
+                    deadline=None,
+                    phases=phases,
+                    suppress_health_check=list(HealthCheck),
+                )(given(**dict(zip(names, drawn, strict=True)))(counted))
+                number = random.getrandbits(32) if count else zlib.crc32(f"{check.__name__} {start}".encode())
+                seed(number)(turn)()
+            print(f"{check.__name__} held for {tried} examples")
+
+        del test.__wrapped__  # type: ignore[attr-defined]  # or pytest looks for fixtures of its arguments' names
+        return test
+
+    return decorate
 
 
 # Models with a method
@@ -154,10 +190,12 @@ def methods(
     gating: Sequence[str] = ("scale", "mass"),
     pooling: Sequence[str] = ("masked_mean", "mean"),
     base_trains: bool = True,
+    least: int = 1,
 ) -> unipelt.UniPELTConfig:
-    """Any method that the family can take: some of the parts, with at least one."""
+    """Any method that the family can take: some of the parts, at least so many; without any, something else trains."""
     possible = [part for part in parts if part != "prefix" or family in WITH_PREFIX]
-    chosen = draw(st.lists(st.sampled_from(possible), min_size=1, unique=True))
+    # where the parts meet is where they may hurt each other
+    chosen = possible if draw(st.booleans()) else draw(st.lists(st.sampled_from(possible), min_size=least, unique=True))
     gate = st.sampled_from(gated)
     fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "adapter": {"bottleneck": st.integers(1, 9), "gate": gate},
@@ -181,6 +219,7 @@ def methods(
             which = set()  # an adapter has no place in attention to the encoder
         sides |= dict.fromkeys(which, False)
     trains = st.booleans() if base_trains else st.just(False)
+    bitfit = draw(trains) if family in WITH_BIASES else False
     layers = draw(st.none() | st.sets(st.integers(0, depth - 1), min_size=1).map(sorted))
     return unipelt.UniPELTConfig.from_dict(
         {
@@ -189,8 +228,8 @@ def methods(
             "layers": layers,
             "gate": {"pooling": draw(st.sampled_from(pooling))},
             "train_head": draw(st.booleans()),
-            "train_base": draw(trains),
-            "bitfit": draw(trains) if family in WITH_BIASES else False,
+            "train_base": draw(trains) or (not chosen and not bitfit),
+            "bitfit": bitfit,
         }
     )
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake
-from hypothesis import Phase, assume, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from scripts.properties_parallel import ROWS, write
-from strategies import Case, Texts, batch, cases, examples, gradients, loss_of, texts
+from strategies import Case, Texts, batch, cases, gradients, holds, loss_of, texts
 from test_checkpoint import assert_same, what_is_there
-from test_families import assert_close, assert_near, first, logits
+from test_families import assert_near, first, logits
 from test_fold import hold
-from test_pack import alone, compare_gradients
+from test_pack import alone
 from tiny import ENCODERS
 from torch import Tensor
 from transformers.utils import logging
@@ -68,18 +68,29 @@ def steps(case: Case, model: Any, inputs: dict[str, Tensor], count: int = 2) -> 
     model.eval()
 
 
+def assert_gradients_near(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
+    """Equal, up to a little of each and less of the largest: that of a key's bias is nothing but rounding."""
+    assert {name for name, one in got.items() if one is not None} == {n for n, one in want.items() if one is not None}
+    largest = max(one.abs().max().item() for one in want.values() if one is not None)
+    for name, one in want.items():
+        if one is not None:
+            near = 1e-5 * one.abs().max().item() + 1e-6 * max(1.0, largest)
+            torch.testing.assert_close(
+                got[name], one, atol=near, rtol=1e-4, msg=lambda said, name=name: f"{name}: {said}"
+            )
+
+
 # Training
 
 
-@examples(14)
-@given(cases(heads=True, decoders_too=True), texts())
+@holds(20, cases(heads=True, decoders_too=True, least=0), texts())
 def test_gradients_reach_just_what_is_declared(case: Case, described: Texts) -> None:
     bare = case.bare()
     inputs = batch(bare, case, described)
     used = {name for name, gradient in gradients(bare, case, inputs).items() if gradient is not None}
     model = case.build()
     want, (ours, head, _) = declared(case, model), own_names(case, model)
-    assert ours
+    assert bool(ours) == case.method.has_submodules
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == want
     counts = unipelt.parameter_counts(model)
     assert counts.trained + counts.head == sum(model.get_parameter(name).numel() for name in want)
@@ -94,8 +105,7 @@ def test_gradients_reach_just_what_is_declared(case: Case, described: Texts) -> 
         assert gradient.any() or ".adapter." in name, name
 
 
-@examples(12)
-@given(cases(heads=True, decoders_too=True), texts())
+@holds(10, cases(heads=True, decoders_too=True, least=0), texts())
 def test_what_is_frozen_stays_bit_for_bit(case: Case, described: Texts) -> None:
     model = case.build(dropout=0.1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -109,8 +119,7 @@ def test_what_is_frozen_stays_bit_for_bit(case: Case, described: Texts) -> None:
         assert torch.equal(buffer, buffers[name]), name
 
 
-@examples(12)
-@given(cases(heads=True, decoders_too=True), texts(), st.booleans())
+@holds(20, cases(heads=True, decoders_too=True), texts(), st.booleans())
 def test_gradient_checkpointing_changes_no_gradient(case: Case, described: Texts, reentrant: bool) -> None:
     model = case.build(dropout=0.1).train()
     assume(model.supports_gradient_checkpointing)
@@ -118,15 +127,15 @@ def test_gradient_checkpointing_changes_no_gradient(case: Case, described: Texts
     want = gradients(model, case, inputs)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
-    assert_close(gradients(model, case, inputs), want)
+    assert_gradients_near(gradients(model, case, inputs), want)
 
 
 # There and back
 
 
-@examples(14)
-@given(
-    cases(heads=True, decoders_too=True),
+@holds(
+    20,
+    cases(heads=True, decoders_too=True, least=0),
     texts(rows=(2, 3)),
     st.sampled_from(DTYPES),
     st.booleans(),
@@ -172,9 +181,9 @@ def can_fold(model: Any) -> bool:
     return any(isinstance(module, (Gates, LoRA, PrefixNetwork)) for module in model.modules())
 
 
-@examples(20)
-@given(
-    cases(heads=True, decoders_too=True),
+@holds(
+    30,
+    cases(heads=True, decoders_too=True, least=0),
     texts(rows=(2, 3)),
     st.sampled_from(DTYPES),
     st.booleans(),
@@ -216,8 +225,7 @@ def test_what_is_saved_comes_back(
     assert_same(what_is_there(loaded), pretrained)
 
 
-@examples(8)
-@given(cases(heads=True), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans())
+@holds(10, cases(heads=True), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans())
 def test_a_checkpoint_in_another_precision_is_rounded_once(
     case: Case, dtype: torch.dtype, other: torch.dtype, deploy: bool
 ) -> None:
@@ -238,8 +246,7 @@ def test_a_checkpoint_in_another_precision_is_rounded_once(
         assert torch.equal(parameter, exact.get_parameter(name).to(other)), name
 
 
-@examples(10)
-@given(cases(gated=[True, True, False], heads=True, decoders_too=True), texts(rows=(2, 3)), st.data())
+@holds(20, cases(gated=[True, True, False], heads=True, decoders_too=True), texts(rows=(2, 3)), st.data())
 def test_folding_constant_gates_changes_nothing(case: Case, described: Texts, data: st.DataObject) -> None:
     model = case.build()
     assume(can_fold(model))
@@ -258,8 +265,12 @@ def test_folding_constant_gates_changes_nothing(case: Case, described: Texts, da
 # Several at once
 
 
-@examples(10)
-@given(cases(PACKED, pooling=["masked_mean"]), texts(["right"], rows=(1, 3)), st.integers(1, 3))
+def gradient_in(pack: Pack, index: int, name: str) -> Tensor:
+    grads = [parameter.grad for parameter in pack.replicas[index].parameters if parameter.grad is not None]
+    return pack.places[name].of(torch.cat(grads))
+
+
+@holds(10, cases(PACKED, pooling=["masked_mean"]), texts(["right"], rows=(1, 3)), st.integers(1, 3))
 def test_packed_models_are_what_each_is_by_itself(case: Case, described: Texts, count: int) -> None:
     model = case.build(moved=False)
     inputs = [batch(model, case, replace(described, seed=described.seed + index)) for index in range(count)]
@@ -278,12 +289,15 @@ def test_packed_models_are_what_each_is_by_itself(case: Case, described: Texts, 
         out = first(single, inputs[index])
         assert_near(packed[index], out)
         (out * weights[index]).sum().backward()
-        compare_gradients(pack, pack.replicas[index], single)
+        trained = {name: p.grad for name, p in single.named_parameters() if p.requires_grad}
+        assert_gradients_near(
+            {name: gradient_in(pack, index, name) for name in trained if trained[name] is not None}, trained
+        )
 
 
 @pytest.mark.slow
-@settings(examples(4), phases=[Phase.generate])
-@given(
+@holds(
+    4,
     st.lists(
         st.tuples(
             cases(heads=True, decoders_too=True, base_trains=False),
@@ -291,7 +305,8 @@ def test_packed_models_are_what_each_is_by_itself(case: Case, described: Texts, 
         ),
         min_size=8,
         max_size=8,
-    )
+    ),
+    shrink=False,
 )
 def test_two_processes_make_the_step_of_one(jobs: list[tuple[Case, list[Texts]]]) -> None:
     """By DistributedDataParallel, each with half of the joint batch."""
