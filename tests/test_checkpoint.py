@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 from conftest import SIZES, shake, tiny_batch, tiny_bert
@@ -184,6 +185,17 @@ def test_other_configurations_come_back(tmp_path: Path, changes: dict[str, Any],
     model = trained(**changes)
     unipelt.save(model, tmp_path, deploy=deploy)
     assert torch.equal(logits(unipelt.load(tiny_bert(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+def test_a_method_in_the_attention_to_the_encoder_alone_comes_back(tmp_path: Path, deploy: bool) -> None:
+    """It has no adapter, whatever its configuration says of one; its checkpoint was refused for that."""
+    model = trained(model=tiny.tiny_model("bart"), encoder=False, decoder=False)
+    unipelt.save(model, tmp_path, deploy=deploy)
+    loaded: Any = unipelt.load(tiny.tiny_model("bart"), tmp_path)
+    with torch.no_grad():
+        expected = model(**tiny.tiny_batch("bart")).logits
+        assert torch.equal(loaded(**tiny.tiny_batch("bart")).logits, expected)
 
 
 def test_a_deployed_model_trains_on(tmp_path: Path) -> None:

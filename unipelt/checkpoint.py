@@ -30,6 +30,7 @@ from unipelt.config import ConfigError, UniPELTConfig, read_mapping
 from unipelt.fold import Constants, fold_constants
 from unipelt.inject import InjectionError, _inject, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
+from unipelt.places import find_stacks
 from unipelt.prefix import Prefix, PrefixNetwork
 from unipelt.spread import FoldError
 
@@ -128,7 +129,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         raise InjectionError(f"load takes a PreTrainedModel of transformers, not {type(model).__name__}")
     manifest, tensors = _read(Path(folder))
     _check_base(model, manifest["base"])
-    if problem := _impossible_size(manifest["unipelt"], manifest["deployed"], tensors):
+    if problem := _impossible_size(model, manifest["unipelt"], manifest["deployed"], tensors):
         raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
     try:
         _inject(model, manifest["unipelt"], deployed=manifest["deployed"], head=frozenset(manifest["head"]))
@@ -395,11 +396,13 @@ def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
             raise ConfigError(f"unknown key {where + key!r}; the keys here are {', '.join(keys)}")
 
 
-def _impossible_size(config: UniPELTConfig, deployed: bool, tensors: Mapping[str, Tensor]) -> str | None:
+def _impossible_size(
+    model: PreTrainedModel, config: UniPELTConfig, deployed: bool, tensors: Mapping[str, Tensor]
+) -> str | None:
     """A size in the configuration that no tensor has: found before memory is taken for it."""
     there = {size for tensor in tensors.values() for size in tensor.shape}
     sizes = {}
-    if config.adapter is not None:
+    if config.adapter is not None and _has_adapters(model, config):
         sizes["adapter.bottleneck"] = config.adapter.bottleneck
     if config.prefix is not None:
         sizes["prefix.length"] = config.prefix.length
@@ -409,6 +412,15 @@ def _impossible_size(config: UniPELTConfig, deployed: bool, tensors: Mapping[str
         sizes["lora.rank"] = config.lora.rank
     wrong = [f"{name} is {size}, and no tensor has that size" for name, size in sizes.items() if size not in there]
     return wrong[0] if wrong else None
+
+
+def _has_adapters(model: PreTrainedModel, config: UniPELTConfig) -> bool:
+    """Whether there are any: attention to an encoder takes the other submodules alone."""
+    try:
+        stacks = find_stacks(model, config)
+    except ValueError:
+        return True  # why it does not fit is said when it is injected
+    return any(layer.adapted is not None for stack in stacks for layer in stack.layers.values())
 
 
 def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
