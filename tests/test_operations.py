@@ -73,7 +73,7 @@ def test_operations_of_a_forward_pass(padded: bool) -> None:
 def test_operations_of_a_training_step(padded: bool) -> None:
     tuned = step_operations(unipelt.inject(bert(4), "fine-tuning"), padded).total()
     ours = step_operations(unipelt.inject(bert(4), SCALE), padded).total()
-    assert ours <= 400
+    assert ours <= 405, "five more than here, for other versions of PyTorch"
     assert ours < 2.1 * tuned
 
 
@@ -276,6 +276,11 @@ def test_token_weights_of_one_mask_for_several_batches() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_lengths_do_not_compile_for_ever(training: bool) -> None:
     """The second length makes the graph one for all lengths, forward and backward."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(bert(1), backend="eager", fullgraph=True)(**tiny_batch())
+    except torch._dynamo.exc.Unsupported as error:  # PyTorch 2.6 and Transformers 5.0 together, for one
+        pytest.skip(f"here the model does not compile without submodules either: {error!s:.60}")
     model = make(SCALE).train(training)
     graphs: list[nn.Module] = []
 
