@@ -371,7 +371,14 @@ def test_compiled_equals_eager(family: str) -> None:
     want, out = gradients(model, batch), logits(model, batch)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     real = batch["attention_mask"].bool() if family in DECODERS else slice(None)
-    got = {name.removeprefix("_orig_mod."): tensor for name, tensor in gradients(compiled, batch).items()}
+    try:
+        found = gradients(compiled, batch)
+    except torch._dynamo.exc.Unsupported:  # PyTorch 2.6 and Transformers 5.0 together, for one
+        plain = torch.compile(tiny_model(family), fullgraph=True, backend="aot_eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            plain(**batch)
+        pytest.skip("here the model does not compile without submodules either")
+    got = {name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
     assert_close(got, want)
     assert_near(logits(compiled, batch)[real], out[real])
 
