@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import platform
 import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import unipelt
 from unipelt.glue import result
 from unipelt.glue.result import ResultError, read_result, summary, write_result
 
@@ -64,6 +71,15 @@ def test_written_and_read(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_only_what_may_be_true_or_false_is(tmp_path: Path) -> None:
+    record = {**make_record(), "code": {"commit": "c" * 40, "dirty": True}}
+    write_result(record, tmp_path)
+    assert read_result(tmp_path)["code"]["dirty"] is True
+    record["code"] = {"commit": True, "dirty": True}
+    with pytest.raises(ResultError, match=r"is not a whole result: code\.commit is True$"):
+        write_result(record, tmp_path)
+
+
 def test_summary_is_one_line() -> None:
     assert summary(make_record(), "runs/rte-apl/result.json") == (
         "rte · unipelt-apl · K=100 · seed 1: accuracy 0.560 (majority 0.527) · dev 0.571 at epoch 2 of 3 · 81 s · "
@@ -101,6 +117,7 @@ def test_every_part_is_needed_and_of_its_type(tmp_path: Path, path: tuple[str, .
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"digest": 5}, "result.json is not a whole result: digest is 5$"),
         ({"evaluations": []}, "evaluations is empty"),
         ({"evaluations": [{"epoch": 1.0, "step": 7, "loss": 0.7}]}, r"evaluations\[0\].metrics is missing"),
         ({"test": {"loss": 0.6, "metrics": {"f1": 0.5}}}, "test.metrics lacks accuracy"),
@@ -170,15 +187,69 @@ def test_code_is_described_by_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.describe_code() == {"commit": commit, "dirty": True}
 
 
-def test_surroundings() -> None:
+def test_packages_by_version() -> None:
+    others = {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "numpy")}
+    assert result.describe_packages() == {
+        "python": platform.python_version(),
+        "unipelt": unipelt.__version__,
+        **others,
+    }
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "PACKAGES", ("torch", "no-such-package"))
     packages = result.describe_packages()
-    assert set(packages) == {"python", "unipelt", "torch", "transformers", "datasets", "accelerate", "numpy"}
-    assert all(packages.values())
+    assert packages["torch"]
+    assert packages["no-such-package"] is None
+
+
+def test_surroundings() -> None:
     hardware = result.describe_hardware("cpu")
-    assert hardware["cores"] >= 1
+    assert set(hardware) == {"device", "cpu", "cores", "threads", "memory_bytes", "gpu", "system"}
+    assert hardware["device"] == "cpu"
     assert hardware["cpu"]
+    assert hardware["threads"] == torch.get_num_threads()
     assert hardware["memory_bytes"] > 2**28
     assert hardware["gpu"] is None
-    resident = result.peak_memory("cpu")["rss_bytes"]
-    assert resident is not None
-    assert 2**26 < resident < hardware["memory_bytes"]
+    assert hardware["system"].startswith(platform.system())
+    memory = result.peak_memory("cpu")
+    assert memory["rss_bytes"] is not None
+    assert 2**26 < memory["rss_bytes"] < hardware["memory_bytes"]
+    assert memory["cuda_bytes"] is None
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5} if process == 0 else set(), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert result.describe_hardware("cpu")["cores"] == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert result.describe_hardware("cpu")["cores"] == 7
+
+
+def test_a_gpu_has_a_name_and_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert result.describe_hardware("cuda")["gpu"] == "a GPU"
+    assert result.peak_memory("cuda")["cuda_bytes"] == 7
+
+
+@pytest.mark.parametrize(("system", "unit"), [("darwin", 1), ("linux", 1024)])
+def test_systems_count_memory_in_their_own_unit(monkeypatch: pytest.MonkeyPatch, system: str, unit: int) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
+    assert result.peak_memory("cpu")["rss_bytes"] == 5 * unit
+
+
+def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
+    assert result.peak_memory("cpu") == {"rss_bytes": None, "cuda_bytes": None}
+    monkeypatch.setattr(os, "sysconf", _unknown, raising=False)
+    monkeypatch.setattr(result, "Path", lambda path: tmp_path / "nothing")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    hardware = result.describe_hardware("cpu")
+    assert hardware["memory_bytes"] is None
+    assert hardware["cpu"] == platform.machine()
+
+
+def _unknown(name: str) -> int:
+    raise ValueError(f"unrecognized configuration name {name}")

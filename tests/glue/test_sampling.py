@@ -34,6 +34,11 @@ def test_train_and_dev_share_no_row_and_may_use_every_row(train: Dataset) -> Non
     assert sorted([*shots["label"], *dev["label"]]) == list(range(50))
 
 
+def test_one_row_each_is_enough(train: Dataset) -> None:
+    shots, dev = few_shot(train.select([7, 8]), 1, 1, 0)
+    assert sorted([*shots["label"], *dev["label"]]) == [7, 8]
+
+
 def test_a_smaller_sample_is_the_beginning_of_a_larger_one(train: Dataset) -> None:
     small, _ = few_shot(train, 5, 5, 4)
     large, _ = few_shot(train, 20, 5, 4)

@@ -11,7 +11,7 @@ import pytest
 
 from unipelt.config import PRESETS
 from unipelt.glue.options import parse, read_config
-from unipelt.glue.settings import RunSettings, locate_model, paper_learning_rate
+from unipelt.glue.settings import RunSettings, SettingsError, clean_name, locate_model, paper_learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +149,42 @@ def test_bad_words(words: str, sentence: str) -> None:
     assert list(Path().iterdir()) == []
 
 
+ONE = ("epochs", "patience", "batch_size", "eval_batch_size", "train_samples", "dev_samples", "threads")
+NONE = ("weight_decay", "max_grad_norm", "num_workers", "eval_tokens", "seed", "data_seed", "warmup_ratio")
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "below"),
+    [*((name, 1, 0) for name in ONE), *((name, 0, -1) for name in NONE), ("max_length", 3, 2)],
+)
+def test_the_least_that_is_possible(name: str, least: int, below: int) -> None:
+    value = getattr(RunSettings(task="rte", **{name: least}), name)
+    assert value == least
+    with pytest.raises(SettingsError, match=f"^{name} .*, not {below}"):
+        RunSettings(task="rte", **{name: below})
+
+
+@pytest.mark.parametrize("name", ["seed", "data_seed"])
+def test_the_largest_seed(name: str) -> None:
+    assert getattr(RunSettings(task="rte", **{name: 2**32 - 1}), name) == 2**32 - 1
+    with pytest.raises(SettingsError, match=f"{name} must be below 4294967296, not 4294967296"):
+        RunSettings(task="rte", **{name: 2**32})
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "output_dir", "label_column", "train_file", "dev_file", "test_file", "glue_dir"]
+)
+def test_a_name_is_not_empty(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} is empty"):
+        RunSettings(**{"task": "rte", name: ""})
+
+
+def test_dev_is_cut_from_the_train_file_only_with_train_samples() -> None:
+    assert RunSettings(train_file="a.tsv", test_file="c.tsv", train_samples=9).dev_file is None
+    with pytest.raises(SettingsError, match="give a dev_file beside"):
+        RunSettings(train_file="a.tsv", test_file="c.tsv")
+
+
 # Files
 
 
@@ -230,7 +266,41 @@ def test_default_folder_tells_runs_apart() -> None:
     assert parse(["--task", "rte", "--method", "lora"]).output_dir == str(Path("runs") / "rte-lora-seed=1")
 
 
+def test_names_for_every_file_system() -> None:
+    assert clean_name("some/where  else, lora.rank=4+x-y_z") == "some_where_else_lora.rank=4+x-y_z"
+    assert clean_name("a" * 120) == "a" * 120
+    assert len(clean_name("a" * 121)) == 119
+
+
 # What follows from the rest
+
+
+def test_defaults() -> None:
+    assert RunSettings(task="rte", output_dir="x").to_dict() == {
+        **dict.fromkeys(("model_sha256", "glue_dir", "train_file", "dev_file", "test_file", "text_columns")),
+        **dict.fromkeys(("regression", "train_samples", "eval_tokens", "threads")),
+        **dict.fromkeys(("gradient_checkpointing", "overwrite", "do_predict", "keep_checkpoints"), False),
+        "model": "bert-base-uncased",
+        "task": "rte",
+        "label_column": "label",
+        "dev_samples": 1000,
+        "data_seed": 1,
+        "seed": 1,
+        "method": "unipelt-apl",
+        "learning_rate": 5e-4,
+        "epochs": 50,
+        "patience": 10,
+        "batch_size": 16,
+        "eval_batch_size": 64,
+        "max_length": 128,
+        "weight_decay": 0.0,
+        "warmup_ratio": 0.0,
+        "max_grad_norm": 1.0,
+        "precision": "fp32",
+        "device": "auto",
+        "num_workers": 0,
+        "output_dir": "x",
+    }
 
 
 def test_learning_rates_of_the_paper() -> None:
@@ -255,6 +325,7 @@ def test_digest_is_of_what_determines_the_outcome() -> None:
     plain = RunSettings(task="rte")
     same = (
         RunSettings(task="RTE", output_dir="x", overwrite=True, threads=2, device="cpu", num_workers=2),
+        RunSettings(task="rte", keep_checkpoints=True, eval_tokens=512),
         RunSettings(task="rte", method={"preset": "unipelt-apl", "lora": {"rank": 8}}, learning_rate=5e-4, data_seed=1),
     )
     other = (

@@ -55,6 +55,25 @@ def test_columns_and_label_order_are_those_of_the_hub(name: str, columns: str, l
 
 
 @pytest.mark.parametrize(
+    ("name", "folder", "train", "dev", "test"),
+    [
+        ("cola", "CoLA", 8551, 1043, 1063),
+        ("sst2", "SST-2", 67349, 872, 1821),
+        ("mrpc", "MRPC", 3668, 408, 1725),
+        ("qqp", "QQP", 363846, 40430, 390965),
+        ("stsb", "STS-B", 5749, 1500, 1379),
+        ("mnli", "MNLI", 392702, 9815, 9796),
+        ("qnli", "QNLI", 104743, 5463, 5463),
+        ("rte", "RTE", 2490, 277, 3000),
+    ],
+)
+def test_folders_and_sizes_are_those_of_glue(name: str, folder: str, train: int, dev: int, test: int) -> None:
+    more = {"test_mismatched": 9847} if name == "mnli" else {}
+    assert TASKS[name].folder == folder
+    assert TASKS[name].official_rows == {"train": train, "dev": dev, "test": test, **more}
+
+
+@pytest.mark.parametrize(
     ("written", "name"),
     [
         ("SST-2", "sst2"),
