@@ -482,6 +482,12 @@ def test_scores_are_a_regression_and_whole_numbers_are_classes(tmp_path: Path, s
     assert splits["train"]["label"][:] == [10.0, 2.0, 0.0, 2.0]
 
 
+@pytest.mark.parametrize("text", ["\n {rows}", "\ufeff{rows}\n", "\r\n{rows}\r\n"])
+def test_a_list_of_objects_may_stand_between_blanks(write: Write, text: str) -> None:
+    file = write("a.json", text=text.format(rows=json.dumps(ROWS, indent=1)))
+    assert rows_of(load_files(file)[1]["train"]) == [("good, really", 1), ('a "bad" one', 0), ("NA", 1)]
+
+
 def test_floats_can_be_classes_when_asked(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": 0.0}, {"text": "b", "label": 1.0}])
     task, splits = load_files(file, regression=False)
@@ -562,6 +568,10 @@ def test_csv_fields_may_hold_line_breaks_and_lines_are_still_counted(write: Writ
         ("a.tsv", "text\tlabel\nx\ta\n \tb\n", "line 3: 'text' is missing"),
         ("a.json", "[]", "no rows"),
         ("a.json", '[{"text": "x", "label": 1},\n{"text": }]', "line 2: not valid JSON"),
+        ("a.json", '[{"text": "x", "label": ' + "1" * 5000 + "}]", "a.json: not valid JSON .Exceeds the limit"),
+        ("a.json", "[" * 100_000, "a.json: not valid JSON .maximum recursion depth"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"label": ' + "1" * 5000 + "}", "line 2: not valid JSON .Exceeds the"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1: not valid JSON .maximum recursion depth"),
         ("a.json", '[{"text": "x", "label": 1}, 3]', "row 2: saw 3, expected an object"),
         ("a.jsonl", " \n", "is empty"),
         ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": \n', "line 3: not valid JSON"),

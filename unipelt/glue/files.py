@@ -138,6 +138,8 @@ def _read_json(path: Path) -> Table:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from error
+        except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+            raise DataError(f"{path}: not valid JSON ({error}); correct it") from error
         places, unit = range(1, len(rows) + 1), "row"
     else:
         rows, places, unit = [], [number for number, line in lines if line.strip()], "line"
@@ -145,9 +147,9 @@ def _read_json(path: Path) -> Table:
             if line.strip():
                 try:
                     rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(
-                        f"{path}, line {number}: not valid JSON ({error.msg}); "
+                        f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)}); "
                         "give a list of objects, or one whole object a line"
                     ) from error
     for place, row in zip(places, rows, strict=True):
