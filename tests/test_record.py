@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import reference
+import tiny
 import torch
 from conftest import SIZES, shake, tiny_batch, tiny_bert
 from torch import Tensor, nn
@@ -223,6 +224,25 @@ def test_a_part_of_the_model_called_alone_is_not_recorded() -> None:
         model.bert(**tiny_batch())
         model(**tiny_batch())
         model.bert(**tiny_batch())
+    assert rows(record) == {(3, 3)}
+
+
+def test_a_pass_that_leaves_the_encoder_out_has_no_row_for_it() -> None:
+    batch = tiny.tiny_batch("bart")
+    model = unipelt.inject(tiny.tiny_model("bart"), "unipelt-apl")
+    with unipelt.record_gates(model) as record, torch.no_grad():
+        encoded = model(**batch).encoder_last_hidden_state
+        model(encoder_outputs=(encoded,), **{name: batch[name] for name in ("attention_mask", "decoder_input_ids")})
+    for name, values in record.items():
+        assert len(values) == (6 if name.startswith(("decoder.", "cross.")) else 3)
+
+
+def test_a_call_without_input_is_the_models_to_refuse() -> None:
+    model = gated()
+    with unipelt.record_gates(model) as record:
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+            model()
+        model(**tiny_batch())
     assert rows(record) == {(3, 3)}
 
 

@@ -288,6 +288,8 @@ def test_the_folder_is_found_in_any_spelling(tmp_path: Path, write: Write, folde
 def test_missing_folders_and_files_are_named(tmp_path: Path, write: Write) -> None:
     with pytest.raises(DataError, match=r"nowhere is not a folder; pass --glue_dir"):
         load_task(TASKS["rte"], tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"must hold one folder RTE, it holds no folders; pass"):
+        load_task(TASKS["rte"], tmp_path)
     write("CoLA/train.tsv", ["x"])
     with pytest.raises(DataError, match=r"must hold one folder RTE, it holds CoLA"):
         load_task(TASKS["rte"], tmp_path)
@@ -480,6 +482,29 @@ def test_scores_are_a_regression_and_whole_numbers_are_classes(tmp_path: Path, s
     task, splits = load_files(whole, regression=True)
     assert task.is_regression
     assert splits["train"]["label"][:] == [10.0, 2.0, 0.0, 2.0]
+
+
+def test_given_names_make_classes_of_numbers(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": 1.5}, {"text": "b", "label": 2.5}])
+    task, splits = load_files(file, label_names=["2.5", "1.5"])
+    assert task.label_names == ("2.5", "1.5")
+    assert splits["train"]["label"][:] == [1, 0]
+
+
+def test_digits_parted_by_underscores_are_words(write: Write) -> None:
+    task = load_files(write("a.csv", text="text,label\nx,1_0.5\ny,2_0.5\n"))[0]
+    assert task.label_names == ("1_0.5", "2_0.5")
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    written = write_rows(tmp_path / "a.csv", ROWS)
+    assert len(load_files(written.rename(tmp_path / "B.CSV"))[1]["train"]) == 3
+
+
+def test_a_row_of_parquet_is_told_by_its_number(tmp_path: Path) -> None:
+    rows = [{"text": "x", "label": 1}, {"text": " ", "label": 0}]
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: 'text' is missing"):
+        load_files(write_rows(tmp_path / "a.parquet", rows))
 
 
 @pytest.mark.parametrize("text", ["\n {rows}", "\ufeff{rows}\n", "\r\n{rows}\r\n"])

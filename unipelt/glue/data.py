@@ -152,7 +152,6 @@ def load_files(
         metrics=metrics,
         primary=metrics[0],
         folder="",
-        file_labels=names,
     )
     splits = {}
     for split, table in tables.items():
