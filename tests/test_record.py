@@ -237,6 +237,26 @@ def test_a_pass_that_leaves_the_encoder_out_has_no_row_for_it() -> None:
         assert len(values) == (6 if name.startswith(("decoder.", "cross.")) else 3)
 
 
+def test_a_layer_that_puts_all_texts_in_one_row_has_a_row_for_each() -> None:
+    batch = tiny.tiny_batch("opt", lengths=(9, 9, 9))
+    model = unipelt.inject(tiny.tiny_model("opt"), "unipelt-apl")
+    shake(model)
+    seen = []
+    for module in model.modules():
+        if type(module).__name__ == "Adapter":
+            module.register_forward_hook(lambda module, args, output: seen.append(output.dim()))
+    with unipelt.record_gates(model) as together, torch.no_grad():
+        model(**batch)
+    assert 2 in seen
+    with unipelt.record_gates(model) as one_by_one, torch.no_grad():
+        for text in range(3):
+            model(**{name: tensor[text : text + 1] for name, tensor in batch.items()})
+    for name, values in together.items():
+        assert len(values) == 3
+        torch.testing.assert_close(values, one_by_one[name], msg=name)
+        assert len(values.unique(dim=0)) == 3
+
+
 def test_a_call_without_input_is_the_models_to_refuse() -> None:
     model = gated()
     with unipelt.record_gates(model) as record:

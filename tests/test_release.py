@@ -395,7 +395,25 @@ def test_two_adapters_are_refused() -> None:
 def test_many_names_are_cut_short() -> None:
     model = injected("bitfit")
     strange = {f"strange.{index}": torch.zeros(1) for index in range(9)}
-    refuse(model, {**unipelt.release_state_dict(model), **strange}, "9 of", "strange.0", "and 4 more")
+    named = unipelt.release_state_dict(model)
+    refuse(model, {**named, **strange}, "9 of", "in this model: strange.0, ", "strange.4 and 4 more; inject")
+    del strange["strange.8"], strange["strange.7"], strange["strange.6"], strange["strange.5"]
+    refuse(model, {**named, **strange}, "5 of", "strange.4; inject")
+
+
+def test_the_adapter_is_called_adapter_unless_told() -> None:
+    model = injected("adapter")
+    assert list(unipelt.release_state_dict(model)) == list(unipelt.release_state_dict(model, "adapter"))
+
+
+def test_a_folded_model_is_refused() -> None:
+    model = injected("lora")
+    named = unipelt.release_state_dict(model)
+    unipelt.fold(model)
+    with pytest.raises(CheckpointError, match="folded"):
+        unipelt.release_state_dict(model)
+    with pytest.raises(CheckpointError, match="folded"):
+        unipelt.load_release_state_dict(model, named)
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
