@@ -19,6 +19,7 @@ import tiny
 import torch
 import yaml
 from conftest import SIZES, shake, tiny_batch, tiny_bert
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -32,6 +33,7 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from transformers.utils import logging
 
 import unipelt
 import unipelt.checkpoint
@@ -309,6 +311,18 @@ def test_from_pretrained_restores_a_local_base(on_base: Path, base_folder: Path)
     assert unipelt.from_pretrained(on_base, attn_implementation="eager").config._attn_implementation == "eager"
 
 
+def test_nothing_is_said_of_a_head_that_is_loaded_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_bert().bert.save_pretrained(tmp_path / "headless")
+    level = logging.get_verbosity()
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "headless")
+    assert "classifier.weight" in caplog.text
+    caplog.clear()
+    folder = unipelt.save(trained(model=base), tmp_path / "checkpoint")
+    unipelt.from_pretrained(folder)
+    assert not caplog.text
+    assert logging.get_verbosity() == level
+
+
 def test_a_relative_base_is_found_from_elsewhere(
     tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +422,8 @@ def test_the_manifest_says_what_the_weights_belong_to(folder: Path) -> None:
     assert base["config"]["hidden_size"] == SIZES["hidden_size"]
     assert base["fingerprint"]["dtype"] == "float32"
     assert manifest["weights"]["sha256"] == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    with safe_open(folder / WEIGHTS, "pt") as weights:
+        assert weights.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("deploy", [False, True])
@@ -473,6 +489,18 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
             unipelt.save(trained("lora"), folder)
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_is_on_the_disk_whole_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, int]] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(("synced", os.fstat(file).st_size)), sync(file)))
+    monkeypatch.setattr(
+        os, "replace", lambda one, other: (done.append(("placed", os.stat(one).st_size)), replace(one, other))
+    )
+    unipelt.checkpoint.write_whole(tmp_path / "file", b"twelve bytes")
+    assert done[:2] == [("synced", 12), ("placed", 12)]
+    assert (tmp_path / "file").read_bytes() == b"twelve bytes"
 
 
 class Killed(BaseException):
