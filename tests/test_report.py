@@ -222,6 +222,22 @@ def test_what_differs_in_more_than_seeds_is_not_averaged() -> None:
     assert [cell.mean for cell in results_of(plain, elsewhere).cells] == [pytest.approx(0.55)]
 
 
+def test_the_order_in_which_a_configuration_was_written_does_not_matter() -> None:
+    record = make_record(seed=2)
+    record["method"]["config"] = dict(reversed(record["method"]["config"].items()))
+    assert len(results_of(make_record(seed=1), record).cells) == 1
+
+
+def test_what_a_method_adds() -> None:
+    added = {name: kinds(resolve(name).to_dict()) for name in ("fine-tuning", "bitfit", "lora", "unipelt-apl")}
+    assert added == {
+        "fine-tuning": [],
+        "bitfit": ["bitfit"],
+        "lora": ["lora"],
+        "unipelt-apl": ["adapter", "prefix", "lora"],
+    }
+
+
 def test_the_average_is_over_all_tasks_or_is_not() -> None:
     scores = {("rte", 1): 0.4, ("rte", 2): 0.6, ("sst2", 1): 0.7, ("sst2", 2): 0.7}
     records = [make_record(task, seed=seed, score=score) for (task, seed), score in scores.items()]
@@ -243,6 +259,7 @@ def test_the_average_is_over_all_tasks_or_is_not() -> None:
         ([0.3, None, 0.3, 0.2], ["best", "", "best", "second"]),
         ([0.30001, 0.30002, 0.2, 0.2], ["best", "best", "second", "second"]),
         ([0.3, None], ["", ""]),
+        ([0.2, None, 0.3], ["second", "", "best"]),
         ([], []),
     ],
 )
@@ -495,7 +512,14 @@ def test_the_best_single_method_has_the_best_mean_over_the_tasks() -> None:
     assert (test.tasks, test.pairs) == (("sst2", "rte"), 3), "a seed that one of the two lacks makes no pair"
     assert test.difference == pytest.approx((0.06 + 0.07 + 0.11) / 3)
     assert test.low <= test.difference <= test.high
-    assert kinds(resolve("fine-tuning").to_dict()) == []
+
+
+def test_a_combination_without_single_methods_is_compared_with_none() -> None:
+    table = results_of(*(make_record(task, "unipelt-ap", seed) for task in ("rte", "sst2") for seed in (1, 2))).table(
+        100
+    )
+    assert paired_tests(table) == []
+    assert upper_bounds(table) == []
 
 
 def test_curves_are_of_methods_that_differ_in_one_number() -> None:
