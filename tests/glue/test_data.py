@@ -496,6 +496,13 @@ def test_digits_parted_by_underscores_are_words(write: Write) -> None:
     assert task.label_names == ("1_0.5", "2_0.5")
 
 
+def test_truth_values_are_classes(write: Write) -> None:
+    rows = '{"text": "a", "label": true}\n{"text": "b", "label": false}\n'
+    task, splits = load_files(write("a.jsonl", text=rows))
+    assert task.label_names == ("false", "true")
+    assert splits["train"]["label"][:] == [1, 0]
+
+
 def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
     written = write_rows(tmp_path / "a.csv", ROWS)
     assert len(load_files(written.rename(tmp_path / "B.CSV"))[1]["train"]) == 3
@@ -703,6 +710,11 @@ def test_the_fingerprint_knows_where_a_text_ends() -> None:
     assert fingerprint(Dataset.from_dict({"a": ["xy"], "b": ["z"]})) != fingerprint(
         Dataset.from_dict({"a": ["x"], "b": ["yz"]})
     )
+
+
+def test_a_text_that_is_missing_is_not_an_empty_one() -> None:
+    found = {fingerprint(Dataset.from_dict({"text": ["a", text]})) for text in ("", None, "n")}
+    assert len(found) == 3
 
 
 def test_scores_have_the_same_fingerprint_in_either_precision() -> None:

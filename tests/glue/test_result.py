@@ -187,6 +187,11 @@ def test_code_is_described_by_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.describe_code() == {"commit": commit, "dirty": True}
 
 
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert result.describe_code() == {"commit": None, "dirty": None}
+
+
 def test_packages_by_version() -> None:
     others = {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "numpy")}
     assert result.describe_packages() == {

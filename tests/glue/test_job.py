@@ -1,0 +1,63 @@
+"""What is found out about a run before it begins: device, folder, tokenizer, weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_task import make_quick, quick, save_model
+from transformers import AutoTokenizer
+
+from unipelt.glue.job import RunError, prepare
+from unipelt.glue.settings import RunSettings
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return make_quick(tmp_path)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change a file of JSON; None takes a key out."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def test_a_gpu_that_is_not_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RunError, match="device is cuda, and PyTorch finds no GPU; use --device cpu"):
+        prepare(RunSettings(**quick(home, device="cuda")))
+    assert prepare(RunSettings(**quick(home, device="auto"))).device == "cpu"
+
+
+def test_a_folder_that_cannot_be_written_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != home)
+    with pytest.raises(RunError, match=f"cannot write the results: {home} is not writable; choose another"):
+        prepare(RunSettings(**quick(home, output_dir=str(home / "a" / "b"))))
+
+
+def test_weights_that_cannot_be_checked(home: Path) -> None:
+    (home / "model" / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"model_sha256 is given, and .* has no model\.safetensors to check it against"):
+        prepare(RunSettings(**quick(home, model_sha256="0" * 64)))
+
+
+def test_a_model_without_padding_pads_with_its_end(home: Path) -> None:
+    save_model(home / "model", "gpt2")
+    edit(home / "model" / "config.json", pad_token_id=None)
+    job = prepare(RunSettings(**quick(home)))
+    assert job.tokenizer.pad_token == "[SEP]"
+    assert job.model.config.pad_token_id == job.tokenizer.pad_token_id == 3
+
+
+def test_a_tokenizer_with_nothing_to_pad_with(home: Path) -> None:
+    save_model(home / "model", "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(home / "model")
+    with pytest.raises(RunError, match="has neither a padding token nor an end token to pad with"):
+        prepare(RunSettings(**quick(home)))
