@@ -159,6 +159,20 @@ grid:
     assert {one.epochs for one in runs} == {4}
 
 
+def test_paths_in_a_list_are_found_from_the_repository(tmp_path: Path) -> None:
+    text = """
+grid:
+  - {train_file: [a.tsv, rte], dev_file: dev.tsv, label_column: a.tsv, method: [own.yaml, lora]}
+"""
+    for name in ("a.tsv", "dev.tsv", "pyproject.toml"):
+        (tmp_path / name).touch()
+    (tmp_path / "own.yaml").write_text("preset: lora\nlora: {rank: 4}\n")
+    runs = read_sweep(write(tmp_path, text)).runs
+    assert [one.method_name for one in runs] == ["lora, lora.rank=4", "lora"] * 2
+    assert [one.train_file for one in runs] == [str(tmp_path / "a.tsv")] * 2 + ["rte"] * 2
+    assert {(one.dev_file, one.label_column) for one in runs} == {(str(tmp_path / "dev.tsv"), "a.tsv")}
+
+
 def test_a_choice_multiplies_the_runs_but_not_the_cells(tmp_path: Path) -> None:
     grid = "grid:\n  - {task: rte, method: [lora, adapter], seed: [1, 2]}\n"
     path = write(tmp_path, f"{grid}choose: {{learning_rate: [1e-4, 5e-4]}}\n")
@@ -185,6 +199,11 @@ def short(settings: RunSettings) -> str:
     return settings.digest()[:8]
 
 
+def test_files_of_a_sweep_keep_their_names() -> None:
+    """Sweeps that were begun before go on."""
+    assert (REQUEST, FAILURE, LOG) == ("sweep.json", "failure.json", "log.txt")
+
+
 @pytest.mark.parametrize(
     ("narrow", "override", "count"),
     [
@@ -204,6 +223,7 @@ def test_is_narrowed(home: Path, narrow: dict[str, list[str]], override: dict[st
     [
         ({"method": ["prefix"]}, ["prefix"] * 2),
         ({"method": ["prefix,prefix.length=50"], "train_samples": ["all"]}, ["prefix, prefix.length=50"]),
+        ({"method": [" prefix,  prefix.length = 50 "]}, ["prefix, prefix.length=50"] * 2),
         ({"method": ["lora"], "train_samples": ["100"]}, ["lora, train_head=false"]),
     ],
 )
