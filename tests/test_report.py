@@ -26,7 +26,7 @@ from unipelt.glue.result import write_result
 from unipelt.report import ReportError, read_results, write_report
 from unipelt.report.cells import Results, Run, kinds
 from unipelt.report.compare import costs, curves, marks, paired_test, paired_tests, upper_bounds
-from unipelt.report.page import PAPER
+from unipelt.report.page import NONE, PAPER
 from unipelt.report.paper import TASKS, paper, paper_costs, paper_upper_bound
 
 METRICS = {"cola": "matthews_correlation", "mrpc": "f1", "qqp": "f1", "stsb": "spearman"}
@@ -416,6 +416,7 @@ def test_of_candidates_the_best_on_dev_is_kept(tmp_path: Path) -> None:
     cell = by_row(results_of(*records, choose=("learning_rate",)))["adapter", "rte"]
     assert cell.mean == pytest.approx(0.4), "dev says 0.55 against 0.5 over the seeds that both have; test is not asked"
     assert len(cell.runs) == 3
+    assert by_row(results_of(*records, choose=("learning_rate",)))["adapter", "sst2"].chosen == "", "there was one"
     assert cell.chosen == (
         "learning_rate=0.0005 of 2 candidates by mean dev score over the 2 seeds that all have "
         "(learning_rate=0.0001: 50.00; learning_rate=0.0005: 55.00)"
@@ -446,6 +447,37 @@ def test_the_upper_bound_by_hand() -> None:
         {"sst2": "adapter", "rte": "prefix"},
     )
     assert (bound.best, bound.combined, bound.paper) == (pytest.approx(0.7), pytest.approx(0.675), None)
+
+
+def test_comparisons_on_the_page(tmp_path: Path) -> None:
+    scores = {"adapter": 0.5, "prefix": 0.6, "lora": 0.4, "unipelt-apl": 0.7}
+    records = [make_record(task, method, score=score) for method, score in scores.items() for task in TASKS]
+    for number, record in enumerate(records[:4]):
+        spoil(record, parameters__trained=1000 + number)  # the adapter's, on four of its tasks
+    save(tmp_path / "runs", *records)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+
+    def after(heading: str) -> list[str]:
+        return [line for line in lines[lines.index(heading) :] if line.startswith("| ")]
+
+    best, combined = paper_upper_bound()[100, "unipelt-apl"]
+    bound = after("## Upper bound")[2]
+    for words in (
+        "| unipelt-apl | K = 100 | 60.00",
+        f"paper {best:.2f}",
+        "| 70.00",
+        f"paper {combined:.2f}",
+        "| +10.00",
+    ):
+        assert words in bound
+    assert "sst2: prefix, mrpc: prefix" in bound
+    test = after("## Combination against the best single method")[2]
+    assert "| prefix" in test
+    assert "+10.00" in test
+    assert f"| {NONE} |" in test, "equal differences have no t-test"
+    cost = next(line for line in after("## Parameters and time") if line.startswith("| adapter"))
+    assert "| 1,000 to 391,000" in cost
 
 
 def test_a_stray_run_with_another_learning_rate_does_not_end_comparisons() -> None:
@@ -551,6 +583,10 @@ def test_times_are_relative_to_fine_tuning_on_the_same_tasks() -> None:
     assert lines["lora"]["inference"] == pytest.approx((20 / 800) / (15 / 500)), "an evaluated example"
     assert lines["fine-tuning"]["training"] == 1.0
     assert costs(results_of(ours).table(100))[0]["training"] is None
+    for part in ("dev", "test"):
+        unknown = spoil(make_record("rte", "lora"), **{f"data__{part}": {"rows": None}})
+        [line] = [line for line in costs(results_of(*whole, unknown).table(100)) if line["row"] == "lora"]
+        assert line["inference"] is None, "how many examples were evaluated is not known"
 
 
 # Files
