@@ -397,7 +397,9 @@ def test_many_names_are_cut_short() -> None:
     strange = {f"strange.{index}": torch.zeros(1) for index in range(9)}
     named = unipelt.release_state_dict(model)
     refuse(model, {**named, **strange}, "9 of", "in this model: strange.0, ", "strange.4 and 4 more; inject")
-    del strange["strange.8"], strange["strange.7"], strange["strange.6"], strange["strange.5"]
+    del strange["strange.8"], strange["strange.7"], strange["strange.6"]
+    refuse(model, {**named, **strange}, "6 of", "strange.4 and 1 more; inject")
+    del strange["strange.5"]
     refuse(model, {**named, **strange}, "5 of", "strange.4; inject")
 
 

@@ -153,22 +153,26 @@ ONE = ("epochs", "patience", "batch_size", "eval_batch_size", "train_samples", "
 NONE = ("weight_decay", "max_grad_norm", "num_workers", "eval_tokens", "seed", "data_seed", "warmup_ratio")
 
 
+def rte(**changes: Any) -> RunSettings:
+    return RunSettings(task="rte", **changes)
+
+
 @pytest.mark.parametrize(
     ("name", "least", "below"),
     [*((name, 1, 0) for name in ONE), *((name, 0, -1) for name in NONE), ("max_length", 3, 2)],
 )
 def test_the_least_that_is_possible(name: str, least: int, below: int) -> None:
-    value = getattr(RunSettings(task="rte", **{name: least}), name)
+    value = getattr(rte(**{name: least}), name)
     assert value == least
     with pytest.raises(SettingsError, match=f"^{name} .*, not {below}"):
-        RunSettings(task="rte", **{name: below})
+        rte(**{name: below})
 
 
 @pytest.mark.parametrize("name", ["seed", "data_seed"])
 def test_the_largest_seed(name: str) -> None:
-    assert getattr(RunSettings(task="rte", **{name: 2**32 - 1}), name) == 2**32 - 1
+    assert getattr(rte(**{name: 2**32 - 1}), name) == 2**32 - 1
     with pytest.raises(SettingsError, match=f"{name} must be below 4294967296, not 4294967296"):
-        RunSettings(task="rte", **{name: 2**32})
+        rte(**{name: 2**32})
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_the_largest_seed(name: str) -> None:
 )
 def test_a_name_is_not_empty(name: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} is empty"):
-        RunSettings(**{"task": "rte", name: ""})
+        rte(**{name: ""})
 
 
 def test_dev_is_cut_from_the_train_file_only_with_train_samples() -> None:
