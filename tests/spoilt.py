@@ -14,7 +14,7 @@ _RUN: dict[str, Any] = {
 _NOT_JSON = [
     (b"", "it is not valid JSON (Expecting value"),
     (b"{", "it is not valid JSON (Expecting property name"),
-    (b"\xff\xfe", "it is not valid JSON ('utf-8' codec"),
+    (b"\xff\xfe", "it is not valid JSON (byte 0xff at position 0 is not UTF-8"),
     (b"[" * 100_000, "it is not valid JSON ("),
     (b"1" * 5000, "it is not valid JSON (Exceeds the limit"),
     (b"[]", "it is not a mapping"),
@@ -51,8 +51,8 @@ BAD_REQUESTS = [
     (_run(seed="1"), "runs[1].settings.seed is '1'"),
     (_run(seed=True), "runs[1].settings.seed is True"),
     (_run(seed=10**400), "runs[1].settings.seed is 1000"),
-    (_run(seed=float("nan")), "it is not valid JSON (NaN is no number)"),
-    (_run(data_seed=float("inf")), "it is not valid JSON (Infinity is no number)"),
+    (_run(seed=float("nan")), "it is not valid JSON (runs[1].settings.seed is nan"),
+    (_run(data_seed=float("inf")), "it is not valid JSON (runs[1].settings.data_seed is inf"),
     (_run(train_samples=1.5), "runs[1].settings.train_samples is 1.5"),
     (_run(task=7), "runs[1].settings.task is 7"),
 ]
@@ -62,5 +62,5 @@ BAD_FAILURES = [
     (b'{"message": "no luck"}', "error is missing"),
     (b'{"error": null}', "error is None"),
     (b'{"error": ["no", "luck"]}', "error is ["),
-    (b'{"error": "no luck", "time": NaN}', "it is not valid JSON (NaN is no number)"),
+    (b'{"error": "no luck", "time": NaN}', "it is not valid JSON (time is nan, which is no finite number)"),
 ]

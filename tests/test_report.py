@@ -297,7 +297,7 @@ def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path: Path) -> Non
         "foreign": ('{"accuracy": 0.5}', "is not the result of a run"),
         "nan": (
             json.dumps(spoil(make_record(seed=2), test__metrics={"accuracy": float("nan")})),
-            "is nan, not a fraction",
+            "test.metrics.accuracy is nan",
         ),
         "percent": (
             json.dumps(spoil(make_record(seed=2), test__metrics={"accuracy": 55.0})),

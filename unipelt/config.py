@@ -7,7 +7,6 @@ a path, a `UniPELTConfig`) into a checked `UniPELTConfig`; an unknown key or a w
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -17,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
+from unipelt.plain import PlainError, language, read_plain, show
 
 LARGEST = 1_000_000
 """No size or scale is meant to be above this; a larger one is a slip, or would fill the memory."""
@@ -35,9 +34,9 @@ def _check(part: Any, *positive: str) -> None:
         object.__setattr__(part, name, convert(hint, getattr(part, name), name))
     for name in positive:
         if not getattr(part, name) > 0:
-            raise ConfigError(f"{name} must be above 0, not {getattr(part, name)!r}")
+            raise ConfigError(f"{name} must be above 0, not {show(getattr(part, name))}")
         if getattr(part, name) > LARGEST:
-            raise ConfigError(f"{name} must be at most {LARGEST:,}, not {getattr(part, name):.3g}")
+            raise ConfigError(f"{name} must be at most {LARGEST:,}, not {show(getattr(part, name))}")
 
 
 def _join(where: str, key: str) -> str:
@@ -68,7 +67,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return convert(choice, value, where)
     if origin is Literal:
         if value not in choices:
-            raise ConfigError(f"{where} must be {' or '.join(choices)}, not {value!r}")
+            raise ConfigError(f"{where} must be {' or '.join(choices)}, not {show(value)}")
         return value
     if origin is tuple:
         if choices[0] is int and isinstance(value, (range, str)):
@@ -76,14 +75,14 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if choices[0] is str and isinstance(value, str):
             value = [value]
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} must be a list, not {value!r}")
+            raise ConfigError(f"{where} must be a list, not {show(value)}")
         return tuple(convert(choices[0], item, where) for item in value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where)  # type: ignore[arg-type]
     if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{where} must be {_KINDS[hint]}, not {value!r}")
+        raise ConfigError(f"{where} must be {_KINDS[hint]}, not {show(value)}")
     return value
 
 
@@ -93,7 +92,7 @@ def _indices(value: range | str, where: str) -> list[int]:
         return list(value)
     match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", value)
     if match is None:
-        raise ConfigError(f'{where} must be a list of integers or text such as "0-5", not {value!r}')
+        raise ConfigError(f'{where} must be a list of integers or text such as "0-5", not {show(value)}')
     return list(range(int(match[1]), int(match[2]) + 1))
 
 
@@ -204,10 +203,10 @@ class UniPELTConfig:
             return
         if not self.layers or min(self.layers) < 0:
             raise ConfigError(
-                f"layers must be a non-empty list of indices from 0, or null for all, not {self.layers!r}"
+                f"layers must be a non-empty list of indices from 0, or null for all, not {show(self.layers)}"
             )
         if len(set(self.layers)) != len(self.layers):
-            raise ConfigError(f"layers names an index twice: {self.layers!r}")
+            raise ConfigError(f"layers names an index twice: {show(self.layers)}")
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
 
     @property
@@ -271,7 +270,7 @@ def resolve(config: str | Path | Mapping[str, Any] | UniPELTConfig) -> UniPELTCo
         if preset is None:
             return UniPELTConfig.from_dict(values)
         if not isinstance(preset, str):
-            raise ConfigError(f"preset must be a name, not {preset!r}; the presets are {', '.join(PRESETS)}")
+            raise ConfigError(f"preset must be a name, not {show(preset)}; the presets are {', '.join(PRESETS)}")
         return _preset(preset).updated(values)
     if isinstance(config, (str, Path)):
         if isinstance(config, Path) or config.endswith((".json", ".yaml", ".yml")):
@@ -285,14 +284,15 @@ def resolve(config: str | Path | Mapping[str, Any] | UniPELTConfig) -> UniPELTCo
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """Read a JSON or YAML file that holds one mapping. Raises `FileNotFoundError` or `ConfigError`."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no configuration file at {path}")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        values = read_plain(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"there is no configuration file at {path}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except PlainError as error:
+        raise ConfigError(f"{path} is not valid {language(path)}: {error}") from error
+    if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold one mapping of names to values, not {type(values).__name__}")
     return values
 
@@ -308,7 +308,8 @@ def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 def _preset(name: str) -> UniPELTConfig:
     if name not in PRESETS:
         raise ConfigError(
-            f"there is no preset {name!r}; the presets are {', '.join(PRESETS)} (a path ends in .json, .yaml or .yml)"
+            f"there is no preset {show(name)}; the presets are {', '.join(PRESETS)} "
+            "(a path ends in .json, .yaml or .yml)"
         )
     return PRESETS[name]
 
@@ -330,7 +331,7 @@ def _build(cls: type[Any], values: Any, where: str) -> Any:
     names = [field.name for field in fields(cls)]
     for key in values:
         if key not in names:
-            raise ConfigError(f"unknown key {_join(where, str(key))!r}; the keys here are {', '.join(names)}")
+            raise ConfigError(f"unknown key {show(_join(where, str(key)))}; the keys here are {', '.join(names)}")
     given = {key: convert(hints[key], value, _join(where, key)) for key, value in values.items()}
     try:
         return cls(**given)

@@ -33,6 +33,7 @@ from unipelt.parameters import (
     submodule_parameters,
     unfrozen_names,
 )
+from unipelt.plain import show
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
 from unipelt.spread import FoldError, GatePlace, find_gates, measure_gates
 
@@ -269,7 +270,7 @@ def _settle(model: nn.Module, gates: list[GatePlace], constants: Constants) -> d
     for path, named in constants.items():
         for name, constant in named.items():
             if (path, name) not in known:
-                raise FoldError(f"the model has no gate {name!r} at {path!r}")
+                raise FoldError(f"the model has no gate {show(name)} at {show(path)}")
             target = known[path, name]
             if constant is None and _takes_attention(target):
                 raise FoldError(f"{name!r} at {path!r}: a prefix under scale gating takes attention and is not dropped")

@@ -35,6 +35,7 @@ from unipelt.parameters import (
     submodule_parameters,
 )
 from unipelt.places import AttentionPlace, InjectionError, LayerPlaces, StackPlaces, find_stacks
+from unipelt.plain import show
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
 
 
@@ -98,7 +99,7 @@ def _inject(
         replaced={name: vars(model)[name] for name in REPLACED if name in vars(model)},
     )
     if unknown := injection.head - injection.required_grad.keys():
-        raise InjectionError(f"this {type(model).__name__} has no head parameter {sorted(unknown)[0]!r}")
+        raise InjectionError(f"this {type(model).__name__} has no head parameter {show(sorted(unknown)[0])}")
     record: Any = model
     record.unipelt_injection = injection
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,8 +18,9 @@ from typing import Any
 
 from unipelt.checkpoint import write_whole
 from unipelt.glue.job import RunError
-from unipelt.glue.result import RESULT, ResultError, read_result
+from unipelt.glue.result import RESULT, ResultError, mismatch, read_result
 from unipelt.glue.settings import RunSettings
+from unipelt.plain import PlainError, read_plain
 
 try:
     import fcntl
@@ -33,6 +35,12 @@ CHECKPOINTS = "checkpoints"
 _PROGRESS = "progress.json"
 _MARKER = "complete.json"
 _LOCK = ".lock"
+_NUMBER = (int, float)
+_PROGRESS_SHAPE: dict[str, Any] = {
+    "settings": str,
+    "attempts": int,
+    "seconds": dict.fromkeys(("train", "evaluation", "total"), _NUMBER),
+}
 
 
 class LockedError(RunError):
@@ -106,9 +114,13 @@ def begin(settings: RunSettings, folder: Path) -> Progress:
         RunError: the folder holds an unfinished run of other settings, or things that are of no run.
     """
     try:
-        progress = Progress(**json.loads((folder / CHECKPOINTS / _PROGRESS).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        progress = None
+        progress = _read_progress(folder / CHECKPOINTS / _PROGRESS)
+    except PlainError as error:
+        if not settings.overwrite:
+            raise RunError(
+                f"{folder / CHECKPOINTS / _PROGRESS} is damaged: {error}; choose another output_dir, or --overwrite it"
+            ) from error
+        progress = Progress("")  # of no settings, so that what is there is cleared away
     finished = (folder / RESULT).exists()
     if progress is None and not finished:
         for name in (MODEL, PREDICTIONS, CHECKPOINTS, PICTURE):
@@ -190,8 +202,9 @@ def _is_bare(checkpoints: Path) -> bool:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first; also the order of removal, since a checkpoint needs the best one, which is never newer."""
-    found = (folder / CHECKPOINTS).glob("checkpoint-*")
-    return sorted(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), reverse=True)
+    steps = {path: path.name.removeprefix("checkpoint-") for path in (folder / CHECKPOINTS).glob("checkpoint-*")}
+    found = [path for path, step in steps.items() if re.fullmatch(r"[0-9]{1,18}", step)]
+    return sorted(found, key=lambda path: int(steps[path]), reverse=True)
 
 
 def _remove_checkpoint(checkpoint: Path) -> None:
@@ -200,10 +213,23 @@ def _remove_checkpoint(checkpoint: Path) -> None:
 
 
 def _read_marker(checkpoint: Path) -> dict[str, Any]:
+    """What a marker says; nothing if it is damaged, so that the checkpoint does not count."""
     try:
-        return json.loads((checkpoint / _MARKER).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        marker = read_plain(checkpoint / _MARKER)
+    except (FileNotFoundError, NotADirectoryError, PlainError):
         return {}
+    return marker if isinstance(marker, dict) else {}
+
+
+def _read_progress(path: Path) -> Progress | None:
+    """What was spent so far; None if there is nothing. Raises `PlainError` if it is damaged."""
+    try:
+        values = read_plain(path)
+    except FileNotFoundError:
+        return None
+    if problem := mismatch(values, _PROGRESS_SHAPE, ""):
+        raise PlainError(problem)
+    return Progress(**{name: values[name] for name in _PROGRESS_SHAPE})
 
 
 def _write_json(path: Path, value: Any) -> None:

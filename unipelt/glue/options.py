@@ -10,8 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from unipelt.config import PRESETS, read_mapping
 from unipelt.glue.settings import (
     FILES,
@@ -22,8 +20,10 @@ from unipelt.glue.settings import (
     expand_method,
     with_numbers,
 )
+from unipelt.plain import PlainError, parse_yaml, show
 
 _ALIASES = ("none", "null", "~")
+_MOST_ABOVE = 50
 
 
 def parse(argv: Sequence[str]) -> RunSettings:
@@ -71,7 +71,7 @@ def read_config(path: str | Path, also: Sequence[str] = ()) -> dict[str, Any]:
         SettingsError: a field is unknown, or files name each other as base in a circle.
         ConfigError, FileNotFoundError: a file cannot be read.
     """
-    return _read_config(Path(path), (), also)
+    return _read_config(Path(path), (), {}, also)
 
 
 def read_option(name: str, value: Any) -> Any:
@@ -90,24 +90,32 @@ def locate_path(name: str, config: Path) -> str:
     """A path from a configuration file: from the current folder, else from the root of the file's repository."""
     if os.path.isabs(name) or os.path.exists(name):
         return name
-    for folder in config.resolve().parents:
+    for folder in Path(os.path.realpath(config)).parents:
         if any((folder / mark).exists() for mark in ("pyproject.toml", ".git")):
-            return str(folder / name) if (folder / name).exists() else name
+            return str(folder / name) if os.path.exists(folder / name) else name
     return name
 
 
-def _read_config(path: Path, above: tuple[Path, ...], also: Sequence[str] = ()) -> dict[str, Any]:
-    if path.resolve() in above:
+def _read_config(
+    path: Path, above: tuple[str, ...], known_bases: dict[str, dict[str, Any]], also: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`read_config`, below the files `above`; a file that several name as base is read once."""
+    place = os.path.realpath(path)
+    if place in above:
         raise SettingsError(f"{path} names itself as its base, through {above[-1]}")
+    if len(above) > _MOST_ABOVE:
+        raise SettingsError(f"{path} is the base of the base of more than {_MOST_ABOVE} files; name fewer")
+    if place in known_bases:
+        return known_bases[place]
     own = read_mapping(path)
     bases = own.pop("base", [])
     if isinstance(bases, str):
         bases = [bases]
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise SettingsError(f"{path}: base must be a path or a list of paths, not {bases!r}")
+        raise SettingsError(f"{path}: base must be a path or a list of paths, not {show(bases)}")
     values: dict[str, Any] = {}
     for base in bases:
-        values |= _read_config(path.parent / base, (*above, path.resolve()))
+        values |= _read_config(path.parent / base, (*above, place), known_bases)
     known = [item.name for item in fields(RunSettings)]
     overrides = {}
     for key in list(own):
@@ -121,14 +129,15 @@ def _read_config(path: Path, above: tuple[Path, ...], also: Sequence[str] = ()) 
     values |= own
     if overrides:
         values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
+    known_bases[place] = values
     return values
 
 
 def _read_scalar(text: str, name: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"{name}: cannot read the value {text!r}") from error
+        value = parse_yaml(text)
+    except PlainError as error:
+        raise SettingsError(f"{name}: cannot read the value {show(text)}") from error
     if text.lower() in _ALIASES:
         return None
     return with_numbers(value)
@@ -171,9 +180,8 @@ def _split_method(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return (
-        f"unknown {kind} {name!r}" + (f"; did you mean {near[0]}?" if near else ";") + f" known are {', '.join(known)}"
-    )
+    guess = f"did you mean {near[0]}? " if near else ""
+    return f"unknown {kind} {show(name)}; {guess}known are {', '.join(known)}"
 
 
 def _default_folder(config: str, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:

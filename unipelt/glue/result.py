@@ -16,6 +16,7 @@ import torch
 
 import unipelt
 from unipelt.checkpoint import write_whole
+from unipelt.plain import PlainError, read_plain, show
 
 RESULT = "result.json"
 FORMAT = 1
@@ -89,8 +90,8 @@ def read_result(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no result at {path}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        record = read_plain(path)
+    except PlainError as error:
         raise ResultError(f"{path} is not valid JSON: {error}") from error
     _check_record(record, path)
     return record
@@ -192,7 +193,7 @@ def _check_record(record: Any, path: Path) -> None:
         raise ResultError(f"{path} is not the result of a run")
     if record["format"] != FORMAT:
         raise ResultError(
-            f"{path} has the format {record['format']!r}, and this version reads {FORMAT}; a newer one may read it"
+            f"{path} has the format {show(record['format'])}, and this version reads {FORMAT}; a newer one may read it"
         )
     problem = mismatch(record, _SHAPE, "")
     if problem is None and not record["evaluations"]:
@@ -227,7 +228,7 @@ def mismatch(value: Any, shape: Any, where: str) -> str | None:
         return None
     kinds = shape if isinstance(shape, tuple) else (shape,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        return f"{where} is {value!r:.60}"
+        return f"{where} is {show(value):.60}"
     if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:  # NaN is not, either
-        return f"{where} is {value!r:.60}"
+        return f"{where} is {show(value):.60}"
     return None

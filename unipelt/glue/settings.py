@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from unipelt.config import PRESETS, ConfigError, UniPELTConfig, convert, flatten, read_mapping, resolve
 from unipelt.glue.tasks import get_task
+from unipelt.plain import show
 
 GLUE_DIR = "UNIPELT_GLUE_DIR"
 """Environment variable: the default of `glue_dir`."""
@@ -193,7 +194,9 @@ class RunSettings:
             if getattr(self, name) == "":
                 raise SettingsError(f"{name} is empty; give a value or leave it out")
         if self.model_sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", self.model_sha256):
-            raise SettingsError(f"model_sha256 must be 64 hexadecimal digits in lower case, not {self.model_sha256!r}")
+            raise SettingsError(
+                f"model_sha256 must be 64 hexadecimal digits in lower case, not {show(self.model_sha256)}"
+            )
 
     def _check_data(self) -> None:
         """Check that the fields which name data go together; the data themselves are not touched."""
@@ -265,7 +268,7 @@ def expand_method(method: Any) -> str | dict[str, Any]:
     if isinstance(method, Mapping):
         method = with_numbers(method)
     elif not isinstance(method, str):
-        raise SettingsError(f"method must be a preset's name, a path or a mapping, not {method!r}")
+        raise SettingsError(f"method must be a preset's name, a path or a mapping, not {show(method)}")
     try:
         resolve(method)
     except ConfigError as error:

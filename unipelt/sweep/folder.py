@@ -7,16 +7,18 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from unipelt.checkpoint import write_whole
+from unipelt.config import read_mapping
 from unipelt.glue.folder import LockedError, find_finished, locked
 from unipelt.glue.job import RunError
 from unipelt.glue.result import mismatch
-from unipelt.glue.settings import RunSettings, clean_name, paper_learning_rate
+from unipelt.glue.settings import RunSettings, SettingsError, clean_name, paper_learning_rate
+from unipelt.plain import PlainError, read_plain, show
 from unipelt.sweep.grid import Sweep, SweepError
 
 REQUEST = "sweep.json"
@@ -170,9 +172,9 @@ def read_request(out: str | Path) -> dict[str, Any] | None:
         if request is None:
             return None
         if request["format"] != _FORMAT:
-            raise ValueError(f"its format is {request['format']}, and this version reads {_FORMAT}")
+            raise ValueError(f"its format is {show(request['format'])}, and this version reads {_FORMAT}")
         if not all(isinstance(name, str) for name in request["chosen"]):
-            raise ValueError(f"chosen is {request['chosen']!r:.60}")
+            raise ValueError(f"chosen is {show(request['chosen']):.60}")
         for index, run in enumerate(request["runs"]):
             if problem := mismatch(run, _RUN, f"runs[{index}]"):
                 raise ValueError(problem)
@@ -192,8 +194,15 @@ def write_settings(settings: RunSettings) -> None:
 
 
 def read_settings(path: Path) -> RunSettings:
-    """The settings that `write_settings` left, for the folder that the file now lies in."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    """The settings that `write_settings` left, for the folder that the file now lies in.
+
+    Raises:
+        SettingsError, ConfigError, FileNotFoundError: they are gone, or are none.
+    """
+    values = read_mapping(path)
+    known = {item.name for item in fields(RunSettings)}
+    if unknown := sorted(values.keys() - known):
+        raise SettingsError(f"{path}: unknown field {show(unknown[0])}; start the sweep again, which writes it anew")
     return RunSettings(**{**values, "output_dir": str(path.parent)})
 
 
@@ -229,17 +238,13 @@ def _read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
         SweepError: it cannot be read.
         ValueError: what it holds is not of the shape.
     """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
-
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        value = read_plain(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise SweepError(f"{path} cannot be read: {error.strerror}; move it away") from error
-    except (ValueError, RecursionError) as error:
+    except PlainError as error:
         raise ValueError(f"it is not valid JSON ({error})") from error
     if problem := mismatch(value, shape, ""):
         raise ValueError(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +14,10 @@ from typing import Any
 from unipelt.glue.options import locate_path, read_config, read_option
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import shorten_name
+from unipelt.plain import show
 
+MOST_RUNS = 20_000
+"""The most runs of one block; a longer product is a slip, and would take hours to be spelt out."""
 _SEEDS = ("seed", "data_seed")  # what may differ between the runs of a cell
 
 
@@ -75,7 +79,7 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
     if not isinstance(grid, list) or not grid or not all(isinstance(block, dict) and block for block in grid):
         raise SweepError(f"{path}: grid must be a list of blocks, each a mapping of fields to lists of values")
     if not isinstance(choose, dict):
-        raise SweepError(f"{path}: choose must be a mapping of fields to lists of values, not {choose!r}")
+        raise SweepError(f"{path}: choose must be a mapping of fields to lists of values, not {show(choose)}")
     listed = {name for block in [*grid, choose] for name in block}
     _check_fields(path, [*common, *listed])
     if any(set(block) & set(choose) for block in grid):
@@ -100,7 +104,7 @@ def _check_fields(path: Path, names: Sequence[str]) -> None:
     known = [item.name for item in fields(RunSettings) if item.name not in ("output_dir", "overwrite")]
     for name in names:
         if name not in known:
-            raise SweepError(f"{path}: unknown field {name!r} of a sweep; known are {', '.join(known)}")
+            raise SweepError(f"{path}: unknown field {show(name)} of a sweep; known are {', '.join(known)}")
 
 
 def _product(path: Path, block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -108,6 +112,8 @@ def _product(path: Path, block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, values in zip(block, lists, strict=True):
         if not values:
             raise SweepError(f"{path}: the list of {name} is empty")
+    if (runs := math.prod(map(len, lists))) > MOST_RUNS:
+        raise SweepError(f"{path}: a block of the grid asks for {runs:,} runs; more than {MOST_RUNS:,} are not meant")
     for chosen in itertools.product(*lists):
         yield {name: _located(name, value, path) for name, value in zip(block, chosen, strict=True)}
 

@@ -1,0 +1,214 @@
+"""Plain values out of bytes that anybody may have written: JSON and YAML read strictly, and values put into messages.
+
+Plain are texts, finite numbers, truth values, None, and lists and mappings by name of these. Everything that reads a
+configuration, a manifest or a record starts here, so that what is behind meets no other kind of value, and no file is
+too large, too deep or too entangled to be refused in a moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import reprlib
+import stat
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOST_BYTES = {"JSON": 64 * 2**20, "YAML": 2**20}
+"""The largest files that are read. YAML takes seconds a megabyte, and is only ever written by hand."""
+MOST_VALUES = 100_000
+"""The most values that a YAML file may stand for, with each alias counted as what it repeats."""
+DEEPEST = 100
+"""The deepest nesting that is read."""
+_MOST_BITS = 14_000  # of a whole number; Python refuses to print much longer ones
+
+
+class PlainError(ValueError):
+    """What was read is not plain; the message says what was seen, and not where it was read from."""
+
+
+def read_plain(path: str | Path) -> Any:
+    """Read a file of JSON, or of YAML if its name does not end in `.json`.
+
+    Raises:
+        OSError: there is no file, or it cannot be read; a pipe or a device is not waited for.
+        PlainError: it does not hold plain values.
+    """
+    path = Path(path)
+    most = MOST_BYTES[language(path)]
+    content = read_bytes(path, most + 1)
+    if len(content) > most:
+        raise PlainError(f"it is larger than {most // 2**20} MB")
+    return parse_json(content) if language(path) == "JSON" else parse_yaml(content)
+
+
+def language(path: Path) -> str:
+    """What a file's name says that it holds, `JSON` or `YAML`."""
+    return "JSON" if path.suffix == ".json" else "YAML"
+
+
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """The contents of a file, or its first so many bytes. Raises `OSError` as `read_plain`."""
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a NUL or half a surrogate pair
+        raise FileNotFoundError(errno.ENOENT, "no file has such a name", show(str(path))) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a pipe or a device, and not a file", str(path))
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
+def parse_json(content: bytes) -> Any:
+    """The plain value that JSON in UTF-8 stands for; a name may stand once in a mapping. Raises `PlainError`."""
+    try:
+        value = json.loads(_text(content), object_pairs_hook=_mapping)
+    except RecursionError as error:
+        raise PlainError(_TOO_DEEP) from error
+    except PlainError:
+        raise
+    except ValueError as error:
+        raise PlainError(str(error)) from error
+    _check(value)
+    return value
+
+
+def parse_yaml(content: bytes | str) -> Any:
+    """The plain value that YAML in UTF-8 stands for, without tags or circles. Raises `PlainError`."""
+    try:
+        loader = _PlainLoader(content if isinstance(content, str) else _text(content))
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except PlainError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-45, a number of 5000 digits
+        raise PlainError(str(error)) from error
+    _check(value)
+    return value
+
+
+def show(value: Any) -> str:
+    """A value for a message, cut to a length that can be read whatever it is."""
+    try:
+        shown = _SHORT.repr(value)
+    except (ValueError, RecursionError):  # a whole number of more digits than Python prints
+        shown = f"a {type(value).__name__} too large to be shown"
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
+_SHORT.maxlevel = 4
+_TOO_DEEP = f"it is nested more than {DEEPEST} deep"
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise PlainError(f"byte 0x{byte:02x} at position {error.start} is not UTF-8; save it as UTF-8") from error
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise PlainError(f"{show(key)} stands twice in one mapping; keep one of them")
+        values[key] = value
+    return values
+
+
+def _check(value: Any) -> None:
+    """Raise `PlainError` at the first thing within that is not plain."""
+    left: list[tuple[Any, tuple[str, ...]]] = [(value, ())]
+    while left:
+        value, path = left.pop()
+        if len(path) > DEEPEST:
+            raise PlainError(_TOO_DEEP)
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise PlainError(f"{_place((*path, show(key)))}: a name must be a text; put it in quotes")
+                _check_text(key, path)
+                left.append((inner, (*path, f".{key}")))
+        elif isinstance(value, list):
+            left += [(inner, (*path, f"[{index}]")) for index, inner in enumerate(value)]
+        elif isinstance(value, str):
+            _check_text(value, path)
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise PlainError(f"{_place(path)} is {value}, which is no finite number")
+        elif isinstance(value, int):
+            if value.bit_length() > _MOST_BITS:
+                raise PlainError(f"{_place(path)} is a whole number of {value.bit_length()} bits")
+        elif value is not None:
+            kind = type(value).__name__
+            raise PlainError(f"{_place(path)} is a {kind}, neither text nor number; put it in quotes if it is a text")
+
+
+def _check_text(text: str, path: tuple[str, ...]) -> None:
+    """Half a surrogate pair can be spelt in JSON and written to no file; a NUL is part of no name and no path."""
+    if text.isascii() and "\0" not in text:
+        return
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise PlainError(f"{_place(path)} holds {show(text)}, with a character that no text has")
+
+
+def _place(path: tuple[str, ...]) -> str:
+    where = "".join(path).removeprefix(".") or "it"
+    return where if len(where) <= 200 else f"{where[:200]}..."
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's own safe loader, less tags, names that stand twice, circles, depth, and aliases of aliases of aliases."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}  # values that each node stands for, by its id
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if getattr(event, "tag", None) is not None:
+            raise PlainError(f"line {line}: the tag {show(event.tag)} is not allowed")
+        if self._depth > DEEPEST:
+            raise PlainError(_TOO_DEEP)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
+            raise PlainError(f"line {line}: {show(event.anchor)} stands within itself")
+        if node is not None and id(node) not in self._sizes:
+            children = _children(node)
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in children)
+            if self._sizes[id(node)] > MOST_VALUES:
+                raise PlainError(f"it stands for more than {MOST_VALUES:,} values")
+            if isinstance(node, yaml.MappingNode):
+                _check_names(node)
+        return node
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _check_names(node: yaml.MappingNode) -> None:
+    seen: set[Hashable] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise PlainError(f"line {key.start_mark.line + 1}: a list or a mapping stands where a name should")
+        if (key.tag, key.value) in seen:
+            raise PlainError(f"line {key.start_mark.line + 1}: {show(key.value)} stands twice; keep one of them")
+        seen.add((key.tag, key.value))
