@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from unipelt.card import model_card
-from unipelt.config import ConfigError, UniPELTConfig, read_mapping
+from unipelt.config import ConfigError, UniPELTConfig, flatten, read_mapping
 from unipelt.fold import Constants, fold_constants
 from unipelt.inject import InjectionError, _inject, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.places import find_stacks
+from unipelt.plain import read_bytes, show
 from unipelt.prefix import Prefix, PrefixNetwork
 from unipelt.spread import FoldError
 
@@ -38,6 +39,23 @@ WEIGHTS = "model.safetensors"
 NEXT = f"{WEIGHTS}.next"
 MANIFEST = "unipelt.json"
 FORMAT = 1
+
+NO_MATTER = frozenset(
+    {
+        # what it is called, and what it was written by and for
+        *("_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map", "tokenizer_class"),
+        *("id2label", "label2id", "finetuning_task", "task_specific_params", "problem_type"),
+        # the same numbers by another way; a dtype or a quantisation shows in the weights
+        *("dtype", "torch_dtype", "quantization_config", "use_cache", "chunk_size_feed_forward", "return_dict"),
+        *("output_attentions", "output_hidden_states", "deterministic_flash_attn", "pretraining_tp"),
+        # where training or generation starts
+        *("initializer_range", "initializer_factor", "initializer_cutoff_factor", "init_std"),
+        *("encoder_no_repeat_ngram_size", "no_repeat_ngram_size", "num_beams", "early_stopping", "max_length"),
+    }
+)
+"""Fields of a model's configuration that change no output of a given batch in evaluation mode."""
+_KINDS: dict[type[Any], str] = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
+_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")  # positions, pooling and shifted labels need them
 
 logger = logging.get_logger(__name__)
 
@@ -270,8 +288,37 @@ def _describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[
         "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
         "revision": getattr(model.config, "_commit_hash", None),
         "config": json.loads(model.config.to_json_string(use_diff=True)),
+        "computation": _computation(model),
         "fingerprint": _fingerprint(model, injection.head | unfrozen_names(model), known),
     }
+
+
+def _computation(model: PreTrainedModel) -> dict[str, Any]:
+    """What of the configuration the numbers depend on, defaults included, nested fields with dots in their names.
+
+    All that is not known to be harmless counts: a field that nobody thought of is refused rather than missed.
+    """
+    values = json.loads(model.config.to_json_string(use_diff=False))
+    return {
+        name: value
+        for name, value in flatten({key: value for key, value in values.items() if key not in NO_MATTER}).items()
+        if "drop" not in name
+        and not name.endswith("_implementation")
+        and (name in _TOKENS or not name.endswith("_token_id"))
+    }
+
+
+def _other_computation(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first field in which two bases compute otherwise, or None.
+
+    Only fields that both have are compared, since versions of Transformers add some and drop others; and no token
+    that one of the two has not set, which a base is often given later.
+    """
+    for name in sorted(saved.keys() & here.keys()):
+        unset = name in _TOKENS and None in (saved[name], here[name])
+        if saved[name] != here[name] and not unset:
+            return f"its {name} was {show(saved[name])} and is {show(here[name])} here"
+    return None
 
 
 def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
@@ -299,7 +346,12 @@ def _check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
     kind = base["config"].get("model_type")
     if model.config.model_type != kind:
         raise CheckpointError(
-            f"the checkpoint is for a {kind!r} model, and this is a {model.config.model_type!r} model"
+            f"the checkpoint is for a {show(kind)} model, and this is a {model.config.model_type!r} model"
+        )
+    if problem := _other_computation(base["computation"], _computation(model)):
+        raise CheckpointError(
+            "this is not the base model that the checkpoint was trained on "
+            f"({base['name_or_path'] or 'built in memory'}): {problem}; build the base with the same configuration"
         )
     saved, here = base["fingerprint"], _fingerprint(model, base["apart"], {})
     if saved["dtype"] != here["dtype"]:
@@ -323,17 +375,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         raw = read_mapping(folder / MANIFEST)
         if type(raw.get("format")) is not int or raw["format"] != FORMAT:
-            raise ConfigError(f"format must be {FORMAT}, not {raw.get('format')!r}; a newer unipelt may read it")
+            raise ConfigError(f"format must be {FORMAT}, not {show(raw.get('format'))}; a newer unipelt may read it")
         base = _typed(raw, "base", dict)
         found = _typed(base, "fingerprint", dict)
         _only(raw, ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "base", "weights"), "")
-        _only(base, ("class", "name_or_path", "revision", "config", "fingerprint"), "base.")
+        _only(base, ("class", "name_or_path", "revision", "config", "computation", "fingerprint"), "base.")
         head, unfrozen = _names(raw, "head"), _names(raw, "unfrozen")
         if base.get("revision") is not None:
             _typed(base, "revision", str)
         weights = _typed(raw, "weights", dict)
         if weights.get("file") != WEIGHTS:
-            raise ConfigError(f"weights.file must be {WEIGHTS!r}, not {weights.get('file')!r}")
+            raise ConfigError(f"weights.file must be {WEIGHTS!r}, not {show(weights.get('file'))}")
         manifest = {
             "unipelt": UniPELTConfig.from_dict(_typed(raw, "unipelt", dict)),
             "deployed": _typed(raw, "deployed", bool),
@@ -345,6 +397,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "name_or_path": _typed(base, "name_or_path", str),
                 "revision": base.get("revision"),
                 "config": _typed(base, "config", dict),
+                # checkpoints of before it was kept are compared by their weights alone
+                "computation": _typed(base, "computation", dict) if "computation" in base else {},
                 "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")},
                 "apart": {*head, *unfrozen},
             },
@@ -352,7 +406,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         digest = _typed(weights, "sha256", str)
     except ConfigError as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    contents = [path.read_bytes() for path in (folder / WEIGHTS, folder / NEXT) if path.is_file()]
+    contents = [read_bytes(path) for path in (folder / WEIGHTS, folder / NEXT) if path.is_file()]
     content = next((content for content in contents if hashlib.sha256(content).hexdigest() == digest), None)
     if content is None:
         raise CheckpointError(
@@ -367,14 +421,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     if key not in values or not isinstance(values[key], kind):
-        raise ConfigError(f"{key} must be a {kind.__name__}, not {values.get(key)!r}")
+        seen = show(values[key]) if key in values else "left out"
+        raise ConfigError(f"{key} must be {_KINDS[kind]}, not {seen}")
     return values[key]
 
 
 def _names(values: Mapping[str, Any], key: str) -> list[str]:
     names = _typed(values, key, list)
     if not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{key} must be a list of names, not {names!r}")
+        raise ConfigError(f"{key} must be a list of names, not {show(names)}")
     return names
 
 
@@ -385,7 +440,7 @@ def _constants(values: Mapping[str, Any]) -> Constants:
         for name, constant in _typed(folded, path, dict).items():
             if constant is not None and not (type(constant) in (int, float) and 0 < constant <= 1):
                 raise ConfigError(
-                    f"folded: {name!r} at {path!r} must be above 0 and at most 1, or null, not {constant!r}"
+                    f"folded: {show(name)} at {show(path)} must be above 0 and at most 1, or null, not {show(constant)}"
                 )
     return folded
 
@@ -393,7 +448,7 @@ def _constants(values: Mapping[str, Any]) -> Constants:
 def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
     for key in values:
         if key not in keys:
-            raise ConfigError(f"unknown key {where + key!r}; the keys here are {', '.join(keys)}")
+            raise ConfigError(f"unknown key {show(where + key)}; the keys here are {', '.join(keys)}")
 
 
 def _impossible_size(
@@ -428,7 +483,7 @@ def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> st
     if missing := sorted(places.keys() - tensors.keys()):
         return f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
     if extra := sorted(tensors.keys() - places.keys()):
-        return f"the model has no {extra[0]!r}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
+        return f"the model has no {show(extra[0])}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
     for name, tensor in tensors.items():
         if tensor.shape != places[name].shape:
             return f"{name} is {tuple(tensor.shape)} there and {tuple(places[name].shape)} here"
