@@ -128,7 +128,8 @@ def test_a_checkpoint_of_before_the_computation_was_kept(original: Path, tmp_pat
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     (tmp_path / "model.safetensors").write_bytes((original / "model.safetensors").read_bytes())
     unipelt.load(tiny_bert(), tmp_path)
-    for value in ([], "gelu", None):
+    wrong: list[Any] = [[], "gelu", None]
+    for value in wrong:
         edit(tmp_path, "base.computation", value)
         model = tiny_bert()
         with refused(model, "computation must be a mapping"):

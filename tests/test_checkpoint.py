@@ -494,10 +494,17 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 def test_a_file_is_on_the_disk_whole_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, int]] = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append(("synced", os.fstat(file).st_size)), sync(file)))
-    monkeypatch.setattr(
-        os, "replace", lambda one, other: (done.append(("placed", os.stat(one).st_size)), replace(one, other))
-    )
+
+    def note_sync(file: int) -> None:
+        done.append(("synced", os.fstat(file).st_size))
+        sync(file)
+
+    def note_replace(one: Path, other: Path) -> None:
+        done.append(("placed", os.stat(one).st_size))
+        replace(one, other)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
     unipelt.checkpoint.write_whole(tmp_path / "file", b"twelve bytes")
     assert done[:2] == [("synced", 12), ("placed", 12)]
     assert (tmp_path / "file").read_bytes() == b"twelve bytes"
