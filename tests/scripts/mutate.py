@@ -375,7 +375,9 @@ def run_tests(files: Sequence[str], plugin: Watching, *options: str) -> int:
 def look(files: Sequence[str], modules: Sequence[Path], keyword: str = "") -> dict[str, Any]:
     """The tests as they are: which fail, how long each takes, which line of each module each executes."""
     before = set(sys.modules)
-    watched = coverage.Coverage(data_file=None, include=[str(path) for path in modules], messages=False)
+    watched = coverage.Coverage(
+        data_file=None, config_file=False, include=[str(path) for path in modules], messages=False
+    )
     plugin = Watching(coverage=watched)
     watched.start()
     watched.switch_context("import")
