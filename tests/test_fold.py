@@ -484,11 +484,11 @@ def test_a_failing_batch_changes_nothing() -> None:
         (lambda folded: first(folded).update(other=0.5), "no gate 'other' at"),
         (lambda folded: first(folded).update(prefix=0.0), "must be above 0 and at most 1, or null, not 0.0"),
         (lambda folded: first(folded).update(prefix=1.5), "must be above 0 and at most 1"),
-        (lambda folded: first(folded).update(prefix=float("nan")), "must be above 0 and at most 1"),
+        (lambda folded: first(folded).update(prefix=float("nan")), "prefix is nan, which is no finite number"),
         (lambda folded: first(folded).update(prefix=True), "must be above 0 and at most 1"),
         (lambda folded: first(folded).update(prefix="0.5"), "must be above 0 and at most 1"),
         (lambda folded: first(folded).update(prefix=None), "takes attention and is not dropped"),
-        (lambda folded: folded.update(x=0.5), "x must be a dict"),
+        (lambda folded: folded.update(x=0.5), "x must be a mapping"),
     ],
 )
 def test_a_spoilt_manifest_changes_nothing(change: Any, match: str, tmp_path: Path) -> None:
