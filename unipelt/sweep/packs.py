@@ -192,6 +192,12 @@ def _main(places: int) -> int:
         os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
+    _serve(places, asked, answers)
+    return 0
+
+
+def _serve(places: int, asked: queue.Queue[str], answers: IO[str]) -> None:
+    """Do the runs whose settings.json are asked for, until an empty line or until nothing more comes."""
     ended = False
 
     def answer(folder: str, error: str | None, *, busy: bool = False) -> None:
@@ -225,7 +231,6 @@ def _main(places: int) -> int:
             answer(folder, _line(outcome))
 
     train(take, done, places, voice)
-    return 0
 
 
 def voice(settings: RunSettings) -> Callable[[str], None]:
