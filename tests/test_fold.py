@@ -488,7 +488,7 @@ def test_a_failing_batch_changes_nothing() -> None:
         (lambda folded: first(folded).update(prefix=True), "must be above 0 and at most 1"),
         (lambda folded: first(folded).update(prefix="0.5"), "must be above 0 and at most 1"),
         (lambda folded: first(folded).update(prefix=None), "takes attention and is not dropped"),
-        (lambda folded: folded.update(x=0.5), "x must be a mapping"),
+        (lambda folded: folded.update(x=0.5), "x must be a mapping, not 0.5"),
     ],
 )
 def test_a_spoilt_manifest_changes_nothing(change: Any, match: str, tmp_path: Path) -> None:
