@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from tiny_task import save_model, write_glue
 
-from unipelt.cluster import capacity, connect, on_cluster
+from unipelt.cluster import _run, capacity, connect, on_cluster
 from unipelt.command import main
 from unipelt.glue.result import RESULT, read_result
 from unipelt.glue.settings import RunSettings
 from unipelt.sweep import FAILURE, LOG, Busy
+from unipelt.sweep.folder import write_settings
 
 SWEEP = """
 model: {home}/model
@@ -124,6 +125,69 @@ def test_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match="install the extra 'ray'"):
         connect()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_connects_once(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    calls: list[dict[str, Any]] = []
+    ray = SimpleNamespace(is_initialized=lambda: there, init=lambda **options: calls.append(options))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert connect("auto") is ray
+    assert [call["address"] for call in calls] == ([] if there else ["auto"])
+
+
+def test_waits_while_the_cluster_is_at_it() -> None:
+    class Slow(Pretend):
+        waits = 3
+
+        def wait(self, tasks: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+            self.waits -= 1
+            return ([], tasks) if self.waits else (tasks, [])
+
+    cluster = Slow(None)
+    assert start(cluster) is None
+    assert (cluster.waits, cluster.cancelled) == (0, 0)
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_a_worker_does_the_run_of_a_folder_from_where_the_sweep_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, current: bool
+) -> None:
+    """Where that folder is not there, from where the worker is."""
+    settings = RunSettings(task="rte", output_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    write_settings(settings)
+    done: list[tuple[RunSettings, str]] = []
+
+    def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str]:
+        def begin(found: RunSettings, stop: threading.Event) -> str:
+            done.append((found, os.getcwd()))
+            return "no luck"
+
+        return begin
+
+    monkeypatch.setattr("unipelt.cluster.in_process", in_process)
+    monkeypatch.chdir(Path(__file__).parent)
+    assert _run(str(tmp_path / "run"), str(tmp_path if current else tmp_path / "gone")) == "no luck"
+    assert done == [(settings, str(tmp_path if current else Path(__file__).parent))]
+
+
+def test_the_command_does_a_sweep_on_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster: Any = Pretend("ValueError: no luck", "ValueError: no luck")
+    cluster.cluster_resources = lambda: {"CPU": 4.0}
+    cluster.is_initialized = lambda: True
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    (tmp_path / "sweep.yaml").write_text(SWEEP.format(home=tmp_path))
+    options = ["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), "--backend", "ray"]
+    assert main([*options, "--cpus", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "left      2, 2 at a time" in printed
+    assert "2 of 2 runs failed" in printed
+    assert cluster.options["num_cpus"] == 2
+    assert main([*options, "--workers", "0"]) == 2
+    assert "--workers must be 1 or more, not 0" in capsys.readouterr().err
 
 
 def test_impossible_shares_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

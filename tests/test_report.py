@@ -480,6 +480,58 @@ def test_comparisons_on_the_page(tmp_path: Path) -> None:
     assert "| 1,000 to 391,000" in cost
 
 
+def test_where_the_paper_says_nothing_the_page_has_our_numbers_alone(tmp_path: Path) -> None:
+    scores = {"adapter": 0.5, "prefix": 0.6, "lora": 0.4, "unipelt-apl": 0.7}
+    records = [
+        make_record(task, method, score=score, k=64) for method, score in scores.items() for task in ("rte", "cola")
+    ]
+    for record in records:
+        spoil(record, parameters__base=0)
+    table = results_of(*records).table(64)
+    assert table.average("adapter") is not None
+    assert table.paper_average("adapter") is None
+    save(tmp_path / "runs", *records)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| unipelt-apl | K = 64 | 60.00 | 70.00 | +10.00 |" in text
+    assert not re.search(r"paper -?\d+\.\d\d", text)
+    assert "of the base" not in text
+
+
+def test_gates_that_a_submodule_lacks_in_some_layers_stay_empty(tmp_path: Path) -> None:
+    records = [make_record("rte", "unipelt-ap", name=name) for name in ("mine: a", "mine? a")]
+    spoil(records[0], gates__values={"adapter": {"mean": [0.31, 0.72]}, "prefix": {"mean": [0.57]}})
+    save(tmp_path / "runs", *records)
+    found = {path.stem: path for path in write_report(tmp_path / "runs", tmp_path / "out") if path.suffix == ".svg"}
+    words = [item.text for item in ElementTree.fromstring(found["gates-rte-100-mine-a"].read_bytes()).iter()]
+    assert [words.count(number) for number in ("0.31", "0.72", "0.57")] == [1, 1, 1]
+    assert "nan" not in words
+    assert {"gates-rte-100-mine-a", "gates-rte-100-mine-a-3"} <= found.keys(), (
+        "names that differ only in signs that no file may have"
+    )
+
+
+def test_gates_that_are_none_are_left_out_with_a_reason(tmp_path: Path) -> None:
+    records = [make_record(method="unipelt-ap") for _ in range(3)]
+    for record, gates in zip(
+        records, ({"layers": [4], "values": {}}, {"layers": 4, "values": {"a": 1}}, {}), strict=True
+    ):
+        record["gates"] = gates
+    save(tmp_path, make_record(), *records)
+    results = read_results(tmp_path)
+    assert len(results.runs) == 1
+    assert [reason for _, reason in results.left_out][-1] == "its gates are not layers by submodules"
+
+
+def test_planned_runs_on_files_of_ones_own_have_no_seeds_to_miss(tmp_path: Path) -> None:
+    record = make_record()
+    save(tmp_path, record)
+    request = json.loads(plan(record))
+    request["runs"][0]["settings"]["task"] = None
+    (tmp_path / "sweep.json").write_text(json.dumps(request))
+    assert read_results(tmp_path).seeds == {}
+
+
 def test_a_stray_run_with_another_learning_rate_does_not_end_comparisons() -> None:
     """Learning rates are the methods' own; models must agree."""
     methods = {"fine-tuning": 2e-5, "adapter": 1e-4, "prefix": 2e-4, "unipelt-ap": 5e-4}

@@ -1,0 +1,137 @@
+"""A sweep's runs in processes of their own, which here only pretend to train: what their ends are taken for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import unipelt.sweep.__main__ as process
+from unipelt.glue.folder import CHECKPOINTS, LockedError
+from unipelt.glue.settings import RunSettings
+from unipelt.sweep import LOG, SETTINGS, Busy, work
+from unipelt.sweep.folder import alone, write_failure, write_settings
+from unipelt.sweep.work import BUSY, in_process
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> RunSettings:
+    """A run whose folder is as `carry_out` leaves it to whoever starts it."""
+    settings = RunSettings(task="rte", output_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOG).write_text("of an earlier attempt\n")
+    write_settings(settings)
+    return settings
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """Let a shell script be the Python of runs."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(work, "sys", SimpleNamespace(executable=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 0", None),
+        ("kill -KILL $$", "killed by SIGKILL (for want of memory?)"),
+        ("kill -TERM $$", "killed by SIGTERM"),
+        ("exit 3", "exit code 3"),
+        ("echo first; echo ValueError: no luck >&2; echo; exit 1", "ValueError: no luck"),
+        ("sleep 0.6; exit 4", "exit code 4"),
+    ],
+)
+def test_the_end_of_a_process_and_its_reason(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str | None
+) -> None:
+    pretend(monkeypatch, tmp_path, script)
+    assert in_process(1)(settings, threading.Event()) == reason
+
+
+def test_a_process_that_finds_another_at_its_run(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, tmp_path, f"exit {BUSY}")
+    with pytest.raises(Busy):
+        in_process(1)(settings, threading.Event())
+
+
+def test_a_process_is_killed_when_the_sweep_stops(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, tmp_path, 'echo "$@"; exec sleep 60')
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(in_process(2), settings, stop)
+        until = time.monotonic() + 20
+        while SETTINGS not in (tmp_path / "run" / LOG).read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        stop.set()
+        with pytest.raises(Busy):
+            future.result(20)
+    assert f"-m unipelt.sweep {tmp_path / 'run' / SETTINGS}" in (tmp_path / "run" / LOG).read_text()
+
+
+def test_what_a_finished_run_had_still_to_remove_is_removed(settings: RunSettings, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / CHECKPOINTS / "checkpoint-2").mkdir(parents=True)
+    write_failure(settings, "no luck", [])
+    with alone(folder):  # its own process is still at that
+        work._tidy(settings)
+    assert (folder / CHECKPOINTS).exists()
+    work._tidy(settings)
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [LOG, SETTINGS]
+
+
+# The process itself
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(None, 0, ""), (LockedError("another process"), BUSY, ""), (ValueError("no\n luck"), 1, "ValueError: no luck\n")],
+)
+def test_a_process_does_the_run_of_its_settings(
+    settings: RunSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception | None,
+    code: int,
+    said: str,
+) -> None:
+    done: list[RunSettings] = []
+
+    def run(found: RunSettings) -> None:
+        done.append(found)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("unipelt.glue.run.run", run)
+    open_pipe = SimpleNamespace(read=lambda *_: time.sleep(60), _exit=lambda _: None)
+    monkeypatch.setattr(process, "os", open_pipe)
+    assert process._main(Path(str(settings.output_dir)) / SETTINGS) == code
+    assert done == [settings]
+    printed = capsys.readouterr()
+    assert printed.out == said
+    assert ("Traceback" in printed.err) == (code == 1)
+
+
+def test_the_end_of_its_pipe_is_the_end_of_a_process(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    codes: list[Any] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(process, "os", SimpleNamespace(read=lambda descriptor, count: b"", _exit=leave))
+    monkeypatch.setattr("unipelt.glue.run.run", lambda found: ended.wait(20))
+    process._main(Path(str(settings.output_dir)) / SETTINGS)
+    assert codes == [1]
