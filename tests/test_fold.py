@@ -327,6 +327,37 @@ def test_a_weight_with_two_uses_keeps_its_gate() -> None:
     assert_close(outputs(model, "deberta-v2"), expected)
 
 
+def test_constants_that_cannot_be_meant_change_nothing() -> None:
+    model = trained("deberta-v2")
+    before = what_is_there(model)
+    gates = {gate.name.rpartition(".")[2]: gate for gate in find_gates(model)}
+    query, value = gates["lora_query"], gates["lora_value"]
+    for gate, constant, match in (
+        (query, 0.5, "this term serves one of two uses of a weight: it is not merged"),
+        (value, 1.5, "a gate is above 0 and at most 1, not 1.5"),
+        (value, 0.0, "a gate is above 0 and at most 1, not 0.0"),
+    ):
+        with pytest.raises(FoldError, match=f"'{gate.name}' at '{gate.path}': {match}"):
+            fold_constants(model, {gate.path: {gate.name: constant}})
+    assert_same(what_is_there(model), before)
+
+
+def test_weights_that_are_not_in_memory_are_not_merged_into() -> None:
+    model = unipelt.inject(tiny_model("bert"), {"preset": "lora"}).to("meta")
+    with pytest.raises(FoldError, match=r"query\.weight: it is not in memory \(offloaded\)"):
+        fold_constants(model, {})
+    assert any(isinstance(module, LoRA) for module in model.modules())
+
+
+def test_a_gate_that_was_never_computed_is_not_folded() -> None:
+    model = trained()
+    layer: Any = model.bert.encoder.layer[1]
+    layer.forward = lambda hidden, *args, **kwargs: hidden  # as of a layer that is left out
+    with pytest.raises(FoldError, match=r"the gates at 'bert\.encoder\.layer\.1\..*' were never computed"):
+        unipelt.fold(model, batches())
+    assert model.unipelt_injection.folded is None
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "bart", "mpnet", "deberta-v2"])
 @pytest.mark.parametrize("partial", [False, True])
 def test_save_and_load_bit_for_bit(family: str, partial: bool, tmp_path: Path) -> None:

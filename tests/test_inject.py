@@ -21,6 +21,7 @@ import unipelt
 import unipelt.inject
 from unipelt.adapter import Adapter
 from unipelt.attention import Site
+from unipelt.config import resolve
 from unipelt.gate import Gates, Slot, token_weights
 from unipelt.inject import _inject
 from unipelt.lora import LoRA
@@ -341,6 +342,47 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
     assert [set(vars(module)) for module in model.modules()] == attributes
     monkeypatch.undo()
     unipelt.inject(model, "unipelt-apl")
+
+
+def test_attention_that_takes_other_arguments_is_refused_or_checked_at_its_call() -> None:
+    model: Any = tiny_bert()
+    attention = model.bert.encoder.layer[1].attention.self
+    forward, before = attention.forward, state(model)
+
+    def renamed(states: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return forward(states, attention_mask)
+
+    def passed_through(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    attention.forward = renamed
+    with pytest.raises(unipelt.InjectionError, match=r"the forward of Bert.* has no argument 'hidden_states'"):
+        unipelt.inject(model, "unipelt-apl")
+    assert_same(model, before)
+    assert getattr(model, "unipelt_injection", None) is None
+    attention.forward = passed_through
+    unipelt.inject(model, "unipelt-apl")
+    with pytest.raises(RuntimeError, match="attention was called without 'hidden_states'"):
+        logits(model, tiny_batch())
+
+
+def test_layers_of_other_widths_take_no_prefix() -> None:
+    model: Any = tiny_bert()
+    model.bert.encoder.layer[2].attention.self.value = torch.nn.Linear(32, 16)
+    before = state(model)
+    with pytest.raises(
+        unipelt.InjectionError, match=r"needs layers of one width, and their values are \[16, 32\] wide"
+    ):
+        unipelt.inject(model, "prefix")
+    assert_same(model, before)
+    assert getattr(model, "unipelt_injection", None) is None
+
+
+def test_a_head_that_the_model_does_not_have_is_named() -> None:
+    model: Any = tiny_bert()
+    with pytest.raises(unipelt.InjectionError, match=r"has no head parameter 'classifier\.scale'"):
+        _inject(model, resolve("lora"), deployed=False, head=frozenset({"classifier.weight", "classifier.scale"}))
+    assert getattr(model, "unipelt_injection", None) is None
 
 
 def test_a_wrong_count_fails_loudly() -> None:

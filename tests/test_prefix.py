@@ -95,6 +95,42 @@ def test_a_pass_without_gradients_keeps_nothing() -> None:
     one.leave()
 
 
+def test_a_pass_that_is_traced_is_of_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `torch.compile` records does not see what a pass beside it left."""
+    ran, traced = (torch.ones(2, 1, 3),), (torch.zeros(2, 1, 3),)
+    of_stack = Pass()
+    of_stack.enter(ran)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert of_stack.look() is None
+    of_stack.enter(traced)
+    assert of_stack.look() is traced
+    of_stack.leave()
+    assert of_stack.look() is None
+    monkeypatch.undo()
+    assert of_stack.look() is ran
+
+
+def test_a_backward_pass_in_a_thread_of_its_own_finds_the_only_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; of two passes it would not know which is its own."""
+    of_stack, prefixes = Pass(), (torch.ones(2, 1, 3),)
+
+    def forward() -> None:
+        of_stack.enter(prefixes)
+        of_stack.leave()
+
+    def in_a_thread() -> None:
+        thread = Thread(target=forward)
+        thread.start()
+        thread.join()
+
+    in_a_thread()
+    assert of_stack.look() is None
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+    assert of_stack.look() is prefixes
+    of_stack._prefixes[0] = (torch.zeros(2, 1, 3),)  # of one more thread
+    assert of_stack.look() is None
+
+
 def test_a_layer_without_gradients_in_a_pass_with_them_computes_its_own() -> None:
     """As every later one of that pass."""
     network, calls = make_network(), []

@@ -61,3 +61,18 @@ def test_a_tokenizer_with_nothing_to_pad_with(home: Path) -> None:
     tokenizer.save_pretrained(home / "model")
     with pytest.raises(RunError, match="has neither a padding token nor an end token to pad with"):
         prepare(RunSettings(**quick(home)))
+
+
+def test_weights_that_nobody_asked_to_check_may_have_another_form(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in several files; and progress bars are as they were."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    AutoModel.from_pretrained(home / "model").save_pretrained(home / "model", max_shard_size="4KB")
+    (home / "model" / "model.safetensors").unlink(missing_ok=True)
+    logging.disable_progress_bar()
+    try:
+        assert prepare(RunSettings(**quick(home))).model_sha256 is None
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -325,3 +326,13 @@ def test_tokens_are_made_when_they_are_asked_for(home: Path) -> None:
         asked.clear()
     assert tokens.of()["input_ids"][:] == texts
     assert sum(asked) == len(texts) - 5
+
+
+def test_a_digest_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.10 has no `hashlib.file_digest`."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * 5000)  # more than one piece
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert keep._sha256(str(path)) == expected
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)
+    assert keep._sha256(str(path)) == expected

@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import unipelt
 from unipelt.glue import few_shot, fingerprint, load_files, load_task
 from unipelt.glue.folder import CHECKPOINTS
 from unipelt.glue.job import RunError, prepare
-from unipelt.glue.result import read_result
+from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
@@ -281,6 +282,35 @@ def test_finished_run_is_not_run_again(home: Path, tmp_path: Path, monkeypatch: 
     third = run(settings(home, out, epochs=2, method="adapter", overwrite=True), say=lambda line: None)
     assert third["evaluations"] == second["evaluations"]
     assert third["seconds"] != second["seconds"], "it was run again"
+
+
+def test_another_process_that_was_faster(
+    home: Path, tmp_path: Path, done: tuple[Path, dict[str, Any], list[str]]
+) -> None:
+    """While this one loaded its data, the run was finished."""
+    out, lines = tmp_path / "run", list[str]()
+
+    def meanwhile(job: Any) -> None:
+        (out / CHECKPOINTS).mkdir(parents=True)
+        shutil.copy(done[0] / "result.json", out)
+
+    chosen = settings(home, out, epochs=6, patience=2, threads=None)
+    assert run(chosen, say=lines.append, check=meanwhile) == done[1]
+    assert len(lines) == 1
+    assert (out / CHECKPOINTS).exists(), "the other one clears up"
+    assert run(chosen, say=lines.append) == done[1]
+    assert lines[-1].startswith("(this run had finished before")
+    assert not (out / CHECKPOINTS).exists(), "unless it was killed before"
+
+
+def test_checkpoints_that_are_to_be_kept_stay_when_a_finished_run_is_asked_for_again(
+    home: Path, tmp_path: Path, done: tuple[Path, dict[str, Any], list[str]]
+) -> None:
+    record = done[1] | {"settings": done[1]["settings"] | {"keep_checkpoints": True}}
+    (tmp_path / CHECKPOINTS).mkdir()
+    write_result(record, tmp_path)
+    run(settings(home, tmp_path, epochs=6, patience=2), say=lambda line: None)
+    assert (tmp_path / CHECKPOINTS).exists()
 
 
 def test_damaged_result_is_not_replaced_in_silence(home: Path, tmp_path: Path) -> None:
