@@ -128,13 +128,11 @@ def precision_of(job: Job) -> contextlib.AbstractContextManager[Any]:
 
 def _check_folder(folder: Path) -> None:
     """Raise `RunError` if the output folder cannot be one, before time is spent; nothing is made."""
-    for place in (folder, *folder.absolute().parents):
-        if place.is_dir():
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise RunError(f"cannot write the results: {place} is not writable; choose another output_dir")
-            return
-        if place.exists():
-            raise RunError(f"cannot write the results: {place} is not a folder; choose another output_dir")
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise RunError(f"cannot write the results: {place} is not a folder; choose another output_dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write the results: {place} is not writable; choose another output_dir")
 
 
 @dataclass(frozen=True)
