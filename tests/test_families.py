@@ -798,3 +798,10 @@ def test_flex_attention_is_refused_where_a_gate_averages() -> None:
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="cannot read a BlockMask"):
         model(**tiny_batch("bert"))
+
+
+def test_a_decoder_without_attention_to_an_encoder_has_nothing_there_to_add_to() -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(unipelt.InjectionError, match="decoder=False, cross=True leave nothing of this GPT2"):
+        unipelt.inject(model, {"preset": "lora", "decoder": False})
+    assert not hasattr(model, "unipelt_injection")

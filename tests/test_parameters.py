@@ -11,13 +11,15 @@ import pytest
 import torch
 from conftest import SIZES, tiny_batch, tiny_bert
 from tiny import tiny_config
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    PreTrainedConfig,
+    PreTrainedModel,
     T5EncoderModel,
 )
 
@@ -278,3 +280,21 @@ def test_what_a_caller_unfreezes_is_kept_too(preset: str) -> None:
 def test_an_encoder_of_an_encoder_decoder_has_no_head() -> None:
     """It holds one of the two parts of its base, and nothing beside."""
     assert head_names(T5EncoderModel(tiny_config("t5"))) == frozenset()  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_its_own_base_and_of_no_described_kind_has_no_head() -> None:
+    class OwnConfig(PreTrainedConfig):
+        model_type = "own-kind"
+
+    class Own(PreTrainedModel):
+        config_class = OwnConfig
+
+        def __init__(self, config: OwnConfig) -> None:
+            super().__init__(config)
+            self.embeddings, self.classifier = nn.Embedding(5, 4), nn.Linear(4, 2)
+            self.post_init()
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embeddings
+
+    assert head_names(Own(OwnConfig())) == frozenset()

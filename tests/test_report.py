@@ -21,6 +21,7 @@ import pytest
 from scipy import stats
 from spoilt import BAD_FAILURES, BAD_REQUESTS
 
+from unipelt.command import main
 from unipelt.config import resolve
 from unipelt.glue.result import write_result
 from unipelt.report import ReportError, read_results, write_report
@@ -521,6 +522,13 @@ def test_gates_that_are_none_are_left_out_with_a_reason(tmp_path: Path) -> None:
     results = read_results(tmp_path)
     assert len(results.runs) == 1
     assert [reason for _, reason in results.left_out][-1] == "its gates are not layers by submodules"
+
+
+def test_the_command_names_the_files_that_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "runs", make_record())
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(printed) == sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
 def test_planned_runs_on_files_of_ones_own_have_no_seeds_to_miss(tmp_path: Path) -> None:

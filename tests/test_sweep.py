@@ -298,6 +298,32 @@ def test_the_plan_counts_and_estimates_from_runs_of_the_same_kind(home: Path, tm
     ]
 
 
+def test_the_plan_says_what_is_chosen_on_dev(tmp_path: Path) -> None:
+    path = write(tmp_path, "grid:\n  - {task: rte}\nchoose: {learning_rate: [1e-4, 5e-4], warmup_ratio: [0, 0.1]}\n")
+    plan = str(look(read_sweep(path), tmp_path / "out"))
+    assert plan.splitlines()[-1] == "choose    learning_rate, warmup_ratio, on dev"
+    assert "cells     1\nruns      4\n" in plan
+
+
+def test_a_grid_of_more_runs_than_anybody_means_is_refused(tmp_path: Path) -> None:
+    seeds = ", ".join(map(str, range(1000)))
+    path = write(tmp_path, f"grid:\n  - {{task: rte, seed: [{seeds}], data_seed: [{seeds}]}}\n")
+    with pytest.raises(SweepError, match=r"a block of the grid asks for 1,000,000 runs; more than .* are not meant"):
+        read_sweep(path)
+
+
+def test_a_run_begins_without_the_drafts_of_one_that_was_killed(home: Path, tmp_path: Path) -> None:
+    sweep = read_sweep(home / "sweep.yaml", {"task": ["rte"], "seed": ["1"], "method": ["lora"]})
+    state = look(sweep, tmp_path)
+    folder = Path(str(state.sweep.runs[0].output_dir))
+    folder.mkdir()
+    for name in (".settings.json.abc.tmp", "mine.tmp"):
+        (folder / name).touch()
+    assert carry_out(state, Pretend(home), silent) == {}
+    assert [path.name for path in folder.glob("*.tmp")] == ["mine.tmp"]
+    assert not list(folder.glob(".*.tmp"))
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from unipelt.glue import packed
 from unipelt.glue.folder import CHECKPOINTS, locked
 from unipelt.glue.job import RunError
 from unipelt.glue.packed import pack_key, run_packed
-from unipelt.glue.result import read_result
+from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 
@@ -175,6 +176,37 @@ def test_one_fails_and_the_others_go_on(home: Path, tmp_path: Path, alone: list[
     assert not (tmp_path / "diverges" / "result.json").exists()
     with locked(tmp_path / "diverges"):
         pass
+
+
+def test_another_process_that_was_faster(
+    home: Path, tmp_path: Path, alone: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the pack loaded a run's data, the run was finished."""
+    chosen = settings(home, tmp_path, threads=None, **RUNS[0])
+    prepare = packed.prepare
+
+    def slowly(*arguments: Any) -> Any:
+        job = prepare(*arguments)
+        write_result(alone[0], tmp_path)
+        return job
+
+    monkeypatch.setattr(packed, "prepare", slowly)
+    assert run_packed([chosen], places=1, say=quiet) == {str(tmp_path): alone[0]}
+    assert not (tmp_path / CHECKPOINTS).exists()
+    with locked(tmp_path):
+        pass
+
+
+def test_dev_sets_are_cut_into_the_same_batches_for_all(home: Path, tmp_path: Path) -> None:
+    """Of as many rows, or of as many tokens as fit what is shared."""
+
+    def seats(**changes: Any) -> Any:
+        job = SimpleNamespace(settings=settings(home, tmp_path, **changes), device="cpu")
+        return [SimpleNamespace(job=job, lengths=lengths) for lengths in ([9, 5, 4], [8, 7, 6, 3, 2])]
+
+    assert packed._cut(seats(eval_tokens=0, eval_batch_size=2)) == [range(0, 2), range(2, 4), range(4, 5)]
+    # of two seats each has half of the budget: 2 rows of 9 tokens, 3 of 6
+    assert packed._cut(seats(eval_tokens=40)) == [range(0, 2), range(2, 5)]
 
 
 def test_which_runs_can_share_a_pack(home: Path, tmp_path: Path) -> None:
