@@ -1,0 +1,429 @@
+"""Malformed files are refused: with the documented error, in one readable line or a few, and with nothing changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import malformed
+import pytest
+import yaml
+from conftest import SIZES, tiny_bert
+from malformed import BIG, MANIFEST, WEIGHTS, edit
+from test_checkpoint import assert_same, trained, what_is_there
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+import unipelt
+from unipelt import CheckpointError, ConfigError, InjectionError
+from unipelt.glue.data import DataError, load_files
+from unipelt.glue.folder import begin
+from unipelt.glue.job import RunError
+from unipelt.glue.options import parse
+from unipelt.glue.result import ResultError, read_result
+from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.report.read import read_results
+from unipelt.sweep import SweepError, read_failure, read_request, read_settings, read_sweep
+
+SECONDS = 20
+"""No refusal takes as long, whatever else the machine does; of processor time, so that waiting does not count."""
+LONGEST = 1_500
+"""The longest message, in characters."""
+
+
+class Refusals:
+    """Calls that must be refused, and how many were."""
+
+    def __init__(self, errors: tuple[type[Exception], ...]) -> None:
+        self.errors = errors
+        self.count = 0
+
+    def check(self, name: str, call: Callable[[], object], said: str = "") -> None:
+        started = time.process_time()
+        try:
+            call()
+        except self.errors as error:
+            message = str(error)
+        except BaseException as error:
+            raise AssertionError(f"{name}: {type(error).__name__}: {str(error)[:300]}") from error
+        else:
+            raise AssertionError(f"{name}: it was taken")
+        assert time.process_time() - started < SECONDS, name
+        assert message.strip(), name
+        assert len(message) < LONGEST, f"{name}: {len(message)} characters"
+        assert said in message, f"{name}: {said!r} is not in {message[:300]!r}"
+        self.count += 1
+
+
+# --- checkpoints
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint; tests spoil copies of it."""
+    return unipelt.save(trained(), tmp_path_factory.mktemp("good") / "checkpoint")
+
+
+class Base:
+    """One model for many refusals, looked at again after every one."""
+
+    def __init__(self) -> None:
+        self.model = tiny_bert()
+        self.before = what_is_there(self.model)
+
+    def load(self, folder: Path) -> None:
+        unipelt.load(self.model, folder)
+
+    def check(self) -> None:
+        assert_same(what_is_there(self.model), dict(self.before))
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return Base()
+
+
+CHECKPOINT_ERRORS = (CheckpointError, FileNotFoundError)
+
+
+def each(good: Path, tmp_path: Path, cases: Mapping[str, malformed.Spoil]) -> Iterator[tuple[str, Path]]:
+    for number, (name, spoil) in enumerate(cases.items()):
+        folder = Path(shutil.copytree(good, tmp_path / f"{number}" / "checkpoint"))
+        spoil(folder)
+        yield name, folder
+        assert not (folder / "planted").exists(), f"{name}: code was run"
+
+
+def test_spoilt_checkpoints(good: Path, base: Base, tmp_path: Path) -> None:
+    refusals = Refusals(CHECKPOINT_ERRORS)
+    for name, folder in each(good, tmp_path, malformed.checkpoints(good)):
+        refusals.check(name, lambda folder=folder: base.load(folder), str(folder))  # type: ignore[misc]
+        base.check()
+        shutil.rmtree(folder.parent)
+    assert refusals.count >= 170
+    base.load(good)
+    unipelt.remove(base.model)
+    base.check()
+
+
+def test_spoilt_checkpoints_have_no_base_either(good: Path, tmp_path: Path) -> None:
+    """What builds the base itself refuses as much, before it looks for the base."""
+    cases = malformed.checkpoints(good)
+    chosen = [name for name in cases if name.startswith(("weights: a ", MANIFEST, WEIGHTS, "weights: the offsets"))]
+    refusals = Refusals(CHECKPOINT_ERRORS)
+    for name, folder in each(good, tmp_path, {name: cases[name] for name in chosen}):
+        refusals.check(name, lambda folder=folder: unipelt.from_pretrained(folder))  # type: ignore[misc]
+    assert refusals.count >= 30
+
+
+def test_manifests_of_wrong_values(good: Path, base: Base, tmp_path: Path) -> None:
+    refusals = Refusals(CHECKPOINT_ERRORS)
+    folder = Path(shutil.copytree(good, tmp_path / "checkpoint"))
+    manifest = (folder / MANIFEST).read_bytes()
+    for name, (where, value) in malformed.manifests().items():
+        (folder / MANIFEST).write_bytes(manifest)
+        edit(folder, where, value)
+        refusals.check(name, lambda: base.load(folder))
+    for where in malformed.MISSING:
+        values = json.loads(manifest)
+        *path, last = where.split(".")
+        part = values
+        for key in path:
+            part = part[key]
+        del part[last]
+        (folder / MANIFEST).write_text(json.dumps(values))
+        refusals.check(f"no {where}", lambda: base.load(folder), last)
+    base.check()
+    assert refusals.count >= 200
+
+
+def test_manifests_that_are_no_json(good: Path, base: Base, tmp_path: Path) -> None:
+    refusals = Refusals((CheckpointError,))
+    folder = Path(shutil.copytree(good, tmp_path / "checkpoint"))
+    for name, content in malformed.spoilt_json((good / MANIFEST).read_bytes()).items():
+        (folder / MANIFEST).write_bytes(content)
+        refusals.check(name, lambda: base.load(folder), str(folder / MANIFEST))
+    with open(folder / MANIFEST, "r+b") as file:
+        file.truncate(65 * 2**20)
+    refusals.check("65 MB", lambda: base.load(folder), "larger than 64 MB")
+    base.check()
+
+
+def test_models_that_the_checkpoint_is_not_of(good: Path) -> None:
+    sizes: dict[str, Any] = dict(SIZES)
+    distil = {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4, "vocab_size": 60, "max_position_embeddings": 40}
+    models: dict[str, Any] = {
+        "roberta": RobertaForSequenceClassification(RobertaConfig(**sizes)),
+        "distilbert": DistilBertForSequenceClassification(DistilBertConfig(**distil)),
+        "tokens": BertForTokenClassification(BertConfig(**sizes)),
+        "five labels": tiny_bert(num_labels=5),
+        **{
+            f"{name}={value}": tiny_bert(**{name: value})
+            for name, value in {
+                "hidden_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 8,
+                "intermediate_size": 40,
+                "vocab_size": 61,
+                "max_position_embeddings": 41,
+                "hidden_act": "relu",
+                "layer_norm_eps": 1e-5,
+                "type_vocab_size": 3,
+            }.items()
+        },
+        "four layers": tiny_bert(num_hidden_layers=4),
+        "other weights": tiny_bert(seed=1),
+    }
+    refusals = Refusals((CheckpointError,))
+    for name, model in models.items():
+        before = what_is_there(model)
+        refusals.check(name, lambda model=model: unipelt.load(model, good))  # type: ignore[misc]
+        assert_same(what_is_there(model), before)
+
+
+# --- text that is read
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+METHOD: dict[str, Any] = {"preset": "lora", "lora": {"rank": 4}}
+RUN: dict[str, Any] = {"task": "rte", "method": "lora", "seed": 1, "output_dir": "runs/a"}
+SWEEP: dict[str, Any] = {"task": "rte", "grid": [{"method": ["lora", "adapter"], "seed": [1, 2]}]}
+READERS: dict[str, tuple[dict[str, Any], Callable[[Path], object], tuple[type[Exception], ...]]] = {
+    "method": (METHOD, unipelt.resolve, (ConfigError, FileNotFoundError)),
+    "run": (RUN, lambda path: parse([str(path)]), (SettingsError, ConfigError, FileNotFoundError)),
+    "sweep": (SWEEP, read_sweep, (SweepError,)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_configurations_that_are_no_plain_text(tmp_path: Path, reader: str) -> None:
+    values, read, errors = READERS[reader]
+    refusals = Refusals(errors)
+    texts = {
+        "json": malformed.spoilt_json(json.dumps(values).encode()),
+        "yaml": malformed.spoilt_yaml(yaml.safe_dump(values).encode()),
+    }
+    for suffix, cases in texts.items():
+        path = write(tmp_path / f"good.{suffix}", json.dumps(values).encode())
+        read(path)
+        for name, content in cases.items():
+            path = write(tmp_path / f"bad.{suffix}", content)
+            if suffix == "yaml" and name in ("empty", "open") and reader == "none":
+                continue
+            refusals.check(f"{reader}.{suffix}: {name}", lambda path=path: read(path), path.name)  # type: ignore[misc]
+    assert refusals.count >= 60
+
+
+def test_no_tag_of_yaml_runs_code(tmp_path: Path) -> None:
+    content = malformed.planted_yaml(tmp_path / "planted")
+    for _, read, errors in READERS.values():
+        path = write(tmp_path / "a.yaml", content)
+        Refusals(errors).check("planted", lambda path=path, read=read: read(path), "tag")  # type: ignore[misc]
+    with pytest.raises(SettingsError):
+        parse(["--task", "rte", "--seed", f"!!python/object/apply:os.mkdir ['{tmp_path / 'planted'}']"])
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_configurations_of_wrong_values(tmp_path: Path, reader: str) -> None:
+    values, read, errors = READERS[reader]
+    refusals = Refusals(errors)
+    cases = {"method": malformed.METHODS, "run": malformed.RUNS, "sweep": malformed.SWEEPS}[reader]
+    for number, changes in enumerate(cases):
+        path = write(tmp_path / f"{number}.json", json.dumps(values | changes).encode())
+        refusals.check(
+            f"{reader} {str(changes)[:80] if len(json.dumps(changes)) < 1000 else number}", lambda path=path: read(path)
+        )
+    assert refusals.count == len(cases)
+
+
+def test_configurations_in_odd_places(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    names = [
+        str(tmp_path / f"{name}.yaml") for name in ("pipe", "folder", "loop", "device", "gone", "x" * 5_000, "a\0")
+    ]
+    for _, read, errors in READERS.values():
+        refusals = Refusals(errors)
+        for name in names:
+            refusals.check(name[-20:], lambda name=name, read=read: read(Path(name)))  # type: ignore[misc]
+
+
+def test_bases_of_bases_of_bases(tmp_path: Path) -> None:
+    """Ten files that each name the next ten times over are eleven files to read, and not ten thousand million."""
+    for number in range(10):
+        write(tmp_path / f"{number}.json", json.dumps({"base": [f"{number + 1}.json"] * 10}).encode())
+    write(tmp_path / "10.json", json.dumps(RUN).encode())
+    started = time.process_time()
+    assert parse([str(tmp_path / "0.json")]).task == "rte"
+    assert time.process_time() - started < SECONDS
+    for number in range(10, 90):
+        write(tmp_path / f"{number}.json", json.dumps({"base": f"{number + 1}.json"}).encode())
+    with pytest.raises(SettingsError, match="the base of the base of more than 50 files"):
+        parse([str(tmp_path / "0.json")])
+
+
+# --- what runs and sweeps leave
+
+
+def test_results(tmp_path: Path) -> None:
+    from glue.test_result import make_record
+
+    refusals = Refusals((ResultError,))
+    for name, content in malformed.spoilt_json(json.dumps(make_record()).encode()).items():
+        path = write(tmp_path / "run" / "result.json", content)
+        refusals.check(name, lambda path=path: read_result(path), str(path))  # type: ignore[misc]
+        left_out = read_results(tmp_path).left_out
+        assert [where for where, _ in left_out] == ["run/result.json"], name
+    for key, value in make_record().items():
+        for wrong in (None, "words", [], {}, 10**400, BIG, {"a": {"b": 3}}):
+            if key in ("digest", "status") and isinstance(wrong, str):
+                continue
+            if (type(wrong) is type(value) and key in ("settings", "data", "hardware", "packages", "files")) or (
+                key == "gates" and (wrong is None or isinstance(wrong, dict))
+            ):
+                continue
+            path = write(tmp_path / "run" / "result.json", json.dumps(make_record() | {key: wrong}).encode())
+            refusals.check(f"{key} {type(wrong)!s}", lambda path=path: read_result(path), str(path))  # type: ignore[misc]
+    assert refusals.count >= 150
+
+
+def test_requests_and_failures(tmp_path: Path) -> None:
+    from spoilt import request
+
+    refusals = Refusals((SweepError,))
+    for name, content in malformed.spoilt_json(request()).items():
+        path = write(tmp_path / "sweep.json", content)
+        refusals.check(name, lambda: read_request(tmp_path), str(path))
+    for name, content in malformed.spoilt_json(b'{"error": "no luck", "time": 1}').items():
+        path = write(tmp_path / "failure.json", content)
+        failure = read_failure(tmp_path)
+        assert failure is not None, name
+        assert f"{path} does not say why it failed" in failure["error"], name
+        assert len(failure["error"]) < LONGEST, name
+    for name in ("sweep.json", "failure.json"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        read: Callable[[Path], object] = read_request if name == "sweep.json" else read_failure
+        refusals.check(name, lambda read=read: read(tmp_path), "a pipe or a device")  # type: ignore[misc]
+
+
+def test_settings_left_for_a_process(tmp_path: Path) -> None:
+    refusals = Refusals((ConfigError, SettingsError))
+    settings = json.dumps(RunSettings(task="rte").to_dict()).encode()
+    assert read_settings(write(tmp_path / "settings.json", settings)).task == "rte"
+    for name, content in malformed.spoilt_json(settings).items():
+        path = write(tmp_path / "settings.json", content)
+        refusals.check(name, lambda path=path: read_settings(path))  # type: ignore[misc]
+
+
+def test_what_an_unfinished_run_leaves(tmp_path: Path) -> None:
+    """Progress that is damaged is no run's, and a damaged marker is no whole checkpoint's."""
+    from unipelt.glue import folder as place
+
+    settings = RunSettings(task="rte", output_dir=str(tmp_path))
+    refusals = Refusals((RunError,))
+    begin(settings, tmp_path)
+    progress = tmp_path / "checkpoints" / "progress.json"
+    good = progress.read_bytes()
+    cases = malformed.spoilt_json(good)
+    for name, content in cases.items():
+        write(progress, content)
+        if name not in ("half a surrogate pair", "deep lists"):
+            refusals.check(name, lambda: begin(settings, tmp_path), str(tmp_path))
+    for key in ("settings", "attempts", "seconds"):
+        write(progress, json.dumps(json.loads(good) | {key: None}).encode())
+        refusals.check(key, lambda: begin(settings, tmp_path), key)
+    write(progress, b"")
+    assert begin(RunSettings(task="rte", output_dir=str(tmp_path), overwrite=True), tmp_path).attempts == 1
+    (tmp_path / "checkpoints" / "checkpoint-x").mkdir()
+    marker = tmp_path / "checkpoints" / "checkpoint-3" / "complete.json"
+    whole = b'{"digest": "d", "finished": true}'
+    write(marker, whole)
+    assert place.newest_checkpoint(tmp_path, "d") == marker.parent
+    for name, content in malformed.spoilt_json(whole).items():
+        write(marker, content)
+        assert place.newest_checkpoint(tmp_path, "d") is None, name
+
+
+# --- data
+
+
+def test_data(tmp_path: Path) -> None:
+    refusals = Refusals((DataError,))
+    for name, content in malformed.DATA.items():
+        path = write(tmp_path / name, content)
+        refusals.check(name, lambda path=path: load_files(path), name)  # type: ignore[misc]
+
+
+def test_parquet_that_lies(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {"text": ["a", "b"], "label": [0, 1]}
+
+    def described(info: object) -> dict[bytes, bytes]:
+        return {b"huggingface": info if isinstance(info, bytes) else json.dumps(info).encode()}
+
+    def features(label: object) -> object:
+        return {"info": {"features": {"text": {"dtype": "string", "_type": "Value"}, "label": label}}}
+
+    broken_text = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe")]
+    )
+    tables = {
+        "no JSON": pa.table(columns).replace_schema_metadata(described(b"{")),
+        "a list": pa.table(columns).replace_schema_metadata(described([])),
+        "no features": pa.table(columns).replace_schema_metadata(described({"info": {"features": 3}})),
+        "an unknown feature": pa.table(columns).replace_schema_metadata(described(features({"_type": "os.system"}))),
+        "names that are none": pa.table(columns).replace_schema_metadata(
+            described(features({"_type": "ClassLabel", "names": 3}))
+        ),
+        "too few names": pa.table(columns).replace_schema_metadata(
+            described(features({"_type": "ClassLabel", "names": ["one"]}))
+        ),
+        "names of words": pa.table(columns | {"label": ["x", "y"]}).replace_schema_metadata(
+            described(features({"_type": "ClassLabel", "names": ["a", "b"]}))
+        ),
+        "no UTF-8": pa.table({"text": broken_text, "label": pa.array([0, 1])}),
+        "times that Python has not": pa.table(columns | {"label": pa.array([2**62, 2**62 - 1], pa.timestamp("s"))}),
+    }
+    refusals = Refusals((DataError,))
+    for name, table in tables.items():
+        path = tmp_path / "a.parquet"
+        pq.write_table(table, path)
+        refusals.check(name, lambda path=path: load_files(path), path.name)  # type: ignore[misc]
+    content = path.read_bytes()
+    for place in range(0, len(content), len(content) // 20):
+        write(path, content[:place])
+        refusals.check(f"{place} bytes", lambda path=path: load_files(path), path.name)  # type: ignore[misc]
+
+
+# --- values that come from Python
+
+
+@pytest.mark.parametrize("value", [10**400, 10**5_000, -(10**5_000), "x" * 10**7, [[[[]]]] * 10_000, float("nan")], ids=list("abcdef"))
+def test_values_that_cannot_be_printed_whole(value: object) -> None:
+    refusals = Refusals((ConfigError, SettingsError, InjectionError))
+    for part, field in (("lora", "rank"), ("adapter", "bottleneck"), ("prefix", "gating"), ("lora", "alpha")):
+        refusals.check(field, lambda part=part, field=field: unipelt.resolve({part: {field: value}}))  # type: ignore[misc]
+    for field in ("seed", "epochs", "learning_rate", "task"):
+        refusals.check(field, lambda field=field: RunSettings(**({"task": "rte"} | {field: value})))  # type: ignore[misc]
