@@ -287,7 +287,7 @@ def _one_bit(place: int, folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content)
 
 
-def _instead(make: Callable[[Path], bytes], *, sealed: bool, folder: Path) -> None:
+def _instead(make: Callable[[Path], bytes], sealed: bool, folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(make(folder))
     if sealed:
         seal(folder)
@@ -332,9 +332,9 @@ def checkpoints(good: Path) -> dict[str, Spoil]:
     weights = (good / WEIGHTS).read_bytes()
     cases: dict[str, Spoil] = {}
     for name, content in spoilt_weights(weights).items():
-        cases[f"weights: {name}"] = partial(_instead, lambda _, content=content: content, sealed=True)
+        cases[f"weights: {name}"] = partial(_instead, lambda _, content=content: content, True)
     for cut in (0, 8, 5_000, len(weights) - 1):
-        cases[f"weights, unsealed: {cut} bytes"] = partial(_instead, lambda _, cut=cut: weights[:cut], sealed=False)
+        cases[f"weights, unsealed: {cut} bytes"] = partial(_instead, lambda _, cut=cut: weights[:cut], False)
     for place in (*range(0, 8, 2), *range(8, len(weights), len(weights) // 24), len(weights) - 1):
         cases[f"weights: bit {place % 8} of byte {place}"] = partial(_one_bit, place)
     for part in _PARTS:
@@ -351,8 +351,8 @@ def checkpoints(good: Path) -> dict[str, Spoil]:
         "a pickle after a header": lambda folder: packed({}, pickle.dumps(Planted(folder / "planted"))),
     }
     for name, make_bytes in pickles.items():
-        cases[f"weights: {name}"] = partial(_instead, make_bytes, sealed=True)
-        cases[f"weights, unsealed: {name}"] = partial(_instead, make_bytes, sealed=False)
+        cases[f"weights: {name}"] = partial(_instead, make_bytes, True)
+        cases[f"weights, unsealed: {name}"] = partial(_instead, make_bytes, False)
     cases["weights: pytorch_model.bin alone"] = _pickle_only
     for file in (WEIGHTS, MANIFEST):
         for name, put in _NO_FILES.items():
@@ -509,7 +509,7 @@ SWEEPS: list[dict[str, Any]] = [
     *[{"grid": [{"method": value}]} for value in (["nothing"], [3], [{"lora": 3}], ["nowhere.yaml"], [BIG])],
     *[{"grid": [{key: [1]}]} for key in ("surprise", "output_dir", "overwrite", "grid", "", BIG)],
     *[{"choose": value} for value in (3, [], "seed", {"seed": [1]}, {"surprise": [1]}, {"learning_rate": []})],
-    {"grid": [{"seed": list(range(300)), "data_seed": list(range(300)), "epochs": list(range(1, 300))}]},
+    {"grid": [{"seed": list(range(300)), "data_seed": list(range(300)), "batch_size": list(range(1, 300))}]},
     {"choose": {"learning_rate": [i / 10_000 for i in range(1, 9_000)], "epochs": list(range(1, 9_000))}},
     {"output_dir": "here"},
     {"surprise": 1},
