@@ -31,7 +31,7 @@ from unipelt.fold import Constants, fold_constants
 from unipelt.inject import InjectionError, _inject, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.places import find_stacks
-from unipelt.plain import read_bytes, show
+from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.prefix import Prefix, PrefixNetwork
 from unipelt.spread import FoldError
 
@@ -39,6 +39,8 @@ WEIGHTS = "model.safetensors"
 NEXT = f"{WEIGHTS}.next"
 MANIFEST = "unipelt.json"
 FORMAT = 1
+MOST_MODULES = 1_000
+"""Layers, and whatever else a base has many of, that `from_pretrained` builds because a manifest says so."""
 
 NO_MATTER = frozenset(
     {
@@ -147,6 +149,8 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         raise InjectionError(f"load takes a PreTrainedModel of transformers, not {type(model).__name__}")
     manifest, tensors = _read(Path(folder))
     _check_base(model, manifest["base"])
+    if problem := _unknown_name(model, manifest):
+        raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {problem}")
     if problem := _impossible_size(model, manifest["unipelt"], manifest["deployed"], tensors):
         raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
     try:
@@ -189,7 +193,7 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         As `load`; and what the base's `from_pretrained` raises when the base is not to be had.
     """
-    manifest, _ = _read(Path(folder))
+    manifest, tensors = _read(Path(folder))
     base = manifest["base"]
     cls = getattr(transformers, base["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or cls.forward is nn.Module.forward:
@@ -202,6 +206,8 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             "the base model was built in memory, so it cannot be restored by name; build it and "
             "call unipelt.load(model, folder)"
         )
+    if problem := _endless(base["config"], tensors):
+        raise CheckpointError(f"{folder}: the base that {MANIFEST} describes cannot be meant: {problem}")
     config_class: Any = cls.config_class
     # what a back-end is called may name code on the hub, which Transformers would fetch and run
     values = {key: value for key, value in base["config"].items() if "attn_implementation" not in key}
@@ -214,8 +220,10 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             raise TypeError(" ".join(str(error).split())) from error
         options = {"use_safetensors": True, "config": config, "revision": base["revision"] or "main", **kwargs}
         model = cls.from_pretrained(base["name_or_path"], **options)
-    except (TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: the base that {MANIFEST} describes cannot be built: {error}") from error
+    except (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: the base that {MANIFEST} describes cannot be built: {shorten(error)}"
+        ) from error
     finally:
         logging.set_verbosity(level)
     return load(model, folder).eval()
@@ -351,7 +359,7 @@ def _check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
     if problem := _other_computation(base["computation"], _computation(model)):
         raise CheckpointError(
             "this is not the base model that the checkpoint was trained on "
-            f"({base['name_or_path'] or 'built in memory'}): {problem}; build the base with the same configuration"
+            f"({_source(base)}): {problem}; build the base with the same configuration"
         )
     saved, here = base["fingerprint"], _fingerprint(model, base["apart"], {})
     if saved["dtype"] != here["dtype"]:
@@ -361,15 +369,19 @@ def _check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
         )
     elif saved["sha256"] != here["sha256"]:
         raise CheckpointError(
-            "this is not the base model that the checkpoint was trained on "
-            f"({base['name_or_path'] or 'built in memory'}): its weights differ"
+            f"this is not the base model that the checkpoint was trained on ({_source(base)}): its weights differ"
         )
+
+
+def _source(base: Mapping[str, Any]) -> str:
+    """Where a base came from, for a message."""
+    return show_path(base["name_or_path"]) or "built in memory"
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Manifest and tensors of a checkpoint, checked. Raises `FileNotFoundError` or `CheckpointError`."""
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {MANIFEST}")
+    if not os.path.isfile(folder / MANIFEST):  # which, unlike that of a Path, takes a name too long for one not there
+        raise FileNotFoundError(f"{show_path(folder)} is not a checkpoint of unipelt: it has no {MANIFEST}")
     if not any((folder / name).is_file() for name in (WEIGHTS, NEXT)):
         raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {WEIGHTS}")
     try:
@@ -416,7 +428,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         return manifest, load_tensors(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {error}") from error
+        raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {shorten(error)}") from error
 
 
 def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
@@ -451,13 +463,47 @@ def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
             raise ConfigError(f"unknown key {show(where + key)}; the keys here are {', '.join(keys)}")
 
 
+def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """What of a base's configuration would take hours or all memory to build, before its weights tell it is wrong.
+
+    Transformers builds a model of nothing but shapes first, so large matrices are no matter; many modules are, and
+    so are labels, which get a name each.
+    """
+    sizes = {size for tensor in tensors.values() if tensor.numel() for size in tensor.shape}
+    for name, value in flatten(config).items():
+        if type(value) is not int:
+            continue
+        if value > MOST_MODULES and any(word in name for word in ("layer", "group", "expert")):
+            return f"{show(name)} is {show(value)}, and at most {MOST_MODULES:,} are built"
+        if name == "num_labels" and not 0 <= value <= MOST_MODULES and value not in sizes:
+            return f"num_labels is {show(value)}, and no tensor has that size"
+    return None
+
+
+def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | None:
+    """A parameter that the manifest names and the model does not have."""
+    there = {name for name, _ in model.named_parameters()}
+    for key in ("head", "unfrozen"):
+        if unknown := sorted(set(manifest[key]) - there):
+            return f"{key} names {show(unknown[0])}, which this {type(model).__name__} does not have"
+    return None
+
+
 def _impossible_size(
     model: PreTrainedModel, config: UniPELTConfig, deployed: bool, tensors: Mapping[str, Tensor]
 ) -> str | None:
-    """A size in the configuration that no tensor has: found before memory is taken for it."""
+    """A size in the configuration that no tensor has, or that all are too small for: found before memory is taken."""
+    try:
+        stacks = find_stacks(model, config)
+    except ValueError:
+        return None  # why it does not fit is said when it is injected
+    layers = [layer for stack in stacks for layer in stack.layers.values()]
+    width = min(place.query.inputs for layer in layers for place in (layer.attention, layer.cross) if place is not None)
     there = {size for tensor in tensors.values() for size in tensor.shape}
+    numbers = sum(tensor.numel() for tensor in tensors.values())
     sizes = {}
-    if config.adapter is not None and _has_adapters(model, config):
+    # attention to an encoder takes the other submodules alone
+    if config.adapter is not None and any(layer.adapted is not None for layer in layers):
         sizes["adapter.bottleneck"] = config.adapter.bottleneck
     if config.prefix is not None:
         sizes["prefix.length"] = config.prefix.length
@@ -465,17 +511,12 @@ def _impossible_size(
             sizes["prefix.hidden"] = config.prefix.hidden
     if config.lora is not None:
         sizes["lora.rank"] = config.lora.rank
-    wrong = [f"{name} is {size}, and no tensor has that size" for name, size in sizes.items() if size not in there]
-    return wrong[0] if wrong else None
-
-
-def _has_adapters(model: PreTrainedModel, config: UniPELTConfig) -> bool:
-    """Whether there are any: attention to an encoder takes the other submodules alone."""
-    try:
-        stacks = find_stacks(model, config)
-    except ValueError:
-        return True  # why it does not fit is said when it is injected
-    return any(layer.adapted is not None for stack in stacks for layer in stack.layers.values())
+    for name, size in sizes.items():
+        if size not in there:
+            return f"{name} is {size}, and no tensor has that size"
+        if size * width > numbers:  # each is one side of a matrix that is as long as a state, or longer, on the other
+            return f"{name} is {size}, and its {numbers} numbers are too few for that"
+    return None
 
 
 def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
