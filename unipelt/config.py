@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from unipelt.plain import PlainError, language, read_plain, show
+from unipelt.plain import PlainError, language, read_plain, show, show_path
 
 LARGEST = 1_000_000
 """No size or scale is meant to be above this; a larger one is a slip, or would fill the memory."""
@@ -287,9 +287,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         values = read_plain(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"there is no configuration file at {path}") from error
+        raise FileNotFoundError(f"there is no configuration file at {show_path(path)}") from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{show_path(path)} cannot be read: {error.strerror}") from error
     except PlainError as error:
         raise ConfigError(f"{path} is not valid {language(path)}: {error}") from error
     if not isinstance(values, dict):
@@ -326,7 +326,7 @@ def _overlay(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 def _build(cls: type[Any], values: Any, where: str) -> Any:
     """Build a dataclass from plain types, checking every key and type on the way down."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'a configuration'} must be a mapping, not {values!r}")
+        raise ConfigError(f"{where or 'a configuration'} must be a mapping, not {show(values)}")
     hints = get_type_hints(cls)
     names = [field.name for field in fields(cls)]
     for key in values:

@@ -20,7 +20,7 @@ from unipelt.glue.settings import (
     expand_method,
     with_numbers,
 )
-from unipelt.plain import PlainError, parse_yaml, show
+from unipelt.plain import PlainError, parse_yaml, show, show_path
 
 _ALIASES = ("none", "null", "~")
 _MOST_ABOVE = 50
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> RunSettings:
         if word.startswith("--"):
             raise SettingsError(_unknown("option", word, [f"--{item.name}" for item in fields(RunSettings)]))
         raise SettingsError(
-            f"cannot tell what {word!r} belongs to: a configuration file comes first, then options as --field value"
+            f"cannot tell what {show(word)} belongs to: a configuration file comes first, then options as --field value"
         )
     given = {name: read_option(name, value) for name, value in vars(namespace).items() if value is not None}
     values = {} if config is None else read_config(config)
@@ -100,11 +100,14 @@ def _read_config(
     path: Path, above: tuple[str, ...], known_bases: dict[str, dict[str, Any]], also: Sequence[str] = ()
 ) -> dict[str, Any]:
     """`read_config`, below the files `above`; a file that several name as base is read once."""
-    place = os.path.realpath(path)
+    try:
+        place = os.path.realpath(path)
+    except ValueError:
+        place = str(path)  # a NUL, of which `read_mapping` says that no file has it
     if place in above:
-        raise SettingsError(f"{path} names itself as its base, through {above[-1]}")
+        raise SettingsError(f"{show_path(path)} names itself as its base, through {show_path(above[-1])}")
     if len(above) > _MOST_ABOVE:
-        raise SettingsError(f"{path} is the base of the base of more than {_MOST_ABOVE} files; name fewer")
+        raise SettingsError(f"{show_path(path)} is the base of the base of more than {_MOST_ABOVE} files; name fewer")
     if place in known_bases:
         return known_bases[place]
     own = read_mapping(path)
@@ -112,7 +115,7 @@ def _read_config(
     if isinstance(bases, str):
         bases = [bases]
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise SettingsError(f"{path}: base must be a path or a list of paths, not {show(bases)}")
+        raise SettingsError(f"{show_path(path)}: base must be a path or a list of paths, not {show(bases)}")
     values: dict[str, Any] = {}
     for base in bases:
         values |= _read_config(path.parent / base, (*above, place), known_bases)
@@ -122,7 +125,7 @@ def _read_config(
         if key.startswith("method."):
             overrides[key.removeprefix("method.")] = with_numbers(own.pop(key))
         elif key not in (*known, *also):
-            raise SettingsError(f"{path}: {_unknown('field', key, known)}")
+            raise SettingsError(f"{show_path(path)}: {_unknown('field', key, known)}")
     for name in (*FILES, "glue_dir", "method"):
         if isinstance(own.get(name), str):
             own[name] = locate_path(own[name], path)

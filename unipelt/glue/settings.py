@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -167,7 +167,7 @@ class RunSettings:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise SettingsError(f"{name} must be 1 or more, not {value}")
+                raise SettingsError(f"{name} must be 1 or more, not {show(value)}")
         for name in (
             "learning_rate",
             "weight_decay",
@@ -179,17 +179,17 @@ class RunSettings:
         ):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise SettingsError(f"{name} must be 0 or more, not {value}")
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            if value is not None and value >= 2**32:
-                raise SettingsError(f"{name} must be below {2**32}, not {value}")
+                raise SettingsError(f"{name} must be 0 or more, not {show(value)}")
+        for item in fields(self):  # a seed is of 32 bits; no other whole number is meant to be as large
+            value = getattr(self, item.name)
+            if type(value) is int and value >= 2**32:
+                raise SettingsError(f"{item.name} must be below {2**32}, not {show(value)}")
         if self.learning_rate == 0:
             raise SettingsError("learning_rate must be above 0")
         if not 0 <= self.warmup_ratio < 1:
             raise SettingsError(f"warmup_ratio is a fraction, at least 0 and below 1, not {self.warmup_ratio}")
         if self.max_length < 3:
-            raise SettingsError(f"max_length must be 3 or more tokens, not {self.max_length}")
+            raise SettingsError(f"max_length must be 3 or more tokens, not {show(self.max_length)}")
         for name in ("model", "output_dir", "label_column", *FILES, "glue_dir"):
             if getattr(self, name) == "":
                 raise SettingsError(f"{name} is empty; give a value or leave it out")
@@ -201,7 +201,10 @@ class RunSettings:
     def _check_data(self) -> None:
         """Check that the fields which name data go together; the data themselves are not touched."""
         if self.task is not None:
-            object.__setattr__(self, "task", get_task(self.task).name)
+            try:
+                object.__setattr__(self, "task", get_task(self.task).name)
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
             for name in (*FILES, "text_columns", "regression"):
                 if getattr(self, name) is not None:
                     raise SettingsError(f"task and {name} exclude each other; set one of them to null")
@@ -222,7 +225,7 @@ class RunSettings:
     @property
     def method_name(self) -> str:
         """The preset's name, followed by what differs from it, as in `unipelt-apl, lora.rank=4`."""
-        preset = self.method.get("preset", "unipelt-apl") if isinstance(self.method, Mapping) else self.method
+        preset = (self.method.get("preset") or "unipelt-apl") if isinstance(self.method, Mapping) else self.method
         config = self.config
         for name, known in PRESETS.items():
             if config == known:
@@ -311,7 +314,7 @@ def locate_model(model: str) -> str:
         return model
     package, _, inside = model.removeprefix("package:").partition("/")
     if not package.isidentifier():
-        raise SettingsError(f"{model!r} is not of the form package:NAME/FOLDER")
+        raise SettingsError(f"{show(model)} is not of the form package:NAME/FOLDER")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError(
