@@ -8,6 +8,7 @@ cause and remedy.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from unipelt.glue.files import DataError, Table, read_file, read_lines, read_tsv
 from unipelt.glue.tasks import Task, shorten_name
+from unipelt.plain import shorten, show, show_path
 
 __all__ = ["HUB_NAME", "DataError", "fingerprint", "load_files", "load_task", "split_note"]
 
@@ -141,7 +143,7 @@ def load_files(
         names = tuple(label_names or train.class_names.get(label_column) or _sort_classes(labels))
         if len(names) < 2:
             raise DataError(
-                f"{train.path}: column {label_column!r} holds the single label {names[0]!r}; "
+                f"{train.path}: column {show(label_column)} holds the single label {show(names[0])}; "
                 "a classifier needs at least two, so check the column or give label_names"
             )
         metrics = ("accuracy", "f1", "matthews_correlation") if len(names) == 2 else ("accuracy", "f1_macro")
@@ -239,15 +241,15 @@ def _load_hub(task: Task, splits: Sequence[str]) -> DatasetDict:
 
 def find_folder(task: Task, root: Path) -> Path:
     """The folder of a task in that of GLUE. Raises `DataError` if there is none, or more than one."""
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; pass --glue_dir with a folder that holds {task.folder}/")
+    if not os.path.isdir(root):  # which, unlike that of a Path, takes a name too long for one that is not there
+        raise DataError(f"{show_path(root)} is not a folder; pass --glue_dir with a folder that holds {task.folder}/")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
     found = [entry for entry in folders if shorten_name(entry.name) == task.name]
     exact = [entry for entry in found if entry.name == task.folder]
     if len(exact or found) != 1:
         present = ", ".join(entry.name for entry in folders) or "no folders"
         raise DataError(
-            f"{root} must hold one folder {task.folder}, it holds {present}; "
+            f"{root} must hold one folder {task.folder}, it holds {shorten(present)}; "
             "pass --glue_dir with the folder above that of the task"
         )
     return (exact or found)[0]
@@ -335,7 +337,7 @@ def _choose_columns(table: Table, text_columns: Sequence[str] | None, label_colu
             found.append(columns)
     if len(found) != 1:
         raise DataError(
-            f"{table.path}: cannot tell which columns are the text among {', '.join(table.names)}; "
+            f"{table.path}: cannot tell which columns are the text among {shorten(', '.join(table.names))}; "
             "name one or two as text_columns"
         )
     return found[0]
@@ -343,7 +345,9 @@ def _choose_columns(table: Table, text_columns: Sequence[str] | None, label_colu
 
 def _need_column(table: Table, column: str) -> None:
     if column not in table.columns:
-        raise DataError(f"{table.path} has no column {column!r}, only {', '.join(table.names)}; name one of these")
+        raise DataError(
+            f"{table.path} has no column {show(column)}, only {shorten(', '.join(table.names))}; name one of these"
+        )
 
 
 def _is_missing(value: Any) -> bool:
@@ -358,14 +362,16 @@ def _check_texts(table: Table, columns: Sequence[str]) -> None:
     for column in columns:
         for row, value in enumerate(table.columns[column]):
             if _is_missing(value):
-                raise DataError(f"{table.place(row)}: {column!r} is missing; give a text or delete the row")
+                raise DataError(f"{table.place(row)}: {show(column)} is missing; give a text or delete the row")
             if not isinstance(value, str):
-                raise DataError(f"{table.place(row)}: {column!r} holds {value!r:.60}, which is no text; write a string")
+                raise DataError(
+                    f"{table.place(row)}: {show(column)} holds {show(value):.60}, which is no text; write a string"
+                )
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
                 raise DataError(
-                    f"{table.place(row)}: {column!r} holds a broken character at position {error.start + 1}; "
+                    f"{table.place(row)}: {show(column)} holds a broken character at position {error.start + 1}; "
                     "correct or delete the row"
                 ) from error
 
@@ -373,9 +379,11 @@ def _check_texts(table: Table, columns: Sequence[str]) -> None:
 def _check_labels_present(table: Table, label_column: str) -> None:
     for row, value in enumerate(table.columns[label_column]):
         if _is_missing(value):
-            raise DataError(f"{table.place(row)}: {label_column!r} is missing; give a label or delete the row")
+            raise DataError(f"{table.place(row)}: {show(label_column)} is missing; give a label or delete the row")
         if not isinstance(value, (str, int, float)):
-            raise DataError(f"{table.place(row)}: {label_column!r} holds {value!r:.60}; a label is a word or a number")
+            raise DataError(
+                f"{table.place(row)}: {show(label_column)} holds {show(value):.60}; a label is a word or a number"
+            )
 
 
 def _to_float(value: Any) -> float | None:
@@ -395,7 +403,7 @@ def _are_scores(labels: Sequence[Any]) -> bool:
 
 
 def _is_whole(label: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]+", label) is not None
+    return re.fullmatch(r"[+-]?[0-9]{1,1000}", label) is not None  # Python reads no number of very many digits
 
 
 def _class_text(label: Any) -> str:
@@ -433,9 +441,13 @@ def _read_scores(task: Task, table: Table, label_column: str) -> list[float]:
     for row, label in enumerate(table.columns[label_column]):
         value = _to_float(label)
         if value is None or not np.isfinite(value):
-            raise DataError(f"{table.place(row)}: the score is {label!r:.60}, which is no finite number; correct it")
+            raise DataError(
+                f"{table.place(row)}: the score is {show(label):.60}, which is no finite number; correct it"
+            )
         if not low <= value <= high:
-            raise DataError(f"{table.place(row)}: the score is {label}, outside {low:g} to {high:g}; correct it")
+            raise DataError(
+                f"{table.place(row)}: the score is {show(label):.60}, outside {low:g} to {high:g}; correct it"
+            )
         scores.append(value)
     return scores
 
@@ -451,7 +463,7 @@ def _read_classes(task: Task, table: Table, label_column: str) -> list[int]:
         if index is None:
             known = ", ".join(ids)
             raise DataError(
-                f"{table.place(row)}: the label is {label!r:.60}, known are {known:.200}; correct or delete the row"
+                f"{table.place(row)}: the label is {show(label):.60}, known are {known:.200}; correct or delete the row"
             )
         labels.append(index)
     return labels

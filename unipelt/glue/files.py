@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features
+
+from unipelt.plain import shorten, show, show_path
 
 
 class DataError(ValueError):
@@ -87,7 +91,7 @@ def read_tsv(
         if len(fields) != len(header):
             raise DataError(
                 f"{path}, line {number}: saw {len(fields)} tab-separated fields, expected {len(header)} "
-                f"({', '.join(header)}); correct or delete the line"
+                f"({shorten(', '.join(header))}); correct or delete the line"
             )
         for append, index in kept:
             append(fields[index])
@@ -113,7 +117,7 @@ def _read_csv(path: Path) -> Table:
                 if len(row) != len(header):
                     raise DataError(
                         f"{path}, line {line}: saw {len(row)} comma-separated fields, expected {len(header)} "
-                        f"({', '.join(header)}); correct the line, and quote fields that hold commas"
+                        f"({shorten(', '.join(header))}); correct the line, and quote fields that hold commas"
                     )
                 rows.append(row)
                 places.append(line)
@@ -139,7 +143,7 @@ def _read_json(path: Path) -> Table:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from error
         except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-            raise DataError(f"{path}: not valid JSON ({error}); correct it") from error
+            raise DataError(f"{path}: not valid JSON ({shorten(error)}); correct it") from error
         places, unit = range(1, len(rows) + 1), "row"
     else:
         rows, places, unit = [], [number for number, line in lines if line.strip()], "line"
@@ -149,12 +153,14 @@ def _read_json(path: Path) -> Table:
                     rows.append(json.loads(line))
                 except (ValueError, RecursionError) as error:
                     raise DataError(
-                        f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)}); "
+                        f"{path}, line {number}: not valid JSON ({shorten(getattr(error, 'msg', error))}); "
                         "give a list of objects, or one whole object a line"
                     ) from error
     for place, row in zip(places, rows, strict=True):
         if not isinstance(row, dict):
-            raise DataError(f'{path}, {unit} {place}: saw {row!r:.60}, expected an object such as {{"text": "..."}}')
+            raise DataError(
+                f'{path}, {unit} {place}: saw {show(row):.60}, expected an object such as {{"text": "..."}}'
+            )
     if not rows:
         raise DataError(f"{path} holds no rows; get the file again")
     names = tuple(dict.fromkeys(name for row in rows for name in row))
@@ -170,18 +176,35 @@ def _read_parquet(path: Path) -> Table:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; check the name, or add the file") from error
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as parquet ({error}); get the file again") from error
+        raise DataError(f"{path} cannot be read as parquet ({shorten(error)}); get the file again") from error
     names = tuple(table.column_names)
     _index_columns(path, names)
     if not table.num_rows:
         raise DataError(f"{path} holds no rows; get the file again")
-    columns = {name: table.column(name).to_pylist() for name in names}
+    try:
+        columns = {name: table.column(name).to_pylist() for name in names}
+    except (ValueError, OverflowError, pa.ArrowException) as error:  # a text that is not UTF-8, a year above 9999
+        raise DataError(f"{path} holds what is no value of Python ({shorten(error)}); get the file again") from error
+    try:
+        features = Features.from_arrow_schema(table.schema)
+    except Exception as error:  # whatever `datasets` makes of a description that it did not write
+        kind = type(error).__name__
+        raise DataError(
+            f"{path}: what its metadata say of its columns cannot be read ({kind}: {shorten(error)}); write it without "
+            "the metadata 'huggingface', or get the file again"
+        ) from error
     class_names = {}
-    for name, feature in Features.from_arrow_schema(table.schema).items():
+    for name, feature in features.items():
         if isinstance(feature, ClassLabel) and feature.names:
             class_names[name] = tuple(feature.names)
             # -1 is how the hub marks a row without a label.
-            columns[name] = [None if value in (None, -1) else feature.int2str(value) for value in columns[name]]
+            try:
+                columns[name] = [None if value in (None, -1) else feature.int2str(value) for value in columns[name]]
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{path}: a value of {show(name)} is none of the {len(feature.names)} classes that its metadata "
+                    f"name ({shorten(error)}); correct one of them"
+                ) from error
     return Table(path, names, columns, range(1, table.num_rows + 1), "row", class_names)
 
 
@@ -196,13 +219,16 @@ _READERS: dict[str, Callable[[Path], Table]] = {
 
 def read_file(path: Path) -> Table:
     """Reads every column of a file, in the form that its suffix names; raises DataError where that fails."""
+    if not os.path.exists(path):  # nor can it be, if its name is too long or holds a NUL
+        raise DataError(f"{show_path(path)} does not exist; check the name, or add the file")
+    if not (os.path.isfile(path) or os.path.isdir(path)):
+        raise DataError(f"{path} is a pipe or a device, and not a file; give a file")
     if path.suffix.lower() not in _READERS:
-        raise DataError(f"{path} has the suffix {path.suffix!r}; give a file named {', '.join(_READERS)}")
+        raise DataError(f"{path} has the suffix {show(path.suffix)}; give a file named {', '.join(_READERS)}")
     return _READERS[path.suffix.lower()](path)
 
 
 def _index_columns(path: Path, header: Sequence[str]) -> dict[str, int]:
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise DataError(f"{path}: the column {twice[0]!r} stands twice in {', '.join(header)}; rename one")
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{path}: the column {show(twice[0])} stands twice in {shorten(', '.join(header))}; rename one")
     return {name: index for index, name in enumerate(header)}
