@@ -20,7 +20,7 @@ from unipelt.checkpoint import write_whole
 from unipelt.glue.job import RunError
 from unipelt.glue.result import RESULT, ResultError, mismatch, read_result
 from unipelt.glue.settings import RunSettings
-from unipelt.plain import PlainError, read_plain
+from unipelt.plain import PlainError, read_plain, show_path
 
 try:
     import fcntl
@@ -74,6 +74,8 @@ def find_finished(settings: RunSettings, folder: Path) -> dict[str, Any] | None:
     """
     if settings.overwrite:
         return None
+    if os.path.isfile(folder):  # it may be some run's result, which `read_result` would take
+        raise RunError(f"{show_path(folder)} is a file; output_dir is a folder")
     try:
         record = read_result(folder)
     except FileNotFoundError:
@@ -95,7 +97,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / _LOCK, "w")  # noqa: SIM115  (closed below, which unlocks)
     except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror}; choose another output_dir") from error
+        raise RunError(f"cannot write to {show_path(folder)}: {error.strerror}; choose another output_dir") from error
     with file:
         if fcntl is not None:
             try:

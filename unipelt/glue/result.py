@@ -16,7 +16,7 @@ import torch
 
 import unipelt
 from unipelt.checkpoint import write_whole
-from unipelt.plain import PlainError, read_plain, show
+from unipelt.plain import PlainError, read_plain, show, show_path
 
 RESULT = "result.json"
 FORMAT = 1
@@ -85,10 +85,10 @@ def read_result(path: str | Path) -> dict[str, Any]:
         ResultError: the file is damaged, of another kind, or of a format that is not known.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / RESULT
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no result at {path}")
+    if not os.path.isfile(path):  # which, unlike that of a Path, takes a name too long for one that is not there
+        raise FileNotFoundError(f"there is no result at {show_path(path)}")
     try:
         record = read_plain(path)
     except PlainError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unipelt.glue.result import RESULT, ResultError, read_result
+from unipelt.plain import show_path
 from unipelt.report.cells import Results, Run
 from unipelt.sweep import FAILURE, REQUEST, SweepError, read_failure, read_request
 
@@ -24,8 +26,8 @@ def read_results(folder: str | Path) -> Results:
         FileNotFoundError: there is no such folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder at {folder}")
+    if not os.path.isdir(folder):  # which, unlike that of a Path, takes a name too long for one that is not there
+        raise FileNotFoundError(f"there is no folder at {show_path(folder)}")
     runs: list[Run] = []
     left_out: list[tuple[str, str]] = []
     paths = [path for path in (folder / RESULT, *sorted(folder.glob(f"*/{RESULT}"))) if path.exists()]
