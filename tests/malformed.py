@@ -337,9 +337,13 @@ def checkpoints(good: Path) -> dict[str, Spoil]:
         cases[f"weights, unsealed: {cut} bytes"] = partial(_instead, lambda _, cut=cut: weights[:cut], False)
     for place in (*range(0, 8, 2), *range(8, len(weights), len(weights) // 24), len(weights) - 1):
         cases[f"weights: bit {place % 8} of byte {place}"] = partial(_one_bit, place)
+    tensors = load_tensors(weights)
     for part in _PARTS:
         cases[f"tensors: no {part}"] = partial(_map_tensors, partial(_drop, part))
+        found = next(tensors[full] for full in sorted(tensors) if full.endswith(part))
         for shape, make in _SHAPES.items():
+            if make(found).shape == found.shape and make(found).dtype == found.dtype:
+                continue  # what is flat already, say
             cases[f"tensors: {part}, {shape}"] = partial(_map_tensors, partial(_replace, part, make))
     for extra in _NAMES:
         cases[f"tensors: one called {extra[:30]!r}"] = partial(_map_tensors, partial(_add, extra))
@@ -557,6 +561,15 @@ DATA: dict[str, bytes] = {
     "magic.parquet": b"PAR1PAR1",
     "long.parquet": b"PAR1" + b"\0" * 100 + b"\xff\xff\xff\x7fPAR1",
     "pickle.parquet": pickle.dumps([1, 2]),
+    "columns.tsv": "\t".join(f"column{i}" for i in range(20_000)).encode() + b"\nx\n",
+    "columns.csv": ",".join(f"column{i}" for i in range(20_000)).encode() + b"\nx\n",
+    "long-name.tsv": b"x" * 20_000 + b"\t" + b"x" * 20_000 + b"\nx\ty\n",
+    "deep-row.json": b"[" + b"[" * 900 + b"]" * 900 + b"]",
+    "no-text.tsv": "\t".join(f"column{i}" for i in range(20_000)).encode() + b"\n" + b"\t" * 19_999 + b"\n",
+    "long-label.tsv": b"text\tlabel\nx\t" + b"z" * 100_000 + b"\n",
+    "digits.tsv": b"text\tlabel\nx\t" + b"1" * 5_000 + b"\ny\t2\n",
+    "deep-text.json": b'[{"text": ' + b"[" * 900 + b"]" * 900 + b', "label": 1}]',
+    "deep-label.json": b'[{"text": "x", "label": ' + b"[" * 900 + b"]" * 900 + b"}]",
     "text.xlsx": b"PK",
     "text": b"x",
 }
