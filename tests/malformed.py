@@ -293,6 +293,10 @@ def _instead(make: Callable[[Path], bytes], sealed: bool, folder: Path) -> None:
         seal(folder)
 
 
+def _given(content: bytes, folder: Path) -> bytes:
+    return content
+
+
 def _torch_file(folder: Path) -> bytes:
     file = io.BytesIO()
     torch.save(load_tensors((folder / WEIGHTS).read_bytes()) | {"planted": Planted(folder / "planted")}, file)
@@ -332,9 +336,9 @@ def checkpoints(good: Path) -> dict[str, Spoil]:
     weights = (good / WEIGHTS).read_bytes()
     cases: dict[str, Spoil] = {}
     for name, content in spoilt_weights(weights).items():
-        cases[f"weights: {name}"] = partial(_instead, lambda _, content=content: content, True)
+        cases[f"weights: {name}"] = partial(_instead, partial(_given, content), True)
     for cut in (0, 8, 5_000, len(weights) - 1):
-        cases[f"weights, unsealed: {cut} bytes"] = partial(_instead, lambda _, cut=cut: weights[:cut], False)
+        cases[f"weights, unsealed: {cut} bytes"] = partial(_instead, partial(_given, weights[:cut]), False)
     for place in (*range(0, 8, 2), *range(8, len(weights), len(weights) // 24), len(weights) - 1):
         cases[f"weights: bit {place % 8} of byte {place}"] = partial(_one_bit, place)
     tensors = load_tensors(weights)
@@ -367,7 +371,13 @@ def checkpoints(good: Path) -> dict[str, Spoil]:
 # --- a checkpoint's manifest
 
 BIG = "x" * 10_000_000
-_WRONG = {  # values that are none of the kind
+
+
+def _any(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+_WRONG: dict[str, tuple[Any, ...]] = {  # values that are none of the kind
     "mapping": (None, 3, "words", [], [{}], True),
     "list of texts": (None, 3, "words", {}, [3], [None], [["classifier.weight"]], True),
     "text": (None, 3, [], {}, True, 10**400),
@@ -399,23 +409,27 @@ _KINDS = {
     "unipelt.lora.rank": "size",
 }
 _VALUES: list[tuple[str, object]] = [
-    *[("format", value) for value in (None, 0, 2, "1", True, 1.5, [1], 10**400)],
+    *[("format", value) for value in _any(None, 0, 2, "1", True, 1.5, [1], 10**400)],
     *[
         ("weights.file", name)
         for name in ("", ".", "../x", "/etc/passwd", "a/../model.safetensors", "pytorch_model.bin")
     ],
     *[("weights.file", name) for name in ("model.safetensors/", "./model.safetensors", "MODEL.safetensors", BIG)],
     *[("weights.sha256", text) for text in ("", "0" * 64, "x", BIG)],
-    *[("base.revision", value) for value in (3, [], {}, True)],
-    *[("base.config.model_type", value) for value in (None, 3, "roberta", ["bert"], "../bert", BIG)],
+    *[("base.revision", value) for value in _any(3, [], {}, True)],
+    *[("base.config.model_type", value) for value in _any(None, 3, "roberta", ["bert"], "../bert", BIG)],
     *[("base.fingerprint.sha256", text) for text in ("", "0" * 64, BIG)],
-    *[("base.computation.hidden_act", value) for value in (None, 3, "relu", ["gelu"], {"gelu": 1}, BIG)],
-    *[("base.computation.layer_norm_eps", value) for value in (1, "1e-12", 1e-5, 10**400)],
-    *[("unipelt.lora.alpha", value) for value in (0, -1.0, "5", 10**400, True, [])],
-    *[("unipelt.layers", value) for value in ([], [-1], [0, 0], [9], [0.5], "all of them", "5-2", [10**30], [[0]])],
-    *[("unipelt.prefix.gating", value) for value in ("Scale", None, 3, ["scale"], BIG)],
-    *[("unipelt.gate.pooling", value) for value in ("max", None, 3)],
-    *[(f"unipelt.{part}", value) for part in ("adapter", "prefix", "lora", "gate") for value in (3, "yes", [], True)],
+    *[("base.computation.hidden_act", value) for value in _any(None, 3, "relu", ["gelu"], {"gelu": 1}, BIG)],
+    *[("base.computation.layer_norm_eps", value) for value in _any(1, "1e-12", 1e-5, 10**400)],
+    *[("unipelt.lora.alpha", value) for value in _any(0, -1.0, "5", 10**400, True, [])],
+    *[("unipelt.layers", value) for value in _any([], [-1], [0, 0], [9], [0.5], "all of them", "5-2", [10**30], [[0]])],
+    *[("unipelt.prefix.gating", value) for value in _any("Scale", None, 3, ["scale"], BIG)],
+    *[("unipelt.gate.pooling", value) for value in _any("max", None, 3)],
+    *[
+        (f"unipelt.{part}", value)
+        for part in ("adapter", "prefix", "lora", "gate")
+        for value in _any(3, "yes", [], True)
+    ],
     *[(f"{part}surprise", 1) for part in ("", "base.", "unipelt.", "unipelt.lora.", "unipelt.gate.")],
     ("unipelt.preset", "lora"),
     ("unipelt.lora", None),
@@ -433,7 +447,7 @@ _VALUES: list[tuple[str, object]] = [
     ("unfrozen", ["../x"]),
     *[
         ("folded", value)
-        for value in (
+        for value in _any(
             None,
             [],
             "words",
@@ -478,41 +492,44 @@ def _short(value: object) -> str:
 # --- configurations, settings, sweeps, data
 
 METHODS: list[dict[str, Any]] = [
-    *[{"preset": value} for value in ("nothing", 3, [], {}, BIG)],
-    *[{part: value} for part in ("adapter", "prefix", "lora", "gate") for value in (3, "yes", [1], True)],
+    *[{"preset": value} for value in _any("nothing", 3, [], {}, BIG)],
+    *[{part: value} for part in ("adapter", "prefix", "lora", "gate") for value in _any(3, "yes", [1], True)],
     *[{"lora": {"rank": value}} for value in _WRONG["size"]],
-    *[{"lora": {"alpha": value}} for value in (0, "16", 10**400, [])],
-    *[{"layers": value} for value in ([], [-1], [1, 1], "a-b", 3, {"a": 1}, "0-99999")],
+    *[{"lora": {"alpha": value}} for value in _any(0, "16", 10**400, [])],
+    *[{"layers": value} for value in _any([], [-1], [1, 1], "a-b", 3, {"a": 1}, "0-99999")],
     *[{key: 1} for key in ("surprise", "", "lora.rank", "__class__", BIG)],
     {"lora": {"surprise": 1}},
     {"lora": {"rank": {"rank": 1}}},
 ]
 RUNS: list[dict[str, Any]] = [
-    *[{"task": value} for value in ("nothing", 3, [], BIG, None)],
-    *[{"seed": value} for value in (-1, 2**32, 1.5, "words", True, [1], 10**400)],
-    *[{"learning_rate": value} for value in (0, -1, "words", True, [1], 10**400, "1e999", "nan")],
-    *[{"epochs": value} for value in (0, 1.5, "3", None, {})],
-    *[{"batch_size": value} for value in (0, -1, "many")],
-    *[{"warmup_ratio": value} for value in (1, -0.1, "half")],
-    *[{"precision": value} for value in ("fp8", None, 32)],
-    *[{"model": value} for value in ("", 3, None, ["bert"])],
-    *[{"model_sha256": value} for value in ("", "abc", 3, "G" * 64, BIG)],
-    *[{"text_columns": value} for value in ([3], {"a": 1}, 5)],
-    *[{"method": value} for value in (3, None, [], "nothing", "../nothing.yaml", {"surprise": 1}, {"lora": 3}, BIG)],
-    *[{"method.lora.rank": value} for value in ("words", 0, [], None)],
+    *[{"task": value} for value in _any("nothing", 3, [], BIG, None)],
+    *[{"seed": value} for value in _any(-1, 2**32, 1.5, "words", True, [1], 10**400)],
+    *[{"learning_rate": value} for value in _any(0, -1, "words", True, [1], 10**400, "1e999", "nan")],
+    *[{"epochs": value} for value in _any(0, 1.5, "3", None, {})],
+    *[{"batch_size": value} for value in _any(0, -1, "many")],
+    *[{"warmup_ratio": value} for value in _any(1, -0.1, "half")],
+    *[{"precision": value} for value in _any("fp8", None, 32)],
+    *[{"model": value} for value in _any("", 3, None, ["bert"])],
+    *[{"model_sha256": value} for value in _any("", "abc", 3, "G" * 64, BIG)],
+    *[{"text_columns": value} for value in _any([3], {"a": 1}, 5)],
+    *[
+        {"method": value}
+        for value in _any(3, None, [], "nothing", "../nothing.yaml", {"surprise": 1}, {"lora": 3}, BIG)
+    ],
+    *[{"method.lora.rank": value} for value in _any("words", 0, [], None)],
     {"method.": 1},
     {"method.lora": 3},
-    *[{"base": value} for value in (3, [3], {"a": 1}, "nowhere.yaml", "/", ".", "a" * 5_000 + ".yaml")],
+    *[{"base": value} for value in _any(3, [3], {"a": 1}, "nowhere.yaml", "/", ".", "a" * 5_000 + ".yaml")],
     {"train_file": "a.tsv"},
     {"surprise": 1},
     {"Task": "rte"},
 ]
 SWEEPS: list[dict[str, Any]] = [
-    *[{"grid": value} for value in (None, 3, [], {}, [[]], [{}], ["seed"], [3], "seed")],
-    *[{"grid": [{"seed": value}]} for value in ([], ["a"], [[1]], [-1], [None], [{"a": 1}], {"a": 1}, [10**400])],
-    *[{"grid": [{"method": value}]} for value in (["nothing"], [3], [{"lora": 3}], ["nowhere.yaml"], [BIG])],
+    *[{"grid": value} for value in _any(None, 3, [], {}, [[]], [{}], ["seed"], [3], "seed")],
+    *[{"grid": [{"seed": value}]} for value in _any([], ["a"], [[1]], [-1], [None], [{"a": 1}], {"a": 1}, [10**400])],
+    *[{"grid": [{"method": value}]} for value in _any(["nothing"], [3], [{"lora": 3}], ["nowhere.yaml"], [BIG])],
     *[{"grid": [{key: [1]}]} for key in ("surprise", "output_dir", "overwrite", "grid", "", BIG)],
-    *[{"choose": value} for value in (3, [], "seed", {"seed": [1]}, {"surprise": [1]}, {"learning_rate": []})],
+    *[{"choose": value} for value in _any(3, [], "seed", {"seed": [1]}, {"surprise": [1]}, {"learning_rate": []})],
     {"grid": [{"seed": list(range(300)), "data_seed": list(range(300)), "batch_size": list(range(1, 300))}]},
     {"choose": {"learning_rate": [i / 10_000 for i in range(1, 9_000)], "epochs": list(range(1, 9_000))}},
     {"output_dir": "here"},
