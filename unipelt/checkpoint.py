@@ -209,8 +209,7 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if problem := _endless(base["config"], tensors):
         raise CheckpointError(f"{folder}: the base that {MANIFEST} describes cannot be meant: {problem}")
     config_class: Any = cls.config_class
-    # what a back-end is called may name code on the hub, which Transformers would fetch and run
-    values = {key: value for key, value in base["config"].items() if "attn_implementation" not in key}
+    values = _without_back_ends(base["config"])
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
     try:
@@ -227,6 +226,13 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     finally:
         logging.set_verbosity(level)
     return load(model, folder).eval()
+
+
+def _without_back_ends(values: Any) -> Any:
+    """A configuration less what back-ends are called, which may name code on the hub that Transformers would run."""
+    if isinstance(values, dict):
+        return {key: _without_back_ends(value) for key, value in values.items() if "_implementation" not in key}
+    return [_without_back_ends(value) for value in values] if isinstance(values, list) else values
 
 
 def _settle(folder: Path) -> None:
