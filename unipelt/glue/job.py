@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -262,15 +263,25 @@ def _load_tokenizer(settings: RunSettings, place: str, task: Task, kept: Kept) -
     """The model's configuration for this task, and its tokenizer."""
     labels = dict(enumerate(task.label_names)) or {0: "score"}
     try:
+        if PreTrainedConfig.get_config_dict(place)[0].get("auto_map"):
+            raise RunError(
+                f"the model {settings.model!r} comes with Python code of its own (auto_map in its config.json), which "
+                "is never run here; choose another, or take auto_map out of a copy if Transformers' class is meant"
+            )
         config = AutoConfig.from_pretrained(
             place,
+            trust_remote_code=False,
             num_labels=task.num_labels,
             id2label=labels,
             label2id={label: index for index, label in labels.items()},
             problem_type="regression" if task.is_regression else "single_label_classification",
         )
         folder = place if os.path.isdir(place) else os.path.dirname(str(cached_file(place, "config.json")))
-        tokenizer = kept.tokenizer(place, files_in(folder), lambda: AutoTokenizer.from_pretrained(place))
+        tokenizer = kept.tokenizer(
+            place, files_in(folder), lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        )
+    except RunError:
+        raise
     except (OSError, ValueError) as error:
         kind = "" if os.path.isdir(place) else ", which is no folder here"
         raise RunError(f"cannot load the model {settings.model!r}{kind}: {_first_line(error)}") from error
@@ -320,7 +331,7 @@ def _load_model(settings: RunSettings, place: str, config: Any) -> PreTrainedMod
     logging.disable_progress_bar()
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            place, config=config, dtype=torch.float32, use_safetensors=True
+            place, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(f"cannot load the model {settings.model!r}: {_first_line(error)}") from error
