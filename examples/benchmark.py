@@ -202,7 +202,7 @@ def make_config(settings: argparse.Namespace) -> Any:
     from unipelt.glue.settings import locate_model
 
     if settings.random is None:
-        config = AutoConfig.from_pretrained(locate_model(settings.model), num_labels=2)
+        config = AutoConfig.from_pretrained(locate_model(settings.model), num_labels=2, trust_remote_code=False)
     elif settings.random not in CONFIG_MAPPING:
         near = difflib.get_close_matches(settings.random, list(CONFIG_MAPPING), n=1)
         raise ValueError(f"unknown model type {settings.random!r}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -250,7 +250,9 @@ def load_model(config: Any, settings: argparse.Namespace) -> Any:
     if settings.random is not None:
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **choice)
     place = locate_model(settings.model)
-    return AutoModelForSequenceClassification.from_pretrained(place, config=config, dtype=torch.float32, **choice)
+    return AutoModelForSequenceClassification.from_pretrained(
+        place, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **choice
+    )
 
 
 def resolve_methods(methods: Sequence[Any]) -> dict[str, Any]:
