@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for inputs that are finds; by default a temporary one")
     arguments = parser.parse_args()
     try:
-        import atheris
+        atheris: Any = importlib.import_module("atheris")
     except ImportError:
         print(ABSENT)
         return 2
