@@ -242,9 +242,14 @@ def test_a_checkpoints_base_names_no_code(tmp_path: Path, monkeypatch: pytest.Mo
     named = {"attn_implementation": "somebody/kernel", "_experts_implementation": "somebody/kernel"}
     manifest["base"]["config"] |= {**named, "within": [{"deep": named}]}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    given = []
+    given: list[Any] = []
     from_dict = BertConfig.from_dict
-    monkeypatch.setattr(BertConfig, "from_dict", lambda values, **kwargs: given.append(values) or from_dict(values))
+
+    def recorded(values: Any) -> Any:
+        given.append(values)
+        return from_dict(values)
+
+    monkeypatch.setattr(BertConfig, "from_dict", recorded)
     assert unipelt.from_pretrained(folder).config._attn_implementation == "sdpa"
     assert "kernel" not in json.dumps(given[0])
 
