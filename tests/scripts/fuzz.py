@@ -332,9 +332,11 @@ def make_targets(home: Path) -> dict[str, Target]:
     rows = [{"text": "a", "label": 1}, {"text": "b\n", "label": 0}]
     lines = b"".join(line + b"\n" for line in dumped(*rows))
     anything = dumped(*VALUES[:40])
+    scalars = b"a: 2020-01-02\nb: 2020-01-02 03:04:05.6\nc: 0x1f\nd: 1:30:00\ne: 0b11\nf: .inf\ng: !!binary aGk=\n"
+    flow = b"%YAML 1.1\n---\n? a\n: &x {b: 'c', <<: *x}\n- >-\n d\n...\n"
     targets: dict[str, Target] = {
         "json": (parse(parse_json), dumped(method.to_dict(), failure, [1, [2, {"a": 1e5}]]), (PlainError,)),
-        "yaml": (parse(parse_yaml), [*yamls, b"a: &x [1, 2]\nb: *x\nc: {d: |\n  e\n}"], (PlainError,)),
+        "yaml": (parse(parse_yaml), [*yamls, b"a: &x [1, 2]\nb: *x\nc: {d: |\n  e\n}", scalars, flow], (PlainError,)),
         "config": (settle, dumped(method.to_dict(), {"preset": "lora"}), (PlainError, ConfigError)),
         "checkpoint": (checkpoint, anything, (unipelt.CheckpointError,)),
         "release": (importer, anything, (unipelt.CheckpointError, Refused)),
@@ -374,9 +376,13 @@ def with_change(data: Any, value: Any) -> Any:
     if not nodes:
         return some(data)
     owner, key = nodes[data.ConsumeIntInRange(0, len(nodes) - 1)]
-    act = data.ConsumeIntInRange(0, 5)
+    act = data.ConsumeIntInRange(0, 6)
     if act == 0:
         del owner[key]
+    elif act == 6 and isinstance(owner, dict):
+        owner[data.ConsumeUnicodeNoSurrogates(12)] = some(data)
+    elif act == 6:
+        owner.insert(key, some(data))
     elif act == 1 and isinstance(owner, dict):
         owner[data.ConsumeUnicodeNoSurrogates(12)] = owner.pop(key)
     elif act == 2:
@@ -408,13 +414,53 @@ def spliced(data: Any, content: bytes) -> bytes:
 
 
 def tensors_file(data: Any, content: bytes) -> bytes:
-    """A safetensors file, with its header changed as a document or its bytes as they are."""
-    if data.ConsumeBool():
+    """A safetensors file: other tensors, its header changed as a document, or its bytes as they are."""
+    how = data.ConsumeIntInRange(0, 3)
+    if how == 0:
         return spliced(data, content)
+    if how > 1:
+        return other_tensors(data, content)
     size = struct.unpack("<Q", content[:8])[0]
     header = document(data, json.loads(content[8 : 8 + size]))
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
+
+
+def other_tensors(data: Any, content: bytes) -> bytes:
+    """A valid safetensors file in which a tensor is gone, added, renamed, of another type, shape or value."""
+    import torch
+    from safetensors.torch import load, save
+
+    tensors = load(content)
+    for _ in range(data.ConsumeIntInRange(1, 3)):
+        names = sorted(tensors)
+        if not names:
+            break
+        name = names[data.ConsumeIntInRange(0, len(names) - 1)]
+        other = names[data.ConsumeIntInRange(0, len(names) - 1)]
+        new = data.ConsumeUnicodeNoSurrogates(8) or f"{name}.{other}"
+        tensor = tensors[name]
+        act = data.ConsumeIntInRange(0, 8)
+        if act == 0:
+            del tensors[name]
+        elif act == 1:
+            tensors[new] = tensors.pop(name)
+        elif act == 2:
+            tensors[new] = tensor.clone()
+        elif act == 3:
+            kinds = (torch.int64, torch.bool, torch.uint8, torch.float64, torch.bfloat16, torch.float8_e4m3fn)
+            tensors[name] = tensor.to(kinds[data.ConsumeIntInRange(0, len(kinds) - 1)])
+        elif act == 4:
+            tensors[name] = tensor.flatten()[: data.ConsumeIntInRange(0, 3)].clone()
+        elif act == 5:
+            tensors[name] = tensor.unsqueeze(0)
+        elif act == 6:
+            tensors[name] = tensors[other].clone()
+        elif act == 7:
+            tensors[name] = torch.full(tensor.shape, (float("nan"), float("inf"), 0.0)[data.ConsumeIntInRange(0, 2)])
+        else:
+            tensors[name.replace(".", new, 1)] = tensor.clone()
+    return save(tensors)
 
 
 if __name__ == "__main__":
