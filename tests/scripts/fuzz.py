@@ -18,6 +18,7 @@ import importlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -92,12 +93,14 @@ def main() -> int:
         targets = make_targets(home)
         corpus = home / "corpus"
         corpus.mkdir()
-        names = list(targets)
+        names, chance = list(targets), random.Random(arguments.seed)
         for index, (_, seeds, _) in enumerate(targets.values()):
             for seed in seeds:  # the last bytes of an input are what the provider's numbers come from
-                for tail in (b"", b"\0", b"\1", b"\2", b"\3", b"\1" * 24, bytes(range(24))):
+                for tail in (b"", b"\0", b"\1", b"\2", b"\3"):
                     content = seed + tail + bytes([index])
                     (corpus / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
+            for number in range(50):  # what the provider makes choices from
+                (corpus / f"{index}-{number}").write_bytes(chance.randbytes(60) + bytes([index]))
         (home / "words").write_text("".join(f'"{word}"\n' for word in words(targets)))
     except BaseException:
         shutil.rmtree(home)
