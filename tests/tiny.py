@@ -107,6 +107,8 @@ def tiny_config(family: str, dropout: float = 0.0, **changes: Any) -> PreTrained
     for name, value in vars(config).items():
         if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0 if "layerdrop" in name else dropout)
+    if getattr(config, "classifier_dropout", None) is None:
+        config.classifier_dropout = dropout  # decoders' heads for tokens take 0.1 where nothing is said
     return config
 
 
