@@ -590,7 +590,9 @@ def test_three_processes_in_one_folder_start_each_run_once(home: Path, killed: d
 
 
 def command(home: Path, out: Path, *options: str) -> list[str]:
-    code = "import sys; from unipelt.command import main; sys.exit(main(sys.argv[1:]))"
+    # a shell's background job, and all that it starts, would not be interrupted
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from unipelt.command import main; sys.exit(main(sys.argv[1:]))"
     return [sys.executable, "-c", code, "sweep", str(home / "sweep.yaml"), "--out", str(out), *options]
 
 
