@@ -114,7 +114,8 @@ def test_a_process_does_the_run_of_its_settings(
             raise error
 
     monkeypatch.setattr("unipelt.glue.run.run", run)
-    open_pipe = SimpleNamespace(read=lambda *_: time.sleep(60), _exit=lambda _: None)
+    # for ever: what follows its end is the real os._exit once this test is over
+    open_pipe = SimpleNamespace(read=lambda *_: threading.Event().wait(), _exit=lambda _: None)
     monkeypatch.setattr(process, "os", open_pipe)
     assert process._main(Path(str(settings.output_dir)) / SETTINGS) == code
     assert done == [settings]
