@@ -6,14 +6,13 @@ What was there stays, and once the cause is gone the same command goes on to wha
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
-import importlib.util
 import io
 import os
 import resource
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,14 +40,10 @@ from unipelt.glue.trainer import BatchTrainer
 from unipelt.sweep import FAILURE, LOG, look, packs, read_sweep
 from unipelt.sweep.packs import in_packs
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
-NOBODY = 65534
+pytestmark = pytest.mark.usefixtures("alone")
+
+CAP_DAC_OVERRIDE = 1
 STEP = 6  # of eight: a checkpoint has been written after the fourth
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,35 +56,22 @@ def _frozen() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[Path]:
-    """Model, train.tsv and dev.tsv, where any user may read them; and a run that nobody disturbs, in `calm`."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = make_quick(Path(name))
-        run(RunSettings(**settings(folder, folder / "calm")), say=silent)
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_glue", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, train.tsv and dev.tsv; and a run that nobody disturbs, in `calm`."""
+    folder = make_quick(tmp_path_factory.mktemp("home"))
+    run(RunSettings(**settings(folder, folder / "calm")), say=silent)
+    return folder
 
 
 @pytest.fixture
 def said(
-    script: ModuleType, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_glue: ModuleType, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
     """What calls the script with a run into `tmp_path/run`; returns its exit code and what it says went wrong."""
 
     def call(**changes: Any) -> tuple[int, str]:
         values = settings(home, tmp_path / "run", **changes)
-        code = script.main([word for name, value in values.items() for word in (f"--{name}", str(value))])
+        code = run_glue.main([word for name, value in values.items() for word in (f"--{name}", str(value))])
         error = capsys.readouterr().err
         assert error.count("\n") == (code != 0), "one line, or none"
         assert error.startswith("run_glue.py: ") or code == 0
@@ -324,30 +306,37 @@ def test_a_file_that_cannot_take_its_place_is_named(tmp_path: Path) -> None:
 # A folder that cannot be written
 
 
+class _Rights(ctypes.Structure):
+    """What a thread may do beyond its user (capabilities(7)); the first 32 of them."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+def _ask_for_rights(call: str, rights: ctypes.Array[_Rights]) -> None:
+    libc, version_3, this_thread = ctypes.CDLL(None, use_errno=True), 0x20080522, 0
+    if getattr(libc, call)((ctypes.c_uint32 * 2)(version_3, this_thread), rights):
+        raise OSError(ctypes.get_errno(), f"{call} failed")
+
+
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Nothing in the folder can be written; root, whom no mode stops, is somebody else for the time."""
-    user, mode = os.geteuid(), folder.stat().st_mode
+    """Nothing in the folder can be written, not even by root, who for the time gives up passing over modes."""
+    mode, before, now = folder.stat().st_mode, (_Rights * 2)(), (_Rights * 2)()
+    for rights in (before, now):
+        _ask_for_rights("capget", rights)
+    now[0].effective &= ~(1 << CAP_DAC_OVERRIDE)
     folder.chmod(0o555)
-    if user == 0:
-        os.seteuid(NOBODY)
+    _ask_for_rights("capset", now)
     try:
         yield
     finally:
-        os.seteuid(user)
+        _ask_for_rights("capset", before)
         folder.chmod(mode)
 
 
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that another user can get to, unlike pytest's."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
-def test_a_read_only_folder_of_a_run(said: Callable[..., tuple[int, str]], home: Path, open_folder: Path) -> None:
-    assert said() == (0, "")  # what Transformers imports late may lie where only this user can read it
+def test_a_read_only_folder_of_a_run(said: Callable[..., tuple[int, str]], home: Path, tmp_path: Path) -> None:
+    open_folder = tmp_path / "folder"
+    open_folder.mkdir()
     for out in (open_folder, open_folder / "new"):
         with read_only(open_folder):
             code, error = said(output_dir=str(out))
@@ -363,16 +352,16 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(said: Callable[...,
         assert said(output_dir=str(home / "calm")) == (0, "")
 
 
-def test_a_read_only_folder_of_a_save(open_folder: Path) -> None:
+def test_a_read_only_folder_of_a_save(tmp_path: Path) -> None:
     model = unipelt.inject(tiny_bert(), "lora")
-    unipelt.save(model, open_folder / "saved")
-    before = {path: path.read_bytes() for path in (open_folder / "saved").iterdir()}
+    unipelt.save(model, tmp_path / "saved")
+    before = {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
     shake(model)
-    with read_only(open_folder / "saved"), pytest.raises(PermissionError) as caught:
-        unipelt.save(model, open_folder / "saved")
+    with read_only(tmp_path / "saved"), pytest.raises(PermissionError) as caught:
+        unipelt.save(model, tmp_path / "saved")
     assert str(caught.value).startswith("[Errno 13] Permission denied: ")
     assert ".tmp" not in str(caught.value)
-    assert {path: path.read_bytes() for path in (open_folder / "saved").iterdir()} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
 
 
 # Data that vanish
