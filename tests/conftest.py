@@ -8,8 +8,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # over tensors as small as these, threads only wait for each other
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
+RUN_GLUE = Path(__file__).parents[1] / "examples" / "run_glue.py"
 SIZES = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -71,6 +74,24 @@ def _as_talkative_as_before() -> Iterator[None]:
     logging.set_verbosity(level)
     if bars:
         logging.enable_progress_bar()
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither data that happen to be there nor the network."""
+    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def run_glue() -> ModuleType:
+    """The script, as a module."""
+    spec = importlib.util.spec_from_file_location("run_glue", RUN_GLUE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

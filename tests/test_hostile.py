@@ -27,6 +27,8 @@ from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.sweep import read_sweep
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 TESTS = Path(__file__).parent
 HOME = TESTS.parent
 SOURCES = sorted([*(HOME / "unipelt").rglob("*.py"), *(HOME / "examples").rglob("*.py")])
@@ -41,12 +43,6 @@ CALLS = {
 }
 ALLOWED: dict[tuple[str, str], str] = {}
 """By file and by what it uses: why. Empty, and meant to stay so."""
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from unipelt.glue.settings import RunSettings
 from unipelt.sweep import FAILURE, LOG, SETTINGS, Busy, packs, read_sweep, run_folder
 from unipelt.sweep.packs import by_pack, in_packs
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 SWEEP = """
 model: {home}/model
 glue_dir: {home}/glue
@@ -39,8 +41,7 @@ grid:
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packs, "_PAUSE", 0.05)
 
 

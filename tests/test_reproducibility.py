@@ -27,16 +27,11 @@ from unipelt.glue.result import read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 TESTS = Path(__file__).parent
 FIRST: dict[str, Any] = {"seed": 1}
 SECOND: dict[str, Any] = {"seed": 2, "method": "unipelt-al", "data_seed": 1}
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither data that happen to be there nor the network."""
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,8 @@ from unipelt.sweep import (
     write_request,
 )
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 TESTS = Path(__file__).parent
 SWEEP = """
 model: {home}/model
@@ -62,8 +64,7 @@ grid:
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unipelt.sweep.work._PAUSE", 0.05)
 
 

@@ -110,7 +110,7 @@ def save(
         "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
         "head": sorted(injection.head),
         "unfrozen": sorted(unfrozen_names(model)),
-        "base": _describe_base(model, whole),
+        "base": describe_base(model, whole),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }
     if injection.folded is not None:
@@ -289,7 +289,13 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a manifest says of the base: class, origin, configuration, what it computes by, fingerprint of its weights.
+
+    Args:
+        model: an injected model.
+        whole: its parameters by name, gathered where each process holds a part.
+    """
     injection = injection_of(model)
     name = model.config._name_or_path
     # FSDP2 puts a class of its own in front of the model's

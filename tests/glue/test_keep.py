@@ -24,12 +24,7 @@ from unipelt.glue.keep import Kept, Tokens, same_memory
 from unipelt.glue.settings import RunSettings
 from unipelt.parameters import injection_of, kept_names
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither data that happen to be there nor the network."""
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture

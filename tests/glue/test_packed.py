@@ -21,18 +21,13 @@ from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 RUNS: tuple[dict[str, Any], ...] = (
     {"seed": 1, "patience": 1},
     {"seed": 2, "train_samples": 31, "learning_rate": 3e-3, "warmup_ratio": 0.3},
     {"seed": 3, "data_seed": 1, "dev_samples": 18, "weight_decay": 0.1, "max_grad_norm": 0.1},
 )
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither data that happen to be there nor the network."""
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,7 @@ from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.report import collect
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither data that happen to be there nor the network."""
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -30,15 +29,9 @@ from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 TESTS = Path(__file__).parents[1]
-SCRIPT = TESTS.parent / "examples" / "run_glue.py"
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither data that happen to be there nor the network."""
-    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -531,22 +524,12 @@ def test_divergence_is_an_error_and_no_result(home: Path, tmp_path: Path) -> Non
 # The script
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_glue", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def options(home: Path, **changes: Any) -> list[str]:
     return [word for name, value in quick(home, **changes).items() for word in (f"--{name}", str(value))]
 
 
-def test_script_runs(home: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), *options(home, epochs=1, output_dir=str(tmp_path / "run"))]
+def test_script_runs(run_glue: ModuleType, home: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(run_glue.__file__), *options(home, epochs=1, output_dir=str(tmp_path / "run"))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("custom · unipelt-apl · K=48 · seed 1: accuracy ")
@@ -563,14 +546,14 @@ def test_script_runs(home: Path, tmp_path: Path) -> None:
     ],
 )
 def test_script_says_what_is_wrong(
-    script: ModuleType,
+    run_glue: ModuleType,
     home: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
     sentence: str,
 ) -> None:
-    assert script.main([*options(home, output_dir=str(tmp_path / "run")), *words]) == 2
+    assert run_glue.main([*options(home, output_dir=str(tmp_path / "run")), *words]) == 2
     captured = capsys.readouterr()
     assert sentence in captured.err
     assert captured.err.startswith("run_glue.py: ")
@@ -580,10 +563,10 @@ def test_script_says_what_is_wrong(
 
 
 def test_script_says_how_to_go_on(
-    script: ModuleType, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_glue: ModuleType, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("unipelt.glue.run.run", interrupt)
-    assert script.main(options(home)) == 130
+    assert run_glue.main(options(home)) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -194,10 +194,10 @@ def work(rank: int, folder: Path, families: list[str]) -> None:
     os._exit(0)
 
 
-def main(folder: str, *families: str) -> int:
-    # forked, so that the libraries are imported once
+def in_processes(work: Callable[..., None], *given: Any) -> int:
+    """Call `work(rank, *given)` in forked processes, so that the libraries are imported once; 0 if all went well."""
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(rank, Path(folder), list(families))) for rank in range(PROCESSES)]
+    workers = [context.Process(target=work, args=(rank, *given)) for rank in range(PROCESSES)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -206,4 +206,4 @@ def main(folder: str, *families: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(in_processes(work, Path(sys.argv[1]), sys.argv[2:]))

@@ -6,7 +6,6 @@ Usage: properties_parallel.py FOLDER   reads FOLDER/jobs.json; process N writes 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import traceback
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import unipelt
-from scripts.families_parallel import PROCESSES, differing, differing_between_processes, own_rows, whole
+from scripts.families_parallel import PROCESSES, differing, differing_between_processes, in_processes, own_rows, whole
 
 ROWS = 4
 
@@ -85,16 +84,5 @@ def work(rank: int, folder: Path) -> None:
     os._exit(0)
 
 
-def main(folder: str) -> int:
-    # forked, so that the libraries are imported once
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(rank, Path(folder))) for rank in range(PROCESSES)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return max(abs(worker.exitcode or 0) for worker in workers)
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(in_processes(work, Path(sys.argv[1])))

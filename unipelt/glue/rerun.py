@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import unipelt
-from unipelt.checkpoint import WEIGHTS, _describe_base, write_whole
+from unipelt.checkpoint import WEIGHTS, describe_base, write_whole
 from unipelt.config import ConfigError, UniPELTConfig, flatten, resolve
 from unipelt.glue.folder import MODEL
 from unipelt.glue.job import Job, RunError, tokenizer_sha256
@@ -181,7 +181,7 @@ def check_same(job: Job, record: Mapping[str, Any]) -> list[str]:
             f"the model is not that of the record: the SHA-256 of its {WEIGHTS} was {then['sha256']}, and is "
             f"{job.model_sha256}; {remedy}"
         )
-    base = _describe_base(job.model, dict(job.model.named_parameters()))
+    base = describe_base(job.model, dict(job.model.named_parameters()))
     if then["fingerprint"] != base["fingerprint"]:
         raise RunError(
             f"the model's weights are not those of the record: their fingerprint was {then['fingerprint']}, and is "
