@@ -45,6 +45,10 @@ SIZES = {
     "ablation-gating.yaml": (160, 32),
     "ablation-pooling.yaml": (160, 32),
     "few-shot-minilm.yaml": (3520, 176),
+    "evidence-rates.yaml": (62, 62),
+    "evidence-k100.yaml": (320, 64),
+    "evidence-frozen-heads.yaml": (120, 24),
+    "evidence-variants.yaml": (200, 40),
 }
 
 
@@ -165,16 +169,19 @@ def test_a_sweep_has_its_number_of_runs_and_cells(name: str) -> None:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_changes_nothing_but_task_size_method_and_seed(name: str) -> None:
-    """All else is the paper's protocol, which is the default."""
+    """All else is the paper's protocol, which is the default; of the evidence, what its base says in one place."""
     free = ["task", "train_samples", "method", "seed", "data_seed", "learning_rate", "output_dir", "glue_dir"]
-    if name == "few-shot-minilm.yaml":
+    own = name == "few-shot-minilm.yaml" or name.startswith("evidence-")
+    if own:
         free += ["model", "model_sha256"]
+    if name.startswith("evidence-"):
+        free += [key for key in read_mapping(FOLDER / "evidence.yaml") if key != "base"]
     for settings in runs_of(name):
         changed = [item.name for item in fields(settings) if getattr(settings, item.name) != item.default]
         assert set(changed) <= set(free)
         assert settings.data_seed == settings.seed, "another sample of the training data for every seed"
         assert settings.task in TASKS
-        if name != "few-shot-minilm.yaml":
+        if not own:
             assert settings.learning_rate == paper_learning_rate(settings.config)
 
 
@@ -279,6 +286,42 @@ def test_the_sweep_of_minilm_is_table_1_with_one_grid_of_learning_rates_for_all_
     assert set(rates) == {key(settings) for settings in runs_of("table1.yaml")}
     assert all(sorted(map(float, values)) == sorted(RATES) for values in rates.values())  # type: ignore[arg-type]
     assert {settings.model for settings in sweep.runs} == {read_config(FOLDER / "minilm.yaml")["model"]}
+
+
+def evidence_rates() -> dict[str, float | None]:
+    """The learning rate of each method in the table; the same for all tasks and seeds."""
+    rates = {(settings.method_name, settings.learning_rate) for settings in runs_of("evidence-k100.yaml")}
+    assert len(rates) == len(dict(rates))
+    return dict(rates)
+
+
+def test_the_evidence_is_table_1_at_100_examples_with_a_learning_rate_for_each_method() -> None:
+    table, wanted = runs_of("evidence-k100.yaml"), runs_of("table1.yaml")
+    assert {key(settings) for settings in table} == {key(one) for one in wanted if one.train_samples == 100}
+    rates = evidence_rates()
+    assert rates.pop("prefix, prefix.length=50") == rates["prefix"], "not chosen for itself"
+    tried = runs_of("evidence-rates.yaml")
+    assert {settings.seed for settings in tried} == {0}
+    assert {(settings.method_name, settings.learning_rate) for settings in tried} > set(rates.items())
+    budgets = {(one.epochs, one.patience, one.batch_size, one.dev_samples) for one in (*table, *tried)}
+    assert budgets == {(15, None, 16, 200)}
+
+
+def test_frozen_heads_are_the_only_difference_from_the_evidence() -> None:
+    rates = evidence_rates()
+    runs = runs_of("evidence-frozen-heads.yaml")
+    assert {settings.config for settings in runs} == {
+        PRESETS[name].updated({"train_head": False}) for name in ("prefix", "lora", "bitfit")
+    }
+    assert all(settings.learning_rate == rates[settings.method_name.split(",")[0]] for settings in runs)
+    seen = {(settings.task, settings.seed) for settings in runs}
+    assert seen == {(settings.task, settings.seed) for settings in runs_of("evidence-k100.yaml")}
+
+
+def test_variants_have_the_learning_rate_of_all_gates() -> None:
+    assert {settings.learning_rate for settings in runs_of("evidence-variants.yaml")} == {
+        evidence_rates()["unipelt-apl"]
+    }
 
 
 @pytest.mark.parametrize("name", TWINS)
