@@ -53,9 +53,11 @@ def quick(names: Any, few: tuple[str, ...] = QUICK) -> list[Any]:
     return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def make(family: str, attention: str = "sdpa", **changes: Any) -> Any:
+def make(family: str, attention: str = "sdpa", *, further: bool = True, **changes: Any) -> Any:
+    """With everything that the family can take, gated; or without what is not of the paper."""
     model = tiny_model(family, attention=attention, **changes)
-    unipelt.inject(model, APL if family in WITH_PREFIX else AL)
+    method = APL if family in WITH_PREFIX else AL
+    unipelt.inject(model, {**method, **(tiny.FURTHER if further else {})})
     shake(model)
     return model
 
@@ -312,7 +314,7 @@ def gated_attentions(model: Any) -> list[Any]:
 def test_the_gate_of_a_query_is_the_mass_of_its_prefix(
     family: str, attention: str, kind: str, attention_calls: list[dict[str, Any]]
 ) -> None:
-    model = make(family, attention)
+    model = make(family, attention, further=False)
     inputs = watch_inputs(gated_attentions(model))
     mask = padding(kind, 2)
     run(family, model, random_ids(), mask)
@@ -351,7 +353,7 @@ LAYOUTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_the_low_rank_term_of_a_token_is_scaled_by_its_gate(family: str) -> None:
-    model, base = make(family), tiny_model(family)
+    model, base = make(family, further=False), tiny_model(family)
     attentions = gated_attentions(model)
     terms = {
         (attention, name): leaf
@@ -394,7 +396,7 @@ def test_the_low_rank_term_of_a_token_is_scaled_by_its_gate(family: str) -> None
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bart", "mbart"])
 def test_the_adapter_of_a_token_is_scaled_by_its_gate(family: str) -> None:
-    model = make(family)
+    model = make(family, further=False)
     decoder = model.get_decoder()
     hosts = [module for module in decoder.modules() if isinstance(getattr(module, "adapter", None), Adapter)]
     assert len(hosts) == DEPTH

@@ -59,13 +59,32 @@ EXPECTED: dict[str, tuple[str, bool, dict[str, Any]]] = {
 }
 
 
+FURTHER: dict[str, dict[str, Any]] = {
+    "ia3": {"gate": True, "places": ("key", "value", "activation")},
+    "houlsby": {"gate": True, "places": ("attention", "down"), "bottleneck": 48, "activation": "relu"},
+    "parallel": {"gate": True, "places": ("feed_forward",), "bottleneck": 512, "scale": 4.0, "activation": "relu"},
+    "compacter": {
+        "gate": True,
+        "places": ("attention", "down"),
+        "bottleneck": 24,
+        "terms": 4,
+        "rank": 1,
+        "activation": "gelu",
+    },
+}
+EXPECTED |= {name: ("", False, {name: {**part, "gate": False}}) for name, part in FURTHER.items()}
+for _name, _gate in (("mam", False), ("unipelt-mam", True)):
+    _long = {**PARTS["prefix"], "length": 30, "gate": _gate}
+    EXPECTED[_name] = ("", _gate, {"prefix": _long, "parallel": {**FURTHER["parallel"], "gate": _gate}})
+
+
 def contents(preset: str) -> dict[str, Any]:
     there, gate, changes = EXPECTED[preset]
     parts = {name: {**part, "gate": gate} if name in there.split() else None for name, part in PARTS.items()}
     return copy.deepcopy({**parts, **REST, **changes})
 
 
-def test_there_are_the_presets_of_the_paper_and_no_more() -> None:
+def test_there_are_these_presets_and_no_more() -> None:
     assert set(PRESETS) == set(EXPECTED)
 
 
@@ -74,7 +93,7 @@ def test_a_preset_holds_exactly(preset: str) -> None:
     config = resolve(preset)
     assert config.to_dict() == contents(preset)
     assert config is PRESETS[preset]
-    assert config.has_submodules is bool(EXPECTED[preset][0])
+    assert config.has_submodules is (preset not in ("fine-tuning", "bitfit"))
 
 
 def test_presets_and_configurations_cannot_be_changed() -> None:

@@ -461,7 +461,7 @@ def test_attentions_and_hidden_states(method: Any) -> None:
     assert len(flat) == 3
     assert [tuple(h.shape) for h in out.hidden_states] == [(3, 9, 32)] * 4
     lengths = [
-        PREFIX_LENGTH if any(isinstance(module, Prefix) for module in layer.modules()) else 0
+        next((module.length for module in layer.modules() if isinstance(module, Prefix)), 0)
         for layer in model.bert.encoder.layer
     ]
     assert [tuple(weights.shape) for weights in out.attentions] == [(3, 4, 9, length + 9) for length in lengths]

@@ -18,6 +18,7 @@ from tiny import (
     DEPTH,
     ENCODER_DECODERS,
     ENCODERS,
+    FURTHER,
     SIMPLE,
     WITH_PREFIX,
     WITHOUT_INTERFACE,
@@ -63,7 +64,7 @@ def small(preset: str, **changes: Any) -> unipelt.UniPELTConfig:
 
 def method(family: str, **changes: Any) -> unipelt.UniPELTConfig:
     """Everything that the family can take, gated."""
-    return small("unipelt-apl" if family in WITH_PREFIX else "unipelt-al", **changes)
+    return small("unipelt-apl" if family in WITH_PREFIX else "unipelt-al", **{**FURTHER, **changes})
 
 
 def make(family: str, **options: Any) -> Any:

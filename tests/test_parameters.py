@@ -32,6 +32,7 @@ PREFIX = 184_320
 NETWORK = 9_857_024
 LORA = 294_912
 GATE = 12 * 769
+PARALLEL = 12 * (2 * 768 * 512 + 512 + 768)
 BIASES = 102_914  # of BERT-base with 2 labels, the classifier's 2 included
 HEAD = 2 * 769
 LABELS = torch.tensor([0, 1, 1])
@@ -67,6 +68,13 @@ COUNTS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "unipelt-apl-nogate": ({"adapter": ADAPTER, "prefix": NETWORK, "lora": LORA}, ()),
     "unipelt-al-nogate": ({"adapter": ADAPTER, "lora": LORA}, ()),
     "unipelt-pl-nogate": ({"prefix": NETWORK, "lora": LORA}, ()),
+    "ia3": ({"ia3": 12 * (768 + 768 + 3072)}, ()),
+    "houlsby": ({"houlsby": 2 * ADAPTER}, ()),
+    "parallel": ({"parallel": PARALLEL}, ()),
+    # shared left factors; of each of two adapters a layer, right factors of both projections, and both biases
+    "compacter": ({"compacter": 4**3 + 12 * 2 * (2 * (768 + 24) + 24 + 768)}, ()),
+    "mam": ({"prefix": NETWORK + 20 * 768, "parallel": PARALLEL}, ()),
+    "unipelt-mam": ({"prefix": NETWORK + 20 * 768, "parallel": PARALLEL}, ("prefix", "parallel_feed_forward")),
 }
 
 
@@ -81,7 +89,8 @@ def test_counts_on_bert_base(model: BertForSequenceClassification, preset: str) 
     counts = unipelt.parameter_counts(model)
     assert counts.submodules == submodules
     assert counts.gates == dict.fromkeys(gates, GATE)
-    deployed = {**submodules, **({"prefix": PREFIX} if "prefix" in submodules else {})}
+    prefix = unipelt.PRESETS[preset].prefix
+    deployed = {**submodules, **({"prefix": PREFIX * prefix.length // 10} if prefix is not None else {})}
     assert counts.deployed_submodules == deployed
     assert counts.trained == sum(submodules.values()) + GATE * len(gates)
     assert counts.deployed == sum(deployed.values()) + GATE * len(gates)

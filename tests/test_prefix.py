@@ -31,7 +31,7 @@ def make(
 ) -> Prefix:
     config = PrefixConfig(LENGTH, 7, gate, gating)  # type: ignore[arg-type]
     torch.manual_seed(1)
-    prefix = Prefix(index, "prefix_network", WIDTH, config, network, LIKE, causal=causal)
+    prefix = Prefix(index, "prefix_network", WIDTH, config, network, LIKE, by_query=causal)
     if prefix.keys_values is not None:
         nn.init.normal_(prefix.keys_values)
     return prefix
@@ -52,7 +52,7 @@ def test_a_network_is_two_layers_and_each_attention_has_its_part() -> None:
 
 
 def test_a_deployed_prefix_is_a_parameter_that_starts_at_zero() -> None:
-    prefix = Prefix(0, "prefix_network", WIDTH, PrefixConfig(LENGTH, 7), None, LIKE, causal=False)
+    prefix = Prefix(0, "prefix_network", WIDTH, PrefixConfig(LENGTH, 7), None, LIKE, by_query=False)
     assert [name for name, _ in prefix.named_parameters()] == ["keys_values"]
     assert prefix() is prefix.keys_values
     assert torch.equal(prefix(), torch.zeros(2, LENGTH, WIDTH))

@@ -184,7 +184,7 @@ def test_names_and_shapes_are_the_releases() -> None:
     assert len(named) == len(tiny_bert().state_dict()) + 3 * (4 * 2 + 4 + 4) + 5
 
 
-@pytest.mark.parametrize("preset", unipelt.PRESETS)
+@pytest.mark.parametrize("preset", [name for name, config in unipelt.PRESETS.items() if not config.more])
 @pytest.mark.parametrize("adapter", ["adapter", "sst-2", "0"])
 def test_there_and_back(preset: str, adapter: str) -> None:
     model = injected(preset)
@@ -197,6 +197,16 @@ def test_there_and_back(preset: str, adapter: str) -> None:
         assert torch.equal(other.state_dict()[name], tensor), name
     assert {name: parameter.requires_grad for name, parameter in other.named_parameters()} == flags
     assert torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.parametrize("preset", [name for name, config in unipelt.PRESETS.items() if config.more])
+def test_what_the_release_does_not_have_is_named(preset: str) -> None:
+    model = injected(preset)
+    for call in (unipelt.release_state_dict, lambda model: unipelt.load_release_state_dict(model, {})):
+        with pytest.raises(
+            unipelt.CheckpointError, match=f"and this model '{model.unipelt_injection.config.more[0].name}'"
+        ):
+            call(model)
 
 
 def test_a_model_without_a_head_goes_there_and_back() -> None:

@@ -27,6 +27,13 @@ WITHOUT_INTERFACE = [
     name for name, since in _INTERFACE_SINCE.items() if Version(transformers.__version__) < Version(since)
 ]
 WITH_PREFIX = [name for name in FAMILIES if name not in (*SIMPLE, *WITHOUT_INTERFACE)]
+FURTHER: dict[str, dict[str, Any]] = {
+    "ia3": {},
+    "houlsby": {"bottleneck": 5, "activation": "gelu"},  # a ReLU so narrow may be closed for every token
+    "parallel": {"bottleneck": 6, "activation": "gelu"},
+    "compacter": {"bottleneck": 4, "terms": 2},
+}
+"""Further submodules, as small as the tiny models, gated."""
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,

@@ -1,31 +1,43 @@
 """UniPELT (Mao et al., ACL 2022) on Transformers: gated Adapter, Prefix and LoRA in a pretrained model."""
 
+from unipelt.bottleneck import Houlsby, Parallel
 from unipelt.checkpoint import CheckpointError, from_pretrained, load, save
+from unipelt.compacter import Compacter
 from unipelt.config import (
     PRESETS,
     AdapterConfig,
+    CompacterConfig,
     ConfigError,
     GateConfig,
+    HoulsbyConfig,
+    IA3Config,
     LoRAConfig,
+    ParallelConfig,
     PrefixConfig,
+    SubmoduleConfig,
     UniPELTConfig,
     resolve,
 )
 from unipelt.families import Attention, Family, Stack, register_family
 from unipelt.fold import FoldedGate, FoldReport, fold
+from unipelt.ia3 import IA3
 from unipelt.inject import InjectionError, inject, remove
 from unipelt.parameters import ParameterCounts, parameter_counts
-from unipelt.record import GateRecord, record_gates
+from unipelt.record import GateRecord, gate_penalty, record_gates
 from unipelt.release import load_release_state_dict, release_state_dict
 from unipelt.spread import FoldError
+from unipelt.term import Spot, register_submodule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "PRESETS",
     "AdapterConfig",
     "Attention",
     "CheckpointError",
+    "Compacter",
+    "CompacterConfig",
     "ConfigError",
     "Family",
     "FoldError",
@@ -33,20 +45,29 @@ __all__ = [
     "FoldedGate",
     "GateConfig",
     "GateRecord",
+    "Houlsby",
+    "HoulsbyConfig",
+    "IA3Config",
     "InjectionError",
     "LoRAConfig",
+    "Parallel",
+    "ParallelConfig",
     "ParameterCounts",
     "PrefixConfig",
+    "Spot",
     "Stack",
+    "SubmoduleConfig",
     "UniPELTConfig",
     "fold",
     "from_pretrained",
+    "gate_penalty",
     "inject",
     "load",
     "load_release_state_dict",
     "parameter_counts",
     "record_gates",
     "register_family",
+    "register_submodule",
     "release_state_dict",
     "remove",
     "resolve",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config import AdapterConfig
-from unipelt.gate import INITIAL_STD, Gates, Slot, product
+from unipelt.gate import INITIAL_STD, Gates, Slot, as_many_rows, product
 
 
 class Adapter(nn.Module):
@@ -22,6 +22,7 @@ class Adapter(nn.Module):
     Attributes:
         gates: computes g from x; None without a gate (g = 1).
         tokens: brings the token weights of the pass; None where the gate does without.
+        gate: brings g, where the layer's attention computes it for all (`GateConfig.shared`); else None.
     """
 
     def __init__(
@@ -35,13 +36,19 @@ class Adapter(nn.Module):
             nn.init.zeros_(linear.bias)
         self.gates = gates
         self.tokens = tokens
+        self.gate: Slot | None = None
 
     def forward(self, x: Tensor, onto: Tensor) -> Tensor:
         """`onto + g * up(ReLU(down(x)))`, all (B, T, D)."""
+        if self.gate is not None:
+            opened = self.gate.take()
+            assert opened is not None
+            return torch.addcmul(onto, as_many_rows(opened, x), self.up(nn.functional.relu(self.down(x))))
         if self.gates is None:
             return onto + self.up(nn.functional.relu(self.down(x)))
-        logits, low = product(x, self.gates, (self.down.weight,), self.down.bias)
-        gate = self.gates(logits, None if self.tokens is None else self.tokens.take())
+        weights = None if self.tokens is None else self.tokens.take()
+        logits, low = product(x, self.gates, (self.down.weight,), self.down.bias, weights)
+        gate = self.gates(logits, weights)
         return torch.addcmul(onto, gate, self.up(nn.functional.relu(low)))
 
 

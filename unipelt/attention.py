@@ -58,10 +58,13 @@ class Site:
     """What an attention module that carries submodules remembers.
 
     Attributes:
-        targets: for each of its gates, the path from the attention to the submodule that the gate scales.
+        targets: for each of its gates, the path from the attention to the submodule that the gate scales;
+        others: and, behind those, what takes a gate to a submodule that would else have its own (`GateConfig.shared`),
+            and whether that is inside the attention.
         hidden, mask: the arguments with the states and the mask.
         masked: whether the layer's gates average over real tokens only.
-        tokens: takes the token weights to the layer's adapter; None where no gate there wants them.
+        tokens: take the token weights to what has a gate of its own in the layer and averages, behind the attention;
+        inside: and to what has one inside it.
         config: the host's own configuration, where a prefix had to put another in its place.
         bias: the argument added to the logits besides the mask, where the prefix lengthens the text.
         inserts: where it does, what takes its keys and its values to the two projections; else empty.
@@ -71,7 +74,9 @@ class Site:
     hidden: Argument
     mask: Argument
     masked: bool
-    tokens: Slot | None
+    tokens: tuple[Slot, ...]
+    inside: tuple[Slot, ...] = ()
+    others: tuple[tuple[Slot, bool], ...] = ()
     config: PreTrainedConfig | None = None
     bias: Argument | None = None
     inserts: tuple[Slot, ...] = ()
@@ -86,8 +91,12 @@ def enter_attention(
     weights = None
     if site.masked:
         weights = token_weights(site.mask.read(args, kwargs), hidden.shape[0])
-        if site.tokens is not None:
-            site.tokens.put(weights)
+    for slot in site.tokens:
+        slot.put(weights)
+    if site.inside:
+        own = _of_longer(weights, hidden, attention.prefix.length) if site.inserts else weights
+        for slot in site.inside:
+            slot.put(own)
     gates: Gates | None = attention.gates
     if gates is not None:
         _open(attention, site, gates, hidden, weights)
@@ -172,13 +181,20 @@ def _open(attention: Any, site: Site, gates: Gates, hidden: Tensor, weights: Ten
             module = getattr(module, name)
         scaled.append(module)
     terms = [module for module in scaled if isinstance(module, LoRA)]  # behind a prefix, if there is one
-    logits, low = product(hidden, gates, [term.A for term in terms])
-    own, values = gates(logits, weights).split((len(scaled) - len(terms), len(terms)), dim=-1)
+    logits, low = product(hidden, gates, [term.A for term in terms], weights=weights)
+    opened = gates(logits, weights)
+    own, values, others = opened.split((len(scaled) - len(terms), len(terms), len(site.others)), dim=-1)
+    longer = attention.prefix.length if site.inserts else 0  # the text that `_lengthen` makes, by what is in front
+    by_token = gates.pooling == "token"
+    for (slot, inside), gate in zip(site.others, others.unbind(dim=-1), strict=True):
+        gate = nn.functional.pad(gate, (longer, 0)) if longer and inside and by_token else gate
+        slot.put(gate.unsqueeze(-1))
     if len(terms) < len(scaled):
         attention.prefix.gate.put(own.squeeze(-1))
     if terms:
-        if site.inserts:
-            low = nn.functional.pad(low, (0, 0, attention.prefix.length, 0))  # the text that `_lengthen` makes
+        if longer:
+            low = nn.functional.pad(low, (0, 0, longer, 0))
+            values = nn.functional.pad(values, (0, 0, longer, 0)) if by_token else values
         lows = low.unflatten(-1, (len(terms), -1)) * values.unsqueeze(-1)
         for term, gated in zip(terms, lows.unbind(dim=-2), strict=True):
             assert term.low is not None
@@ -223,6 +239,13 @@ def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
     """As Transformers' sdpa decides it."""
     said = kwargs.get("is_causal")
     return getattr(module, "is_causal", True) if said is None else said
+
+
+def _of_longer(weights: Tensor | None, hidden: Tensor, length: int) -> Tensor:
+    """The token weights of the text that `_lengthen` makes: nothing on what is in front."""
+    if weights is None:
+        weights = hidden.new_full(hidden.shape[:2], 1 / hidden.shape[1])
+    return nn.functional.pad(weights, (length, 0))
 
 
 def _lengthen(

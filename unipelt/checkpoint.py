@@ -28,7 +28,7 @@ from transformers.utils import logging
 from unipelt.card import model_card
 from unipelt.config import ConfigError, UniPELTConfig, flatten, read_mapping
 from unipelt.fold import Constants, fold_constants
-from unipelt.inject import InjectionError, _inject, remove
+from unipelt.inject import InjectionError, _inject, count_term, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.places import find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
@@ -528,6 +528,11 @@ def _impossible_size(
             return f"{name} is {size}, and no tensor has that size"
         if size * width > numbers:  # each is one side of a matrix that is as long as a state, or longer, on the other
             return f"{name} is {size}, and its {numbers} numbers are too few for that"
+    for part in config.more:
+        found = next((place for layer in layers for place in layer.terms if place.config is part), None)
+        needed = 0 if found is None else count_term(found)
+        if needed > numbers:
+            return f"{part.name} needs {needed} numbers in one place, and it has {numbers} in all"
     return None
 
 

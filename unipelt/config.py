@@ -12,7 +12,7 @@ import re
 import sys
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -28,9 +28,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be meant; the message says which field, what was seen and what is possible."""
 
 
-def _check(part: Any, *positive: str) -> None:
+def _check(part: Any, *positive: str, skip: tuple[str, ...] = ()) -> None:
     """Check every field's type, and that some are above 0; an integer may stand for a float, a list for a tuple."""
-    for name, hint in get_type_hints(type(part)).items():
+    hints = get_type_hints(type(part))
+    for name, hint in ((item.name, hints[item.name]) for item in fields(part) if item.name not in skip):
         object.__setattr__(part, name, convert(hint, getattr(part, name), name))
     for name in positive:
         if not getattr(part, name) > 0:
@@ -72,7 +73,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if choices[0] is int and isinstance(value, (range, str)):
             value = _indices(value, where)
-        if choices[0] is str and isinstance(value, str):
+        if isinstance(value, str) and (choices[0] is str or get_origin(choices[0]) is Literal):
             value = [value]
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} must be a list, not {show(value)}")
@@ -152,20 +153,169 @@ class LoRAConfig:
         _check(self, "rank", "alpha")
 
 
+Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward"]
+"""Where in a layer a term can be added.
+
+`query`, `key`, `value`: the projections. `attention`: the projection that ends the attention. `up`, `down`: the first
+and the last projection of the feed-forward network. `activation`: what `down` is given. `feed_forward`: past the
+network, from what `up` reads to what `down` gives.
+"""
+
+
 @dataclass(frozen=True)
-class GateConfig:
-    """How a gate turns one number a token into one number an example.
+class SubmoduleConfig:
+    """What every further submodule's configuration has; `unipelt.register_submodule` adds one of your own.
 
     Attributes:
-        pooling: `masked_mean` averages over the tokens that are not padding; `mean` averages over all of them, as
-            the authors' release does, so that a prediction depends on how its batch was padded. In causal layers
-            there is one number a token whatever this says: a mean would see the future.
+        gate: whether a gate scales its term.
+        places: where it is added, each a `Place`; a class gives its own default.
     """
 
-    pooling: Literal["masked_mean", "mean"] = "masked_mean"
+    gate: bool = True
+    places: tuple[Place, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
+        if not self.places or len(set(self.places)) != len(self.places):
+            raise ConfigError(f"places must name one or more of {', '.join(get_args(Place))}, none of them twice")
+
+    @property
+    def name(self) -> str:
+        """What it is called, in a configuration and in a model."""
+        return next(name for name, cls in SUBMODULES.items() if cls is type(self))
+
+
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+
+SUBMODULES: dict[str, type[SubmoduleConfig]] = {}
+"""The further submodules by name: those of `unipelt`, and those of `unipelt.register_submodule`."""
+
+
+@dataclass(frozen=True)
+class IA3Config(SubmoduleConfig):
+    """Learned factors of keys, values and inner activations: (IA)3 (Liu et al., 2022)."""
+
+    places: tuple[Place, ...] = ("key", "value", "activation")
+
+
+@dataclass(frozen=True)
+class HoulsbyConfig(SubmoduleConfig):
+    """Two bottleneck adapters a layer, behind attention and behind the feed-forward network (Houlsby et al., 2019).
+
+    Attributes:
+        bottleneck: width of each, in units.
+        activation: between its two projections.
+    """
+
+    places: tuple[Place, ...] = ("attention", "down")
+    bottleneck: int = 48
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "bottleneck")
+
+
+@dataclass(frozen=True)
+class ParallelConfig(SubmoduleConfig):
+    """A scaled bottleneck adapter beside the feed-forward network (He et al., 2022).
+
+    Attributes:
+        bottleneck: r, in units.
+        scale: s; 1 is the parallel adapter without scale.
+        activation: between its two projections.
+    """
+
+    places: tuple[Place, ...] = ("feed_forward",)
+    bottleneck: int = 512
+    scale: float = 4.0
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "bottleneck", "scale")
+
+
+@dataclass(frozen=True)
+class CompacterConfig(SubmoduleConfig):
+    """Adapters whose weights are sums of Kronecker products (Karimi Mahabadi et al., 2021).
+
+    Attributes:
+        bottleneck: width of each, in units.
+        terms: n, Kronecker products a weight; it divides the bottleneck and the width of the place. Their n left
+            factors, (n, n), are shared by all adapters of a stack.
+        rank: of the right factors.
+        activation: between an adapter's two projections.
+    """
+
+    places: tuple[Place, ...] = ("attention", "down")
+    bottleneck: int = 24
+    terms: int = 4
+    rank: int = 1
+    activation: Activation = "gelu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "bottleneck", "terms", "rank")
+        if self.bottleneck % self.terms:
+            raise ConfigError(f"terms must divide the bottleneck, {self.bottleneck}: {self.terms} does not")
+
+
+def _later(default: Any) -> Any:
+    """A field that came later: left out of what is written where it has its default, as if it were not there.
+
+    So the configurations of before, and what is named after them, are the same with it and without.
+    """
+    return field(default=default, metadata={"later": True})
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How gates are computed. The defaults are the paper's, but for padding.
+
+    Attributes:
+        pooling: of the tokens' numbers. `masked_mean` averages over the tokens that are not padding; `mean` averages
+            over all of them, as the authors' release does, so that a prediction depends on how its batch was padded;
+            `token` leaves a gate for every token (a prefix's acts on its `mass` then); `static` has no input at all,
+            one learned number a layer. In causal layers it is `token` or `static`: a mean would see the future.
+        network: from the input to the gates' logits. `linear`; `mlp`, two layers with tanh between; `recurrent`, a
+            minimal gated recurrence over the text; `transformer`, one head of attention over the text. The last two
+            give one number an example, and have no place in causal layers.
+        hidden: inner width of a network that is not linear, in units.
+        shared: whether one network at the entry of a layer's attention, the central gate of the authors' release,
+            computes all gates of the layer; else each is computed from what its submodule reads.
+        activation: `sigmoid`; `tanh`, which is between -1 and 1; `softmax` over the gates of a layer, which is for
+            shared gates.
+        temperature: what logits are divided by.
+        start: where gates begin: 0.5 under `sigmoid` and 0 under `tanh` if not given. Under `tanh` weights begin at
+            zero, so that a start of 0 is exactly the model without submodules (but for a prefix's footnote 3).
+    """
+
+    pooling: Literal["masked_mean", "mean", "token", "static"] = "masked_mean"
+    network: Literal["linear", "mlp", "recurrent", "transformer"] = _later("linear")
+    hidden: int = _later(16)
+    shared: bool = _later(False)
+    activation: Literal["sigmoid", "tanh", "softmax"] = _later("sigmoid")
+    temperature: float = _later(1.0)
+    start: float | None = _later(None)
+
+    def __post_init__(self) -> None:
+        _check(self, "hidden", "temperature")
+        if self.activation == "softmax" and not self.shared:
+            raise ConfigError("activation softmax is over the gates of a layer, so it needs shared: true")
+        least = {"sigmoid": 0, "tanh": -1, "softmax": 1}[self.activation]
+        if self.start is not None and not least < self.start < 1:
+            bounds = "nothing, since gates sum to 1" if least == 1 else f"above {least} and below 1"
+            raise ConfigError(f"start must be {bounds} under {self.activation}, not {show(self.start)}")
+        if self.pooling == "static" and (self.network != "linear" or self.shared):
+            raise ConfigError("static gates have no input, so they have no network and are not shared")
+        if self.over_text and self.pooling != "masked_mean":
+            raise ConfigError(f"a {self.network} network reads all of a text, so its pooling is masked_mean")
+
+    @property
+    def over_text(self) -> bool:
+        """Whether the network gives one number an example by itself."""
+        return self.network in ("recurrent", "transformer")
 
 
 @dataclass(frozen=True)
@@ -182,7 +332,10 @@ class UniPELTConfig:
             included), or `None` (or "all") for all. With an encoder and a decoder, they are of each.
         encoder: whether layers that look both ways carry submodules.
         decoder: whether causal layers carry submodules in their self-attention and feed-forward network.
-        cross: whether a decoder's attention to the encoder carries a prefix and LoRA.
+        cross: whether a decoder's attention to the encoder carries what has a place there: a prefix, LoRA, and terms
+            of its projections.
+        more: further submodules, at most one of a kind. In a dict or a file each is a key of its own, by its name:
+            `{"preset": "lora", "ia3": {"gate": false}}`; null leaves it out.
     """
 
     adapter: AdapterConfig | None = AdapterConfig()
@@ -196,9 +349,13 @@ class UniPELTConfig:
     encoder: bool = True
     decoder: bool = True
     cross: bool = True
+    more: tuple[SubmoduleConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self)
+        object.__setattr__(self, "more", _checked_more(self.more))
+        _check(self, skip=("more",))
+        if self.gate.activation == "tanh" and self.prefix and self.prefix.gate and self.prefix.gating == "mass":
+            raise ConfigError("gate.activation: tanh may be below 0, and a prefix's gating mass takes its logarithm")
         if self.layers is None:
             return
         if not self.layers or min(self.layers) < 0:
@@ -212,16 +369,29 @@ class UniPELTConfig:
     @property
     def has_submodules(self) -> bool:
         """Whether anything is added to the layers, as opposed to training what is there."""
-        return any(part is not None for part in (self.adapter, self.prefix, self.lora))
+        return any(part is not None for part in (self.adapter, self.prefix, self.lora, *self.more))
+
+    def part(self, name: str) -> Any:
+        """The configuration of a submodule by its name, or None where it is left out."""
+        if name in ("adapter", "prefix", "lora"):
+            return getattr(self, name)
+        return next((part for part in self.more if part.name == name), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain types that JSON holds."""
-        return dataclasses.asdict(self)
+        """All fields, as plain types that JSON holds; further submodules by their names, if there are any."""
+        values = _plain(self)
+        del values["more"]
+        return values | {part.name: _plain(part) for part in self.more}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UniPELTConfig:
         """Build from plain types; what is not named keeps its default. Raises `ConfigError`."""
-        return _build(cls, values, "")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a configuration must be a mapping, not {show(values)}")
+        given = {name: values[name] for name in values if name in SUBMODULES}
+        more = tuple(_build(SUBMODULES[name], value, name) for name, value in given.items() if value is not None)
+        built: UniPELTConfig = _build(cls, {name: values[name] for name in values if name not in given}, "")
+        return replace(built, more=more) if more else built
 
     def updated(self, changes: Mapping[str, Any]) -> UniPELTConfig:
         """This configuration with `changes` (nested, plain types) laid over it. Raises `ConfigError`.
@@ -229,6 +399,32 @@ class UniPELTConfig:
         A part that is absent (`None`) and gets a change starts from its defaults.
         """
         return UniPELTConfig.from_dict(_overlay(self.to_dict(), changes))
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """A dataclass's fields as plain types, less those that came later and have their default."""
+    values = {
+        item.name: getattr(part, item.name)
+        for item in fields(part)
+        if not (item.metadata.get("later") and getattr(part, item.name) == item.default)
+    }
+    return {name: _plain(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+
+
+def _checked_more(more: Any) -> tuple[SubmoduleConfig, ...]:
+    """Sorted by name, so that the same submodules make the same configuration."""
+    if not isinstance(more, (list, tuple)):
+        raise ConfigError(f"more must be a list of submodules' configurations, not {show(more)}")
+    for part in more:
+        if type(part) not in SUBMODULES.values():
+            raise ConfigError(
+                f"more holds configurations of submodules ({', '.join(SUBMODULES)}; unipelt.register_submodule), not "
+                f"{show(part)}"
+            )
+    names = [part.name for part in more]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"more names a submodule twice: {', '.join(sorted(names))}")
+    return tuple(sorted(more, key=lambda part: part.name))
 
 
 def _presets() -> dict[str, UniPELTConfig]:
@@ -244,11 +440,21 @@ def _presets() -> dict[str, UniPELTConfig]:
         chosen = [name for name in parts if name[0] in letters]
         presets[f"unipelt-{letters}"] = replace(nothing, **{name: parts[name] for name in chosen})
         presets[f"unipelt-{letters}-nogate"] = replace(nothing, **{name: bare[name] for name in chosen})
+    long = replace(parts["prefix"], length=30)
+    presets |= {name: replace(nothing, more=(cls(gate=False),)) for name, cls in SUBMODULES.items()}
+    presets["mam"] = replace(nothing, prefix=replace(long, gate=False), more=(ParallelConfig(gate=False),))
+    presets["unipelt-mam"] = replace(nothing, prefix=long, more=(ParallelConfig(),))
     return presets
 
 
+SUBMODULES |= {"ia3": IA3Config, "houlsby": HoulsbyConfig, "parallel": ParallelConfig, "compacter": CompacterConfig}
+
+
 PRESETS: Mapping[str, UniPELTConfig] = types.MappingProxyType(_presets())
-"""The methods of the paper by name. Single methods are ungated; every `unipelt-*` has a `-nogate` twin."""
+"""Methods by name: those of the paper, of which every `unipelt-*` has a `-nogate` twin, and further submodules.
+
+Single methods are ungated. `mam` is the mix-and-match adapter of He et al. (2022), `unipelt-mam` the same with gates.
+"""
 
 
 def resolve(config: str | Path | Mapping[str, Any] | UniPELTConfig) -> UniPELTConfig:
@@ -328,10 +534,11 @@ def _build(cls: type[Any], values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'a configuration'} must be a mapping, not {show(values)}")
     hints = get_type_hints(cls)
-    names = [field.name for field in fields(cls)]
+    names = [item.name for item in fields(cls) if item.name != "more"]
     for key in values:
         if key not in names:
-            raise ConfigError(f"unknown key {show(_join(where, str(key)))}; the keys here are {', '.join(names)}")
+            known = [*names, *SUBMODULES] if cls is UniPELTConfig else names
+            raise ConfigError(f"unknown key {show(_join(where, str(key)))}; the keys here are {', '.join(known)}")
     given = {key: convert(hints[key], value, _join(where, key)) for key, value in values.items()}
     try:
         return cls(**given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -18,15 +18,18 @@ class Attention:
     Attributes:
         path: from a layer.
         query, value: paths of the projections, from the attention; equal where one module holds both.
+        key: likewise; where it is not given, the name of `value` where that is fused, and else nothing that reads
+            keys can be added.
+        output: path of the projection that ends the attention, from the layer; where it is not given, nothing can be
+            added there.
         fused: what the module at `value` computes, if more than values. `qkv`: queries, keys and values side by side;
             `kv`: keys and values; `heads`: queries, keys and values of one head, then of the next.
-        key: path of the key projection, for an attention that does not use the interface and whose logits know
-            positions only by what it is given (`bias`, the mask). A prefix then makes its text longer.
-        bias: where `key` is given, the argument that is added to the logits besides the mask.
+        bias: for an attention that does not use the interface and whose logits know positions only by what it is
+            given: the argument that is added to them besides the mask. A prefix then makes its text longer.
         hidden: name of the argument with the states.
         mask: name of the argument with the mask.
-        query_serves_positions: the query projection is called again in a pass, on relative positions; a gated update,
-            which belongs to a text, keeps out of that.
+        query_serves_positions: the projections of queries and keys are called again in a pass, on relative positions;
+            what is gated, which belongs to a text, keeps out of that.
     """
 
     path: str
@@ -34,6 +37,7 @@ class Attention:
     value: str
     fused: Literal["", "qkv", "kv", "heads"] = ""
     key: str = ""
+    output: str = ""
     bias: str = ""
     hidden: str = "hidden_states"
     mask: str = "attention_mask"
@@ -50,6 +54,8 @@ class Stack:
         norm: path of the normalisation whose input is the feed-forward network's output plus its residual, from a
             layer (post-LN); or
         output: path of the module whose output the feed-forward network adds to its residual (pre-LN).
+        up, down: paths of the first and last projection of the feed-forward network, from a layer; `|` stands between
+            names of which a model has one. Where they are not given, nothing can be added there.
         causal: whether a token sees only those before it.
         cross: the attention to another stack's output, if there is one.
     """
@@ -58,6 +64,8 @@ class Stack:
     attention: Attention
     norm: str = ""
     output: str = ""
+    up: str = ""
+    down: str = ""
     causal: bool = False
     cross: Attention | None = None
 
@@ -131,40 +139,54 @@ DISENTANGLED = (
 
 
 def _bert_like(attention: Attention, *, norm: str = "", output: str = "") -> Family:
-    cross = Attention("crossattention.self", attention.query, attention.value)
-    return Family((Stack("encoder.layer", attention, norm, output, cross=cross),))
+    cross = replace(attention, path="crossattention.self", output="crossattention.output.dense")
+    return Family(
+        (Stack("encoder.layer", attention, norm, output, up="intermediate.dense", down="output.dense", cross=cross),)
+    )
 
 
 def _bart_like(*, norm: str = "", output: str = "") -> Family:
-    own, cross = Attention("self_attn", "q_proj", "v_proj"), Attention("encoder_attn", "q_proj", "v_proj")
-    encoder = Stack("encoder.layers", own, norm, output)
-    return Family((encoder, Stack("decoder.layers", own, norm, output, causal=True, cross=cross)))
+    own = Attention("self_attn", "q_proj", "v_proj", key="k_proj", output="self_attn.out_proj")
+    cross = replace(own, path="encoder_attn", output="encoder_attn.out_proj")
+    encoder = Stack("encoder.layers", own, norm, output, up="fc1", down="fc2")
+    return Family((encoder, replace(encoder, layers="decoder.layers", causal=True, cross=cross)))
 
 
 def _t5_like(mask: str) -> Family:
-    own = Attention("layer.0.SelfAttention", "q", "v", mask=mask)
-    cross = Attention("layer.1.EncDecAttention", "q", "v", mask=mask)
+    own = Attention("layer.0.SelfAttention", "q", "v", key="k", output="layer.0.SelfAttention.o", mask=mask)
+    cross = replace(own, path="layer.1.EncDecAttention", output="layer.1.EncDecAttention.o")
+
+    def stack(layers: str, feed_forward: str, causal: bool, cross: Attention | None) -> Stack:
+        ends = {"up": f"{feed_forward}.wi|{feed_forward}.wi_0", "down": f"{feed_forward}.wo"}
+        return Stack(layers, own, output=feed_forward, causal=causal, cross=cross, **ends)
+
     return Family(
         (
-            Stack("encoder.block", own, output="layer.1.DenseReluDense"),
-            Stack("decoder.block", own, output="layer.2.DenseReluDense", causal=True, cross=cross),
+            stack("encoder.block", "layer.1.DenseReluDense", False, None),
+            stack("decoder.block", "layer.2.DenseReluDense", True, cross),
         )
     )
 
 
-def _decoder(layers: str, attention: Attention, output: str, cross: Attention | None = None) -> Family:
-    return Family((Stack(layers, attention, output=output, causal=True, cross=cross),))
+def _decoder(
+    layers: str, attention: Attention, output: str, up: str, down: str, cross: Attention | None = None
+) -> Family:
+    return Family((Stack(layers, attention, output=output, up=up, down=down, causal=True, cross=cross),))
 
 
-_SELF = Attention("attention.self", "query", "value")
-_LLAMA = Attention("self_attn", "q_proj", "v_proj")
+def _llama_like(output: str = "mlp", *, end: str = "o_proj", up: str = "up_proj", down: str = "down_proj") -> Family:
+    attention = Attention("self_attn", "q_proj", "v_proj", key="k_proj", output=f"self_attn.{end}")
+    return _decoder("layers", attention, output, f"mlp.{up}", f"mlp.{down}")
+
+
+_SELF = Attention("attention.self", "query", "value", key="key", output="attention.output.dense")
 
 _BERT = _bert_like(_SELF, norm="output.LayerNorm")
 _BERT_PRE_LN = _bert_like(_SELF, output="output.dense")
 _BART = _bart_like(norm="final_layer_norm")
 _BART_PRE_LN = _bart_like(output="fc2")
-_LLAMA_LIKE = _decoder("layers", _LLAMA, "mlp")
-_GEMMA_LIKE = _decoder("layers", _LLAMA, "post_feedforward_layernorm")
+_LLAMA = _llama_like()
+_GEMMA = _llama_like("post_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
     # encoders
@@ -178,14 +200,24 @@ FAMILIES: dict[str, Family] = {
     "roberta-prelayernorm": _BERT_PRE_LN,
     "xlm-roberta-xl": _BERT_PRE_LN,
     "distilbert": Family(
-        (Stack("transformer.layer", Attention("attention", "q_lin", "v_lin"), norm="output_layer_norm"),)
+        (
+            Stack(
+                "transformer.layer",
+                Attention("attention", "q_lin", "v_lin", key="k_lin", output="attention.out_lin"),
+                norm="output_layer_norm",
+                up="ffn.lin1",
+                down="ffn.lin2",
+            ),
+        )
     ),
     "albert": Family(
         (
             Stack(
                 "encoder.albert_layer_groups.*.albert_layers",
-                Attention("attention", "query", "value"),
+                Attention("attention", "query", "value", key="key", output="attention.dense"),
                 norm="full_layer_layer_norm",
+                up="ffn",
+                down="ffn_output",
             ),
         )
     ),
@@ -193,8 +225,10 @@ FAMILIES: dict[str, Family] = {
         (
             Stack(
                 "encoder.layer",
-                Attention("attention.attn", "q", "v", key="k", bias="position_bias"),
+                Attention("attention.attn", "q", "v", key="k", output="attention.attn.o", bias="position_bias"),
                 norm="output.LayerNorm",
+                up="intermediate.dense",
+                down="output.dense",
             ),
         )
     ),
@@ -202,8 +236,10 @@ FAMILIES: dict[str, Family] = {
         (
             Stack(
                 "encoder.layer",
-                Attention("attention.self", "in_proj", "in_proj", fused="heads"),
+                Attention("attention.self", "in_proj", "in_proj", fused="heads", output="attention.output.dense"),
                 norm="output.LayerNorm",
+                up="intermediate.dense",
+                down="output.dense",
             ),
         ),
         {"prefix": DISENTANGLED},
@@ -212,13 +248,32 @@ FAMILIES: dict[str, Family] = {
         (
             Stack(
                 "encoder.layer",
-                Attention("attention.self", "query_proj", "value_proj", query_serves_positions=True),
+                Attention(
+                    "attention.self",
+                    "query_proj",
+                    "value_proj",
+                    key="key_proj",
+                    output="attention.output.dense",
+                    query_serves_positions=True,
+                ),
                 norm="output.LayerNorm",
+                up="intermediate.dense",
+                down="output.dense",
             ),
         ),
         {"prefix": DISENTANGLED},
     ),
-    "modernbert": Family((Stack("layers", Attention("attn", "Wqkv", "Wqkv", fused="qkv"), output="mlp"),)),
+    "modernbert": Family(
+        (
+            Stack(
+                "layers",
+                Attention("attn", "Wqkv", "Wqkv", fused="qkv", output="attn.Wo"),
+                output="mlp",
+                up="mlp.Wi",
+                down="mlp.Wo",
+            ),
+        )
+    ),
     # encoder and decoder
     "bart": _BART,
     "marian": _BART,
@@ -233,41 +288,76 @@ FAMILIES: dict[str, Family] = {
     # decoders
     "gpt2": _decoder(
         "h",
-        Attention("attn", "c_attn", "c_attn", fused="qkv"),
+        Attention("attn", "c_attn", "c_attn", fused="qkv", output="attn.c_proj"),
         "mlp",
-        cross=Attention("crossattention", "q_attn", "c_attn", fused="kv", mask="encoder_attention_mask"),
-    ),
-    "gpt_neox": _decoder("layers", Attention("attention", "query_key_value", "query_key_value", fused="heads"), "mlp"),
-    "gptj": Family(
-        (Stack("h", Attention("attn", "q_proj", "v_proj"), output="mlp", causal=True),), {"prefix": OWN_ATTENTION}
-    ),
-    "bloom": Family(
-        (
-            Stack(
-                "h",
-                Attention("self_attention", "query_key_value", "query_key_value", fused="heads"),
-                output="mlp.dense_4h_to_h",
-                causal=True,
-            ),
+        "mlp.c_fc",
+        "mlp.c_proj",
+        cross=Attention(
+            "crossattention",
+            "q_attn",
+            "c_attn",
+            fused="kv",
+            output="crossattention.c_proj",
+            mask="encoder_attention_mask",
         ),
-        {"prefix": OWN_ATTENTION},
     ),
-    "opt": _decoder("decoder.layers", _LLAMA, "fc2"),
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "gemma": _LLAMA_LIKE,
-    "gemma2": _GEMMA_LIKE,
-    "gemma3_text": _GEMMA_LIKE,
-    "olmo2": _GEMMA_LIKE,
-    "phi": _LLAMA_LIKE,
-    "phi3": _decoder("layers", Attention("self_attn", "qkv_proj", "qkv_proj", fused="qkv"), "mlp"),
-    "starcoder2": _LLAMA_LIKE,
-    "stablelm": _LLAMA_LIKE,
-    "granite": _LLAMA_LIKE,
-    "cohere": _LLAMA_LIKE,
-    "smollm3": _LLAMA_LIKE,
-    "nemotron": _LLAMA_LIKE,
+    "gpt_neox": _decoder(
+        "layers",
+        Attention("attention", "query_key_value", "query_key_value", fused="heads", output="attention.dense"),
+        "mlp",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+    ),
+    "gptj": replace(
+        _decoder(
+            "h",
+            Attention("attn", "q_proj", "v_proj", key="k_proj", output="attn.out_proj"),
+            "mlp",
+            "mlp.fc_in",
+            "mlp.fc_out",
+        ),
+        refused={"prefix": OWN_ATTENTION},
+    ),
+    "bloom": replace(
+        _decoder(
+            "h",
+            Attention(
+                "self_attention", "query_key_value", "query_key_value", fused="heads", output="self_attention.dense"
+            ),
+            "mlp.dense_4h_to_h",
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+        ),
+        refused={"prefix": OWN_ATTENTION},
+    ),
+    "opt": _decoder(
+        "decoder.layers",
+        Attention("self_attn", "q_proj", "v_proj", key="k_proj", output="self_attn.out_proj"),
+        "fc2",
+        "fc1",
+        "fc2",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": _GEMMA,
+    "phi": _llama_like(end="dense", up="fc1", down="fc2"),
+    "phi3": _decoder(
+        "layers",
+        Attention("self_attn", "qkv_proj", "qkv_proj", fused="qkv", output="self_attn.o_proj"),
+        "mlp",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    ),
+    "starcoder2": _llama_like(up="c_fc", down="c_proj"),
+    "stablelm": _LLAMA,
+    "granite": _LLAMA,
+    "cohere": _LLAMA,
+    "smollm3": _LLAMA,
+    "nemotron": _LLAMA,
 }
 """By `config.model_type`."""

@@ -36,6 +36,7 @@ from unipelt.parameters import (
 from unipelt.plain import show
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
 from unipelt.spread import FoldError, GatePlace, find_gates, measure_gates
+from unipelt.term import Term
 
 Outcome = Literal["merged", "constant", "dropped", "kept"]
 Constants = Mapping[str, Mapping[str, float | None]]
@@ -159,6 +160,7 @@ def fold(
     _check_arguments(tolerance, closed)
     if injection.folded is not None:
         raise FoldError("this model is folded already; to fold it otherwise, start from the model before folding")
+    _check_gates(injection)
     gates = find_gates(model)
     if not gates and not any(isinstance(module, (LoRA, PrefixNetwork)) for module in model.modules()):
         raise FoldError(f"this {type(model).__name__} has nothing to fold: no gate, no LoRA, no prefix network")
@@ -190,6 +192,7 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
         FoldError: a gate is not there, a constant is not above 0 and at most 1, or as `fold`. The model is as it was.
     """
     injection = injection_of(model)
+    _check_gates(injection)
     gates = find_gates(model)
     settled = _settle(model, gates, constants)
     _check_weights(model, settled)
@@ -223,6 +226,13 @@ def _check_arguments(tolerance: float, closed: float) -> None:
             raise FoldError(f"{name} must be a number, 0 or above{bound}, not {value!r}")
 
 
+def _check_gates(injection: Injection) -> None:
+    """Raise `FoldError` for gates of which a constant says nothing."""
+    gate = injection.config.gate
+    if gate.shared or gate.activation != "sigmoid":
+        raise FoldError("shared gates, and gates that are not between 0 and 1, are not folded")
+
+
 @contextmanager
 def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
     """What is folded is computed in its own precision, whatever the caller evaluates in."""
@@ -236,7 +246,7 @@ def _constant(
     gate: GatePlace, mean: float, std: float, tolerance: float, closed: float
 ) -> float | Literal["kept"] | None:
     """What a gate becomes: a constant, None (its submodule is dropped), or that it is kept."""
-    if std > tolerance:
+    if std > tolerance or isinstance(gate.target, Term):
         return "kept"
     if (mean < closed or mean == 0) and not _takes_attention(gate.target):
         return None
@@ -272,6 +282,8 @@ def _settle(model: nn.Module, gates: list[GatePlace], constants: Constants) -> d
             if (path, name) not in known:
                 raise FoldError(f"the model has no gate {show(name)} at {show(path)}")
             target = known[path, name]
+            if isinstance(target, Term):
+                raise FoldError(f"{name!r} at {path!r}: only adapters, prefixes and LoRA are folded")
             if constant is None and _takes_attention(target):
                 raise FoldError(f"{name!r} at {path!r}: a prefix under scale gating takes attention and is not dropped")
             if constant is not None and not 0 < constant <= 1:
@@ -394,7 +406,9 @@ def _shrink_gates(
         return
     left: Gates = attention.gates
     left.names = tuple(left.names[row] for row in rows)
-    left.weight, left.bias = nn.Parameter(left.weight[rows]), nn.Parameter(left.bias[rows])
+    left.bias = nn.Parameter(left.bias[rows])
+    if left.has_input:
+        left.weight = nn.Parameter(left.weight[rows])
 
 
 def _fold_host(host: Any, settled: Mapping[nn.Module, float | None]) -> None:
@@ -445,13 +459,12 @@ def _drop_prefix(attention: Any) -> None:
 
 def _tidy_sites(model: nn.Module) -> None:
     """Let attentions do no more than what is left to do."""
-    wanted = {id(module.tokens) for module in model.modules() if isinstance(module, Adapter) and module.tokens}
+    wanted = {id(module.tokens) for module in model.modules() if isinstance(module, (Adapter, Term))}
     for attention, site in _sites(model):
-        if id(site.tokens) not in wanted:
-            site.tokens = None
-        has_gates = attention.gates is not None
-        site.masked = site.masked and (has_gates or site.tokens is not None)
-        if has_gates or site.masked or site.inserts:
+        site.tokens = tuple(slot for slot in site.tokens if id(slot) in wanted)
+        left = bool(attention.gates is not None or site.tokens or site.inside)
+        site.masked = site.masked and left
+        if left or site.inserts:
             continue
         drop_hooks(attention, (enter_attention,))
         if not hasattr(attention, "prefix"):

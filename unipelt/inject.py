@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,18 @@ from unipelt.parameters import (
     set_trainable,
     submodule_parameters,
 )
-from unipelt.places import AttentionPlace, InjectionError, LayerPlaces, StackPlaces, find_stacks
+from unipelt.places import (
+    IN_ATTENTION,
+    AttentionPlace,
+    InjectionError,
+    LayerPlaces,
+    StackPlaces,
+    TermPlace,
+    find_stacks,
+)
 from unipelt.plain import show
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
+from unipelt.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, hand_on
 
 
 def inject(
@@ -164,12 +173,18 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
                 first.inputs, widths.pop(), len(attentions), config.prefix, first.module.weight
             )
             setattr(owner, source, networks[source])
+    shared = {part.name: Shared(part.name) for part in config.more}
     if networks:
         owner.register_forward_pre_hook(enter_stack)
         owner.register_forward_hook(leave_stack, always_call=True)
     for layer in layers:
         masked = config.gate.pooling == "masked_mean" and not found.causal
-        tokens = Slot() if masked and layer.adapted is not None and config.adapter and config.adapter.gate else None
+        adapted = layer.adapted is not None and config.adapter is not None and config.adapter.gate
+        tokens = Slot() if masked and adapted and not config.gate.shared else None
+        terms = [(spot, _make_term(spot, config, found, shared)) for spot in layer.terms]
+        for spot, term in terms:
+            _add_term(spot, term)
+        central = _central(layer, found, config, terms) if config.gate.shared and layer.attention is not None else {}
         for attention, source, label in (
             (layer.attention, NETWORKS[0], found.label),
             (layer.cross, NETWORKS[1], found.cross_label),
@@ -183,15 +198,49 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
                     partial(Prefix, place, source, network=networks.get(source)),
                     causal=found.causal,
                     masked=masked,
-                    tokens=tokens if attention is layer.attention else None,
+                    tokens=_slots(tokens, *(term.tokens for spot, term in terms if spot.place not in IN_ATTENTION))
+                    if attention is layer.attention
+                    else (),
+                    others=central if attention is layer.attention else {},
+                    inside=_slots(*(term.tokens for spot, term in terms if spot.place in IN_ATTENTION))
+                    if attention is layer.attention
+                    else (),
                     crosses=attention is layer.cross,
                 )
         if layer.adapted is not None and config.adapter is not None:
-            _add_adapter(layer, found, config, tokens)
+            _add_adapter(layer, found, config, tokens, central.get(f"{found.label}adapter", (None, False))[0])
+        if any(part.gate and {"up", "down", "activation", "feed_forward"} & {*part.places} for part in config.more):
+            _keep_whole(layer)
+    for name, common in shared.items():
+        if common.has_parameters():
+            if hasattr(owner, f"{name}_shared"):
+                raise InjectionError(f"{type(owner).__name__} has an attribute '{name}_shared' of its own")
+            setattr(owner, f"{name}_shared", common)
     for module in owner.modules():
-        if isinstance(module, (Adapter, Gates, LoRA, Prefix, PrefixNetwork)):
+        if isinstance(module, OURS):
             module.train(model.training)
     _watch_checkpointing(owner, next(iter(layers)).module)
+
+
+def _central(
+    layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, terms: Sequence[tuple[TermPlace, Term]]
+) -> dict[str, tuple[Slot, bool]]:
+    """What takes the gates of a layer's central network to submodules that have none of their own, by their names.
+
+    With each, whether its submodule is inside the attention.
+    """
+    slots = {}
+    if layer.adapted is not None and config.adapter is not None and config.adapter.gate:
+        slots[f"{found.label}adapter"] = (Slot(), False)
+    for spot, term in terms:
+        if spot.config.gate and not spot.in_cross:
+            term.gate = Slot()
+            slots[f"{found.label}{spot.name}"] = (term.gate, spot.place in IN_ATTENTION)
+    return slots
+
+
+def _slots(*slots: Slot | None) -> tuple[Slot, ...]:
+    return tuple(slot for slot in slots if slot is not None)
 
 
 def _add_to_attention(
@@ -202,13 +251,21 @@ def _add_to_attention(
     *,
     causal: bool,
     masked: bool,
-    tokens: Slot | None,
+    tokens: tuple[Slot, ...],
+    others: Mapping[str, tuple[Slot, bool]],
+    inside: tuple[Slot, ...],
     crosses: bool,
 ) -> None:
     attention, like = place.module, place.value.module.weight
     gated: dict[str, tuple[str, ...]] = {}  # gate -> path to what it scales
     if config.prefix is not None:
-        attention.prefix = make_prefix(width=place.value.rows.count, config=config.prefix, like=like, causal=causal)
+        by_query = causal or config.gate.pooling == "token"
+        attention.prefix = make_prefix(width=place.value.rows.count, config=config.prefix, like=like, by_query=by_query)
+        if config.prefix.gate and config.gate.activation == "tanh" and attention.prefix.gating == "mass":
+            raise InjectionError(
+                "a gate for every token acts on the prefix's mass by its logarithm, and tanh may be below 0; take "
+                "activation sigmoid"
+            )
         if config.prefix.gate:
             gated[f"{label}prefix"] = ("prefix",)
     if config.lora is not None:
@@ -225,7 +282,7 @@ def _add_to_attention(
             if not any(hasattr(leaf, other) for other in NAMES):
                 leaf.register_forward_hook(add_low_rank)
             setattr(leaf, name, term)
-    if not gated and tokens is None and config.prefix is None:
+    if not (gated or others or tokens or inside or config.prefix):
         return
     signature = inspect.signature(attention.forward).parameters
 
@@ -237,13 +294,16 @@ def _add_to_attention(
         raise InjectionError(f"the forward of {type(attention).__name__} has no argument {name!r}")
 
     inserts = (Slot(), Slot()) if place.key is not None and config.prefix is not None else ()
-    attention.gates = Gates(place.query.inputs, tuple(gated), config.gate, like, causal=causal) if gated else None
+    names = (*gated, *others)
+    attention.gates = Gates(place.query.inputs, names, config.gate, like, causal=causal) if names else None
     attention.unipelt_site = Site(
         targets=tuple(gated.values()),
         hidden=argument(place.described.hidden),
         mask=argument(place.described.mask),
-        masked=masked and (bool(gated) or tokens is not None),
+        masked=masked and bool(names or tokens or inside),
+        others=tuple(others.values()),
         tokens=tokens,
+        inside=inside,
         config=redirect(attention) if config.prefix is not None and not inserts else None,
         bias=argument(place.described.bias) if inserts else None,
         inserts=inserts,
@@ -256,19 +316,80 @@ def _add_to_attention(
     attention.register_forward_pre_hook(enter_attention, with_kwargs=True)
 
 
-def _add_adapter(layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, tokens: Slot | None) -> None:
+def _add_adapter(
+    layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, tokens: Slot | None, central: Slot | None
+) -> None:
     assert config.adapter is not None
     assert layer.attention is not None
     hidden, like = layer.attention.query.inputs, layer.attention.value.module.weight
     gates = None
-    if config.adapter.gate:
+    if config.adapter.gate and central is None:
         gates = Gates(hidden, (f"{found.label}adapter",), config.gate, like, causal=found.causal)
-        if getattr(layer.module, "chunk_size_feed_forward", None):
-            # a gate averages over all of a text, so its feed-forward block is not cut; that changes no other number
-            layer.module.unipelt_chunk_size = layer.module.chunk_size_feed_forward
-            layer.module.chunk_size_feed_forward = 0
+        _keep_whole(layer)
     layer.adapted.adapter = Adapter(hidden, config.adapter, like, gates, tokens)
+    layer.adapted.adapter.gate = central
     layer.adapted.register_forward_hook(adapt_norm if found.stack.norm else adapt_output)
+
+
+def _keep_whole(layer: LayerPlaces) -> None:
+    """A gate averages over all of a text, so its feed-forward block is not cut; that changes no other number."""
+    if getattr(layer.module, "chunk_size_feed_forward", None):
+        layer.module.unipelt_chunk_size = layer.module.chunk_size_feed_forward
+        layer.module.chunk_size_feed_forward = 0
+
+
+def count_term(place: TermPlace) -> int:
+    """How many parameters a term has there, found without memory for them."""
+    weight = place.projection.module.weight
+    spot = Spot(
+        place.place,
+        place.inputs,
+        place.projection.rows.count,
+        torch.empty(weight.shape, dtype=weight.dtype, device="meta"),
+        Shared(place.config.name),
+    )
+    return sum(parameter.numel() for parameter in MODULES[type(place.config)](place.config, spot).parameters())
+
+
+def _make_term(place: TermPlace, config: UniPELTConfig, found: StackPlaces, shared: Mapping[str, Shared]) -> Term:
+    part, weight, rows = place.config, place.projection.module.weight, place.projection.rows
+    spot = Spot(place.place, place.inputs, rows.count, weight.detach(), shared[part.name])
+    gates = None
+    if part.gate and (place.in_cross or not config.gate.shared):
+        label = found.cross_label if place.in_cross else found.label
+        causal = found.causal or place.crosses
+        gates = Gates(place.inputs, (f"{label}{place.name}",), config.gate, weight, causal=causal)
+    term = Term(
+        part.name,
+        MODULES[type(part)](part, spot),
+        rows,
+        gates,
+        tokens=Slot() if gates is not None and gates.pooling in ("masked_mean", "mean", "text") else None,
+        source=None if place.reader is None else Slot(),
+    )
+    term.crosses = place.crosses
+    term.skips_ungated_calls = place.serves_positions
+    return term
+
+
+def _add_term(place: TermPlace, term: Term) -> None:
+    """Put a term into its host: hosts hold the names of their terms, and the slots of those who read what they read."""
+    host = place.projection.module
+    names, hook = ("unipelt_inputs", add_to_input) if place.place == "activation" else ("unipelt_terms", add_terms)
+    if names not in vars(host):
+        setattr(host, names, ())
+        if hook is add_terms:
+            host.register_forward_hook(add_terms)
+        else:
+            host.register_forward_pre_hook(add_to_input)
+    setattr(host, names, (*getattr(host, names), place.name))
+    setattr(host, place.name, term)
+    if place.reader is not None:
+        assert term.source is not None
+        if "unipelt_readers" not in vars(place.reader):
+            place.reader.unipelt_readers = ()
+            place.reader.register_forward_pre_hook(hand_on)
+        place.reader.unipelt_readers = (*place.reader.unipelt_readers, term.source)
 
 
 def _watch_checkpointing(owner: Any, layer: nn.Module) -> None:
@@ -336,25 +457,26 @@ HOOKS = (
     leave_attention,
     adapt_norm,
     adapt_output,
+    add_terms,
+    add_to_input,
+    hand_on,
     enter_stack,
     leave_stack,
     refuse_training,
     _wake_input,
 )
-OURS = ("adapter", "gates", "prefix", *NAMES, *NETWORKS)
-"""Attributes of host modules that hold modules of ours; those named here but of other types are the host's."""
+OURS = (Adapter, Gates, LoRA, Prefix, PrefixNetwork, Shared, Term)
 
 
 def _strip(model: nn.Module) -> None:
     """Undo `_add` wherever it got to; the parameters' values and flags are the caller's."""
     module: Any
     for module in list(model.modules()):
-        if isinstance(module, (Adapter, Gates, LoRA, Prefix, PrefixNetwork)):
+        if isinstance(module, OURS):
             continue
         drop_hooks(module, HOOKS)
-        for name in OURS:
-            if isinstance(getattr(module, name, None), (Adapter, Gates, LoRA, Prefix, PrefixNetwork)):
-                delattr(module, name)
+        for name in [name for name, child in module._modules.items() if isinstance(child, OURS)]:
+            delattr(module, name)
         site: Site | None = module.__dict__.pop("unipelt_site", None)
         if site is not None:
             if site.config is not None:
@@ -362,7 +484,7 @@ def _strip(model: nn.Module) -> None:
             for name in ("gates", "prefix"):
                 if hasattr(module, name):
                     delattr(module, name)
-        for name in ("unipelt_rows", "unipelt_layer"):
+        for name in ("unipelt_rows", "unipelt_layer", "unipelt_terms", "unipelt_inputs", "unipelt_readers"):
             module.__dict__.pop(name, None)
         if "unipelt_chunk_size" in module.__dict__:
             module.chunk_size_feed_forward = module.__dict__.pop("unipelt_chunk_size")
@@ -379,14 +501,21 @@ def _check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[St
     layers = [layer for stack in stacks for layer in stack.layers.values()]
     own = sum(layer.attention is not None for layer in layers)
     cross = sum(layer.cross is not None for layer in layers)
+    terms = [place for layer in layers for place in layer.terms]
     lora_gate = bool(config.lora and config.lora.gate)
     attention_gates = bool(config.prefix and config.prefix.gate) or lora_gate
     adapter_gate = bool(config.adapter and config.adapter.gate)
+    own_gates = attention_gates + adapter_gate
+    gated = [place for place in terms if place.config.gate]
+    if config.gate.shared:
+        own_gates = bool(own_gates or any(not place.in_cross for place in gated))
+        gated = [place for place in gated if place.in_cross]
     expected = {
         Adapter: own * bool(config.adapter),
         LoRA: 2 * (own + cross) * bool(config.lora),
         Prefix: (own + cross) * bool(config.prefix),
-        Gates: own * (attention_gates + adapter_gate) + cross * (attention_gates + lora_gate),
+        Term: len(terms),
+        Gates: own * own_gates + cross * (attention_gates + lora_gate) + len(gated),
     }
     for kind, count in expected.items():
         if found[kind] != count:

@@ -20,6 +20,7 @@ from unipelt.families import FAMILIES
 from unipelt.gate import Gates
 from unipelt.lora import LoRA
 from unipelt.prefix import Prefix, PrefixNetwork
+from unipelt.term import Shared, Term
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,10 @@ class ParameterCounts:
         deployed: what of it remains after training: the reparameterisation network becomes plain prefixes.
         head: what trains of the head, parts of the base that its checkpoint did not hold included.
         base: the pretrained model, without head and without submodules.
-        submodules: trained, by submodule (`adapter`, `prefix`, `lora`, `bitfit`, `base`), gates apart.
+        submodules: trained, by submodule (`adapter`, `prefix`, `lora`, …, `bitfit`, `base`), gates apart.
         deployed_submodules: the same, after training.
-        gates: by gate (`adapter`, `prefix`, `lora_query`, `lora_value`), over all layers.
+        gates: by gate (`adapter`, `prefix`, `lora_query`, `lora_value`, …), over all layers; `network` is of those in
+            front of gates.
     """
 
     trained: int
@@ -124,10 +126,11 @@ _KINDS: dict[type[nn.Module], str] = {
 
 
 def submodule_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Every parameter that injection added: (kind, name, parameter), kind one of adapter, prefix, lora, gate."""
+    """Every parameter that injection added: (kind, name, parameter); kind is a submodule's name, or `gate`."""
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
-        kind = next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), None)
+        kind = module.name if isinstance(module, (Shared, Term)) else None
+        kind = kind or next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), None)
         if kind is not None:
             for name, parameter in module.named_parameters():
                 if not name.startswith("gates."):  # gates are modules of their own
@@ -247,7 +250,10 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
             deployed[kind] += parameter.numel()
     for module in model.modules():
         if isinstance(module, Gates):
-            gates.update(dict.fromkeys(module.names, module.weight.shape[1] + 1))
+            row = module.weight.shape[1] + 1 if module.has_input else 1
+            gates.update(dict.fromkeys(module.names, row))
+            if module.network is not None:
+                gates["network"] += sum(parameter.numel() for parameter in module.network.parameters())
         elif isinstance(module, PrefixNetwork):
             network = sum(parameter.numel() for parameter in module.parameters())
             deployed["prefix"] += 2 * module.layers * module.embedding.shape[0] * module.width - network

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unipelt.attention import check_back_end, uses_interface
-from unipelt.config import UniPELTConfig
+from unipelt.config import SubmoduleConfig, UniPELTConfig
 from unipelt.families import FAMILIES, Attention, Stack, describe_unknown
 from unipelt.lora import NAMES, Rows
 
@@ -29,6 +29,36 @@ class Projection:
     path: str
     inputs: int
     rows: Rows
+
+
+@dataclass(frozen=True)
+class TermPlace:
+    """Where a further submodule adds a term.
+
+    Attributes:
+        config: of the submodule.
+        place: its name.
+        projection: whose output the term is added to; at `activation`, whose input.
+        inputs: width of what the term reads.
+        reader: where that is what another projection reads, that projection; else None.
+        crosses: whether it reads the other stack's output in an attention whose own input says nothing about it.
+        in_cross: whether it is in a decoder's attention to the encoder.
+        serves_positions: whether the projection is also called on relative positions.
+    """
+
+    config: SubmoduleConfig
+    place: str
+    projection: Projection
+    inputs: int
+    reader: Any = None
+    crosses: bool = False
+    in_cross: bool = False
+    serves_positions: bool = False
+
+    @property
+    def name(self) -> str:
+        """The attribute of the projection that holds the term; with a prefix, the name of its gate."""
+        return f"{self.config.name}_{self.place}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +83,7 @@ class LayerPlaces:
     attention: AttentionPlace | None
     cross: AttentionPlace | None
     adapted: Any
+    terms: tuple[TermPlace, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +106,8 @@ class StackPlaces:
 
 
 _NAMED = {"adapter": "an adapter", "prefix": "a prefix", "lora": "LoRA"}
+IN_ATTENTION = ("query", "key", "value", "attention")
+"""Places of terms that an attention, one to an encoder too, has."""
 
 
 def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlaces]:
@@ -84,13 +117,15 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlac
         raise InjectionError(describe_unknown(kind))
     family = FAMILIES[kind]
     for name, reason in family.refused.items():
-        if getattr(config, name) is not None:
-            raise InjectionError(f"{kind!r} models cannot take {_NAMED[name]}: {reason}")
+        if config.part(name) is not None:
+            raise InjectionError(f"{kind!r} models cannot take {_NAMED.get(name, name)}: {reason}")
     if config.prefix is not None:
         check_back_end(model.config._attn_implementation)
     # a model may be a part of its architecture: T5's encoder, BART's decoder
     stacks = [(stack, list(layers_at(model.base_model, stack.layers))) for stack in family.stacks]
-    crossing = config.cross and (config.prefix is not None or config.lora is not None)  # there is no adapter there
+    # there is no adapter in cross-attention
+    in_attention = any(place in IN_ATTENTION for part in config.more for place in part.places)
+    crossing = config.cross and (config.prefix is not None or config.lora is not None or in_attention)
     present = [(stack, layers) for stack, layers in stacks if layers]
     if not present:
         raise _built_otherwise(model, f"it has no layers at {family.stacks[0].layers!r}")
@@ -106,7 +141,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlac
             continue
         if cross and not causal and any(stack.cross and _has(layer, stack.cross.path) for layer in layers):
             raise InjectionError(
-                "a stack that looks both ways cannot take a prefix or LoRA in cross-attention; say cross=False"
+                "a stack that looks both ways cannot take submodules in cross-attention; say cross=False"
             )
         indices = range(len(layers)) if config.layers is None else config.layers
         if outside := [index for index in indices if index >= len(layers)]:
@@ -165,7 +200,76 @@ def _find_layer(
         )
     if hasattr(adapted, "adapter"):
         raise InjectionError(f"{type(adapted).__name__} has an attribute 'adapter' of its own")
-    return LayerPlaces(layer, attention, crossing, adapted)
+    terms = [
+        *(_find_terms(layer, stack, stack.attention, model, config) if own else ()),
+        *(_find_terms(layer, stack, stack.cross, model, config, in_cross=True) if crossing and stack.cross else ()),
+    ]
+    return LayerPlaces(layer, attention, crossing, adapted, tuple(terms))
+
+
+def _find_terms(
+    layer: nn.Module,
+    stack: Stack,
+    described: Attention,
+    model: PreTrainedModel,
+    config: UniPELTConfig,
+    in_cross: bool = False,
+) -> Iterator[TermPlace]:
+    """The places of further submodules in one attention of a layer and, but for cross-attention, behind it."""
+    for part in config.more:
+        for place in part.places:
+            if place in IN_ATTENTION:
+                found = _find_in_attention(layer, described, place, model)
+                crosses = in_cross and place in ("key", "value")
+                positions = described.query_serves_positions and place in ("query", "key")
+                term = TermPlace(
+                    part, place, found, found.inputs, crosses=crosses, in_cross=in_cross, serves_positions=positions
+                )
+            elif in_cross:
+                continue
+            else:
+                term = _find_in_feed_forward(layer, stack, part, place)
+            if hasattr(term.projection.module, term.name):
+                raise InjectionError(
+                    f"{term.projection.path} has an attribute {term.name!r} of its own, which a submodule would replace"
+                )
+            yield term
+
+
+def _find_in_attention(layer: nn.Module, described: Attention, place: str, model: PreTrainedModel) -> Projection:
+    if place == "attention":
+        return _projection(layer, _told(described.output, "output", "projection that ends the attention"))
+    attention = layer.get_submodule(described.path)
+    path = {"query": described.query, "value": described.value, "key": described.key}[place]
+    if place == "key" and not path and described.fused:
+        path = described.value
+    found = _projection(attention, _told(path, "key", "projection of keys"))
+    return replace(found, rows=_rows(described, place, found.rows.count, model))
+
+
+def _find_in_feed_forward(layer: nn.Module, stack: Stack, part: SubmoduleConfig, place: str) -> TermPlace:
+    told = "projection of the feed-forward network"
+    up = _projection(layer, _alternative(layer, _told(stack.up, "up", f"first {told}")))
+    down = _projection(layer, _alternative(layer, _told(stack.down, "down", f"last {told}")))
+    if place == "up":
+        return TermPlace(part, place, up, up.inputs)
+    if place == "activation":
+        return TermPlace(part, place, replace(down, rows=Rows(1, 0, down.inputs)), down.inputs)
+    if place == "feed_forward":
+        return TermPlace(part, place, down, up.inputs, reader=up.module)
+    return TermPlace(part, place, down, down.inputs)
+
+
+def _told(path: str, name: str, what: str) -> str:
+    if not path:
+        raise InjectionError(f"the description of this architecture does not say where its {what} is: give it {name!r}")
+    return path
+
+
+def _alternative(layer: nn.Module, paths: str) -> str:
+    """The first of several paths that is there; the last, if none is."""
+    *others, last = paths.split("|")
+    return next((path for path in others if _has(layer, path)), last)
 
 
 def _find_attention(
@@ -174,7 +278,7 @@ def _find_attention(
     attention = layer.get_submodule(described.path)
     if taken := [name for name in ("gates", "prefix", "unipelt_site") if hasattr(attention, name)]:
         raise InjectionError(f"{type(attention).__name__} has an attribute {taken[0]!r} of its own")
-    if config.prefix is not None and not described.key and not uses_interface(attention):
+    if config.prefix is not None and not described.bias and not uses_interface(attention):
         raise InjectionError(
             f"a prefix cannot enter {type(attention).__name__}: in transformers {transformers.__version__} it does not "
             "go through the attention interface (ALL_ATTENTION_FUNCTIONS, by the name in its own config)"
@@ -182,39 +286,46 @@ def _find_attention(
     return AttentionPlace(
         attention,
         described,
-        _find_projection(attention, described, True, model),
-        _find_projection(attention, described, False, model),
-        attention.get_submodule(described.key) if described.key else None,
+        _find_projection(attention, described, "query", model),
+        _find_projection(attention, described, "value", model),
+        attention.get_submodule(described.key) if described.bias else None,
     )
 
 
-def _find_projection(attention: Any, described: Attention, is_query: bool, model: PreTrainedModel) -> Projection:
-    path = described.query if is_query else described.value
-    leaf: Any = attention.get_submodule(path)
+def _find_projection(attention: Any, described: Attention, place: str, model: PreTrainedModel) -> Projection:
+    found = _projection(attention, described.query if place == "query" else described.value)
+    if taken := [name for name in (*NAMES, "unipelt_rows") if hasattr(found.module, name)]:
+        raise InjectionError(f"{found.path} has an attribute {taken[0]!r} of its own")
+    return replace(found, rows=_rows(described, place, found.rows.count, model))
+
+
+def _projection(owner: nn.Module, path: str) -> Projection:
+    """A module of the host's with all its outputs. Raises `InjectionError` if it is no projection."""
+    leaf: Any = owner.get_submodule(path)
     if isinstance(leaf, nn.Linear):
-        inputs, outputs = leaf.in_features, leaf.out_features
-    elif isinstance(leaf, Conv1D):
-        inputs, outputs = leaf.nx, leaf.nf
-    else:
-        raise InjectionError(f"{path} is a {type(leaf).__name__}; submodules attach to a Linear or Conv1D")
-    if taken := [name for name in (*NAMES, "unipelt_rows") if hasattr(leaf, name)]:
-        raise InjectionError(f"{path} has an attribute {taken[0]!r} of its own")
-    return Projection(leaf, path, inputs, _rows(described, is_query, outputs, model))
+        return Projection(leaf, path, leaf.in_features, Rows(1, 0, leaf.out_features))
+    if isinstance(leaf, Conv1D):
+        return Projection(leaf, path, leaf.nx, Rows(1, 0, leaf.nf))
+    raise InjectionError(f"{path} is a {type(leaf).__name__}; submodules attach to a Linear or Conv1D")
 
 
-def _rows(described: Attention, is_query: bool, outputs: int, model: PreTrainedModel) -> Rows:
-    """Which outputs of a module are the query's, or the value's."""
-    if not described.fused or (is_query and described.query != described.value):
+def _rows(described: Attention, place: str, outputs: int, model: PreTrainedModel) -> Rows:
+    """Which outputs of a module are the queries, the keys or the values."""
+    path = {"query": described.query, "value": described.value, "key": described.key or described.value}[place]
+    if not described.fused or path != described.value:
         return Rows(1, 0, outputs)
     heads = model.config.num_attention_heads
     of_keys = getattr(model.config, "num_key_value_heads", None) or heads
+    order = ("query", "key", "value").index(place)
     if described.fused == "heads":
         size = outputs // (3 * heads)
-        return Rows(heads, 0 if is_query else 2 * size, size)
+        return Rows(heads, order * size, size)
     # side by side: as many heads of queries (if they are there at all), of keys and of values as the model has
     before = heads if described.fused == "qkv" else 0
     size = outputs // (before + 2 * of_keys)
-    return Rows(1, 0, heads * size) if is_query else Rows(1, (before + of_keys) * size, of_keys * size)
+    if place == "query":
+        return Rows(1, 0, heads * size)
+    return Rows(1, (before + (order - 1) * of_keys) * size, of_keys * size)
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -110,10 +110,10 @@ class Prefix(nn.Module):
     """One attention's prefix, and how its gate acts.
 
     `scale`: keys `[g P_K ; K]`, values `[g P_V ; V]` (the paper). `mass`: keys `[P_K ; K]`, values `[P_V ; V]`, and
-    `log g` is added to the prefix's attention logits, so that its keys weigh g times as much. In causal attention the
-    gate is that of the query, g_t, and acts through the mass: keys and values are the same for every query then, and
-    can be cached. The prefix is never masked, shifts no position, and is put in front after rotary embeddings and key
-    norms.
+    `log g` is added to the prefix's attention logits, so that its keys weigh g times as much. Where there is a gate
+    for every token (in causal attention always) it is that of the query, g_t, and acts through the mass: keys and
+    values are the same for every query then, and can be cached. The prefix is never masked, shifts no position, and is
+    put in front after rotary embeddings and key norms.
 
     Attributes:
         index: the attention's place among those that share the network.
@@ -137,14 +137,14 @@ class Prefix(nn.Module):
         network: PrefixNetwork | None,
         like: Tensor,
         *,
-        causal: bool,
+        by_query: bool,
     ) -> None:
         super().__init__()
         self.index = index
         self.source = source
         self.length = config.length
         self.gate = Slot() if config.gate else None
-        self.gating: str = "mass" if causal else config.gating
+        self.gating: str = "mass" if by_query else config.gating
         self.mass = 0.0
         self.network: tuple[PrefixNetwork, ...] = () if network is None else (network,)
         self.keys_values = None

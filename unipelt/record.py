@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class GateRecord(Mapping[str, Tensor]):
     with a number a token, it is the mean over the tokens of the pass.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], *, detach: bool = True) -> None:
+        self._detach = detach
         self._calls: dict[str, list[list[Tensor]]] = {name: [] for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -53,21 +54,27 @@ class GateRecord(Mapping[str, Tensor]):
             calls.pop()
 
     def _add(self, names: tuple[str, ...], values: Tensor) -> None:
-        for name, value in zip(names, values.detach().mean(dim=1).unbind(dim=-1), strict=True):
+        values = values.detach() if self._detach else values
+        for name, value in zip(names, values.mean(dim=1).unbind(dim=-1), strict=True):
             self._calls[name][-1].append(value)
 
 
 @contextmanager
-def record_gates(model: nn.Module) -> Iterator[GateRecord]:
+def record_gates(model: nn.Module, *, detach: bool = True) -> Iterator[GateRecord]:
     """Record every gate of every forward pass of `model` inside the block.
 
-    Values stay on the model's device, detached. The recomputation of gradient checkpointing is not a pass of the
-    model and is not recorded. Raises `ValueError` if the model has no gates.
+    Args:
+        model: an injected model with gates.
+        detach: values without their graphs. With False a loss can be made of them (`gate_penalty`); without gradient
+            checkpointing, whose second computation is not a pass of the model and is not recorded.
+
+    Values stay on the model's device. Raises `ValueError` if the model has no gates.
     """
     modules = [module for module in model.modules() if isinstance(module, Gates)]
     if not modules:
         raise ValueError(f"this {type(model).__name__} has no gates to record; inject a gated method first")
-    record = GateRecord(tuple(dict.fromkeys(name for module in modules for name in module.names)))
+    names = tuple(dict.fromkeys(name for module in modules for name in module.names))
+    record = GateRecord(names, detach=detach)
     inside = False
     batch = 1
 
@@ -98,3 +105,29 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def gate_penalty(record: GateRecord, kind: Literal["entropy", "sparsity"]) -> Tensor:
+    """A number to add to the loss, times a weight of the caller's choice, so that gates decide or close.
+
+        with unipelt.record_gates(model, detach=False) as gates:
+            loss = model(**batch).loss
+        (loss + 0.01 * unipelt.gate_penalty(gates, "entropy")).backward()
+
+    Args:
+        record: of at least one pass, with `detach=False`.
+        kind: `entropy`, the mean of `-g log g - (1 - g) log(1 - g)` over gates, layers and examples, at most log 2, at
+            its least where gates are 0 or 1; `sparsity`, the mean of |g|.
+
+    Returns:
+        A scalar. Raises `ValueError` for another kind, and for the entropy of gates that are not between 0 and 1.
+    """
+    if kind not in ("entropy", "sparsity"):
+        raise ValueError(f"kind must be entropy or sparsity, not {kind!r}")
+    gates = torch.cat([record[name].flatten() for name in record])
+    if kind == "sparsity":
+        return gates.abs().mean()
+    if gates.min() < 0:
+        raise ValueError("entropy is of gates between 0 and 1, and these are tanh's; take sparsity")
+    inside = gates.clamp(1e-6, 1 - 1e-6)
+    return -(inside * inside.log() + (1 - inside) * (1 - inside).log()).mean()

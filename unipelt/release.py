@@ -115,6 +115,8 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
         raise CheckpointError("this model is folded, and the release knows only gates and terms of their own")
     if injection_of(model).deployed:
         raise CheckpointError("the release saves the prefix's network, which this deployed model no longer has")
+    if more := injection_of(model).config.more:
+        raise CheckpointError(f"the release has adapter, prefix, LoRA and their gates, and this model {more[0].name!r}")
     places: dict[str, _Place] = {}
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""

@@ -19,6 +19,7 @@ from unipelt.adapter import Adapter
 from unipelt.attention import Site
 from unipelt.gate import Gates
 from unipelt.lora import LoRA
+from unipelt.term import Term
 
 
 class FoldError(ValueError):
@@ -53,13 +54,13 @@ def find_gates(model: PreTrainedModel) -> list[GatePlace]:
         host: Any = module
         if site is not None and host.gates is not None:
             targets = [host.get_submodule(".".join(target)) for target in site.targets]
-        elif isinstance(module, (Adapter, LoRA)) and module.gates is not None:
+        elif isinstance(module, (Adapter, LoRA, Term)) and module.gates is not None:
             targets = [module]
         else:
             continue
         for row, (name, target) in enumerate(zip(host.gates.names, targets, strict=True)):
             mask = "attention_mask"
-            if isinstance(module, LoRA):  # of cross-attention's values, which reads the other text
+            if isinstance(module, LoRA) or (isinstance(module, Term) and module.crosses):  # it reads the other text
                 mask = "attention_mask" if behind_encoder else "encoder_attention_mask"
             elif behind_encoder and name.startswith(("decoder.", "cross.")):
                 mask = "decoder_attention_mask"

@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from unipelt.config import PRESETS, ConfigError, UniPELTConfig, convert, flatten, read_mapping, resolve
+from unipelt.config import PRESETS, SUBMODULES, ConfigError, UniPELTConfig, convert, flatten, read_mapping, resolve
 from unipelt.glue.tasks import get_task
 from unipelt.plain import show
 
@@ -255,10 +255,10 @@ class RunSettings:
 
 
 def paper_learning_rate(config: UniPELTConfig) -> float:
-    """The learning rate of the paper's tables for a method on BERT-base (section 4.1)."""
+    """The learning rate of the paper's tables for a method on BERT-base (section 4.1); what it lacks has UniPELT's."""
     if config.train_base:
         return 2e-5
-    parts = [name for name in ("adapter", "prefix", "lora") if getattr(config, name) is not None]
+    parts = [name for name in ("adapter", "prefix", "lora", *SUBMODULES) if config.part(name) is not None]
     if parts in ([], ["adapter"]):
         return 1e-4
     return 2e-4 if parts == ["prefix"] else 5e-4
