@@ -23,6 +23,7 @@ from unipelt.fold import FoldedGate, FoldReport, fold
 from unipelt.ia3 import IA3
 from unipelt.inject import InjectionError, inject, remove
 from unipelt.parameters import ParameterCounts, parameter_counts
+from unipelt.peft import load_peft, save_peft
 from unipelt.record import GateRecord, gate_penalty, record_gates
 from unipelt.release import load_release_state_dict, release_state_dict
 from unipelt.spread import FoldError
@@ -63,6 +64,7 @@ __all__ = [
     "gate_penalty",
     "inject",
     "load",
+    "load_peft",
     "load_release_state_dict",
     "parameter_counts",
     "record_gates",
@@ -72,4 +74,5 @@ __all__ = [
     "remove",
     "resolve",
     "save",
+    "save_peft",
 ]

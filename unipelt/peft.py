@@ -1,0 +1,570 @@
+"""LoRA into and out of PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
+
+Both are read and written here, without PEFT. What PEFT calls a module's `lora_A` and `lora_B` is one pair for all that
+the module computes; here a term belongs to the query or to the value, of which one module may hold both (GPT-2's
+`c_attn`). Two terms of r ranks are one pair of 2 r, with zeros where a rank has nothing to say: the same product.
+
+Shapes: r rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from unipelt.adapter import Adapter
+from unipelt.checkpoint import CheckpointError, write_whole
+from unipelt.config import ConfigError, LoRAConfig, UniPELTConfig, read_mapping
+from unipelt.inject import InjectionError, _inject, remove
+from unipelt.lora import NAMES, LoRA, Rows
+from unipelt.parameters import Injection, head_names, injection_of, kept_names, submodule_parameters
+from unipelt.places import AttentionPlace, Projection, find_stacks
+from unipelt.plain import read_bytes, shorten, show, show_path
+from unipelt.prefix import Prefix
+from unipelt.spread import find_gates
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+"""What PEFT puts before the name that a parameter has in the model."""
+
+_TASKS = (
+    ("SEQ_CLS", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    ("TOKEN_CLS", transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    ("QUESTION_ANS", transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING),
+    ("SEQ_2_SEQ_LM", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    ("CAUSAL_LM", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
+    ("FEATURE_EXTRACTION", transformers.MODEL_MAPPING),
+)
+_ALSO_SAVED = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT adds to `modules_to_save` by itself, by task."""
+
+_PAIR = re.compile(r"(.+)\.lora_(A|B)\.weight")
+_NAME = re.compile(r"[\w.]+")
+_IGNORED = frozenset(
+    {
+        # where it came from, and which modules it is in, which the tensors' names say
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+        # how the module keeps its own weight, how training starts and goes, how it runs
+        *("fan_in_fan_out", "lora_dropout", "eva_config", "corda_config", "lora_ga_config", "loftq_config"),
+        *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    }
+)
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base's own weights as they are."""
+_READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"})
+
+logger = logging.get_logger(__name__)
+
+
+def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
+    """Write a model's LoRA as a folder of PEFT's, for `peft.PeftModel.from_pretrained` and all that read such folders.
+
+    What has no gate goes as it is. A gate that `unipelt.fold` made a constant c stands in for `alpha / r`: `c B` is
+    written. The head, and parts of the base that its checkpoint did not hold, go as `modules_to_save`.
+
+    Args:
+        model: an injected model, folded or not, that carries no other submodule.
+        folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
+            configuration last.
+        base: name or path of the base model, for PEFT to know; by default where the base was loaded from.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the model carries or trains what such a folder cannot hold; the message says what, and what
+            can be done. Nothing was written.
+        ValueError: nothing was injected.
+        OSError: the folder cannot be written.
+    """
+    injection = injection_of(model)
+    _check_is_low_rank(model, injection)
+    terms = _terms(model, injection)
+    task = _task(model)
+    saved = _saved_modules(model, injection.head, task)
+    fields, tensors = _pairs(model, terms)
+    for path in saved:
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in model.get_submodule(path).state_dict().items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base if base is not None else model.config._name_or_path or None,
+        "revision": None if base is not None else getattr(model.config, "_commit_hash", None),
+        "inference_mode": True,
+        **fields,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": saved or None,
+    }
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; save_peft needs a folder")
+    weights = dump_tensors(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, {"format": "pt"}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # whatever breaks off, an old configuration meets no new weights
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / CONFIG, f"{json.dumps(config, indent=2)}\n".encode())
+    return folder
+
+
+def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Inject the LoRA of a folder that PEFT, or `save_peft`, wrote, in place.
+
+    Its modules must be the query and value projections of some layers, which is where LoRA goes here. `alpha / r`,
+    rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and a fused
+    projection whose keys are left alone give the same product to rounding; whatever else changes what is computed is
+    refused. `lora_dropout` is not taken over: training goes on without.
+
+    Args:
+        model: the base model that it was trained on, with the same head class; nothing injected yet.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        The same model. What was saved beside LoRA (`modules_to_save`) is its head, and trains.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: it is broken, belongs to another model, or holds what `unipelt` does not compute.
+        InjectionError: the model carries submodules already, or takes no LoRA. After any error the model is as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InjectionError(f"load_peft takes a PreTrainedModel of transformers, not {type(model).__name__}")
+    if getattr(model, "unipelt_injection", None) is not None:
+        raise InjectionError("this model carries submodules already; call unipelt.remove(model) first")
+    folder = Path(folder)
+    values, tensors = _read(folder)
+    try:
+        kind = values.get("peft_type")
+        if not isinstance(kind, str) or kind not in _PLANS:
+            raise CheckpointError(
+                f"peft_type is {show(kind)}, and unipelt reads {', '.join(_PLANS)}; other methods cannot be taken over"
+            )
+        plan = _PLANS[kind](model, values, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{show_path(folder)} cannot be loaded: {error}") from error
+    _inject(model, plan.config, deployed=False, head=head_names(model) | plan.saved.keys())
+    try:
+        with torch.no_grad():
+            for path, (low, high) in plan.terms.items():
+                term: Any = model.get_submodule(path)
+                ranks = len(low)  # those beyond, where others have more, stay as they start: with B zero
+                term.A[:ranks] = low
+                term.B[:, :ranks] = high
+            for name, tensor in plan.saved.items():
+                model.get_parameter(name).copy_(tensor)
+    except BaseException:
+        remove(model)
+        raise
+    if left := sorted(injection_of(model).head - plan.saved.keys()):
+        logger.warning(
+            f"{folder} holds no head ({', '.join(left[:3])}{', …' if len(left) > 3 else ''}): the model's own is kept"
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A low-rank term to be written: `scale * B A`, onto `rows` of a projection."""
+
+    projection: str
+    rows: Rows
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a folder becomes: the configuration, (A, B) by the path of a term, and the parameters beside them."""
+
+    config: UniPELTConfig
+    terms: Mapping[str, tuple[Tensor, Tensor]]
+    saved: Mapping[str, Tensor]
+
+
+# Writing
+
+
+def _check_is_low_rank(model: PreTrainedModel, injection: Injection) -> None:
+    """Raise `CheckpointError` for the first thing in a model that a folder of LoRA cannot hold."""
+    if injection.config.lora is None:
+        raise CheckpointError("this model carries no LoRA, which is what a PEFT folder of LoRA holds; see unipelt.save")
+    for path, module in model.named_modules():
+        if isinstance(module, (Adapter, Prefix)):
+            what = "an adapter" if isinstance(module, Adapter) else "a prefix"
+            raise CheckpointError(
+                f"{path} is {what}, which a PEFT folder of LoRA cannot hold; train without it (the preset 'lora'), or "
+                "keep the model whole with unipelt.save"
+            )
+        if isinstance(module, LoRA) and (module.low is not None or module.gates is not None):
+            advice = (
+                "unipelt.fold(model, batches) makes gates that hardly vary constants, which can travel"
+                if injection.folded is None
+                else "it varied by more than the tolerance of unipelt.fold; fold the model from before with a larger "
+                "one, which moves the logits, or keep it whole with unipelt.save"
+            )
+            raise CheckpointError(f"the gate of {path} depends on the text, and PEFT's LoRA has no gates: {advice}")
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    if others := [name for name in kept_names(model) if name not in ours and name not in injection.head]:
+        raise CheckpointError(
+            f"this model trains parameters of its base too ({others[0]} and {len(others) - 1} more), which a PEFT "
+            "folder of LoRA cannot hold; keep it whole with unipelt.save"
+        )
+
+
+def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
+    """Every low-rank term, with what scales it. In a folded model they are in the weights; it remembers them."""
+    folded = injection.folded
+    host: Any = model
+    scales: dict[Any, float | None] = {}
+    if folded is not None:
+        # where each term was and which gate was its: the model as it was before folding, of nothing but shapes
+        with torch.device("meta"):
+            host = type(model)(copy.deepcopy(model.config))
+        _inject(host, injection.config, deployed=True, head=injection.head)
+        for gate in find_gates(host):
+            scales[gate.target] = folded.constants.get(gate.path, {}).get(gate.name)
+    found = []
+    for path, module in host.named_modules():
+        scale = scales.get(module, module.scale) if isinstance(module, LoRA) else None
+        if scale is None:
+            continue  # what was dropped, behind a closed gate, is no more
+        low, high = (module.A, module.B) if folded is None else (folded.tensors[f"{path}.{part}"] for part in "AB")
+        found.append(_Term(path.rpartition(".")[0], module.rows, low.detach().cpu(), high.detach().cpu(), scale))
+    if not found:
+        raise CheckpointError("every gate of this model's LoRA was closed, and the terms dropped: none is left")
+    return found
+
+
+def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's fields and tensors for all terms: one rank and one scale for all, as other readers (vLLM) want it."""
+    by_projection: dict[str, list[_Term]] = {}
+    for term in terms:
+        by_projection.setdefault(term.projection, []).append(term)
+    rank = max(sum(len(term.A) for term in group) for group in by_projection.values())
+    alpha = terms[0].scale * rank
+    if any(term.scale != terms[0].scale for term in terms) or not alpha.is_integer():
+        terms = []  # PEFT's alpha is a whole number, and the same for all: the scales go into B
+        alpha = float(rank)
+        by_projection = {
+            path: [replace(term, B=_scaled(term.B, term.scale)) for term in group]
+            for path, group in by_projection.items()
+        }
+    tensors: dict[str, Tensor] = {}
+    leaves: list[Any] = [model.get_submodule(path) for path in by_projection]
+    for (path, group), leaf in zip(by_projection.items(), leaves, strict=True):
+        inputs, outputs = (leaf.nx, leaf.nf) if isinstance(leaf, Conv1D) else (leaf.in_features, leaf.out_features)
+        low, high = group[0].A.new_zeros(rank, inputs), group[0].B.new_zeros(outputs, rank)
+        first = 0
+        for term in group:
+            ranks = len(term.A)
+            low[first : first + ranks] = term.A
+            _outputs(high, term.rows)[..., first : first + ranks] = term.B.unflatten(
+                0, (term.rows.groups, term.rows.size)
+            )
+            first += ranks
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": low, f"{PREFIX}{path}.lora_B.weight": high}
+    fields = {
+        "r": rank,
+        "lora_alpha": int(alpha),
+        "target_modules": _targets(model, by_projection),
+        "fan_in_fan_out": all(isinstance(leaf, Conv1D) for leaf in leaves),
+    }
+    return fields, tensors
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    """In float32 at least, and rounded once."""
+    kind = torch.promote_types(tensor.dtype, torch.float32)
+    return (tensor.to(kind) * scale).to(tensor.dtype)
+
+
+def _outputs(tensor: Tensor, rows: Rows) -> Tensor:
+    """A view of a projection's rows among those of its module, (groups, size, ...)."""
+    return tensor.unflatten(0, (rows.groups, -1)).narrow(1, rows.start, rows.size)
+
+
+def _targets(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """The projections by the last part of their names, as is usual, if that means no other module; else whole."""
+    paths = set(paths)
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    meant = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in short}
+    return short if meant == paths else sorted(paths)
+
+
+def _task(model: PreTrainedModel) -> str | None:
+    """PEFT's name for what the model is for, None if it has none."""
+    kind = type(model.config)
+    for name, mapping in _TASKS:
+        classes: Any = mapping.get(kind, ())
+        if isinstance(model, classes):
+            return name
+    return None
+
+
+def _saved_modules(model: PreTrainedModel, head: frozenset[str], task: str | None) -> list[str]:
+    """Paths of the largest modules that hold parameters of the head and no others: PEFT's `modules_to_save`."""
+    chosen: list[str] = []
+    held: set[str] = set()
+    for path, module in model.named_modules():
+        names = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        if path and names and names <= head and not names <= held:
+            chosen.append(path)
+            held |= names
+    if head - held:
+        raise CheckpointError(f"the head's parameter {sorted(head - held)[0]!r} is in no module that PEFT could save")
+    # PEFT looks for modules whose names end so, whatever stands before
+    ends = (*chosen, *_ALSO_SAVED.get(task or "", ()))
+    for path, _ in model.named_modules():
+        if path.endswith(ends) and not any(f"{path}.".startswith(f"{other}.") for other in chosen):
+            raise CheckpointError(
+                f"PEFT would take {path} for a part of the head, as its name ends like that of one; "
+                "it cannot save this head"
+            )
+    return chosen
+
+
+# Reading
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors. Raises `FileNotFoundError` or `CheckpointError`."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{show_path(folder)} is not a folder of PEFT's: it has no {CONFIG}")
+    if not (folder / WEIGHTS).is_file():
+        if (folder / PICKLE).is_file():
+            raise CheckpointError(
+                f"{show_path(folder)} holds {PICKLE}, a pickle, which is not read; save it from PEFT again, with "
+                "safe_serialization=True (the default)"
+            )
+        raise FileNotFoundError(f"{show_path(folder)} is not a folder of PEFT's: it has no {WEIGHTS}")
+    try:
+        values = read_mapping(folder / CONFIG)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        return values, load_tensors(read_bytes(folder / WEIGHTS))
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {shorten(error)}") from error
+
+
+def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Plan:
+    """Find a place for everything in a folder of LoRA. Raises `CheckpointError`; `InjectionError` if there is none."""
+    _check_values(values)
+    pairs, saved = _sort(tensors)
+    parameters = dict(model.named_parameters())
+    for name, tensor in saved.items():
+        if name not in parameters:
+            raise CheckpointError(f"this {type(model).__name__} has no parameter {show(name)}")
+        _check_tensor(name, tensor, tuple(parameters[name].shape))
+    found = _projections(model, UniPELTConfig(adapter=None, prefix=None, lora=LoRAConfig(gate=False)))
+    if unknown := sorted(pairs.keys() - {path for path, _, _ in found}):
+        ends = sorted({path.rpartition(".")[2] for path, _, _ in found})
+        raise CheckpointError(
+            f"it has LoRA on {show(unknown[0])}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}; in this "
+            f"{type(model).__name__} LoRA goes to the query and value projections alone ({', '.join(ends)})"
+        )
+    terms: dict[str, tuple[Tensor, Tensor]] = {}
+    scales: dict[str, float] = {}
+    for path, (low, high) in pairs.items():
+        own = {name: projection for place, name, projection in found if place == path}
+        leaf: Any = model.get_submodule(path)
+        outputs = leaf.nf if isinstance(leaf, Conv1D) else leaf.out_features
+        rank = _pattern(values, "rank_pattern", path, values["r"])
+        _check_tensor(f"{path}.lora_A", low, (rank, next(iter(own.values())).inputs))
+        _check_tensor(f"{path}.lora_B", high, (outputs, rank))
+        for name, both in _apart(path, low, high, own).items():
+            terms[f"{path}.{name}"] = both
+            scales[f"{path}.{name}"] = _scale(values, path, rank)
+    scale = next(iter(scales.values()))
+    terms = {
+        path: (low, high if scales[path] == scale else _scaled(high, scales[path] / scale))
+        for path, (low, high) in terms.items()
+    }
+    rank = max(1, *(len(low) for low, _ in terms.values()))
+    try:
+        lora = LoRAConfig(rank=rank, alpha=scale * rank, gate=False)
+    except ConfigError as error:
+        raise CheckpointError(f"its LoRA cannot be meant: {error}") from error
+    return _Plan(_where(model, lora, pairs.keys()), terms, saved)
+
+
+_PLANS: Mapping[str, Callable[[PreTrainedModel, Mapping[str, Any], Mapping[str, Tensor]], _Plan]] = {
+    "LORA": _plan_low_rank
+}
+"""By PEFT's `peft_type`: what becomes of a folder."""
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a field that means another computation than `W x + s B A x`."""
+    start = values.get("init_lora_weights")
+    if not (start is None or isinstance(start, (bool, str))) or start not in _STARTS:
+        raise CheckpointError(
+            f"init_lora_weights is {show(start)}, a start that changes the base's own weights too; save it from PEFT "
+            "as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for name, value in values.items():
+        if name not in _IGNORED and name not in _READ and value and not (name == "bias" and value == "none"):
+            raise CheckpointError(f"{show(name)} is {show(value)}, which is no plain LoRA")
+    for name, kind in (("r", int), ("lora_alpha", (int, float))):
+        value = values.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            raise CheckpointError(f"{name} must be a number above 0, not {show(value)}")
+    if not isinstance(values.get("use_rslora", False), bool):
+        raise CheckpointError(f"use_rslora must be true or false, not {show(values['use_rslora'])}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = values.get(name) or {}
+        if not isinstance(pattern, Mapping):
+            raise CheckpointError(f"{name} must be a mapping, not {show(pattern)}")
+        for key, value in pattern.items():
+            if not _NAME.fullmatch(key.removeprefix("^")):
+                raise CheckpointError(f"{name} names {show(key)}, which is no plain name but a pattern")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+                raise CheckpointError(f"{name}: {show(key)} must be a number above 0, not {show(value)}")
+
+
+def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """(A, B) by the path of a module, and the other tensors by their names in the model."""
+    halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    saved = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(PREFIX):
+            raise CheckpointError(f"the tensor {show(name)} is none of PEFT's, whose names start with {PREFIX}")
+        inner = name.removeprefix(PREFIX)
+        if match := _PAIR.fullmatch(inner):
+            halves[match[2]][match[1]] = tensor
+        elif ".lora_" in inner:
+            raise CheckpointError(f"the tensor {show(inner)} belongs to no plain LoRA (DoRA, an embedding, a bias)")
+        else:
+            saved[inner] = tensor
+    if alone := sorted(halves["A"].keys() ^ halves["B"].keys()):
+        raise CheckpointError(f"{show(alone[0])} has one of lora_A and lora_B, and not the other")
+    if not halves["A"]:
+        raise CheckpointError("it holds no lora_A and lora_B")
+    return {path: (low, halves["B"][path]) for path, low in halves["A"].items()}, saved
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{show(name)} is {tuple(tensor.shape)} there and should be {shape}")
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{show(name)} holds {tensor.dtype}, not floating-point numbers")
+
+
+def _pattern(values: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
+    """What a pattern says of a module: the first entry whose name its path ends with, or is after a `^`."""
+    for key, value in (values.get(name) or {}).items():
+        if path == key.removeprefix("^") or (not key.startswith("^") and path.endswith(f".{key}")):
+            return value
+    return default
+
+
+def _scale(values: Mapping[str, Any], path: str, rank: int) -> float:
+    alpha: float = _pattern(values, "alpha_pattern", path, values["lora_alpha"])
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+def _projections(model: PreTrainedModel, config: UniPELTConfig) -> list[tuple[str, str, Projection]]:
+    """Path of the module, name of the term and projection, for all terms that a configuration means."""
+    paths = {module: path for path, module in model.named_modules()}
+    return [
+        (paths[projection.module], name, projection)
+        for place in _attentions(model, config)
+        for name, projection in zip(NAMES, (place.query, place.value), strict=True)
+    ]
+
+
+def _attentions(model: PreTrainedModel, config: UniPELTConfig) -> Iterator[AttentionPlace]:
+    for stack in find_stacks(model, config):
+        for layer in stack.layers.values():
+            yield from (place for place in (layer.attention, layer.cross) if place is not None)
+
+
+def _apart(path: str, low: Tensor, high: Tensor, own: Mapping[str, Projection]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The terms of one module by name, each with the ranks that it needs."""
+    rest = high.clone()
+    for projection in own.values():
+        _outputs(rest, projection.rows).zero_()
+    if rest.any():
+        raise CheckpointError(
+            f"its LoRA on {show(path)} changes more than {' and '.join(own)} of what that module computes (the keys), "
+            "where LoRA does not go"
+        )
+    shares = {name: _outputs(high, projection.rows).flatten(0, 1) for name, projection in own.items()}
+    # as `save_peft` puts several terms side by side, each has its own ranks
+    ranks = len(low) // len(own)
+    spans = [slice(place * ranks, (place + 1) * ranks) for place in range(len(own))]
+    disjoint = len(low) == ranks * len(own) and all(
+        not share[:, other].any()
+        for place, share in enumerate(shares.values())
+        for index, other in enumerate(spans)
+        if index != place
+    )
+    apart = {}
+    for span, (name, share) in zip(spans, shares.items(), strict=True):
+        own_low, own_high = (low[span], share[:, span]) if disjoint else (low, share)
+        used = own_low.any(dim=1) | own_high.any(dim=0)  # the others fill up, for one rank in all modules
+        apart[name] = (own_low[used], own_high[:, used])
+    return apart
+
+
+def _where(model: PreTrainedModel, lora: LoRAConfig, paths: Iterable[str]) -> UniPELTConfig:
+    """The configuration that means exactly these modules. Raises `CheckpointError` if there is none."""
+    paths = set(paths)
+    whole = UniPELTConfig(adapter=None, prefix=None, lora=lora)
+    there: dict[str, set[int]] = {"encoder": set(), "decoder": set(), "cross": set()}
+    here: dict[str, set[int]] = {kind: set() for kind in there}  # of these layers, those with LoRA
+    by_module = {module: path for path, module in model.named_modules()}
+    for stack in find_stacks(model, whole):
+        for index, layer in stack.layers.items():
+            for kind, place in (("decoder" if stack.causal else "encoder", layer.attention), ("cross", layer.cross)):
+                if place is not None:
+                    there[kind].add(index)
+                    if by_module[place.query.module] in paths:
+                        here[kind].add(index)
+    chosen = [kind for kind in there if here[kind]]
+    layers = {index for kind in chosen for index in here[kind]}
+    config = replace(
+        whole,
+        layers=None if all(here[kind] == there[kind] for kind in chosen) else tuple(sorted(layers)),
+        encoder=bool(here["encoder"]) or not there["encoder"],
+        decoder=bool(here["decoder"]) or not there["decoder"],
+        cross=bool(here["cross"]) or not there["cross"],
+    )
+    try:
+        meant = {path for path, _, _ in _projections(model, config)}
+    except InjectionError:
+        meant = set()
+    if meant != paths:
+        odd = sorted(meant ^ paths)
+        raise CheckpointError(
+            f"LoRA goes to the query and the value projection of the same layers here, and {show(odd[0])} stands out: "
+            "it is the one without the other, or in a layer that another part of the model leaves out"
+        )
+    return config
