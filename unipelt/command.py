@@ -1,7 +1,7 @@
 """The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them.
 
 `unipelt collect DIR` copies their records alone, to publish; `unipelt fold DIR` folds the model of one, and `unipelt
-rerun DIR` does one again and compares.
+rerun DIR` does one again and compares. `unipelt export DIR` writes LoRA as a folder of PEFT's.
 """
 
 from __future__ import annotations
@@ -98,6 +98,17 @@ def _fold(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    import unipelt
+    from unipelt.glue.folder import MODEL
+
+    folder = Path(arguments.folder)
+    inner = folder / MODEL
+    model = unipelt.from_pretrained(inner if inner.is_dir() else folder)
+    print(unipelt.save_peft(model, arguments.out, base=arguments.base))
+    return 0
+
+
 def _rerun(arguments: argparse.Namespace) -> int:
     from unipelt.glue.options import read_option
     from unipelt.glue.rerun import rerun
@@ -122,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     from unipelt.glue.settings import CARRIED, MOVED, RunSettings
 
     parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun")
+    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|export")
 
     sweep = commands.add_parser(
         "sweep",
@@ -210,4 +221,16 @@ def _parser() -> argparse.ArgumentParser:
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         what = "where it is now" if name in MOVED else "another one"
         again.add_argument(*names, dest=f"field {name}", metavar="VALUE", help=f"{what} [the record's]")
+
+    exporting = commands.add_parser(
+        "export",
+        help="write the LoRA of a checkpoint as a folder of PEFT's",
+        description="Write LoRA without gates, or with gates that `unipelt fold` made constants, as PEFT does: for "
+        "PEFT and all that read its folders, vLLM among them. What cannot travel is refused by name (docs/bridges.md).",
+        allow_abbrev=False,
+    )
+    exporting.set_defaults(do=_export)
+    exporting.add_argument("folder", metavar="DIR", help="a checkpoint, or the folder of a run")
+    exporting.add_argument("--out", required=True, metavar="DIR", help="folder that PEFT reads")
+    exporting.add_argument("--base", metavar="NAME", help="name of the base model, for PEFT [where it was loaded from]")
     return parser

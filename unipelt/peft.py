@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from unipelt.adapter import Adapter
-from unipelt.checkpoint import CheckpointError, write_whole
-from unipelt.config import ConfigError, LoRAConfig, UniPELTConfig, read_mapping
+from unipelt.checkpoint import CheckpointError, _is_sharded, write_whole
+from unipelt.config import LARGEST, ConfigError, LoRAConfig, UniPELTConfig, read_mapping
 from unipelt.inject import InjectionError, _inject, remove
 from unipelt.lora import NAMES, LoRA, Rows
 from unipelt.parameters import Injection, head_names, injection_of, kept_names, submodule_parameters
@@ -101,6 +101,11 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
         OSError: the folder cannot be written.
     """
     injection = injection_of(model)
+    if sharded := [name for name, parameter in model.named_parameters() if _is_sharded(parameter)]:
+        raise CheckpointError(
+            f"each process holds only a part of {sharded[0]!r}; save it with unipelt.save, load that in one process, "
+            "and save_peft there"
+        )
     _check_is_low_rank(model, injection)
     terms = _terms(model, injection)
     task = _task(model)
@@ -434,8 +439,8 @@ def _check_values(values: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{show(name)} is {show(value)}, which is no plain LoRA")
     for name, kind in (("r", int), ("lora_alpha", (int, float))):
         value = values.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-            raise CheckpointError(f"{name} must be a number above 0, not {show(value)}")
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= LARGEST:
+            raise CheckpointError(f"{name} must be a number above 0 and at most {LARGEST:,}, not {show(value)}")
     if not isinstance(values.get("use_rslora", False), bool):
         raise CheckpointError(f"use_rslora must be true or false, not {show(values['use_rslora'])}")
     for name in ("rank_pattern", "alpha_pattern"):
@@ -445,8 +450,10 @@ def _check_values(values: Mapping[str, Any]) -> None:
         for key, value in pattern.items():
             if not _NAME.fullmatch(key.removeprefix("^")):
                 raise CheckpointError(f"{name} names {show(key)}, which is no plain name but a pattern")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-                raise CheckpointError(f"{name}: {show(key)} must be a number above 0, not {show(value)}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= LARGEST:
+                raise CheckpointError(
+                    f"{name}: {show(key)} must be a number above 0 and at most {LARGEST:,}, not {show(value)}"
+                )
 
 
 def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
