@@ -1,5 +1,6 @@
 """UniPELT (Mao et al., ACL 2022) on Transformers: gated Adapter, Prefix and LoRA in a pretrained model."""
 
+from unipelt.adapterhub import load_adapterhub
 from unipelt.bottleneck import Houlsby, Parallel
 from unipelt.checkpoint import CheckpointError, from_pretrained, load, save
 from unipelt.compacter import Compacter
@@ -64,6 +65,7 @@ __all__ = [
     "gate_penalty",
     "inject",
     "load",
+    "load_adapterhub",
     "load_peft",
     "load_release_state_dict",
     "parameter_counts",
