@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake, tiny_batch, tiny_bert
+from malformed import spoilt_json, spoilt_weights
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor
@@ -415,6 +416,12 @@ def test_another_head_is_refused(fields: dict[str, Any], parts: tuple[str, ...],
     refused(folder, *parts)
 
 
+def test_half_a_head_is_refused(tmp_path: Path) -> None:
+    folder = written(injected("lora"), tmp_path / "it")
+    save({"classifier.weight": torch.zeros(2, 32)}, folder / "model_head.safetensors")
+    refused(folder, "lacks 'classifier.bias'", "head=False")
+
+
 def test_a_head_of_other_labels_is_refused(tmp_path: Path) -> None:
     refused(written(injected("lora"), tmp_path / "it"), "classifier", "(2", "(3", model=tiny_bert(num_labels=3))
 
@@ -462,3 +469,16 @@ def test_only_a_bare_model_takes_a_folder(tmp_path: Path) -> None:
         unipelt.load_adapterhub(injected(), folder)
     with pytest.raises(unipelt.InjectionError, match="PreTrainedModel"):
         unipelt.load_adapterhub(torch.nn.Linear(2, 2), folder)  # type: ignore[arg-type]
+
+
+def test_malformed_files_are_refused(tmp_path: Path) -> None:
+    folder = written(injected(), tmp_path / "it")
+    for name in ("adapter_config.json", "adapter.safetensors", "head_config.json", "model_head.safetensors"):
+        good = (folder / name).read_bytes()
+        for what, content in (spoilt_json if name.endswith("json") else spoilt_weights)(good).items():
+            if what == "a header in Latin-1" and b"bert" not in good:
+                continue  # it is the name of a tensor of BERT's that this spoils
+            (folder / name).write_bytes(content)
+            refused(folder)
+        (folder / name).write_bytes(good)
+    unipelt.load_adapterhub(tiny_bert(), folder)

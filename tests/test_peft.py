@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import shake, tiny_bert
 from conftest import tiny_batch as bert_batch
+from malformed import spoilt_json, spoilt_weights
 from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_model
 from torch import Tensor
@@ -546,3 +547,14 @@ def test_a_head_that_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCapt
         logging.disable_propagation()
     assert "holds no head (classifier.bias, classifier.weight)" in caplog.text
     assert torch.equal(model.get_parameter("classifier.weight"), tiny_bert().get_parameter("classifier.weight"))
+
+
+def test_malformed_files_are_refused(tmp_path: Path) -> None:
+    unipelt.save_peft(with_lora(tiny_bert()), tmp_path)
+    for name, spoil in (("adapter_config.json", spoilt_json), ("adapter_model.safetensors", spoilt_weights)):
+        good = (tmp_path / name).read_bytes()
+        for content in spoil(good).values():
+            (tmp_path / name).write_bytes(content)
+            refused(tmp_path)
+        (tmp_path / name).write_bytes(good)
+    unipelt.load_peft(tiny_bert(), tmp_path)

@@ -435,6 +435,8 @@ def _read_head(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
                 f"its head is of a {show(values.get('model_class'))}, and this is a {type(model).__name__}; {advice}"
             )
         saved = dict(tensors)
+        start = f"{model.base_model_prefix}."
+        wanted = {name for name, _ in model.named_parameters() if not name.startswith(start)}
     else:
         if not isinstance(config, dict) or config.get("head_type") != "classification":
             raise CheckpointError(f"its head is {show(config)}, and not one for classification; {advice}")
@@ -454,6 +456,9 @@ def _read_head(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
             if index not in modules:
                 raise CheckpointError(f"its head has {show(key)}, for which there is no place here; {advice}")
             saved[f"{modules[index]}.{part}"] = tensor
+        wanted = {f"{module}.{part}" for module in modules.values() for part in ("weight", "bias")}
+    if missing := sorted(wanted - saved.keys()):
+        raise CheckpointError(f"its head lacks {show(missing[0])}; {advice}")
     parameters = dict(model.named_parameters())
     for name, tensor in saved.items():
         if name not in parameters:
