@@ -127,7 +127,7 @@ def test_some_layers_and_some_stacks(family: str, changes: dict[str, Any], tmp_p
     check_family(family, tmp_path, **changes)
 
 
-@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering", "Model"])
+@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering", "MaskedLM", "Model"])
 def test_other_heads(head: str, tmp_path: Path) -> None:
     batch = tiny_batch("bert")
     model = with_lora(tiny_model("bert", head))
@@ -372,6 +372,41 @@ def test_the_command_exports_a_checkpoint_and_the_model_of_a_run(
     assert main(["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "no")]) == 2
     assert "not a checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "part", "message"),
+    [
+        ("bert", torch.nn.Linear(2, 2), "bert.other_classifier"),  # frozen, and PEFT would train it
+        ("", torch.nn.Linear(2, 2), None),
+        ("", torch.nn.Parameter(torch.ones(2)), "'other_classifier' is in no module"),
+    ],
+)
+def test_heads_that_peft_would_mistake(place: str, part: Any, message: str | None, tmp_path: Path) -> None:
+    def build() -> Any:
+        model = tiny_bert()
+        model.get_submodule(place).other_classifier = part
+        return model
+
+    model = with_lora(build())
+    if message is None:
+        unipelt.save_peft(model, tmp_path)
+        assert torch.equal(logits(in_peft(build(), tmp_path), bert_batch()), logits(model, bert_batch()))
+        return
+    with pytest.raises(unipelt.CheckpointError, match=message):
+        unipelt.save_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_half_precision_stays(gate: bool, tmp_path: Path) -> None:
+    model = with_lora(tiny_bert().bfloat16(), lora={"gate": gate})
+    constant_gates(model)
+    unipelt.fold(model, [bert_batch()])
+    unipelt.save_peft(model, tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    back = unipelt.load_peft(tiny_bert().bfloat16(), tmp_path)
+    torch.testing.assert_close(logits(back, bert_batch()), logits(model, bert_batch()), rtol=0, atol=2e-2)
 
 
 # What PEFT trained
