@@ -90,6 +90,7 @@ def check_family(family: str, folder: Path, **changes: Any) -> None:
     unipelt.save_peft(model, folder)
     theirs = in_peft(tiny_model(family), folder)
     torch.testing.assert_close(logits(theirs, batch), expected, rtol=0, atol=1e-6)
+    print(f"{family}: a logit differs by at most {(logits(theirs, batch) - expected).abs().max():.1e}")
     assert (logits(tiny_model(family), batch) - expected).abs().max() > 1e-3  # LoRA is there to be seen
     for source in (folder, folder / "theirs"):
         if source != folder:

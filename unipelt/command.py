@@ -225,8 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     exporting = commands.add_parser(
         "export",
         help="write the LoRA of a checkpoint as a folder of PEFT's",
-        description="Write LoRA without gates, or with gates that `unipelt fold` made constants, as PEFT does: for "
-        "PEFT and all that read its folders, vLLM among them. What cannot travel is refused by name (docs/bridges.md).",
+        description="Write LoRA without gates, or with gates that `unipelt fold` made constants, as PEFT does, for "
+        "PEFT and what reads its folders. What cannot travel is refused by name (docs/bridges.md).",
         allow_abbrev=False,
     )
     exporting.set_defaults(do=_export)
