@@ -297,6 +297,7 @@ def test_folding_an_ungated_model_changes_nothing_of_what_travels(tmp_path: Path
     [
         ("unipelt-al-nogate", ("adapter", "preset 'lora'", "unipelt.save")),
         ("unipelt-pl-nogate", ("prefix", "preset 'lora'")),
+        ({"preset": "lora", "ia3": {"gate": False}}, ("key.ia3_key is ia3,", "preset 'lora'")),
         ({"preset": "lora", "lora": {"gate": True}}, ("query.lora_query", "unipelt.fold")),
         ("adapter", ("no LoRA",)),
         ("fine-tuning", ("no LoRA",)),

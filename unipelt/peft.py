@@ -38,6 +38,7 @@ from unipelt.places import AttentionPlace, Projection, find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.prefix import Prefix
 from unipelt.spread import find_gates
+from unipelt.term import Term
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -221,8 +222,9 @@ def _check_is_low_rank(model: PreTrainedModel, injection: Injection) -> None:
     if injection.config.lora is None:
         raise CheckpointError("this model carries no LoRA, which is what a PEFT folder of LoRA holds; see unipelt.save")
     for path, module in model.named_modules():
-        if isinstance(module, (Adapter, Prefix)):
+        if isinstance(module, (Adapter, Prefix, Term)):
             what = "an adapter" if isinstance(module, Adapter) else "a prefix"
+            what = module.name if isinstance(module, Term) else what
             raise CheckpointError(
                 f"{path} is {what}, which a PEFT folder of LoRA cannot hold; train without it (the preset 'lora'), or "
                 "keep the model whole with unipelt.save"
