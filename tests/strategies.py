@@ -14,7 +14,7 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from tiny import ENCODER_DECODERS, ENCODERS, EOS, PAD, VOCABULARY, WITH_PREFIX, 
 from torch import Tensor
 
 import unipelt
+from unipelt.config import Place
 from unipelt.families import FAMILIES
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -189,6 +190,8 @@ def methods(
     gated: Sequence[bool] = (True, False),
     gating: Sequence[str] = ("scale", "mass"),
     pooling: Sequence[str] = ("masked_mean", "mean"),
+    further: bool = True,
+    other_gates: bool = True,
     base_trains: bool = True,
     least: int = 1,
 ) -> unipelt.UniPELTConfig:
@@ -210,6 +213,11 @@ def methods(
     values: dict[str, Any] = dict.fromkeys(fields)
     for part in chosen:
         values[part] = {name: draw(strategy) for name, strategy in fields[part].items()}
+    if further and chosen:
+        values |= _further(draw, sizes, gate)
+    gates = {"pooling": draw(st.sampled_from(pooling))}
+    if other_gates and draw(st.booleans()):
+        gates = draw(st.sampled_from(_gates(family, "prefix" in chosen)))
     depth = sizes.groups if family == "albert" else sizes.layers
     sides = {"encoder": True, "decoder": True, "cross": True}
     if family in ENCODER_DECODERS:
@@ -226,12 +234,46 @@ def methods(
             **values,
             **sides,
             "layers": layers,
-            "gate": {"pooling": draw(st.sampled_from(pooling))},
+            "gate": gates,
             "train_head": draw(st.booleans()),
             "train_base": draw(trains) or (not chosen and not bitfit),
             "bitfit": bitfit,
         }
     )
+
+
+def _further(draw: st.DrawFn, sizes: Sizes, gate: st.SearchStrategy[bool]) -> dict[str, Any]:
+    """Some of the further submodules, at any of their places, narrow."""
+    width = st.integers(1, 6)
+    inner = {"bottleneck": width, "activation": st.just("gelu")}  # a ReLU so narrow may be closed for every token
+    terms = draw(st.sampled_from([1, 2])) if sizes.heads * sizes.head % 2 == 0 else 1
+    fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+        "ia3": {"places": st.sets(st.sampled_from(get_args(Place)), min_size=1).map(sorted)},
+        "houlsby": {"places": st.sampled_from([["attention", "down"], ["query", "up"], ["down"]]), **inner},
+        "parallel": {"scale": st.sampled_from([1.0, 4.0]), **inner},
+        "compacter": {**inner, "bottleneck": width.map(lambda size: size * terms), "terms": st.just(terms)},
+    }
+    chosen = draw(st.sets(st.sampled_from(sorted(fields)), max_size=2))
+    return {
+        name: {"gate": draw(gate), **{field: draw(strategy) for field, strategy in fields[name].items()}}
+        for name in sorted(chosen)
+    }
+
+
+def _gates(family: str, prefix: bool) -> list[dict[str, Any]]:
+    """Other gates than the paper's that the family can have, as an encoder and as a decoder."""
+    found: list[dict[str, Any]] = [
+        {"pooling": "token"},
+        {"pooling": "static"},
+        {"network": "mlp", "hidden": 3},
+        {"shared": True},
+        {"shared": True, "pooling": "token"},
+        {"temperature": 2.0, "start": 0.7},
+    ]
+    if family in ENCODERS and family not in AS_DECODERS:
+        found += [{"network": name, "hidden": 4} for name in ("recurrent", "transformer")]
+        found += [{"network": "transformer", "hidden": 3, "shared": True}]
+    return found + ([] if prefix else [{"activation": "tanh", "start": 0.3}])
 
 
 def _has_biases(family: str) -> bool:

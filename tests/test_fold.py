@@ -54,8 +54,9 @@ def hold(model: nn.Module, value: Callable[[str], float | None]) -> None:
             if isinstance(module, Gates):
                 for row, name in enumerate(module.names):
                     if (wanted := value(name)) is not None:
-                        module.weight[row] = 0.0
-                        module.bias[row] = torch.logit(torch.tensor(wanted, dtype=torch.float64))
+                        if module.has_input:
+                            module.weight[row] = 0.0
+                        module.bias[row] = torch.logit(torch.tensor(wanted, dtype=torch.float64)) * module.temperature
 
 
 def by_name(name: str) -> float:

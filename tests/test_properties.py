@@ -147,7 +147,7 @@ def test_a_text_in_pieces_is_the_whole_text(case: Case, described: Texts, data: 
 # What does nothing
 
 
-@holds(20, cases(parts=["adapter", "lora"], decoders_too=True), texts(holes=True))
+@holds(20, cases(parts=["adapter", "lora"], further=False, decoders_too=True), texts(holes=True))
 def test_up_and_B_of_zero_change_nothing(case: Case, described: Texts) -> None:
     """Bitwise, wherever everything else of the method is."""
     model = case.build()
@@ -165,7 +165,7 @@ def test_up_and_B_of_zero_change_nothing(case: Case, described: Texts) -> None:
     assert torch.equal(logits(model, inputs), logits(bare, inputs))
 
 
-@holds(20, cases(WITH_PREFIX, gated=[True], gating=["mass"], decoders_too=True), texts(holes=True))
+@holds(20, cases(WITH_PREFIX, gated=[True], gating=["mass"], other_gates=False, decoders_too=True), texts(holes=True))
 def test_closed_gates_change_nothing(case: Case, described: Texts) -> None:
     """With a prefix that acts through its mass, the closed method is the model that it went into."""
     model = case.build()
@@ -175,7 +175,8 @@ def test_closed_gates_change_nothing(case: Case, described: Texts) -> None:
     for module in model.modules():
         if isinstance(module, Gates):
             with torch.no_grad():
-                module.weight.zero_()
+                if module.has_input:
+                    module.weight.zero_()
                 module.bias.fill_(-1e4)
     want = logits(bare, inputs)
     where = real(case, inputs, want)
@@ -192,4 +193,7 @@ def test_sdpa_equals_eager(case: Case, described: Texts) -> None:
     inputs = batch(model, case, described)
     want = logits(model, inputs)
     where = real(case, inputs, want)
+    if described.padding == "left" and not case.causal:
+        # the head reads the first token; what a padded one gets whose window is all masked is each back-end's own
+        where = where & inputs["attention_mask"][:, 0].bool()
     assert_same_there(logits(other, inputs), want, where)

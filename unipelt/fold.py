@@ -160,7 +160,7 @@ def fold(
     _check_arguments(tolerance, closed)
     if injection.folded is not None:
         raise FoldError("this model is folded already; to fold it otherwise, start from the model before folding")
-    _check_gates(injection)
+    _check_gates(model)
     gates = find_gates(model)
     if not gates and not any(isinstance(module, (LoRA, PrefixNetwork)) for module in model.modules()):
         raise FoldError(f"this {type(model).__name__} has nothing to fold: no gate, no LoRA, no prefix network")
@@ -192,7 +192,7 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
         FoldError: a gate is not there, a constant is not above 0 and at most 1, or as `fold`. The model is as it was.
     """
     injection = injection_of(model)
-    _check_gates(injection)
+    _check_gates(model)
     gates = find_gates(model)
     settled = _settle(model, gates, constants)
     _check_weights(model, settled)
@@ -226,10 +226,11 @@ def _check_arguments(tolerance: float, closed: float) -> None:
             raise FoldError(f"{name} must be a number, 0 or above{bound}, not {value!r}")
 
 
-def _check_gates(injection: Injection) -> None:
-    """Raise `FoldError` for gates of which a constant says nothing."""
-    gate = injection.config.gate
-    if gate.shared or gate.activation != "sigmoid":
+def _check_gates(model: nn.Module) -> None:
+    """Raise `FoldError` for gates that no constant between 0 and 1 of one submodule can stand for."""
+    gate = injection_of(model).config.gate
+    has_gates = any(isinstance(module, Gates) for module in model.modules())
+    if has_gates and (gate.shared or gate.activation != "sigmoid"):
         raise FoldError("shared gates, and gates that are not between 0 and 1, are not folded")
 
 

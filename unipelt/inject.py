@@ -45,7 +45,7 @@ from unipelt.places import (
 )
 from unipelt.plain import show
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
-from unipelt.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, hand_on
+from unipelt.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
 
 
 def inject(
@@ -216,6 +216,9 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
             if hasattr(owner, f"{name}_shared"):
                 raise InjectionError(f"{type(owner).__name__} has an attribute '{name}_shared' of its own")
             setattr(owner, f"{name}_shared", common)
+    if any(common.has_parameters() for common in shared.values()):
+        owner.register_forward_pre_hook(enter_shared)
+        owner.register_forward_hook(leave_shared, always_call=True)
     for module in owner.modules():
         if isinstance(module, OURS):
             module.train(model.training)
@@ -460,6 +463,8 @@ HOOKS = (
     add_terms,
     add_to_input,
     hand_on,
+    enter_shared,
+    leave_shared,
     enter_stack,
     leave_stack,
     refuse_training,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,11 +19,32 @@ from unipelt.lora import Rows
 
 
 class Shared(nn.Module):
-    """Parameters that all modules of a submodule in a stack share; the owner of the stack's layers holds them."""
+    """Parameters that all modules of a submodule in a stack share; the owner of the stack's layers holds them.
+
+    Those who share them refer to this module, and a replica of theirs (`nn.DataParallel`) still does. So the replica of
+    the owner says, at each of its passes, whose parameters are to be read in its thread (`enter_shared`).
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self._replicas: dict[int, Any] = {}
+
+    def here(self) -> Any:
+        """Where to read the parameters, as attributes: this module, or its replica in a pass of that."""
+        if torch.compiler.is_compiling():
+            return self
+        return self._replicas.get(get_ident(), self)
+
+    def enter(self) -> None:
+        """Begin a pass of this module's owner in this thread."""
+        if not torch.compiler.is_compiling():
+            self._replicas[get_ident()] = self
+
+    def leave(self) -> None:
+        """End it."""
+        if not torch.compiler.is_compiling():
+            self._replicas.pop(get_ident(), None)
 
     def has_parameters(self) -> bool:
         """Whether there is anything in it."""
@@ -44,7 +66,7 @@ class Spot:
         weight: the host's own weight, frozen, for its type and its device.
         shared: what all modules of this submodule in a stack share: parameters, as its attributes; whichever module
             comes first makes them. A module refers to it in a tuple, `self.shared = (spot.shared,)`, since it is no
-            part of it.
+            part of it, and reads them in `forward` as attributes of `self.shared[0].here()`.
     """
 
     place: str
@@ -143,6 +165,22 @@ def hand_on(host: Any, args: tuple[Tensor, ...]) -> None:
     """Forward pre-hook of a projection whose input terms elsewhere read."""
     for slot in host.unipelt_readers:
         slot.put(args[0])
+
+
+def enter_shared(owner: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a stack's owner."""
+    for module in _shared(owner):
+        module.enter()
+
+
+def leave_shared(owner: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a stack's owner, called after a failure too."""
+    for module in _shared(owner):
+        module.leave()
+
+
+def _shared(owner: Any) -> list[Shared]:
+    return [module for module in owner._modules.values() if isinstance(module, Shared)]
 
 
 MODULES: dict[type[SubmoduleConfig], Callable[[Any, Spot], nn.Module]] = {}
