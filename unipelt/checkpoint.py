@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from transformers.utils import logging
 from unipelt.card import model_card
 from unipelt.config import ConfigError, UniPELTConfig, flatten, read_mapping
 from unipelt.fold import Constants, fold_constants
-from unipelt.inject import InjectionError, _inject, count_term, remove
+from unipelt.hub import HubError, cached_commit, download, is_repository, may_be_base
+from unipelt.inject import InjectionError, _inject, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.places import find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
@@ -56,6 +57,7 @@ NO_MATTER = frozenset(
     }
 )
 """Fields of a model's configuration that change no output of a given batch in evaluation mode."""
+_UNBUILDABLE = (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError)
 _KINDS: dict[type[Any], str] = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
 _TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")  # positions, pooling and shifted labels need them
 
@@ -72,6 +74,8 @@ def save(
     *,
     deploy: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
 ) -> Path:
     """Write what was trained: submodules, gates, head, trained biases; not the frozen base.
 
@@ -83,6 +87,8 @@ def save(
             and, if it is trained further, it is trained directly. A folded model is saved as what it was folded
             from, in this form, with the gates' constants: loading folds again.
         state_dict: the model's whole state dict, where it had to be gathered from several processes.
+        base: what others know the base model by (`user/name` on the hub), in place of where it was loaded from here.
+        base_revision: a branch, a tag or a commit of `base`.
 
     Returns:
         The folder.
@@ -110,7 +116,7 @@ def save(
         "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
         "head": sorted(injection.head),
         "unfrozen": sorted(unfrozen_names(model)),
-        "base": describe_base(model, whole),
+        "base": _describe_base(model, whole) | _whereabouts(model, base, base_revision),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }
     if injection.folded is not None:
@@ -181,35 +187,52 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     return model
 
 
-def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    base_revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """The whole model again: base model and head class restored, submodules loaded, in evaluation mode.
 
     Args:
-        folder: what `save`, or a Trainer, wrote.
-        kwargs: passed on to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision`,
-            `cache_dir`, `token`, …). The base is read from safetensors only; say `use_safetensors=False` to allow a
+        source: a folder that `save`, or a Trainer, wrote; or, as a text, what `push_to_hub` made, `user/name`. Of
+            that, only the manifest and the weights are read.
+        revision: of a checkpoint on the hub: a branch, a tag or a commit; by default `main`.
+        base: where the base model is, if it is not where the checkpoint says. It must be the same base.
+        base_revision: of a base on the hub; by default the commit that was trained on.
+        token: of the hub; by default that of the environment or of the last login.
+        cache_dir: where files of the hub are kept; by default the hub's own cache.
+        local_files_only: ask no hub, and take what is in the cache.
+        kwargs: passed on to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`,
+            `quantization_config`, …). The base is read from safetensors only; say `use_safetensors=False` to allow a
             pickle.
 
     Raises:
+        HubError: `source` is on no disk and cannot be had from the hub.
+        ValueError: a revision of a folder was asked for.
         As `load`; and what the base's `from_pretrained` raises when the base is not to be had.
     """
-    manifest, tensors = _read(Path(folder))
-    base = manifest["base"]
-    cls = getattr(transformers, base["class"], None)
+    shared: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = find_checkpoint(source, (MANIFEST, WEIGHTS), revision, **shared)
+    manifest, tensors = _read(folder)
+    described = manifest["base"]
+    cls = getattr(transformers, described["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or cls.forward is nn.Module.forward:
         raise CheckpointError(
-            f"{base['class']!r} is not a model class of transformers; build the base model and "
+            f"{described['class']!r} is not a model class of transformers; build the base model and "
             "call unipelt.load(model, folder)"
         )
-    if not base["name_or_path"]:
-        raise CheckpointError(
-            "the base model was built in memory, so it cannot be restored by name; build it and "
-            "call unipelt.load(model, folder)"
-        )
-    if problem := _endless(base["config"], tensors):
-        raise CheckpointError(f"{folder}: the base that {MANIFEST} describes cannot be meant: {problem}")
+    name, commit = find_base(source, described, base, base_revision)
+    if problem := _endless(described["config"], tensors):
+        raise CheckpointError(f"{source}: the base that {MANIFEST} describes cannot be meant: {problem}")
     config_class: Any = cls.config_class
-    values = _without_back_ends(base["config"])
+    values = _without_back_ends(described["config"])
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
     try:
@@ -217,15 +240,74 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             config = config_class.from_dict(values)
         except Exception as error:  # whatever a class of Transformers makes of values that it cannot mean
             raise TypeError(" ".join(str(error).split())) from error
-        options = {"use_safetensors": True, "config": config, "revision": base["revision"] or "main", **kwargs}
-        model = cls.from_pretrained(base["name_or_path"], **options)
-    except (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
+        options = {"use_safetensors": True, "config": config, "revision": commit or "main", **shared, **kwargs}
+        model = cls.from_pretrained(name, **options)
+    except (*_UNBUILDABLE, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: the base that {MANIFEST} describes cannot be built: {shorten(error)}"
+            f"{source}: the base that {MANIFEST} describes cannot be built: {shorten(error)}"
         ) from error
     finally:
         logging.set_verbosity(level)
     return load(model, folder).eval()
+
+
+def find_checkpoint(source: str | Path, files: Sequence[str], revision: str | None, **options: Any) -> Path:
+    """The folder of a checkpoint: the one that was given, or that of the hub's cache that these files were put into.
+
+    Args:
+        source: a folder, or `user/name` on the hub; what is on the disk comes first.
+        files: to be brought from the hub, as far as they are there.
+        revision: as `unipelt.hub.download` takes it.
+        options: likewise `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and on the hub no checkpoint of ours.
+        HubError: as `unipelt.hub.download`.
+        ValueError: a revision of a folder was asked for.
+    """
+    if os.path.isdir(source) or not isinstance(source, str) or not is_repository(source):
+        if revision is not None:
+            raise ValueError(
+                f"{show_path(source)} is a folder, which has no revisions; base_revision is that of a base"
+            )
+        return Path(source)
+    try:
+        folder = download(source, files, revision=revision, **options)
+    except HubError as error:
+        raise HubError(f"there is no folder {source!r} here; {error}") from error.__cause__
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{source!r} on the hub is not a checkpoint of unipelt: it has no {MANIFEST}")
+    return folder
+
+
+def find_base(
+    source: str | Path, described: Mapping[str, Any], base: str | Path | None, base_revision: str | None
+) -> tuple[str, str | None]:
+    """Where a checkpoint's base is, and its revision.
+
+    Args:
+        source: of the checkpoint.
+        described: what its manifest says of its base.
+        base: where the caller says that it is.
+        base_revision: likewise.
+
+    Raises:
+        CheckpointError: nobody says where, or it was in a folder on another machine.
+    """
+    if base is not None:
+        return str(base), base_revision
+    name: str = described["name_or_path"]
+    if not name:
+        raise CheckpointError(
+            "the base model was built in memory, so it cannot be restored by name; say base=..., or build it and "
+            "call unipelt.load(model, folder)"
+        )
+    if not os.path.isdir(source) and not may_be_base(name):  # it came from the hub, perhaps from a stranger
+        raise CheckpointError(
+            f"{source}: its base was in a folder where it was trained ({show_path(name)}); say base=..., where it is "
+            "for you"
+        )
+    return name, base_revision or described["revision"]
 
 
 def _without_back_ends(values: Any) -> Any:
@@ -300,17 +382,25 @@ def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[s
     name = model.config._name_or_path
     # FSDP2 puts a class of its own in front of the model's
     cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
+    on_hub = bool(name) and not os.path.isdir(name) and may_be_base(name)
     known: Mapping[str, Tensor] = injection.before
     if any(_is_sharded(parameter) for parameter in model.parameters()):
         known = {**whole, **known}
     return {
         "class": cls.__name__,
         "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": getattr(model.config, "_commit_hash", None) or (cached_commit(name) if on_hub else None),
         "config": json.loads(model.config.to_json_string(use_diff=True)),
         "computation": _computation(model),
         "fingerprint": _fingerprint(model, injection.head | unfrozen_names(model), known),
     }
+
+
+def _whereabouts(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
+    """Where the base of a manifest is, if the caller knows better than the model."""
+    if base is None and revision is None:
+        return {}
+    return {"name_or_path": model.config._name_or_path if base is None else base, "revision": revision}
 
 
 def _computation(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them.
 
-`unipelt collect DIR` copies their records alone, to publish; `unipelt fold DIR` folds the model of one, and `unipelt
-rerun DIR` does one again and compares. `unipelt export DIR` writes LoRA as a folder of PEFT's.
+`unipelt collect DIR` copies their records alone, to publish; `unipelt fold DIR` folds the model of one, `unipelt rerun
+DIR` does one again and compares, and `unipelt push DIR user/name` uploads its model.
 """
 
 from __future__ import annotations
@@ -124,6 +124,30 @@ def _rerun(arguments: argparse.Namespace) -> int:
     return 0 if result["equal"] else 1
 
 
+def _push(arguments: argparse.Namespace) -> int:
+    from unipelt.checkpoint import MANIFEST, from_pretrained
+    from unipelt.glue.folder import MODEL
+    from unipelt.glue.result import RESULT
+    from unipelt.publish import load_tokenizer, push_to_hub
+
+    folder = Path(arguments.folder)
+    result = folder / RESULT if (folder / RESULT).is_file() else None
+    model = folder / MODEL if result else folder
+    if not (model / MANIFEST).is_file():
+        raise ValueError(f"{folder} is neither a run that has finished nor what unipelt.save writes")
+    names = ("base", "base_revision", "license", "message", "private", "revision", "create_pr")
+    address = push_to_hub(
+        from_pretrained(model),
+        arguments.name,
+        deploy=not arguments.as_trained,
+        tokenizer=load_tokenizer(model),
+        result=result,
+        **{name: getattr(arguments, name) for name in names},
+    )
+    print(address)
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ValueError(message)
@@ -133,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     from unipelt.glue.settings import CARRIED, MOVED, RunSettings
 
     parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|export")
+    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|push")
 
     sweep = commands.add_parser(
         "sweep",
@@ -222,15 +246,22 @@ def _parser() -> argparse.ArgumentParser:
         what = "where it is now" if name in MOVED else "another one"
         again.add_argument(*names, dest=f"field {name}", metavar="VALUE", help=f"{what} [the record's]")
 
-    exporting = commands.add_parser(
-        "export",
-        help="write the LoRA of a checkpoint as a folder of PEFT's",
-        description="Write LoRA without gates, or with gates that `unipelt fold` made constants, as PEFT does, for "
-        "PEFT and what reads its folders. What cannot travel is refused by name (docs/bridges.md).",
+    pushing = commands.add_parser(
+        "push",
+        help="upload the model of a finished run, or a checkpoint",
+        description="Upload what was trained, its tokenizer and a model card, with the scores and gates of the run, in "
+        "one commit. What is needed of a login and what is uploaded: docs/hub.md.",
         allow_abbrev=False,
     )
-    exporting.set_defaults(do=_export)
-    exporting.add_argument("folder", metavar="DIR", help="a checkpoint, or the folder of a run")
-    exporting.add_argument("--out", required=True, metavar="DIR", help="folder that PEFT reads")
-    exporting.add_argument("--base", metavar="NAME", help="name of the base model, for PEFT [where it was loaded from]")
+    pushing.set_defaults(do=_push)
+    pushing.add_argument("folder", metavar="DIR", help="folder of the run, or what unipelt.save wrote")
+    pushing.add_argument("name", metavar="USER/NAME", help="the repository; made if it is not there")
+    pushing.add_argument("--base", metavar="NAME", help="what the base is called on the hub [where it was loaded from]")
+    pushing.add_argument("--base-revision", metavar="REVISION", help="of the base [the commit that was trained on]")
+    pushing.add_argument("--license", metavar="ID", help="of these weights, apache-2.0 say [nothing is said]")
+    pushing.add_argument("--message", metavar="TEXT", help="of the commit")
+    pushing.add_argument("--revision", metavar="BRANCH", help="made if it is not there [main]")
+    pushing.add_argument("--private", action="store_true", default=None, help="a new repository is for its owner alone")
+    pushing.add_argument("--create-pr", action="store_true", help="open a pull request")
+    pushing.add_argument("--as-trained", action="store_true", help="with the prefix's network, which deploying drops")
     return parser

@@ -54,7 +54,8 @@ def inject(
     """Add gated Adapter, Prefix and LoRA modules to a pretrained model, in place, and freeze what does not train.
 
     The model stays the same `PreTrainedModel`: its own parameters keep their names, and `Trainer`, pipelines,
-    accelerate and `copy.deepcopy` work as before. `model.save_pretrained` then writes what `unipelt.save` writes.
+    accelerate and `copy.deepcopy` work as before. `model.save_pretrained` then writes what `unipelt.save` writes, and
+    `model.push_to_hub` uploads what `unipelt.push_to_hub` uploads.
 
     Args:
         model: a model of Transformers, or of your own (`unipelt.register_family`), with or without a head. A part
@@ -128,6 +129,7 @@ def _inject(
         kept = set(kept_names(model))
         record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
         record.save_pretrained = partial(_save_pretrained, model)
+        record.push_to_hub = partial(_push_to_hub, model)
     except BaseException:
         _strip(model)
         for name, parameter in model.named_parameters():
@@ -148,9 +150,16 @@ def _save_pretrained(
     from unipelt.checkpoint import save  # it imports this module: loading injects
 
     if push_to_hub:
-        raise ValueError("push_to_hub is not supported for an injected model; save it and upload the folder")
+        raise ValueError("push_to_hub is no option of an injected model's save_pretrained; call unipelt.push_to_hub")
     if is_main_process:
         save(model, save_directory, state_dict=state_dict)
+
+
+def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:
+    """An injected model's `push_to_hub`: what `unipelt.push_to_hub` does."""
+    from unipelt.publish import push_to_hub  # it imports this module: saving does
+
+    return push_to_hub(model, repo_id, **options)
 
 
 def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, deployed: bool) -> None:
@@ -452,7 +461,7 @@ def drop_hooks(module: Any, dropped: Collection[Callable[..., Any]]) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-REPLACED = ("_keys_to_ignore_on_save", "save_pretrained")
+REPLACED = ("_keys_to_ignore_on_save", "save_pretrained", "push_to_hub")
 HOOKS = (
     enter_attention,
     add_low_rank,
