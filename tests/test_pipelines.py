@@ -20,7 +20,7 @@ import unipelt
 
 TEXTS = ["the cat was lovely", "a dull grey dog sat on the mat and then ran", "fine"]
 pipeline: Any = transformers.pipeline  # which tasks it has depends on the version
-IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 
 
 @pytest.fixture(scope="module")

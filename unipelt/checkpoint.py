@@ -34,6 +34,7 @@ from unipelt.parameters import injection_of, kept_names, parameter_counts, submo
 from unipelt.places import find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.prefix import Prefix, PrefixNetwork
+from unipelt.quantised import describe_numbers, is_quantised
 from unipelt.spread import FoldError
 
 WEIGHTS = "model.safetensors"
@@ -311,9 +312,13 @@ def find_base(
 
 
 def _without_back_ends(values: Any) -> Any:
-    """A configuration less what back-ends are called, which may name code on the hub that Transformers would run."""
+    """A configuration less what back-ends are called, which may name code on the hub that Transformers would run.
+
+    Nor does a checkpoint say how its base is quantised: that the caller does, who knows what the machine can run.
+    """
     if isinstance(values, dict):
-        return {key: _without_back_ends(value) for key, value in values.items() if "_implementation" not in key}
+        kept = {key: value for key, value in values.items() if key != "quantization_config"}
+        return {key: _without_back_ends(value) for key, value in kept.items() if "_implementation" not in key}
     return [_without_back_ends(value) for value in values] if isinstance(values, list) else values
 
 
@@ -434,7 +439,8 @@ def _other_computation(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str
 def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
     """What identifies a pretrained base: a SHA-256 over a sample of every parameter.
 
-    Submodules and the names `apart` do not count; where a name has a value in `before`, that does.
+    Submodules and the names `apart` do not count; where a name has a value in `before`, that does. Of quantised
+    weights the names count alone: another device may round otherwise, and a quantiser packs them as it needs them.
     """
     ours = {name for _, name, _ in submodule_parameters(model)}
     digest = hashlib.sha256()
@@ -442,10 +448,14 @@ def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping
     for name, parameter in sorted(model.named_parameters()):
         if name in ours or name in apart:
             continue
+        dtypes.add(describe_numbers(parameter))
+        if is_quantised(parameter):
+            digest.update(f"{name} quantised\n".encode())
+            continue
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         values = before.get(name, parameter).detach().flatten()
         sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode() + sample.numpy().tobytes())
-        dtypes.add(str(parameter.dtype).removeprefix("torch."))
+        digest.update(sample.numpy().tobytes())
     return {"sha256": digest.hexdigest(), "dtype": ", ".join(sorted(dtypes))}
 
 

@@ -45,7 +45,7 @@ from unipelt.places import (
 )
 from unipelt.plain import show
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
-from unipelt.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
+from unipelt.quantised import find_obstacle, like_beside
 
 
 def inject(
@@ -110,6 +110,8 @@ def _inject(
     )
     if unknown := injection.head - injection.required_grad.keys():
         raise InjectionError(f"this {type(model).__name__} has no head parameter {show(sorted(unknown)[0])}")
+    if obstacle := find_obstacle(model, config, injection.head):
+        raise InjectionError(obstacle)
     record: Any = model
     record.unipelt_injection = injection
     try:
@@ -130,6 +132,8 @@ def _inject(
         record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
         record.save_pretrained = partial(_save_pretrained, model)
         record.push_to_hub = partial(_push_to_hub, model)
+        if getattr(model, "is_quantized", False):
+            record._hf_peft_config_loaded = True  # or Trainer takes it for a quantised model that nothing was added to
     except BaseException:
         _strip(model)
         for name, parameter in model.named_parameters():
@@ -179,7 +183,11 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
         if not deployed:
             first = attentions[0].value
             networks[source] = PrefixNetwork(
-                first.inputs, widths.pop(), len(attentions), config.prefix, first.module.weight
+                first.inputs,
+                widths.pop(),
+                len(attentions),
+                config.prefix,
+                like_beside(first.module.weight, model.dtype),
             )
             setattr(owner, source, networks[source])
     shared = {part.name: Shared(part.name) for part in config.more}
@@ -207,27 +215,12 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
                     partial(Prefix, place, source, network=networks.get(source)),
                     causal=found.causal,
                     masked=masked,
-                    tokens=_slots(tokens, *(term.tokens for spot, term in terms if spot.place not in IN_ATTENTION))
-                    if attention is layer.attention
-                    else (),
-                    others=central if attention is layer.attention else {},
-                    inside=_slots(*(term.tokens for spot, term in terms if spot.place in IN_ATTENTION))
-                    if attention is layer.attention
-                    else (),
+                    tokens=tokens if attention is layer.attention else None,
+                    dtype=model.dtype,
                     crosses=attention is layer.cross,
                 )
         if layer.adapted is not None and config.adapter is not None:
-            _add_adapter(layer, found, config, tokens, central.get(f"{found.label}adapter", (None, False))[0])
-        if any(part.gate and {"up", "down", "activation", "feed_forward"} & {*part.places} for part in config.more):
-            _keep_whole(layer)
-    for name, common in shared.items():
-        if common.has_parameters():
-            if hasattr(owner, f"{name}_shared"):
-                raise InjectionError(f"{type(owner).__name__} has an attribute '{name}_shared' of its own")
-            setattr(owner, f"{name}_shared", common)
-    if any(common.has_parameters() for common in shared.values()):
-        owner.register_forward_pre_hook(enter_shared)
-        owner.register_forward_hook(leave_shared, always_call=True)
+            _add_adapter(layer, found, config, tokens, model.dtype)
     for module in owner.modules():
         if isinstance(module, OURS):
             module.train(model.training)
@@ -263,12 +256,11 @@ def _add_to_attention(
     *,
     causal: bool,
     masked: bool,
-    tokens: tuple[Slot, ...],
-    others: Mapping[str, tuple[Slot, bool]],
-    inside: tuple[Slot, ...],
+    tokens: Slot | None,
+    dtype: torch.dtype,
     crosses: bool,
 ) -> None:
-    attention, like = place.module, place.value.module.weight
+    attention, like = place.module, like_beside(place.value.module.weight, dtype)
     gated: dict[str, tuple[str, ...]] = {}  # gate -> path to what it scales
     if config.prefix is not None:
         by_query = causal or config.gate.pooling == "token"
@@ -289,7 +281,7 @@ def _add_to_attention(
                 gates = Gates(projection.inputs, (f"{label}{name}",), config.gate, like, causal=True)
             elif config.lora.gate:
                 gated[f"{label}{name}"] = (*projection.path.split("."), name)
-            term = LoRA(projection.inputs, projection.rows, config.lora, leaf.weight, gates)
+            term = LoRA(projection.inputs, projection.rows, config.lora, like_beside(leaf.weight, dtype), gates)
             term.skips_ungated_calls = place.described.query_serves_positions and name == "lora_query"
             if not any(hasattr(leaf, other) for other in NAMES):
                 leaf.register_forward_hook(add_low_rank)
@@ -329,11 +321,11 @@ def _add_to_attention(
 
 
 def _add_adapter(
-    layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, tokens: Slot | None, central: Slot | None
+    layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, tokens: Slot | None, dtype: torch.dtype
 ) -> None:
     assert config.adapter is not None
     assert layer.attention is not None
-    hidden, like = layer.attention.query.inputs, layer.attention.value.module.weight
+    hidden, like = layer.attention.query.inputs, like_beside(layer.attention.value.module.weight, dtype)
     gates = None
     if config.adapter.gate and central is None:
         gates = Gates(hidden, (f"{found.label}adapter",), config.gate, like, causal=found.causal)
@@ -461,7 +453,7 @@ def drop_hooks(module: Any, dropped: Collection[Callable[..., Any]]) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-REPLACED = ("_keys_to_ignore_on_save", "save_pretrained", "push_to_hub")
+REPLACED = ("_keys_to_ignore_on_save", "save_pretrained", "push_to_hub", "_hf_peft_config_loaded")
 HOOKS = (
     enter_attention,
     add_low_rank,

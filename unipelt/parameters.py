@@ -20,7 +20,7 @@ from unipelt.families import FAMILIES
 from unipelt.gate import Gates
 from unipelt.lora import LoRA
 from unipelt.prefix import Prefix, PrefixNetwork
-from unipelt.term import Shared, Term
+from unipelt.quantised import is_quantised
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,25 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
     outside = _outside_base(model)
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)}
+    if loaded and not any(is_quantised(parameter) and id(parameter) in loaded for parameter in model.parameters()):
+        loaded |= _quantised_afterwards(model, loaded)
     names = []
     for name, parameter in model.named_parameters():
         fresh = bool(loaded) and id(parameter) not in loaded and id(parameter) not in embeddings
         if id(parameter) in outside or fresh:
             names.append(name)
     return frozenset(names)
+
+
+def _quantised_afterwards(model: nn.Module, loaded: set[int]) -> set[int]:
+    """Identities of weights that lost their marks by being quantised; what else their module has still tells."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if is_quantised(parameter)
+        and all(id(other) in loaded for other in module.parameters(recurse=False) if not is_quantised(other))
+    }
 
 
 def _outside_base(model: PreTrainedModel) -> set[int]:
