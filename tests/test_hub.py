@@ -11,16 +11,19 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 import yaml
+from glue.test_result import make_record
 from hub_server import READER, WRITER, Hub, serve
 from huggingface_hub import ModelCard, constants
 from test_checkpoint import trained
 from tiny import tiny_batch
 from tiny_task import make_quick, quick, save_model
 from torch import Tensor
-from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, TrainingArguments
 
 import unipelt
+from unipelt.card import model_card, task_of
 from unipelt.checkpoint import CheckpointError
 from unipelt.command import main
 from unipelt.glue.result import ResultError, read_result, write_result
@@ -41,6 +44,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        # newer Transformers keep one, with the address that it was made with
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -255,6 +260,27 @@ def test_folders_come_first(hub: Hub, model: Any, tmp_path: Path, monkeypatch: p
         unipelt.from_pretrained(Path("somebody/nothing"))  # a path is one, and is looked for nowhere else
 
 
+@pytest.mark.parametrize("deploy", [False, True])
+def test_a_folded_model(hub: Hub, model: Any, deploy: bool) -> None:
+    unipelt.fold(model, [batch()], tolerance=1.0)
+    unipelt.push_to_hub(model, NAME, deploy=deploy)
+    assert torch.equal(logits(unipelt.from_pretrained(NAME)), logits(model))
+    assert "(folded)" in published_card(hub)
+
+
+def test_what_trainer_uploads(hub: Hub, model: Any, tmp_path: Path) -> None:
+    """`Trainer.push_to_hub` writes its own card; what it puts beside it is read all the same."""
+    options: dict[str, Any] = {"hub_model_id": NAME, "use_cpu": True, "report_to": "none"}
+    Trainer(model, TrainingArguments(output_dir=str(tmp_path / "out"), **options)).push_to_hub()
+    assert torch.equal(logits(unipelt.from_pretrained(NAME)), logits(model))
+
+
+def published_card(hub: Hub) -> str:
+    """The model card that is on the hub now."""
+    repository = hub.repositories[NAME]
+    return repository.commits[repository.branches["main"]]["README.md"].decode()
+
+
 # --- a base that was in a folder
 
 
@@ -414,6 +440,62 @@ def test_the_command_says_what_is_wrong(hub: Hub, home: Path, capsys: pytest.Cap
     assert "say base='user/name'" in capsys.readouterr().err.replace("--base", "base")
     assert main(["push", str(home), NAME]) == 2
     assert "neither a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "metrics", "types"),
+    [
+        ("rte", "validation", {"accuracy": 0.56}, ["accuracy"]),
+        ("mnli", "validation_matched", {"accuracy": 0.56}, ["accuracy"]),
+        ("stsb", "validation", {"spearman": 0.8, "pearson": 0.81}, ["spearmanr", "pearsonr"]),
+    ],
+)
+def test_scores_of_glue(task: str, split: str, metrics: dict[str, float], types: list[str]) -> None:
+    """In the hub's words: its data set, which split of it the test set is, and its metrics."""
+    record = make_record()
+    record["settings"] |= {"task": task, "batch_size": 16}
+    record["task"] |= {"name": task, "metrics": list(metrics), "primary": next(iter(metrics))}
+    record["data"] = {name: {"rows": 1100} for name in ("train", "dev", "test")}
+    record["packages"] |= {"unipelt": "0.1.0", "transformers": "5.0.0"}
+    for part in ("dev", "test"):
+        record[part]["metrics"] = metrics
+    model = trained("lora")
+    base = {"class": "BertForSequenceClassification", "name_or_path": "bert-base-uncased", "revision": None}
+    config, counts = model.unipelt_injection.config, unipelt.parameter_counts(model)
+    text = model_card(config, counts, {"base": base, "deployed": True}, name=NAME, result=record)
+    data: Any = ModelCard(text, ignore_metadata_errors=False).data
+    assert [result.metric_type for result in data.eval_results] == types
+    for result in data.eval_results:
+        found = (result.dataset_type, result.dataset_config, result.dataset_split)
+        assert found == ("nyu-mll/glue", task, split)
+        assert result.dataset_name == f"GLUE {task.upper()}"
+    assert f"one test on 1,100, the `{split}` split of GLUE {task.upper()}" in text
+    assert data.base_model_relation == "adapter"
+    assert data.get("license") is None
+
+
+def test_a_card_of_fine_tuning() -> None:
+    model = trained("fine-tuning")
+    base = {"class": "GPT2LMHeadModel", "name_or_path": "gpt2", "revision": "abc"}
+    config, counts = model.unipelt_injection.config, unipelt.parameter_counts(model)
+    data: Any = ModelCard(model_card(config, counts, {"base": base, "deployed": False})).data
+    assert (data.base_model_relation, data.pipeline_tag) == ("finetune", "text-generation")
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("RobertaForTokenClassification", "token-classification"),
+        ("BertForQuestionAnswering", "question-answering"),
+        ("BertForMaskedLM", "fill-mask"),
+        ("LlamaForCausalLM", "text-generation"),
+        ("BartForConditionalGeneration", "text2text-generation"),
+        ("MarianMTModel", "text2text-generation"),
+        ("BertModel", None),
+    ],
+)
+def test_the_hubs_name_of_a_task(name: str, task: str | None) -> None:
+    assert task_of(name) == task
 
 
 def test_metadata_that_yaml_would_read_otherwise(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def model_card(
     title = f"{_method(config)} on {base['name_or_path'].rpartition('/')[2] or 'a model built in memory'}"
     metadata: dict[str, Any] = {"library_name": "unipelt"}
     if known:
-        metadata |= {"base_model": known, "base_model_relation": "adapter"}
+        metadata |= {"base_model": known, "base_model_relation": "finetune" if config.train_base else "adapter"}
     if license:
         metadata["license"] = license
     if task:
