@@ -170,6 +170,19 @@ def test_it_trains_and_the_base_does_not(way: Callable[..., Any], folders: dict[
     assert torch.equal(outputs(model, family), before)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_further_submodules(way: Callable[..., Any], folders: dict[str, Path], tmp_path: Path, shared: bool) -> None:
+    parts: dict[str, Any] = {"ia3": {}, "houlsby": {"bottleneck": 4}, "parallel": {"bottleneck": 4}}
+    method = {"preset": "unipelt-apl", **parts, "compacter": {"bottleneck": 8}, "gate": {"shared": shared}}
+    model = added(way(FAMILIES["bert"], folders["bert"]), method)
+    trains = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trains} == {torch.float32}
+    model(**tiny_batch("bert")).logits.pow(2).mean().backward()
+    assert all(p.grad is not None for p in trains)
+    unipelt.save(model, tmp_path)
+    assert torch.equal(outputs(unipelt.load(way(FAMILIES["bert"], folders["bert"]), tmp_path)), outputs(model))
+
+
 @pytest.mark.parametrize("deploy", [False, True])
 def test_there_and_back(way: Callable[..., Any], folders: dict[str, Path], tmp_path: Path, deploy: bool) -> None:
     auto, folder = FAMILIES["bert"], folders["bert"]

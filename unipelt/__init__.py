@@ -22,10 +22,12 @@ from unipelt.config import (
 from unipelt.families import Attention, Family, Stack, register_family
 from unipelt.fold import FoldedGate, FoldReport, fold
 from unipelt.hub import HubError
+from unipelt.ia3 import IA3
 from unipelt.inject import InjectionError, inject, remove
 from unipelt.parameters import ParameterCounts, parameter_counts
+from unipelt.peft import load_peft, save_peft
 from unipelt.publish import load_tokenizer, push_to_hub
-from unipelt.record import GateRecord, record_gates
+from unipelt.record import GateRecord, gate_penalty, record_gates
 from unipelt.release import load_release_state_dict, release_state_dict
 from unipelt.spread import FoldError
 from unipelt.term import Spot, register_submodule
@@ -47,7 +49,10 @@ __all__ = [
     "FoldedGate",
     "GateConfig",
     "GateRecord",
+    "Houlsby",
+    "HoulsbyConfig",
     "HubError",
+    "IA3Config",
     "InjectionError",
     "LoRAConfig",
     "Parallel",

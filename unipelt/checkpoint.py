@@ -29,7 +29,7 @@ from unipelt.card import model_card
 from unipelt.config import ConfigError, UniPELTConfig, flatten, read_mapping
 from unipelt.fold import Constants, fold_constants
 from unipelt.hub import HubError, cached_commit, download, is_repository, may_be_base
-from unipelt.inject import InjectionError, _inject, remove
+from unipelt.inject import InjectionError, _inject, count_term, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.places import find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
@@ -117,7 +117,7 @@ def save(
         "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
         "head": sorted(injection.head),
         "unfrozen": sorted(unfrozen_names(model)),
-        "base": _describe_base(model, whole) | _whereabouts(model, base, base_revision),
+        "base": describe_base(model, whole) | _whereabouts(model, base, base_revision),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }
     if injection.folded is not None:

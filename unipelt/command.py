@@ -1,7 +1,8 @@
 """The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them.
 
 `unipelt collect DIR` copies their records alone, to publish; `unipelt fold DIR` folds the model of one, `unipelt rerun
-DIR` does one again and compares, and `unipelt push DIR user/name` uploads its model.
+DIR` does one again and compares, and `unipelt push DIR user/name` uploads its model. `unipelt export DIR` writes LoRA
+as a folder of PEFT's.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     from unipelt.glue.settings import CARRIED, MOVED, RunSettings
 
     parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|push")
+    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|export|push")
 
     sweep = commands.add_parser(
         "sweep",
@@ -245,6 +246,18 @@ def _parser() -> argparse.ArgumentParser:
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         what = "where it is now" if name in MOVED else "another one"
         again.add_argument(*names, dest=f"field {name}", metavar="VALUE", help=f"{what} [the record's]")
+
+    exporting = commands.add_parser(
+        "export",
+        help="write the LoRA of a checkpoint as a folder of PEFT's",
+        description="Write LoRA without gates, or with gates that `unipelt fold` made constants, as PEFT does, for "
+        "PEFT and what reads its folders. What cannot travel is refused by name (docs/bridges.md).",
+        allow_abbrev=False,
+    )
+    exporting.set_defaults(do=_export)
+    exporting.add_argument("folder", metavar="DIR", help="a checkpoint, or the folder of a run")
+    exporting.add_argument("--out", required=True, metavar="DIR", help="folder that PEFT reads")
+    exporting.add_argument("--base", metavar="NAME", help="name of the base model, for PEFT [where it was loaded from]")
 
     pushing = commands.add_parser(
         "push",

@@ -46,6 +46,7 @@ from unipelt.places import (
 from unipelt.plain import show
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
 from unipelt.quantised import find_obstacle, like_beside
+from unipelt.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
 
 
 def inject(
@@ -198,7 +199,7 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
         masked = config.gate.pooling == "masked_mean" and not found.causal
         adapted = layer.adapted is not None and config.adapter is not None and config.adapter.gate
         tokens = Slot() if masked and adapted and not config.gate.shared else None
-        terms = [(spot, _make_term(spot, config, found, shared)) for spot in layer.terms]
+        terms = [(spot, _make_term(spot, config, found, shared, model.dtype)) for spot in layer.terms]
         for spot, term in terms:
             _add_term(spot, term)
         central = _central(layer, found, config, terms) if config.gate.shared and layer.attention is not None else {}
@@ -215,12 +216,29 @@ def _add(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, depl
                     partial(Prefix, place, source, network=networks.get(source)),
                     causal=found.causal,
                     masked=masked,
-                    tokens=tokens if attention is layer.attention else None,
+                    tokens=_slots(tokens, *(term.tokens for spot, term in terms if spot.place not in IN_ATTENTION))
+                    if attention is layer.attention
+                    else (),
+                    others=central if attention is layer.attention else {},
+                    inside=_slots(*(term.tokens for spot, term in terms if spot.place in IN_ATTENTION))
+                    if attention is layer.attention
+                    else (),
                     dtype=model.dtype,
                     crosses=attention is layer.cross,
                 )
         if layer.adapted is not None and config.adapter is not None:
-            _add_adapter(layer, found, config, tokens, model.dtype)
+            slot = central.get(f"{found.label}adapter", (None, False))[0]
+            _add_adapter(layer, found, config, tokens, slot, model.dtype)
+        if any(part.gate and {"up", "down", "activation", "feed_forward"} & {*part.places} for part in config.more):
+            _keep_whole(layer)
+    for name, common in shared.items():
+        if common.has_parameters():
+            if hasattr(owner, f"{name}_shared"):
+                raise InjectionError(f"{type(owner).__name__} has an attribute '{name}_shared' of its own")
+            setattr(owner, f"{name}_shared", common)
+    if any(common.has_parameters() for common in shared.values()):
+        owner.register_forward_pre_hook(enter_shared)
+        owner.register_forward_hook(leave_shared, always_call=True)
     for module in owner.modules():
         if isinstance(module, OURS):
             module.train(model.training)
@@ -256,7 +274,9 @@ def _add_to_attention(
     *,
     causal: bool,
     masked: bool,
-    tokens: Slot | None,
+    tokens: tuple[Slot, ...],
+    others: Mapping[str, tuple[Slot, bool]],
+    inside: tuple[Slot, ...],
     dtype: torch.dtype,
     crosses: bool,
 ) -> None:
@@ -321,7 +341,12 @@ def _add_to_attention(
 
 
 def _add_adapter(
-    layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, tokens: Slot | None, dtype: torch.dtype
+    layer: LayerPlaces,
+    found: StackPlaces,
+    config: UniPELTConfig,
+    tokens: Slot | None,
+    central: Slot | None,
+    dtype: torch.dtype,
 ) -> None:
     assert config.adapter is not None
     assert layer.attention is not None
@@ -349,14 +374,17 @@ def count_term(place: TermPlace) -> int:
         place.place,
         place.inputs,
         place.projection.rows.count,
-        torch.empty(weight.shape, dtype=weight.dtype, device="meta"),
+        torch.empty(weight.shape, dtype=like_beside(weight, torch.float32).dtype, device="meta"),
         Shared(place.config.name),
     )
     return sum(parameter.numel() for parameter in MODULES[type(place.config)](place.config, spot).parameters())
 
 
-def _make_term(place: TermPlace, config: UniPELTConfig, found: StackPlaces, shared: Mapping[str, Shared]) -> Term:
-    part, weight, rows = place.config, place.projection.module.weight, place.projection.rows
+def _make_term(
+    place: TermPlace, config: UniPELTConfig, found: StackPlaces, shared: Mapping[str, Shared], dtype: torch.dtype
+) -> Term:
+    part, rows = place.config, place.projection.rows
+    weight = like_beside(place.projection.module.weight, dtype)
     spot = Spot(place.place, place.inputs, rows.count, weight.detach(), shared[part.name])
     gates = None
     if part.gate and (place.in_cross or not config.gate.shared):

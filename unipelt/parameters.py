@@ -21,6 +21,7 @@ from unipelt.gate import Gates
 from unipelt.lora import LoRA
 from unipelt.prefix import Prefix, PrefixNetwork
 from unipelt.quantised import is_quantised
+from unipelt.term import Shared, Term
 
 
 @dataclass(frozen=True)

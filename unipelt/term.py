@@ -63,7 +63,7 @@ class Spot:
         place: its name (`unipelt.config.Place`).
         inputs: I, width of what the place is given.
         outputs: O, width of what it gives.
-        weight: the host's own weight, frozen, for its type and its device.
+        weight: for its type and its device: the host's own weight, frozen, or one like it where that is quantised.
         shared: what all modules of this submodule in a stack share: parameters, as its attributes; whichever module
             comes first makes them. A module refers to it in a tuple, `self.shared = (spot.shared,)`, since it is no
             part of it, and reads them in `forward` as attributes of `self.shared[0].here()`.
