@@ -8,14 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from unipelt.config import PRESETS, read_mapping
 from unipelt.glue.settings import (
-    FILES,
     INCIDENTAL,
+    PATHS,
     RunSettings,
     SettingsError,
+    TrainingSettings,
     clean_name,
     expand_method,
     with_numbers,
@@ -24,15 +25,24 @@ from unipelt.plain import PlainError, parse_yaml, show, show_path
 
 _ALIASES = ("none", "null", "~")
 _MOST_ABOVE = 50
+_WHAT = "Train one method on one task, test it once, and leave one result.json."
+
+Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
-def parse(argv: Sequence[str]) -> RunSettings:
+@overload
+def parse(argv: Sequence[str]) -> RunSettings: ...
+@overload
+def parse(argv: Sequence[str], kind: type[Kind], what: str = ...) -> Kind: ...
+def parse(argv: Sequence[str], kind: type[Any] = RunSettings, what: str = _WHAT) -> Any:
     """Read settings from a command line.
 
     Args:
         argv: optionally a YAML or JSON file, which holds only what differs from the defaults and may name others as
             `base` (a path or a list of them, relative to the file; later ones win, and the file itself wins over
             all); then `--field value` for any field, and `--method.part.field value` for any field of the method.
+        kind: the settings to read, a dataclass.
+        what: the program does, for `--help`.
 
     Raises:
         SettingsError, ConfigError, FileNotFoundError: something is unknown or cannot be meant.
@@ -41,23 +51,25 @@ def parse(argv: Sequence[str]) -> RunSettings:
     words = list(argv)
     config = words.pop(0) if words and not words[0].startswith("-") else None
     words, overrides = _split_method(words)
-    namespace, unknown = _parser().parse_known_args(words)
+    namespace, unknown = _parser(kind, what).parse_known_args(words)
     for word in unknown:
         if word.startswith("--"):
-            raise SettingsError(_unknown("option", word, [f"--{item.name}" for item in fields(RunSettings)]))
+            raise SettingsError(_unknown("option", word, [f"--{item.name}" for item in fields(kind)]))
         raise SettingsError(
             f"cannot tell what {show(word)} belongs to: a configuration file comes first, then options as --field value"
         )
-    given = {name: read_option(name, value) for name, value in vars(namespace).items() if value is not None}
-    values = {} if config is None else read_config(config)
+    given = {name: read_option(name, value, kind) for name, value in vars(namespace).items() if value is not None}
+    values = {} if config is None else read_config(config, kind=kind)
     if config is not None and given.get("output_dir") is None and values.get("output_dir") is None:
         given["output_dir"] = _default_folder(config, given, overrides)
     values.update(given)
     values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
-    return RunSettings(**values)
+    return kind(**values)
 
 
-def read_config(path: str | Path, also: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(
+    path: str | Path, also: Sequence[str] = (), kind: type[TrainingSettings] = RunSettings
+) -> dict[str, Any]:
     """The fields that a configuration file sets, its bases included.
 
     Relative paths of data and of the method are looked for from the current folder and then from the root of the
@@ -66,17 +78,18 @@ def read_config(path: str | Path, also: Sequence[str] = ()) -> dict[str, Any]:
     Args:
         path: the file.
         also: keys of the file itself, not of its bases, that are no fields.
+        kind: the settings that it is to set fields of.
 
     Raises:
         SettingsError: a field is unknown, or files name each other as base in a circle.
         ConfigError, FileNotFoundError: a file cannot be read.
     """
-    return _read_config(Path(path), (), {}, also)
+    return _read_config(Path(path), kind, (), {}, also)
 
 
-def read_option(name: str, value: Any) -> Any:
+def read_option(name: str, value: Any, kind: type[TrainingSettings] = RunSettings) -> Any:
     """A value from the command line, where everything is text."""
-    hint = get_type_hints(RunSettings)[name]
+    hint = get_type_hints(kind)[name]
     if isinstance(value, list):
         return None if [item.lower() for item in value] in (["none"], ["null"]) else value
     if type(None) in get_args(hint) and value.lower() in _ALIASES:
@@ -97,7 +110,11 @@ def locate_path(name: str, config: Path) -> str:
 
 
 def _read_config(
-    path: Path, above: tuple[str, ...], known_bases: dict[str, dict[str, Any]], also: Sequence[str] = ()
+    path: Path,
+    kind: type[TrainingSettings],
+    above: tuple[str, ...],
+    known_bases: dict[str, dict[str, Any]],
+    also: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`read_config`, below the files `above`; a file that several name as base is read once."""
     try:
@@ -118,15 +135,15 @@ def _read_config(
         raise SettingsError(f"{show_path(path)}: base must be a path or a list of paths, not {show(bases)}")
     values: dict[str, Any] = {}
     for base in bases:
-        values |= _read_config(path.parent / base, (*above, place), known_bases)
-    known = [item.name for item in fields(RunSettings)]
+        values |= _read_config(path.parent / base, kind, (*above, place), known_bases)
+    known = [item.name for item in fields(kind)]
     overrides = {}
     for key in list(own):
         if key.startswith("method."):
             overrides[key.removeprefix("method.")] = with_numbers(own.pop(key))
         elif key not in (*known, *also):
             raise SettingsError(f"{show_path(path)}: {_unknown('field', key, known)}")
-    for name in (*FILES, "glue_dir", "method"):
+    for name in (*PATHS, "method"):
         if isinstance(own.get(name), str):
             own[name] = locate_path(own[name], path)
     values |= own
@@ -189,7 +206,7 @@ def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
 
 def _default_folder(config: str, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
     """`runs/` and a name that tells runs apart: the configuration file's, and the options that change the outcome."""
-    options = {name: value for name, value in given.items() if name not in (*INCIDENTAL, "glue_dir")}
+    options = {name: value for name, value in given.items() if name not in (*INCIDENTAL, "glue_dir", "tasks_dir")}
     options |= {f"method.{key}": value for key, value in overrides.items()}
     parts = [Path(config).stem, *(f"{name}={_plain(value)}" for name, value in options.items())]
     return str(Path("runs") / clean_name("-".join(parts)))
@@ -204,17 +221,16 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(message)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(kind: type[TrainingSettings], what: str) -> argparse.ArgumentParser:
     parser = _Parser(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [CONFIG] [--FIELD VALUE ...] [--method.PART.FIELD VALUE ...]",
-        description="Train one method on one task, test it once, and leave one result.json. CONFIG is a YAML or JSON "
-        "file\n(see configs/); options win over it.",
+        description=f"{what} CONFIG is a YAML or JSON file\n(see configs/); options win over it.",
         epilog=f"presets: {', '.join(PRESETS)}",
     )
-    hints = get_type_hints(RunSettings)
-    for item in fields(RunSettings):
+    hints = get_type_hints(kind)
+    for item in fields(kind):
         default = (
             "" if item.default is None else f" [{str(item.default).lower() if item.type == 'bool' else item.default}]"
         )

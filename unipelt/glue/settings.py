@@ -23,10 +23,21 @@ INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_work
 """Fields that say how a run is carried out, as opposed to what it computes."""
 
 FILES = ("train_file", "dev_file", "test_file")
+PATHS = (*FILES, "glue_dir", "tasks_dir")
+"""Fields that are paths of data, of whatever kind of task."""
 MOVED = ("model", "glue_dir", *FILES)
 """Fields that say where something lies; a rerun may find the same elsewhere."""
 CARRIED = ("device", "threads", "num_workers", "eval_tokens")
 """Fields that a rerun may change because they say how it is carried out; all but `num_workers` change roundings."""
+_POSITIVE = (
+    *("epochs", "patience", "batch_size", "eval_batch_size", "train_samples", "dev_samples", "test_samples", "threads"),
+    *("n_best", "max_answer_length", "beams", "max_target_length", "random_width", "random_layers", "vocabulary"),
+)
+_NOT_NEGATIVE = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "num_workers", "eval_tokens", "seed", "data_seed"),
+    *("split_seed", "stride", "skip_samples"),
+)
+_NAMES = ("label_column", "source", "target")
 _EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")  # what YAML 1.1 takes for a string
 
 
@@ -39,8 +50,10 @@ def _option(default: Any, help_: str) -> Any:
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """Everything that one run needs to know; each field's meaning is in its `help`.
+class TrainingSettings:
+    """What every run needs to know, whatever its task; each field's meaning is in its `help`.
+
+    A kind of task adds fields of its own in a subclass, and checks them in `_check_data`.
 
     Raises:
         SettingsError, ConfigError: a value cannot be meant, or two contradict each other.
@@ -55,6 +68,150 @@ class RunSettings:
     model_sha256: str | None = _option(
         None, "SHA-256 that the model's model.safetensors must have; checked before it is loaded"
     )
+    task: str | None = _option(None, "the name of a known task")
+    train_file: str | None = _option(None, "instead of a task: your own training data")
+    dev_file: str | None = _option(None, "your own dev data")
+    test_file: str | None = _option(None, "your own test data")
+    train_samples: int | None = _option(None, "K: train on the first K examples of the shuffled train data")
+    dev_samples: int = _option(1000, "examples of the dev set")
+    data_seed: int | None = _option(None, "seed of that shuffle; by default seed")
+    test_samples: int | None = _option(
+        None, "test on that many rows, the same for every run (drawn once for all seeds); by default on all"
+    )
+    seed: int = _option(1, "seed of initialisation, dropout and the order of examples")
+    method: str | Mapping[str, Any] = _option(
+        "unipelt-apl",
+        "a preset, a path to JSON or YAML, or (in a file) a mapping; single fields as --method.lora.rank 4, "
+        "--method.gate.pooling mean, --method.prefix null",
+    )
+    learning_rate: float | None = _option(
+        None,
+        "peak learning rate; by default the paper's for BERT-base: fine-tuning 2e-5, adapter and bitfit 1e-4, "
+        "prefix 2e-4, lora and combinations 5e-4",
+    )
+    epochs: int = _option(50, "at most this many passes over the train data")
+    patience: int | None = _option(
+        10, "stop after this many evaluations (one an epoch) without a better dev score; null: never"
+    )
+    batch_size: int = _option(16, "examples a step")
+    eval_batch_size: int = _option(64, "examples a batch of evaluation")
+    max_length: int = _option(128, "tokens, special ones included; longer texts are cut")
+    weight_decay: float = _option(0.0, "AdamW's weight decay")
+    warmup_ratio: float = _option(0.0, "fraction of all steps in which the learning rate rises from 0")
+    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm; 0: never")
+    precision: Literal["fp32", "bf16"] = _option("fp32", "fp32, or bf16 for bfloat16 autocast")
+    gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto (a GPU where there is one), cpu or cuda")
+    num_workers: int = _option(0, "processes that prepare batches; 0: the main one")
+    threads: int | None = _option(None, "CPU threads; by default PyTorch's choice")
+    output_dir: str | None = _option(
+        None,
+        "folder of the result; by default runs/ and a name made of the configuration file and the options",
+    )
+    overwrite: bool = _option(False, "run again although the folder holds a result, or replace another run's")
+    keep_checkpoints: bool = _option(False, "keep the trainer's last and best checkpoint after the run")
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_values()
+        self._check_data()
+        object.__setattr__(self, "method", expand_method(self.method))
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", paper_learning_rate(self.config))
+        if self.data_seed is None:
+            object.__setattr__(self, "data_seed", self.seed)
+        if self.output_dir is None:
+            name = clean_name(f"{self._data_name()}-{self.method_name}-seed={self.seed}")
+            object.__setattr__(self, "output_dir", str(Path("runs") / name))
+
+    def _check_data(self) -> None:
+        """Check that the fields which name data go together; the data themselves are not touched."""
+
+    def _data_name(self) -> str:
+        """What the data are called in the name of a folder."""
+        return self.task or Path(str(self.train_file)).stem
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, hint in ((item.name, hints[item.name]) for item in fields(self)):
+            if name == "method":
+                continue
+            value = getattr(self, name)
+            if float in (hint, *get_args(hint)):
+                value = _as_number(value)
+            try:
+                object.__setattr__(self, name, convert(hint, value, name))
+            except ConfigError as error:
+                raise SettingsError(str(error)) from None
+
+    def _check_values(self) -> None:
+        for name, least in (*dict.fromkeys(_POSITIVE, 1).items(), *dict.fromkeys(_NOT_NEGATIVE, 0).items()):
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise SettingsError(f"{name} must be {least} or more, not {show(value)}")
+        for item in fields(self):  # a seed is of 32 bits; no other whole number is meant to be as large
+            value = getattr(self, item.name)
+            if type(value) is int and value >= 2**32:
+                raise SettingsError(f"{item.name} must be below {2**32}, not {show(value)}")
+        if self.learning_rate == 0:
+            raise SettingsError("learning_rate must be above 0")
+        if not 0 <= self.warmup_ratio < 1:
+            raise SettingsError(f"warmup_ratio is a fraction, at least 0 and below 1, not {self.warmup_ratio}")
+        if self.max_length < 3:
+            raise SettingsError(f"max_length must be 3 or more tokens, not {show(self.max_length)}")
+        for name in ("model", "output_dir", *PATHS, *_NAMES):
+            if getattr(self, name, None) == "":
+                raise SettingsError(f"{name} is empty; give a value or leave it out")
+        if self.model_sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", self.model_sha256):
+            raise SettingsError(
+                f"model_sha256 must be 64 hexadecimal digits in lower case, not {show(self.model_sha256)}"
+            )
+
+    @property
+    def config(self) -> UniPELTConfig:
+        """The method, resolved."""
+        return resolve(self.method)
+
+    @property
+    def method_name(self) -> str:
+        """The preset's name, followed by what differs from it, as in `unipelt-apl, lora.rank=4`."""
+        preset = (self.method.get("preset") or "unipelt-apl") if isinstance(self.method, Mapping) else self.method
+        config = self.config
+        for name, known in PRESETS.items():
+            if config == known:
+                return name
+        before, after = flatten(PRESETS[preset].to_dict()), flatten(config.to_dict())
+        changed = [f"{key}={json.dumps(after[key])}" for key in after if after[key] != before.get(key, MISSING)]
+        return ", ".join([preset, *changed])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain types that JSON holds."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the outcome: the fields but for those of how and where the run is carried out."""
+        values = {name: value for name, value in self.to_dict().items() if name not in INCIDENTAL}
+        for name in PATHS:
+            if values.get(name) is not None:
+                values[name] = os.path.abspath(values[name])
+        if values["test_samples"] is None:  # runs from before there was this field stay the runs that they were
+            del values["test_samples"]
+        values["method"] = self.config.to_dict()
+        return values
+
+    def digest(self) -> str:
+        """SHA-256 of `identity`: two runs with the same digest are the same run."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RunSettings(TrainingSettings):
+    """Everything that one run on GLUE, or on a classification of your own, needs to know.
+
+    Raises:
+        As `TrainingSettings`.
+    """
+
     task: str | None = _option(None, "a GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte")
     glue_dir: str | None = _option(
         None,
@@ -81,122 +238,15 @@ class RunSettings:
         None, "K: train on the first K examples of the shuffled train data; by default on all of them"
     )
     dev_samples: int = _option(1000, "with train_samples: the next that many examples are the dev set")
-    data_seed: int | None = _option(None, "seed of that shuffle; by default seed")
-    test_samples: int | None = _option(
-        None, "test on that many rows, the same for every run (drawn once for all seeds); by default on all"
-    )
-    seed: int = _option(1, "seed of initialisation, dropout and the order of examples")
-    method: str | Mapping[str, Any] = _option(
-        "unipelt-apl",
-        "a preset, a path to JSON or YAML, or (in a file) a mapping; single fields as --method.lora.rank 4, "
-        "--method.gate.pooling mean, --method.prefix null",
-    )
-    learning_rate: float | None = _option(
-        None,
-        "peak learning rate; by default the paper's for BERT-base: fine-tuning 2e-5, adapter and bitfit 1e-4, "
-        "prefix 2e-4, lora and combinations 5e-4",
-    )
-    epochs: int = _option(50, "at most this many passes over the train data")
-    patience: int | None = _option(
-        10, "stop after this many evaluations (one an epoch) without a better dev score; null: never"
-    )
-    batch_size: int = _option(16, "examples a step")
     eval_tokens: int | None = _option(
         None,
         "tokens a batch of evaluation, padding included; by default 1024 on a CPU and 8192 on a GPU; "
         "0: eval_batch_size examples instead",
     )
     eval_batch_size: int = _option(64, "examples a batch of evaluation where eval_tokens is 0")
-    max_length: int = _option(128, "tokens, special ones included; longer texts are cut")
-    weight_decay: float = _option(0.0, "AdamW's weight decay")
-    warmup_ratio: float = _option(0.0, "fraction of all steps in which the learning rate rises from 0")
-    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm; 0: never")
-    precision: Literal["fp32", "bf16"] = _option("fp32", "fp32, or bf16 for bfloat16 autocast")
-    gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto (a GPU where there is one), cpu or cuda")
-    num_workers: int = _option(0, "processes that prepare batches; 0: the main one")
-    threads: int | None = _option(None, "CPU threads; by default PyTorch's choice")
-    output_dir: str | None = _option(
-        None,
-        "folder of the result; by default runs/ and a name made of the configuration file and the options",
-    )
-    overwrite: bool = _option(False, "run again although the folder holds a result, or replace another run's")
     do_predict: bool = _option(
         False, "also write predictions on the unlabelled test data (GLUE: the leaderboard's files)"
     )
-    keep_checkpoints: bool = _option(False, "keep the trainer's last and best checkpoint after the run")
-
-    def __post_init__(self) -> None:
-        self._check_types()
-        self._check_values()
-        self._check_data()
-        object.__setattr__(self, "method", expand_method(self.method))
-        config = self.config
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", paper_learning_rate(config))
-        if self.data_seed is None:
-            object.__setattr__(self, "data_seed", self.seed)
-        if self.task is not None and self.glue_dir is None and os.environ.get(GLUE_DIR):
-            object.__setattr__(self, "glue_dir", os.environ[GLUE_DIR])
-        if self.output_dir is None:
-            name = clean_name(f"{self.task or Path(str(self.train_file)).stem}-{self.method_name}-seed={self.seed}")
-            object.__setattr__(self, "output_dir", str(Path("runs") / name))
-
-    def _check_types(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if name == "method":
-                continue
-            value = getattr(self, name)
-            if float in (hint, *get_args(hint)):
-                value = _as_number(value)
-            try:
-                object.__setattr__(self, name, convert(hint, value, name))
-            except ConfigError as error:
-                raise SettingsError(str(error)) from None
-
-    def _check_values(self) -> None:
-        for name in (
-            "epochs",
-            "patience",
-            "batch_size",
-            "eval_batch_size",
-            "train_samples",
-            "dev_samples",
-            "test_samples",
-            "threads",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} must be 1 or more, not {show(value)}")
-        for name in (
-            "learning_rate",
-            "weight_decay",
-            "max_grad_norm",
-            "num_workers",
-            "eval_tokens",
-            "seed",
-            "data_seed",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise SettingsError(f"{name} must be 0 or more, not {show(value)}")
-        for item in fields(self):  # a seed is of 32 bits; no other whole number is meant to be as large
-            value = getattr(self, item.name)
-            if type(value) is int and value >= 2**32:
-                raise SettingsError(f"{item.name} must be below {2**32}, not {show(value)}")
-        if self.learning_rate == 0:
-            raise SettingsError("learning_rate must be above 0")
-        if not 0 <= self.warmup_ratio < 1:
-            raise SettingsError(f"warmup_ratio is a fraction, at least 0 and below 1, not {self.warmup_ratio}")
-        if self.max_length < 3:
-            raise SettingsError(f"max_length must be 3 or more tokens, not {show(self.max_length)}")
-        for name in ("model", "output_dir", "label_column", *FILES, "glue_dir"):
-            if getattr(self, name) == "":
-                raise SettingsError(f"{name} is empty; give a value or leave it out")
-        if self.model_sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", self.model_sha256):
-            raise SettingsError(
-                f"model_sha256 must be 64 hexadecimal digits in lower case, not {show(self.model_sha256)}"
-            )
 
     def _check_data(self) -> None:
         """Check that the fields which name data go together; the data themselves are not touched."""
@@ -208,6 +258,8 @@ class RunSettings:
             for name in (*FILES, "text_columns", "regression"):
                 if getattr(self, name) is not None:
                     raise SettingsError(f"task and {name} exclude each other; set one of them to null")
+            if self.glue_dir is None and os.environ.get(GLUE_DIR):
+                object.__setattr__(self, "glue_dir", os.environ[GLUE_DIR])
             return
         if self.train_file is None:
             raise SettingsError("there is nothing to train on: name a task (--task rte) or a train_file")
@@ -216,42 +268,6 @@ class RunSettings:
         if self.dev_file is None and (self.train_samples is None or self.test_file is None):
             wanted = "dev_file or test_file" if self.train_samples else "dev_file"
             raise SettingsError(f"there is nothing to test on: give a {wanted} beside the train_file")
-
-    @property
-    def config(self) -> UniPELTConfig:
-        """The method, resolved."""
-        return resolve(self.method)
-
-    @property
-    def method_name(self) -> str:
-        """The preset's name, followed by what differs from it, as in `unipelt-apl, lora.rank=4`."""
-        preset = (self.method.get("preset") or "unipelt-apl") if isinstance(self.method, Mapping) else self.method
-        config = self.config
-        for name, known in PRESETS.items():
-            if config == known:
-                return name
-        before, after = flatten(PRESETS[preset].to_dict()), flatten(config.to_dict())
-        changed = [f"{key}={json.dumps(after[key])}" for key in after if after[key] != before.get(key, MISSING)]
-        return ", ".join([preset, *changed])
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain types that JSON holds."""
-        return json.loads(json.dumps(asdict(self)))
-
-    def identity(self) -> dict[str, Any]:
-        """What determines the outcome: the fields but for those of how and where the run is carried out."""
-        values = {name: value for name, value in self.to_dict().items() if name not in INCIDENTAL}
-        for name in (*FILES, "glue_dir"):
-            if values[name] is not None:
-                values[name] = os.path.abspath(values[name])
-        if values["test_samples"] is None:  # runs from before there was this field stay the runs that they were
-            del values["test_samples"]
-        values["method"] = self.config.to_dict()
-        return values
-
-    def digest(self) -> str:
-        """SHA-256 of `identity`: two runs with the same digest are the same run."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def paper_learning_rate(config: UniPELTConfig) -> float:
