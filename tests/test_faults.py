@@ -192,7 +192,7 @@ def test_dev_outputs_that_are_infinite(
 def test_no_memory_for_the_model(
     said: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unipelt.glue.job._load_model", lambda *args: too_much())
+    monkeypatch.setattr("unipelt.glue.job.load_model", lambda *args: too_much())
     code, error = said()
     assert code == 2
     assert "memory ran out while data and model were loaded (" in error

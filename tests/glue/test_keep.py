@@ -214,7 +214,7 @@ def test_weights_that_change_while_they_are_loaded(home: Path, monkeypatch: pyte
     prepare(settings(home), kept)
     path = home / "model" / "model.safetensors"
     content = {name: tensor + 1 for name, tensor in load_file(path).items()}
-    load = jobs._load_model
+    load = jobs.load_model
 
     def late(*args: Any) -> Any:
         path.unlink()
@@ -222,7 +222,7 @@ def test_weights_that_change_while_they_are_loaded(home: Path, monkeypatch: pyte
         return load(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "_load_model", late)
+        patch.setattr(jobs, "load_model", late)
         during = prepare(settings(home), kept)
     check_same_weights(during, prepare(settings(home)))
     check_same(prepare(settings(home), kept), prepare(settings(home)))

@@ -29,6 +29,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerState
 import unipelt
 from unipelt.checkpoint import CheckpointError
 from unipelt.glue import run as running
+from unipelt.glue import training
 from unipelt.glue.folder import CHECKPOINTS
 from unipelt.glue.job import prepare
 from unipelt.glue.result import RESULT, ResultError, read_result, write_result
@@ -338,13 +339,14 @@ def pretended(home: Path) -> tuple[RunSettings, Path]:
     job = prepare(settings)
     tiny_base(job.model)
     test = {"loss": 0.5, "metrics": dict.fromkeys(METRICS, 0.5)}
-    for name, stand_in in {
-        "prepare": lambda chosen: replace(job, settings=chosen, digest=chosen.digest()),
-        "_test": lambda trainer, job: (test, {}),
-        "describe_code": lambda: {"commit": None, "dirty": None},  # the real one asks git, in a process
-    }.items():
-        assert hasattr(running, name)
-        setattr(running, name, stand_in)
+    for module, name, stand_in in (
+        (running, "prepare", lambda chosen: replace(job, settings=chosen, digest=chosen.digest())),
+        (running, "_test", lambda trainer, job: (test, {})),
+        # the real one asks git, in a process
+        (training, "describe_code", lambda: {"commit": None, "dirty": None}),
+    ):
+        assert hasattr(module, name)
+        setattr(module, name, stand_in)
     BatchTrainer.train = pretend  # type: ignore[assignment]
     return settings, folder
 

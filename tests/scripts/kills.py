@@ -31,8 +31,7 @@ import unipelt
 from scripts.crashes import copy, fill, found_record, silent, tiny_model, version_in
 from unipelt.checkpoint import WEIGHTS
 from unipelt.command import main as command
-from unipelt.glue import packed
-from unipelt.glue import run as running
+from unipelt.glue import packed, training
 from unipelt.glue.result import RESULT, read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
@@ -357,7 +356,7 @@ def stand_ins() -> None:
         setattr(module, "_PAUSE", 0.05)  # noqa: B010
     packs.IDLE_SECONDS = 0.2
     packed.CHECKPOINT_SECONDS = 0.0
-    running.describe_code = lambda: {"commit": None, "dirty": None}  # asks git, in a process
+    training.describe_code = lambda: {"commit": None, "dirty": None}  # asks git, in a process
 
 
 def main(folder: Path, seed: int, names: list[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from unipelt.checkpoint import write_whole
 from unipelt.glue.job import RunError
 from unipelt.glue.result import RESULT, ResultError, mismatch, read_result
-from unipelt.glue.settings import RunSettings
+from unipelt.glue.settings import TrainingSettings
 from unipelt.plain import PlainError, read_plain, show_path
 
 try:
@@ -66,7 +66,7 @@ class Progress:
         _write_json(folder / CHECKPOINTS / _PROGRESS, asdict(self))
 
 
-def find_finished(settings: RunSettings, folder: Path) -> dict[str, Any] | None:
+def find_finished(settings: TrainingSettings, folder: Path) -> dict[str, Any] | None:
     """The record of this very run, if it has finished and is not to be repeated.
 
     Raises:
@@ -109,7 +109,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def begin(settings: RunSettings, folder: Path) -> Progress:
+def begin(settings: TrainingSettings, folder: Path) -> Progress:
     """Count an attempt, and clear away what it replaces: an earlier run's files, if that is asked for.
 
     Raises:
@@ -238,7 +238,7 @@ def _write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value).encode())
 
 
-def _difference(theirs: Mapping[str, Any], settings: RunSettings) -> str:
+def _difference(theirs: Mapping[str, Any], settings: TrainingSettings) -> str:
     """What differs between the settings of a record and these, in words."""
     ours = settings.to_dict()
     names = [name for name in settings.identity() if theirs.get(name) != ours[name]]

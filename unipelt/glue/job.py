@@ -34,7 +34,7 @@ from unipelt.glue.failure import memory_named
 from unipelt.glue.keep import Corpus, Kept, State, Tokens, files_in, state_of
 from unipelt.glue.metric import majority_score
 from unipelt.glue.sampling import few_shot_rows, fixed_rows
-from unipelt.glue.settings import RunSettings, locate_model
+from unipelt.glue.settings import RunSettings, TrainingSettings, locate_model
 from unipelt.glue.tasks import Task, get_task
 
 
@@ -67,6 +67,11 @@ class Job:
     model_sha256: str | None
     digest: str
 
+    @property
+    def primary(self) -> str:
+        """The metric that chooses the best checkpoint."""
+        return self.task.primary
+
 
 @memory_named("data and model were loaded", "free some, or choose a smaller model", RunError)
 def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
@@ -81,15 +86,7 @@ def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
         ValueError, OSError: it cannot start; one sentence says why.
     """
     kept = Kept() if kept is None else kept
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            "a run trains in one process, and WORLD_SIZE is above 1; start it with python, and several runs side by "
-            "side with one GPU each (CUDA_VISIBLE_DEVICES)"
-        )
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("device is cuda, and PyTorch finds no GPU; use --device cpu")
-    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-    _check_folder(Path(str(settings.output_dir)))
+    device = find_device(settings)
     corpus = _load_data(settings, kept)
     task = corpus.task
     parts, notes = _choose_parts(settings, corpus)
@@ -97,14 +94,23 @@ def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
     majority = majority_score(task, _labels(corpus, parts["train"]), _labels(corpus, parts["test"]))
 
     place = locate_model(settings.model)
-    config, tokenizer = _load_tokenizer(settings, place, task, kept)
-    sha256, weights = _weights_sha256(settings, place, kept)
+    labels = dict(enumerate(task.label_names)) or {0: "score"}
+    config, tokenizer = load_tokenizer(
+        settings,
+        place,
+        kept,
+        num_labels=task.num_labels,
+        id2label=labels,
+        label2id={label: index for index, label in labels.items()},
+        problem_type="regression" if task.is_regression else "single_label_classification",
+    )
+    sha256, weights = weights_sha256(settings, place, kept)
     splits, order = {}, {}
     for name, part in parts.items():
         splits[name], rows = _tokens(corpus, part, tokenizer, settings.max_length, in_order=name == "train")
         if rows is not None:
             order[name] = rows
-    model = _load_model(settings, place, config)
+    model = load_model(settings, place, config, AutoModelForSequenceClassification)
     if weights and state_of(path for path, *_ in weights) == weights:
         kept.share_base(model, weights)
     digest = hashlib.sha256(json.dumps([settings.digest(), data, sha256], sort_keys=True).encode()).hexdigest()
@@ -125,6 +131,19 @@ def precision_of(job: Job) -> contextlib.AbstractContextManager[Any]:
     if job.settings.precision == "bf16":
         return torch.autocast(job.device, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def find_device(settings: TrainingSettings) -> str:
+    """What a run computes on, `cpu` or `cuda`. Raises `RunError` if it cannot start here at all."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            "a run trains in one process, and WORLD_SIZE is above 1; start it with python, and several runs side by "
+            "side with one GPU each (CUDA_VISIBLE_DEVICES)"
+        )
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("device is cuda, and PyTorch finds no GPU; use --device cpu")
+    _check_folder(Path(str(settings.output_dir)))
+    return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _check_folder(folder: Path) -> None:
@@ -259,23 +278,17 @@ def _tokens(
     return corpus.once(("sorted", *of_this), sort) if part.rows is None else sort()
 
 
-def _load_tokenizer(settings: RunSettings, place: str, task: Task, kept: Kept) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model's configuration for this task, and its tokenizer."""
-    labels = dict(enumerate(task.label_names)) or {0: "score"}
+def load_tokenizer(
+    settings: TrainingSettings, place: str, kept: Kept, **options: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model's configuration, with these options, and its tokenizer. Raises `RunError`."""
     try:
         if PreTrainedConfig.get_config_dict(place)[0].get("auto_map"):
             raise RunError(
                 f"the model {settings.model!r} comes with Python code of its own (auto_map in its config.json), which "
                 "is never run here; choose another, or take auto_map out of a copy if Transformers' class is meant"
             )
-        config = AutoConfig.from_pretrained(
-            place,
-            trust_remote_code=False,
-            num_labels=task.num_labels,
-            id2label=labels,
-            label2id={label: index for index, label in labels.items()},
-            problem_type="regression" if task.is_regression else "single_label_classification",
-        )
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
         folder = place if os.path.isdir(place) else os.path.dirname(str(cached_file(place, "config.json")))
         tokenizer = kept.tokenizer(
             place, files_in(folder), lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -300,10 +313,10 @@ def _load_tokenizer(settings: RunSettings, place: str, task: Task, kept: Kept) -
     return config, tokenizer
 
 
-def _weights_sha256(settings: RunSettings, place: str, kept: Kept) -> tuple[str | None, State]:
+def weights_sha256(settings: TrainingSettings, place: str, kept: Kept) -> tuple[str | None, State]:
     """SHA-256 of the model's `model.safetensors`, checked against the settings, and the state of that file.
 
-    None and an empty state if it has no such file.
+    None and an empty state if it has no such file. Raises `RunError`.
     """
     try:
         path = cached_file(place, WEIGHTS)
@@ -323,14 +336,15 @@ def _weights_sha256(settings: RunSettings, place: str, kept: Kept) -> tuple[str 
     return sha256, state
 
 
-def _load_model(settings: RunSettings, place: str, config: Any) -> PreTrainedModel:
+def load_model(settings: TrainingSettings, place: str, config: Any, kind: Any) -> PreTrainedModel:
+    """The pretrained model as one of a kind (an `AutoModelFor...`), with the method injected. Raises `RunError`."""
     set_seed(settings.seed)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report that the head starts at random, which is the point
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model = kind.from_pretrained(
             place, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as error:

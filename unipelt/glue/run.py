@@ -8,53 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import (
     DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
 import unipelt
-from unipelt.checkpoint import MANIFEST, WEIGHTS, write_whole
+from unipelt.checkpoint import MANIFEST, write_whole
 from unipelt.gate import Gates
 from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
-from unipelt.glue.failure import Diverged, RunFailed, check_losses, explain
-from unipelt.glue.folder import CHECKPOINTS, MODEL, PICTURE, PREDICTIONS, Progress
+from unipelt.glue.folder import MODEL, PICTURE, PREDICTIONS, Progress
 from unipelt.glue.job import Job, prepare, tokenizer_sha256
 from unipelt.glue.leaderboard import write_predictions
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.result import (
-    FORMAT,
-    RESULT,
-    describe_code,
-    describe_hardware,
-    describe_packages,
-    peak_memory,
     read_result,
-    summary,
     write_result,
 )
 from unipelt.glue.settings import RunSettings
-from unipelt.glue.tasks import Task
 from unipelt.glue.trainer import BatchTrainer
+from unipelt.glue.training import common_record, run_in_folder, train, training_arguments
 from unipelt.plot import plot_gates
 
 
@@ -76,155 +60,22 @@ def run(
         RunFailed: the run failed after it had begun, because training diverged, say, or the disk is full; its
             checkpoints are kept. (Errors of other kinds are mistakes in the code.)
     """
-    begun = time.monotonic()
-    folder = Path(str(settings.output_dir))
-    record = place.find_finished(settings, folder)
-    if record is not None:
-        if not record["settings"]["keep_checkpoints"]:
-            place.clean(folder)  # in case it was killed while it did so
-        say(summary(record, folder / RESULT))
-        say("(this run had finished before; --overwrite runs it again)")
-        return record
-    threads = torch.get_num_threads()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    try:
+
+    def load() -> Job:
         job = prepare(settings)
         if check is not None:
             check(job)
-        with place.locked(folder):
-            record = place.find_finished(settings, folder)  # another process may have been faster
-            if record is None:
-                progress = place.begin(settings, folder)
-                try:
-                    record = _execute(job, folder, progress, begun, say)
-                except Exception as error:
-                    if (reason := explain(error)) is None:
-                        raise
-                    raise RunFailed(f"the run failed after it had begun: {reason}") from error
-    finally:
-        torch.set_num_threads(threads)
-    say(summary(record, folder / RESULT))
-    return record
+        return job
 
+    def execute(job: Job, folder: Path, progress: Progress, begun: float) -> dict[str, Any]:
+        return _execute(job, folder, progress, begun, say)
 
-class _Marker(TrainerCallback):
-    """Marks each checkpoint once it is complete, then removes those that are no longer needed; keeps time."""
-
-    def __init__(self, folder: Path, digest: str, progress: Progress, begun: float) -> None:
-        self.folder = folder
-        self.digest = digest
-        self.progress = progress
-        self.clock = begun
-
-    def spend(self, *kinds: str) -> None:
-        """Count the seconds since the last call as spent on `kinds`."""
-        now = time.monotonic()
-        for kind in (*kinds, "total"):
-            self.progress.seconds[kind] += now - self.clock
-        self.clock = now
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.best_global_step:  # the folder may have moved since the checkpoint was written
-            state.best_model_checkpoint = str(place.checkpoint_at(self.folder, state.best_global_step))
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.spend()
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.spend("train")
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.spend("evaluation")
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.spend()
-        self.progress.write(self.folder)
-        place.mark(self.folder, state.global_step, self.digest, finished=control.should_training_stop)
-        steps = (state.global_step, state.best_global_step)
-        place.remove_checkpoints(self.folder, keep=tuple(place.checkpoint_at(self.folder, step) for step in steps))
-
-
-class _Watch(TrainerCallback):
-    """Stops training once a loss is not finite, before a checkpoint is written of it."""
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        check_losses(train=event["logs"].get("loss", 0.0))
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        check_losses(dev=event["metrics"].get("eval_loss", 0.0))
-
-
-class _Reporter(TrainerCallback):
-    """A bar over the steps, and a line for each evaluation."""
-
-    def __init__(self, primary: str, say: Callable[[str], None]) -> None:
-        self.primary = primary
-        self.say = say
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # disable=None: no bar where nobody watches, in a log file, say
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.update()
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        metrics = event["metrics"]
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        value = metrics[f"eval_{self.primary}"]
-        better = state.best_metric is None or value > state.best_metric
-        line = (
-            f"epoch {state.epoch:>3.0f}  train loss {losses[-1]:.4f}  dev loss {metrics['eval_loss']:.4f}  "
-            f"{self.primary} {value:.3f}{'  best so far' if better else ''}"
-        )
-        with tqdm.external_write_mode():
-            self.say(line)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.close()
+    return run_in_folder(settings, load, execute, say)
 
 
 def _arguments(job: Job, folder: Path) -> TrainingArguments:
-    settings = job.settings
-    options: dict[str, Any] = {}
-    if settings.gradient_checkpointing:
-        known = {item.name for item in fields(TrainingArguments)}  # the option got a new name in 5.x
-        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-        options = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=1,  # to Trainer; its batches of evaluation come ready made
-        learning_rate=float(settings.learning_rate or 0.0),
-        lr_scheduler_type="linear",
-        warmup_steps=settings.warmup_ratio,  # below 1 it is a fraction of all steps
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",  # the default depends on PyTorch's version
-        seed=settings.seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # it would put the mean of the others in the place of a loss that is NaN
-        save_total_limit=None,  # _Marker removes checkpoints, and only after the next one is complete
-        load_best_model_at_end=True,
-        metric_for_best_model=job.task.primary,
-        greater_is_better=True,
-        restore_callback_states_from_checkpoint=True,
-        bf16=settings.precision == "bf16",
-        use_cpu=job.device == "cpu",
-        dataloader_num_workers=settings.num_workers,
-        dataloader_pin_memory=job.device == "cuda",
-        report_to="none",
-        disable_tqdm=True,
-        **options,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # batch_size is that of a step: no DataParallel over whatever GPUs there are
-    return arguments
+    # 1 to Trainer; its batches of evaluation come ready made
+    return training_arguments(job, folder, TrainingArguments, per_device_eval_batch_size=1)
 
 
 def evaluated(job: Job, name: str) -> Batches:
@@ -240,23 +91,14 @@ def evaluated(job: Job, name: str) -> Batches:
 
 def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Train, or go on training; then `finish`."""
-    settings = job.settings
-    if job.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    if settings.num_workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or every worker that is forked warns
     for line in _header(job):
         say(line)
-    marker = _Marker(folder, job.digest, progress, begun)
-    callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(job.task.primary, say)]
-    if settings.patience is not None:
-        callbacks.append(EarlyStoppingCallback(settings.patience))
-    trainer = make_trainer(job, folder, hold(evaluated(job, "dev"), job.device), callbacks)
-    last = _train(trainer, job, folder, say)
 
-    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
-    return finish(trainer, job, folder, state, progress, marker.spend, say)
+    def make(callbacks: list[TrainerCallback]) -> Trainer:
+        return make_trainer(job, folder, hold(evaluated(job, "dev"), job.device), callbacks)
+
+    trainer, state, spend = train(job, folder, progress, begun, say, make)
+    return finish(trainer, job, folder, state, progress, spend, say)
 
 
 def make_trainer(job: Job, folder: Path, dev: Any, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
@@ -336,30 +178,6 @@ def _header(job: Job) -> list[str]:
     ]
 
 
-def _train(trainer: Trainer, job: Job, folder: Path, say: Callable[[str], None]) -> Path:
-    """Train to the end, from the last complete checkpoint if there is one; returns the final checkpoint."""
-    last = place.newest_checkpoint(folder, job.digest)
-    place.remove_checkpoints(folder, digest=job.digest)
-    if last is not None:
-        say(f"going on from {last}")
-    # Trainer takes at least one step when it resumes, so a run that had stopped must not be resumed
-    if last is None or not place.is_final(last):
-        try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        except Diverged as error:
-            now = trainer.state
-            raise error.at(now.epoch or 0.0, now.global_step, float(job.settings.learning_rate or 0.0)) from error
-        last = place.newest_checkpoint(folder, job.digest)
-    assert last is not None, "training ends with a marked checkpoint"
-    return last
-
-
-def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Put what a checkpoint of this run holds onto the model."""
-    found = model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)
-    assert not found.unexpected_keys, f"{checkpoint} is of another model"
-
-
 def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The one evaluation on the test set: loss and metrics, and every gate's values (examples, layers)."""
     has_gates = any(isinstance(module, Gates) for module in job.model.modules())
@@ -418,8 +236,6 @@ def _record(
 ) -> dict[str, Any]:
     """Everything that is needed to trust the score."""
     settings, task = job.settings, job.task
-    evaluations = _evaluations(state, task)
-    best = next(item for item in evaluations if item["step"] == state.best_global_step)
     base = json.loads((folder / MODEL / MANIFEST).read_text(encoding="utf-8"))["base"]
     means = None
     if gates:
@@ -435,15 +251,7 @@ def _record(
             },
         }
     return {
-        "format": FORMAT,
-        "status": "finished",
-        "settings": settings.to_dict(),
-        "digest": settings.digest(),
-        "method": {
-            "name": settings.method_name,
-            "config": settings.config.to_dict(),
-            "learning_rate": settings.learning_rate,
-        },
+        **common_record(job, state, task.metrics, progress),
         "task": {
             "name": task.name,
             "columns": list(task.columns),
@@ -452,12 +260,8 @@ def _record(
             "primary": task.primary,
             "notes": job.notes,
         },
-        "evaluations": evaluations,
-        "best": {"epoch": best["epoch"], "step": best["step"]},
-        "dev": {"loss": best["loss"], "metrics": best["metrics"]},
         "test": dict(test),
         "majority": job.majority,
-        "seeds": {"run": settings.seed, "data": settings.data_seed},
         "data": job.data,
         "model": {
             "name": settings.model,
@@ -467,29 +271,6 @@ def _record(
             "config": base["config"],
             "tokenizer": tokenizer_sha256(job.tokenizer),
         },
-        "parameters": asdict(unipelt.parameter_counts(job.model)),
         "gates": means,
-        "seconds": dict(progress.seconds),
-        "memory": peak_memory(job.device),
-        "hardware": describe_hardware(job.device),
-        "packages": describe_packages(),
-        "code": describe_code(),
-        "attempts": progress.attempts,
         "files": dict(files),
     }
-
-
-def _evaluations(state: TrainerState, task: Task) -> list[dict[str, Any]]:
-    """Every evaluation on the dev set, in order, with the train loss of its epoch."""
-    train = {entry["step"]: entry for entry in state.log_history if "loss" in entry}
-    return [
-        {
-            "epoch": entry["epoch"],
-            "step": entry["step"],
-            "loss": entry["eval_loss"],
-            "train_loss": train[entry["step"]]["loss"],
-            "metrics": {name: entry[f"eval_{name}"] for name in task.metrics},
-        }
-        for entry in state.log_history
-        if "eval_loss" in entry
-    ]
