@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -96,3 +97,23 @@ def _because(error: Exception) -> str:
     """The first line of what an error says, in brackets, if it says anything."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f" ({lines[0]})" if lines else ""
+
+
+def exit_code(program: str, do: Callable[[], object]) -> int:
+    """Do it; say in one line what is wrong with the input, or why a run failed.
+
+    Returns:
+        0 done, 1 the run failed, 2 bad input, 130 interrupted.
+    """
+    try:
+        do()
+    except (ValueError, OSError) as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 0

@@ -104,9 +104,10 @@ def summary(record: Mapping[str, Any], path: str | Path) -> str:
     seed = f"seed {settings['seed']}"
     if settings["data_seed"] != settings["seed"]:
         seed += f", data seed {settings['data_seed']}"
+    floor = f"{record.get('floor', 'majority')} {record['majority']:.3f}"
     return (
         f"{record['task']['name']} · {record['method']['name']} · {sample} · {seed}: "
-        f"{primary} {record['test']['metrics'][primary]:.3f} (majority {record['majority']:.3f}) · "
+        f"{primary} {record['test']['metrics'][primary]:.3f} ({floor}) · "
         f"dev {record['dev']['metrics'][primary]:.3f} at epoch {record['best']['epoch']:g} of "
         f"{record['evaluations'][-1]['epoch']:g} · {record['seconds']['total']:.0f} s · "
         f"trained {counts['trained']:,} (deployed {counts['deployed']:,}) + head {counts['head']:,} -> {path}"

@@ -45,7 +45,8 @@ class SettingsError(ValueError):
     """Settings that cannot be meant; the message says which, what was seen and what is possible."""
 
 
-def _option(default: Any, help_: str) -> Any:
+def option(default: Any, help_: str) -> Any:
+    """A field of settings, and what `--help` says of it."""
     return field(default=default, metadata={"help": help_})
 
 
@@ -60,56 +61,56 @@ class TrainingSettings:
         FileNotFoundError: the method is a path, and no file is there.
     """
 
-    model: str = _option(
+    model: str = option(
         "bert-base-uncased",
         "the pretrained model: a name on the hub, a folder, or package:NAME/FOLDER for a folder inside an installed "
         "Python package",
     )
-    model_sha256: str | None = _option(
+    model_sha256: str | None = option(
         None, "SHA-256 that the model's model.safetensors must have; checked before it is loaded"
     )
-    task: str | None = _option(None, "the name of a known task")
-    train_file: str | None = _option(None, "instead of a task: your own training data")
-    dev_file: str | None = _option(None, "your own dev data")
-    test_file: str | None = _option(None, "your own test data")
-    train_samples: int | None = _option(None, "K: train on the first K examples of the shuffled train data")
-    dev_samples: int = _option(1000, "examples of the dev set")
-    data_seed: int | None = _option(None, "seed of that shuffle; by default seed")
-    test_samples: int | None = _option(
+    task: str | None = option(None, "the name of a known task")
+    train_file: str | None = option(None, "instead of a task: your own training data")
+    dev_file: str | None = option(None, "your own dev data")
+    test_file: str | None = option(None, "your own test data")
+    train_samples: int | None = option(None, "K: train on the first K examples of the shuffled train data")
+    dev_samples: int = option(1000, "examples of the dev set")
+    data_seed: int | None = option(None, "seed of that shuffle; by default seed")
+    test_samples: int | None = option(
         None, "test on that many rows, the same for every run (drawn once for all seeds); by default on all"
     )
-    seed: int = _option(1, "seed of initialisation, dropout and the order of examples")
-    method: str | Mapping[str, Any] = _option(
+    seed: int = option(1, "seed of initialisation, dropout and the order of examples")
+    method: str | Mapping[str, Any] = option(
         "unipelt-apl",
         "a preset, a path to JSON or YAML, or (in a file) a mapping; single fields as --method.lora.rank 4, "
         "--method.gate.pooling mean, --method.prefix null",
     )
-    learning_rate: float | None = _option(
+    learning_rate: float | None = option(
         None,
         "peak learning rate; by default the paper's for BERT-base: fine-tuning 2e-5, adapter and bitfit 1e-4, "
         "prefix 2e-4, lora and combinations 5e-4",
     )
-    epochs: int = _option(50, "at most this many passes over the train data")
-    patience: int | None = _option(
+    epochs: int = option(50, "at most this many passes over the train data")
+    patience: int | None = option(
         10, "stop after this many evaluations (one an epoch) without a better dev score; null: never"
     )
-    batch_size: int = _option(16, "examples a step")
-    eval_batch_size: int = _option(64, "examples a batch of evaluation")
-    max_length: int = _option(128, "tokens, special ones included; longer texts are cut")
-    weight_decay: float = _option(0.0, "AdamW's weight decay")
-    warmup_ratio: float = _option(0.0, "fraction of all steps in which the learning rate rises from 0")
-    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm; 0: never")
-    precision: Literal["fp32", "bf16"] = _option("fp32", "fp32, or bf16 for bfloat16 autocast")
-    gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto (a GPU where there is one), cpu or cuda")
-    num_workers: int = _option(0, "processes that prepare batches; 0: the main one")
-    threads: int | None = _option(None, "CPU threads; by default PyTorch's choice")
-    output_dir: str | None = _option(
+    batch_size: int = option(16, "examples a step")
+    eval_batch_size: int = option(64, "examples a batch of evaluation")
+    max_length: int = option(128, "tokens, special ones included; longer texts are cut")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    warmup_ratio: float = option(0.0, "fraction of all steps in which the learning rate rises from 0")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
+    precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 for bfloat16 autocast")
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU where there is one), cpu or cuda")
+    num_workers: int = option(0, "processes that prepare batches; 0: the main one")
+    threads: int | None = option(None, "CPU threads; by default PyTorch's choice")
+    output_dir: str | None = option(
         None,
         "folder of the result; by default runs/ and a name made of the configuration file and the options",
     )
-    overwrite: bool = _option(False, "run again although the folder holds a result, or replace another run's")
-    keep_checkpoints: bool = _option(False, "keep the trainer's last and best checkpoint after the run")
+    overwrite: bool = option(False, "run again although the folder holds a result, or replace another run's")
+    keep_checkpoints: bool = option(False, "keep the trainer's last and best checkpoint after the run")
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -212,39 +213,39 @@ class RunSettings(TrainingSettings):
         As `TrainingSettings`.
     """
 
-    task: str | None = _option(None, "a GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte")
-    glue_dir: str | None = _option(
+    task: str | None = option(None, "a GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte")
+    glue_dir: str | None = option(
         None,
         f"folder with GLUE data; by default that of the variable {GLUE_DIR}, else the hub's nyu-mll/glue",
     )
-    train_file: str | None = _option(
+    train_file: str | None = option(
         None, "instead of a task: your own training data (.tsv, .csv, .json, .jsonl or .parquet)"
     )
-    dev_file: str | None = _option(
+    dev_file: str | None = option(
         None,
         "your own dev data; with train_samples, where dev is cut from the train file, it is the test data",
     )
-    test_file: str | None = _option(
+    test_file: str | None = option(
         None, "your own test data; unlabelled, it is for do_predict only. By default the dev data"
     )
-    text_columns: tuple[str, ...] | None = _option(
+    text_columns: tuple[str, ...] | None = option(
         None, "the one or two text columns of your own files; by default those with a usual name"
     )
-    label_column: str = _option("label", "the label column of your own files")
-    regression: bool | None = _option(
+    label_column: str = option("label", "the label column of your own files")
+    regression: bool | None = option(
         None, "whether your own labels are scores rather than classes; by default read from the labels"
     )
-    train_samples: int | None = _option(
+    train_samples: int | None = option(
         None, "K: train on the first K examples of the shuffled train data; by default on all of them"
     )
-    dev_samples: int = _option(1000, "with train_samples: the next that many examples are the dev set")
-    eval_tokens: int | None = _option(
+    dev_samples: int = option(1000, "with train_samples: the next that many examples are the dev set")
+    eval_tokens: int | None = option(
         None,
         "tokens a batch of evaluation, padding included; by default 1024 on a CPU and 8192 on a GPU; "
         "0: eval_batch_size examples instead",
     )
-    eval_batch_size: int = _option(64, "examples a batch of evaluation where eval_tokens is 0")
-    do_predict: bool = _option(
+    eval_batch_size: int = option(64, "examples a batch of evaluation where eval_tokens is 0")
+    do_predict: bool = option(
         False, "also write predictions on the unlabelled test data (GLUE: the leaderboard's files)"
     )
 

@@ -1,0 +1,25 @@
+"""Train one method on questions about texts: `python examples/run_qa.py configs/qa-xquad.yaml` (see `--help`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
+
+    from unipelt.glue.failure import exit_code
+    from unipelt.glue.options import parse
+    from unipelt.tasks.qa import prepare
+    from unipelt.tasks.run import run
+    from unipelt.tasks.settings import QASettings
+
+    what = "Train one method on questions in SQuAD's format, test it once, and leave one result.json."
+    return exit_code("run_qa.py", lambda: run(parse(argv, QASettings, what), prepare))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
