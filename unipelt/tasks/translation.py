@@ -1,0 +1,343 @@
+"""A run on texts and their translations: `examples/run_translation.py`. Anything that is a text from a text will do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.utils import logging
+
+import unipelt
+from unipelt.glue.files import DataError, read_lines
+from unipelt.glue.job import RunError, find_device, load_model, load_tokenizer, weights_sha256
+from unipelt.glue.keep import Kept
+from unipelt.glue.sampling import few_shot_rows, fixed_rows
+from unipelt.glue.settings import SettingsError, locate_model
+from unipelt.glue.training import training_arguments
+from unipelt.tasks.run import Outcome, TaskJob
+from unipelt.tasks.settings import TranslationSettings
+
+_MULTI30K = {"train": "multi30k/train", "dev": "multi30k/val", "test": "multi30k/test_2016_flickr"}
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_HEAD = 32
+"""Width of an attention head of a model that starts at random."""
+
+Pair = tuple[str, str]
+
+
+@dataclass
+class TranslationJob(TaskJob):
+    """What a run on translations needs, loaded.
+
+    Attributes:
+        pairs: of each split, `train`, `dev` and `test`.
+        rows: of these, as token ids.
+    """
+
+    settings: TranslationSettings
+    pairs: dict[str, list[Pair]]
+    rows: dict[str, Dataset]
+
+    metrics: ClassVar[tuple[str, ...]] = ("bleu",)
+
+    def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        """The trainer, which translates the dev set to evaluate."""
+        settings = self.settings
+        arguments = training_arguments(
+            self,
+            folder,
+            Seq2SeqTrainingArguments,
+            per_device_eval_batch_size=settings.eval_batch_size,
+            predict_with_generate=True,
+            generation_max_length=settings.max_target_length,
+            generation_num_beams=settings.beams,
+        )
+        return Seq2SeqTrainer(
+            model=self.model,
+            args=arguments,
+            # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer, self.model).__call__,
+            train_dataset=self.rows["train"],
+            eval_dataset=self.rows["dev"],
+            compute_metrics=self._scorer("dev"),
+            callbacks=callbacks,
+        )
+
+    def test(self, trainer: Trainer) -> Outcome:
+        """Test the model as it is; writes the translations, one a line in the order of the test data."""
+        trainer.compute_metrics = self._scorer("test")
+        output = trainer.predict(self.rows["test"])
+        translations = self.decode(output.predictions)
+        score, signature = bleu(translations, [target for _, target in self.pairs["test"]])
+        lines = "".join(f"{' '.join(translation.split())}\n" for translation in translations)
+        shown = [
+            f"    {pair[0]}\n -> {text}" for pair, text in zip(self.pairs["test"][:3], translations[:3], strict=True)
+        ]
+        return Outcome(
+            loss=(output.metrics or {})["test_loss"],
+            metrics={"bleu": score},
+            files={f"test.{self.settings.target}": lines.encode()},
+            notes={"sacrebleu": {"score": 100 * score, "signature": signature}},
+            lines=(f"BLEU {100 * score:.2f} ({signature})", *shown),
+        )
+
+    def decode(self, ids: Any) -> list[str]:
+        """Texts of generated token ids (N, T), padded by anything below 0."""
+        ids = np.where(np.asarray(ids) < 0, self.tokenizer.pad_token_id, ids)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in texts]
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write what was trained; all of a model that started at random, as an ordinary one with its tokenizer."""
+        if self.settings.random == "no":
+            return super().save(folder)
+        whole = AutoModelForSeq2SeqLM.from_config(self.model.config)
+        whole.load_state_dict(self.model.state_dict())
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            whole.save_pretrained(folder)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        self.tokenizer.save_pretrained(folder)
+        return {"fingerprint": {}, "config": json.loads(self.model.config.to_json_string(use_diff=True))}
+
+    def _scorer(self, split: str) -> Callable[[EvalPrediction], dict[str, float]]:
+        references = [target for _, target in self.pairs[split]]
+
+        def score(output: EvalPrediction) -> dict[str, float]:
+            return {"bleu": bleu(self.decode(output.predictions), references)[0]}
+
+        return score
+
+
+def prepare(settings: TranslationSettings) -> TranslationJob:
+    """Load and check everything.
+
+    Raises:
+        ValueError, OSError: it cannot start; one sentence says why.
+    """
+    device = find_device(settings)
+    bleu([""], [""])  # that sacrebleu is absent is found before time is spent
+    pairs, notes = load_pairs(settings)
+    sha256 = None
+    if settings.random != "no":
+        tokenizer = make_tokenizer([text for pair in pairs["train"] for text in pair], settings.vocabulary)
+        notes.append(f"the model starts at random, and its tokenizer ({len(tokenizer):,} pieces) is of the train data")
+        set_seed(settings.seed)
+        model = unipelt.inject(make_model(settings, tokenizer), settings.config)
+    else:
+        kept, place = Kept(), locate_model(settings.model)
+        config, tokenizer = load_tokenizer(settings, place, kept)
+        if not config.is_encoder_decoder:
+            raise RunError(
+                f"{settings.model} is a {config.model_type} without encoder and decoder; translation needs both (BART, "
+                "Marian, Pegasus, T5), or --random bart"
+            )
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and settings.max_target_length > limit:
+            raise RunError(
+                f"max_target_length is {settings.max_target_length}, and {settings.model} takes {limit} tokens; lower "
+                "it"
+            )
+        sha256, _ = weights_sha256(settings, place, kept)
+        model = load_model(settings, place, config, AutoModelForSeq2SeqLM)
+    rows = {name: encode(part, tokenizer, settings) for name, part in pairs.items()}
+    data = {name: describe_pairs(part) for name, part in pairs.items()}
+    floor = bleu(*map(list, zip(*pairs["test"], strict=True)))[0], "source as it is"
+    return TranslationJob(settings, model, tokenizer, data, notes, floor, device, sha256, pairs, rows)
+
+
+def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """Corpus BLEU with one reference a text, as a fraction, and the signature that sacrebleu gives it.
+
+    Raises:
+        SettingsError: sacrebleu is not installed.
+    """
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise SettingsError(
+            "BLEU needs the package sacrebleu; install the extra 'translation' (pip install -e '.[translation]')"
+        ) from error
+    metric = BLEU()
+    score = metric.corpus_score(list(translations), [list(references)]).score
+    return score / 100, str(metric.get_signature())
+
+
+def read_pairs(stem: str | Path, source: str, target: str) -> list[Pair]:
+    """Read the lines of two files, `stem.source` and `stem.target`.
+
+    Raises:
+        DataError: one is missing or no UTF-8, they differ in their number of lines, or a line is blank.
+    """
+    paths = [Path(f"{stem}.{ending}") for ending in (source, target)]
+    texts = [[(number, line.strip()) for number, line in read_lines(path)] for path in paths]
+    for path, lines in zip(paths, texts, strict=True):
+        if blank := [number for number, line in lines if not line]:
+            raise DataError(f"{path}, line {blank[0]} is blank; a text needs its translation on the same line")
+    if len(texts[0]) != len(texts[1]):
+        raise DataError(
+            f"{paths[0]} has {len(texts[0]):,} lines and {paths[1]} has {len(texts[1]):,}; each text needs its "
+            "translation on the same line"
+        )
+    if not texts[0]:
+        raise DataError(f"{paths[0]} is empty; get the file again")
+    return [(one, other) for (_, one), (_, other) in zip(*texts, strict=True)]
+
+
+def load_pairs(settings: TranslationSettings) -> tuple[dict[str, list[Pair]], list[str]]:
+    """The pairs of `train`, `dev` and `test`, and notes for a reader of the score. Raises `DataError`, `RunError`."""
+    files: dict[str, str | Path | None]
+    if settings.task is not None:
+        files = {name: settings.file_of(stem) for name, stem in _MULTI30K.items()}
+        if settings.train_samples is not None:
+            files["dev"] = None
+    else:
+        files = {"train": settings.train_file, "dev": settings.dev_file, "test": settings.test_file}
+        if settings.train_samples is not None and settings.dev_file is not None and settings.test_file is not None:
+            raise RunError(
+                "with train_samples the dev set is cut from the train file, so dev_file and test_file would both be "
+                "the test set; leave one out"
+            )
+    found = {
+        name: read_pairs(file, settings.source, settings.target) for name, file in files.items() if file is not None
+    }
+    train, notes, skipped = found["train"], [], settings.skip_samples
+    if settings.train_samples is not None:
+        if skipped + settings.train_samples + settings.dev_samples > len(train):
+            raise DataError(
+                f"skip_samples {skipped:,} + train_samples {settings.train_samples:,} + dev_samples "
+                f"{settings.dev_samples:,} are more than the {len(train):,} pairs of the train data; lower one"
+            )
+        test = found.get("test") or found["dev"]
+        taken = skipped + settings.train_samples
+        rows, dev_rows = few_shot_rows(len(train), taken, settings.dev_samples, int(settings.data_seed or 0))
+        dev = [train[row] for row in dev_rows]
+        train = [train[row] for row in rows[skipped:]]
+    else:
+        if skipped >= len(train):
+            raise DataError(f"skip_samples is {skipped:,}, and the train data have {len(train):,} pairs; lower it")
+        order = np.random.default_rng(settings.data_seed).permutation(len(train))
+        train = [train[row] for row in order[skipped:]]
+        dev = found["dev"]
+        if "test" in found:
+            test, dev = found["test"], _some(dev, settings.dev_samples)
+        else:
+            test = dev
+            notes.append("dev = test: the checkpoint was chosen on the data that it is tested on")
+    if settings.test_samples is not None and test is dev:
+        raise RunError("test_samples is given, and the test set is the dev set here; leave it out")
+    if settings.test_samples is not None and settings.test_samples < len(test):
+        notes.append(f"tested on {settings.test_samples:,} of {len(test):,} pairs, the same in every run")
+        test = _some(test, settings.test_samples)
+    if skipped:
+        notes.append(f"the first {skipped:,} pairs of the shuffled train data are left out")
+    return {"train": train, "dev": dev, "test": test}, notes
+
+
+def _some(pairs: list[Pair], count: int) -> list[Pair]:
+    return [pairs[row] for row in fixed_rows(len(pairs), count)]
+
+
+def describe_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Rows, and a SHA-256 of everything."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps(pair).encode() + b"\n")
+    return {"rows": len(pairs), "sha256": digest.hexdigest()}
+
+
+def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, settings: TranslationSettings) -> Dataset:
+    """Token ids of texts and translations, cut at the settings' lengths; padding is left to the batch."""
+    before = settings.source_prefix or ""
+    texts = tokenizer(
+        [before + source for source, _ in pairs],
+        truncation=True,
+        max_length=settings.max_length,
+        return_token_type_ids=False,
+    )
+    labels = tokenizer(
+        text_target=[target for _, target in pairs], truncation=True, max_length=settings.max_target_length
+    )
+    columns = {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"]}
+    return Dataset.from_dict({**columns, "labels": labels["input_ids"]})
+
+
+def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """A tokenizer of pieces of words that are frequent in these texts; of the same texts, the same one.
+
+    Args:
+        texts: of all languages that it is for.
+        vocabulary: pieces at most, special ones and single characters included.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(_SPECIAL), show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=10**9, **names)
+
+
+def make_model(settings: TranslationSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A small model that starts at random, from PyTorch's generator as it is."""
+    width, layers = settings.random_width, settings.random_layers
+    tokens: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config: Any
+    if settings.random == "bart":
+        config = BartConfig(
+            d_model=width,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_attention_heads=width // _HEAD,
+            decoder_attention_heads=width // _HEAD,
+            encoder_ffn_dim=4 * width,
+            decoder_ffn_dim=4 * width,
+            max_position_embeddings=max(settings.max_length, settings.max_target_length),
+            decoder_start_token_id=tokenizer.eos_token_id,
+            forced_eos_token_id=tokenizer.eos_token_id,
+            **tokens,
+        )
+    else:
+        config = T5Config(
+            d_model=width,
+            num_layers=layers,
+            num_heads=width // _HEAD,
+            d_kv=_HEAD,
+            d_ff=4 * width,
+            decoder_start_token_id=tokenizer.pad_token_id,
+            **tokens,
+        )
+    return AutoModelForSeq2SeqLM.from_config(config)
