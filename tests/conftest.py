@@ -99,6 +99,11 @@ def reference_dir() -> Path:
     return _folder("UNIPELT_REFERENCE_DIR", "the reference tensors of the authors' release")
 
 
+@pytest.fixture
+def tasks_dir() -> Path:
+    return _folder("UNIPELT_TASKS_DIR", "XQuAD (xquad_en) and Multi30k (multi30k)")
+
+
 def _folder(variable: str, what: str) -> Path:
     folder = os.environ.get(variable)
     if not folder:

@@ -75,7 +75,7 @@ class QAJob(TaskJob):
             eval_dataset=_rows(self.windows["dev"]),
             compute_metrics=self._scorer("dev"),
             # BART's and T5's outputs hold more than the two kinds of logits
-            preprocess_logits_for_metrics=lambda outputs, labels: tuple(outputs[:2]),
+            preprocess_logits_for_metrics=_starts_and_ends,
             callbacks=callbacks,
         )
 
@@ -171,6 +171,10 @@ def load_questions(settings: QASettings) -> tuple[dict[str, list[Question]], lis
         order = np.random.default_rng(settings.data_seed).permutation(len(train))
         train = [train[row] for row in order[: settings.train_samples]]
     return {"train": train, "dev": dev, "test": test}, notes
+
+
+def _starts_and_ends(outputs: Any, labels: Any) -> Any:
+    return tuple(outputs[:2])
 
 
 def _some(questions: list[Question], count: int) -> list[Question]:

@@ -13,8 +13,8 @@ import numpy as np
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
-    BartConfig,
     DataCollatorForSeq2Seq,
     EvalPrediction,
     PreTrainedModel,
@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    T5Config,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -308,36 +307,33 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizer
 
 def make_model(settings: TranslationSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A small model that starts at random, from PyTorch's generator as it is."""
-    width, layers = settings.random_width, settings.random_layers
-    tokens: dict[str, Any] = {
+    width, layers, heads = settings.random_width, settings.random_layers, settings.random_width // _HEAD
+    common: dict[str, Any] = {
+        "d_model": width,
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config: Any
-    if settings.random == "bart":
-        config = BartConfig(
-            d_model=width,
-            encoder_layers=layers,
-            decoder_layers=layers,
-            encoder_attention_heads=width // _HEAD,
-            decoder_attention_heads=width // _HEAD,
-            encoder_ffn_dim=4 * width,
-            decoder_ffn_dim=4 * width,
-            max_position_embeddings=max(settings.max_length, settings.max_target_length),
-            decoder_start_token_id=tokenizer.eos_token_id,
-            forced_eos_token_id=tokenizer.eos_token_id,
-            **tokens,
-        )
-    else:
-        config = T5Config(
-            d_model=width,
-            num_layers=layers,
-            num_heads=width // _HEAD,
-            d_kv=_HEAD,
-            d_ff=4 * width,
-            decoder_start_token_id=tokenizer.pad_token_id,
-            **tokens,
-        )
+    own: dict[str, dict[str, Any]] = {
+        "bart": {
+            "encoder_layers": layers,
+            "decoder_layers": layers,
+            "encoder_attention_heads": heads,
+            "decoder_attention_heads": heads,
+            "encoder_ffn_dim": 4 * width,
+            "decoder_ffn_dim": 4 * width,
+            "max_position_embeddings": max(settings.max_length, settings.max_target_length),
+            "decoder_start_token_id": tokenizer.eos_token_id,
+            "forced_eos_token_id": tokenizer.eos_token_id,
+        },
+        "t5": {
+            "num_layers": layers,
+            "num_heads": heads,
+            "d_kv": _HEAD,
+            "d_ff": 4 * width,
+            "decoder_start_token_id": tokenizer.pad_token_id,
+        },
+    }
+    config = AutoConfig.for_model(settings.random, **common, **own[settings.random])
     return AutoModelForSeq2SeqLM.from_config(config)
