@@ -21,15 +21,20 @@ import unipelt
 from unipelt.config import PRESETS, UniPELTConfig, read_mapping
 from unipelt.glue.options import parse, read_config
 from unipelt.glue.run import run
-from unipelt.glue.settings import RunSettings, paper_learning_rate
+from unipelt.glue.settings import RunSettings, TrainingSettings, paper_learning_rate
 from unipelt.glue.tasks import TASKS
 from unipelt.sweep import Sweep, read_sweep
+from unipelt.tasks import qa, translation
+from unipelt.tasks.run import run as run_task
+from unipelt.tasks.settings import QASettings, TaskSettings, TranslationSettings
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".yaml", ".json"))
 SWEEPS = [name for name in FILES if "grid" in read_mapping(FOLDER / name)]
 BENCHMARKS = [name for name in FILES if "methods" in read_mapping(FOLDER / name)]
-CONFIGS = [name for name in FILES if name not in (*SWEEPS, *BENCHMARKS)]
+TASK_CONFIGS = {"qa-xquad.yaml": QASettings, "translation-multi30k.yaml": TranslationSettings}
+"""Configurations of other scripts than run_glue.py."""
+CONFIGS = [name for name in FILES if name not in (*SWEEPS, *BENCHMARKS, *TASK_CONFIGS)]
 TWINS = [name for name in SWEEPS if name.endswith("-release.yaml")]
 
 TABLE1 = ("fine-tuning", "bitfit", "adapter", "prefix", "lora", "unipelt-ap", "unipelt-apl")
@@ -68,6 +73,7 @@ def test_there_are_some() -> None:
     assert originals == {"table1.yaml", "table3.yaml", "figure2.yaml", "figure3.yaml"}
     assert set(SWEEPS) == {*SIZES, *TWINS}
     assert BENCHMARKS == ["table4-release.yaml", "table4.yaml"]
+    assert set(TASK_CONFIGS) <= set(FILES)
 
 
 # Single runs
@@ -101,10 +107,10 @@ def test_has_a_row_in_the_readme_and_holds_only_what_differs(name: str) -> None:
     assert repeated_defaults(read_config(FOLDER / name)) in ([], ["dev_samples"])
 
 
-def repeated_defaults(values: Mapping[str, Any]) -> list[str]:
+def repeated_defaults(values: Mapping[str, Any], kind: type[TrainingSettings] = RunSettings) -> list[str]:
     """The fields that say what is the default anyway."""
     given = {key: value for key, value in values.items() if key not in ("model", "method")}
-    defaults = {item: getattr(RunSettings, item, None) for item in given}
+    defaults = {item: getattr(kind, item, None) for item in given}
     return [key for key, value in given.items() if value == defaults[key] and value is not None]
 
 
@@ -125,6 +131,52 @@ def test_a_run_with_a_model_of_another_architecture(family: str, home: Path, tmp
         AutoModelForSequenceClassification.from_pretrained(model, num_labels=2), tmp_path / "out" / "model"
     )
     assert unipelt.parameter_counts(again).trained == record["parameters"]["trained"]
+
+
+# Single runs of other tasks
+
+
+def write_tasks(folder: Path) -> Path:
+    """Ten short articles with a question each, and twelve pairs of sentences."""
+    texts = ["the cat sat on the mat", "a dog ran and then it was on a mat"]
+    articles = []
+    for index in range(10):
+        asked = {"id": f"q{index}", "question": "was the cat", "answers": [{"text": "mat", "answer_start": 0}]}
+        asked["answers"][0]["answer_start"] = texts[index % 2].index("mat")  # type: ignore[index]
+        articles.append({"paragraphs": [{"context": texts[index % 2], "qas": [asked]}]})
+    (folder / "xquad_en").mkdir(parents=True)
+    (folder / "xquad_en" / "xquad.en.json").write_text(json.dumps({"data": articles}), encoding="utf-8")
+    (folder / "multi30k").mkdir()
+    for name in ("train", "val", "test_2016_flickr"):
+        for ending, text in (("en", "the cat sat"), ("de", "die Katze sitzt")):
+            (folder / "multi30k" / f"{name}.{ending}").write_text(f"{text}\n" * 12, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "kind"), TASK_CONFIGS.items())
+def test_of_another_task_is_parsed_and_started(name: str, kind: type[TaskSettings], home: Path, tmp_path: Path) -> None:
+    options = ["--tasks_dir", str(write_tasks(tmp_path / "tasks")), "--output_dir", str(tmp_path / "out")]
+    options += ["--epochs", "1", "--threads", "1", "--device", "cpu", "--max_length", "16"]
+    if kind is QASettings:
+        options += ["--model", str(home / "model"), "--model_sha256", "null", "--stride", "4"]
+        settings = parse([str(FOLDER / name), *options], QASettings)
+        record = run_task(settings, qa.prepare, say=lambda line: None)
+    else:
+        options += ["--random_width", "32", "--random_layers", "1", "--vocabulary", "60"]
+        record = run_task(
+            parse([str(FOLDER / name), *options], TranslationSettings), translation.prepare, say=lambda line: None
+        )
+    assert record["status"] == "finished"
+
+
+@pytest.mark.parametrize(("name", "kind"), TASK_CONFIGS.items())
+def test_of_another_task_has_a_row_in_the_readme_and_holds_only_what_differs(
+    name: str, kind: type[TaskSettings]
+) -> None:
+    rows = re.findall(rf"^\| `{re.escape(name)}` \|(.*)\|$", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 1
+    assert all(column.strip() for column in rows[0].split("|"))
+    assert repeated_defaults(read_config(FOLDER / name, kind=kind), kind) == []
 
 
 # Sweeps

@@ -149,6 +149,8 @@ class TranslationSettings(TaskSettings):
             raise SettingsError(f"there is nothing to test on: give a {wanted} beside the train_file")
         if self.random != "no" and self.model != type(self).model:
             raise SettingsError("model and random exclude each other; leave one of them out")
+        if self.random != "no" and self.model_sha256 is not None:
+            raise SettingsError("model_sha256 and random exclude each other; leave one of them out")
         if self.random != "no" and not resolve(expand_method(self.method)).train_base:
             raise SettingsError(
                 "a base that starts at random must train as a whole: add --method fine-tuning, and give the folder "
