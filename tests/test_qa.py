@@ -16,8 +16,11 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTraine
 
 import unipelt
 from unipelt.glue.files import DataError
+from unipelt.glue.folding import fold_run
 from unipelt.glue.job import RunError
 from unipelt.glue.options import parse
+from unipelt.glue.rerun import rerun
+from unipelt.glue.result import ResultError
 from unipelt.glue.settings import SettingsError, locate_model
 from unipelt.report import read_results
 from unipelt.tasks.qa import load_questions, prepare
@@ -306,6 +309,16 @@ def test_the_best_answer_is_that_of_the_best_window(tokenizer: PreTrainedTokeniz
     assert len({answer.text for answer in ranked}) == len(ranked) <= 20
 
 
+def test_a_text_in_two_windows_counts_by_the_better_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    windows = make_windows([question()], tokenizer, 14, 4)[:2]
+    first, second = windows[0].spans.index(windows[1].spans[5] or (0, 0)), 5  # the same word in both
+    starts, ends = (logits(windows, {(0, first): 4.0, (1, second): 3.0}) for _ in range(2))
+    ranked = best_answers([question()], windows, starts, ends)["q"]
+    assert windows[0].spans[first] == windows[1].spans[second]
+    assert ranked[0].logit == 8
+    assert 6 not in [answer.logit for answer in ranked]
+
+
 def test_what_cannot_be_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     """A token of the question, an end before the start, too long a span."""
     windows = make_windows([question()], tokenizer, 14, 4)[:1]
@@ -418,6 +431,10 @@ def test_a_run_leaves_a_record_a_model_and_predictions(home: Path, tmp_path: Pat
     with pytest.raises(RunError, match="result of other settings"):
         run(replace(chosen, stride=5), prepare, said.append)
     assert [each.name for each in read_results(tmp_path).runs] == ["out"], "a report can be made of it"
+    for do in (fold_run, rerun):
+        with pytest.raises(ResultError, match="is of a run of custom and not of run_glue"):
+            do(tmp_path / "out", tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_run_learns_and_the_best_epoch_is_kept(home: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from unipelt.glue.batches import Batch, hold
 from unipelt.glue.folder import FOLDED, MODEL
 from unipelt.glue.job import Job, RunError, precision_of, prepare
 from unipelt.glue.metric import compute_metrics_for
-from unipelt.glue.result import describe_code, describe_hardware, describe_packages, read_result
+from unipelt.glue.result import check_of_glue, describe_code, describe_hardware, describe_packages, read_result
 from unipelt.glue.run import evaluated
 from unipelt.glue.settings import RunSettings
 
@@ -79,6 +79,7 @@ def fold_run(
     if out.exists():
         raise RunError(f"{out} is there already; remove it, or choose another --out")
     record = read_result(folder)
+    check_of_glue(record, folder)
     try:
         settings = replace(RunSettings(**record["settings"]), output_dir=str(folder))
     except TypeError as error:

@@ -24,7 +24,7 @@ from unipelt.config import ConfigError, UniPELTConfig, flatten, resolve
 from unipelt.glue.folder import MODEL
 from unipelt.glue.job import Job, RunError, tokenizer_sha256
 from unipelt.glue.keep import Kept
-from unipelt.glue.result import RESULT, read_result
+from unipelt.glue.result import RESULT, check_of_glue, read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name
 
@@ -73,6 +73,7 @@ def rerun(
     path = Path(path)
     path = path / RESULT if path.is_dir() else path
     record = read_result(path)
+    check_of_glue(record, path)
     settings, notes = settings_of(record, changes)
     out = Path("runs") / clean_name(f"{_name(path)}-rerun") if out is None else Path(out)
     settings = replace(settings, output_dir=str(out))

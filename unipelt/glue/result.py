@@ -97,6 +97,15 @@ def read_result(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def check_of_glue(record: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `ResultError` if a record is not of `unipelt.glue` but of another task."""
+    if "floor" in record:
+        raise ResultError(
+            f"{path} is of a run of {record['task']['name']} and not of run_glue.py, which alone can be done again or "
+            "folded from its record; give the script that did it another output_dir"
+        )
+
+
 def summary(record: Mapping[str, Any], path: str | Path) -> str:
     """One line about a finished run."""
     settings, primary, counts = record["settings"], record["task"]["primary"], record["parameters"]
