@@ -510,3 +510,13 @@ def test_xquad_is_read_and_its_answers_come_back_from_the_tokens(tasks_dir: Path
     parts = load_questions(QASettings(task="xquad", tasks_dir=str(tasks_dir)))[0]
     contexts = [{item.context for item in part} for part in parts.values()]
     assert not contexts[0] & contexts[1] | contexts[0] & contexts[2] | contexts[1] & contexts[2]
+
+
+@pytest.mark.parametrize("family", ["bart", "roberta", "t5"])
+def test_models_of_other_architectures(family: str, home: Path, tmp_path: Path) -> None:
+    """Their outputs hold more than starts and ends, they take no kinds of tokens, they have no token for a text."""
+    model = save_model(tmp_path / family, family)
+    chosen = settings(home, model=str(model), method="lora", epochs=1, output_dir=str(tmp_path / "out"))
+    record = run(chosen, prepare, lambda line: None)
+    assert record["model"]["class"].endswith("ForQuestionAnswering")
+    assert record["parameters"]["head"] > 0
