@@ -77,6 +77,11 @@ class TaskJob(ABC):
         return self.metrics[0]
 
     @property
+    def base(self) -> str:
+        """What the base is called."""
+        return self.settings.model
+
+    @property
     def digest(self) -> str:
         """SHA-256 of all that determines the outcome, data and weights included."""
         everything = [self.settings.digest(), self.data, self.model_sha256]
@@ -141,7 +146,7 @@ def _execute(
     spend("evaluation")
     for line in test.lines:
         say(line)
-    base = job.save(folder / MODEL)
+    described = job.save(folder / MODEL)
     (folder / PREDICTIONS).mkdir(exist_ok=True)
     for name, content in test.files.items():
         write_whole(folder / PREDICTIONS / name, content)
@@ -163,11 +168,11 @@ def _execute(
         "floor": job.floor[1],
         "data": job.data,
         "model": {
-            "name": model_name(job),
+            "name": job.base,
             "class": type(job.model).__name__,
             "sha256": job.model_sha256,
             "tokenizer": tokenizer_sha256(job.tokenizer),
-            **base,
+            **described,
         },
         "gates": None,
         "files": {"model": MODEL, "gates": None, "predictions": [f"{PREDICTIONS}/{name}" for name in test.files]},
@@ -179,17 +184,11 @@ def _execute(
     return read_result(folder)
 
 
-def model_name(job: TaskJob) -> str:
-    """What the base is called: its name or folder, or that it started at random."""
-    kind = getattr(job.settings, "random", "no")
-    return job.settings.model if kind == "no" else f"random {kind}"
-
-
 def _header(job: TaskJob) -> list[str]:
     settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
     stop = f", patience {settings.patience}" if settings.patience is not None else ""
     return [
-        f"model   {model_name(job)} ({type(job.model).__name__})",
+        f"model   {job.base} ({type(job.model).__name__})",
         f"task    {settings.task or 'custom'}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
         *(f"        {note}" for note in job.notes),
         f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "

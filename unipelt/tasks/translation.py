@@ -108,6 +108,11 @@ class TranslationJob(TaskJob):
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 
+    @property
+    def base(self) -> str:
+        """What the base is called, or that it started at random."""
+        return self.settings.model if self.settings.random == "no" else f"random {self.settings.random}"
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what was trained; all of a model that started at random, as an ordinary one with its tokenizer."""
         if self.settings.random == "no":
