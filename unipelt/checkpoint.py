@@ -25,11 +25,12 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from unipelt.attach import count_term
 from unipelt.card import model_card
 from unipelt.config import ConfigError, UniPELTConfig, flatten, read_mapping
 from unipelt.fold import Constants, fold_constants
 from unipelt.hub import HubError, cached_commit, download, is_repository, may_be_base
-from unipelt.inject import InjectionError, _inject, count_term, remove
+from unipelt.inject import InjectionError, _inject, remove
 from unipelt.parameters import injection_of, kept_names, parameter_counts, submodule_parameters, unfrozen_names
 from unipelt.places import find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
