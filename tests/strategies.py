@@ -25,7 +25,7 @@ from tiny import ENCODER_DECODERS, ENCODERS, EOS, PAD, VOCABULARY, WITH_PREFIX, 
 from torch import Tensor
 
 import unipelt
-from unipelt.config import Place
+from unipelt.config import PROJECTIONS, Place
 from unipelt.families import FAMILIES
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -208,7 +208,21 @@ def methods(
             "gate": gate,
             "gating": st.sampled_from(gating),
         },
-        "lora": {"rank": st.integers(1, 6), "alpha": st.floats(0.5, 16.0, width=16), "gate": gate},
+        "lora": {
+            "rank": st.integers(1, 6),
+            "alpha": st.floats(0.5, 16.0, width=16),
+            "gate": gate,
+            **(
+                {
+                    "places": st.just(["query", "value"])
+                    | st.sets(st.sampled_from(PROJECTIONS), min_size=1).map(sorted),
+                    "scaling": st.sampled_from(["standard", "rank_stabilised"]),
+                    "decomposed": st.sampled_from([False, False, True]),
+                }
+                if further
+                else {}
+            ),
+        },
     }
     values: dict[str, Any] = dict.fromkeys(fields)
     for part in chosen:

@@ -19,6 +19,7 @@ from unipelt.config import (
     UniPELTConfig,
     resolve,
 )
+from unipelt.dora import DoRA
 from unipelt.families import Attention, Family, Stack, register_family
 from unipelt.fold import FoldedGate, FoldReport, fold
 from unipelt.hub import HubError
@@ -43,6 +44,7 @@ __all__ = [
     "Compacter",
     "CompacterConfig",
     "ConfigError",
+    "DoRA",
     "Family",
     "FoldError",
     "FoldReport",

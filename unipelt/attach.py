@@ -24,9 +24,9 @@ from unipelt.attention import (
     leave_attention,
     redirect,
 )
-from unipelt.config import UniPELTConfig
+from unipelt.config import LoRAConfig, UniPELTConfig
 from unipelt.gate import Gates, Slot
-from unipelt.lora import NAMES, LoRA, add_low_rank
+from unipelt.lora import ENTRY, NAMES, LoRA, add_low_rank
 from unipelt.places import (
     IN_ATTENTION,
     AttentionPlace,
@@ -36,7 +36,7 @@ from unipelt.places import (
     TermPlace,
 )
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
-from unipelt.quantised import like_beside
+from unipelt.quantised import is_quantised, like_beside
 from unipelt.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
 
 
@@ -72,7 +72,10 @@ def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, de
         masked = config.gate.pooling == "masked_mean" and not found.causal
         adapted = layer.adapted is not None and config.adapter is not None and config.adapter.gate
         tokens = Slot() if masked and adapted and not config.gate.shared else None
-        terms = [(spot, _make_term(spot, config, found, shared, model.dtype)) for spot in layer.terms]
+        terms: list[tuple[TermPlace, Term | LoRA]] = [
+            (spot, _make_term(spot, config, found, shared, model.dtype)) for spot in layer.terms
+        ]
+        terms += [(spot, _make_low_rank(spot, config, found, model.dtype)) for spot in layer.low_rank]
         for spot, term in terms:
             _add_term(spot, term)
         central = _central(layer, found, config, terms) if config.gate.shared and layer.attention is not None else {}
@@ -102,7 +105,7 @@ def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, de
         if layer.adapted is not None and config.adapter is not None:
             slot = central.get(f"{found.label}adapter", (None, False))[0]
             _add_adapter(layer, found, config, tokens, slot, model.dtype)
-        if any(part.gate and {"up", "down", "activation", "feed_forward"} & {*part.places} for part in config.more):
+        if any(spot.config.gate and spot.place not in IN_ATTENTION for spot, _ in terms):
             _keep_whole(layer)
     for name, common in shared.items():
         if common.has_parameters():
@@ -119,7 +122,7 @@ def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, de
 
 
 def _central(
-    layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, terms: Sequence[tuple[TermPlace, Term]]
+    layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, terms: Sequence[tuple[TermPlace, Term | LoRA]]
 ) -> dict[str, tuple[Slot, bool]]:
     """What takes the gates of a layer's central network to submodules that have none of their own, by their names.
 
@@ -165,8 +168,10 @@ def _add_to_attention(
             )
         if config.prefix.gate:
             gated[f"{label}prefix"] = ("prefix",)
-    if config.lora is not None:
-        for name, projection in zip(NAMES, (place.query, place.value), strict=True):
+    if config.lora is not None and not config.lora.decomposed:
+        for name, projection in zip(ENTRY, (place.query, place.value), strict=True):
+            if name.removeprefix("lora_") not in config.lora.places:
+                continue
             leaf = projection.module
             gates = None
             if config.lora.gate and crosses and name == "lora_value":
@@ -175,10 +180,10 @@ def _add_to_attention(
             elif config.lora.gate:
                 gated[f"{label}{name}"] = (*projection.path.split("."), name)
             term = LoRA(projection.inputs, projection.rows, config.lora, like_beside(leaf.weight, dtype), gates)
+            term.low = Slot() if config.lora.gate and gates is None else None
+            term.crosses = gates is not None
             term.skips_ungated_calls = place.described.query_serves_positions and name == "lora_query"
-            if not any(hasattr(leaf, other) for other in NAMES):
-                leaf.register_forward_hook(add_low_rank)
-            setattr(leaf, name, term)
+            _hold(leaf, name, term)
     if not (gated or others or tokens or inside or config.prefix):
         return
     signature = inspect.signature(attention.forward).parameters
@@ -249,27 +254,47 @@ def count_term(place: TermPlace) -> int:
         place.projection.rows.count,
         torch.empty(weight.shape, dtype=like_beside(weight, torch.float32).dtype, device="meta"),
         Shared(place.config.name),
+        place.projection.module,
+        place.projection.rows,
     )
     return sum(parameter.numel() for parameter in MODULES[type(place.config)](place.config, spot).parameters())
+
+
+def _own_gates(place: TermPlace, config: UniPELTConfig, found: StackPlaces, dtype: torch.dtype) -> Gates | None:
+    """The gate of a term that computes it from what it reads."""
+    if not place.config.gate or (config.gate.shared and not place.in_cross):
+        return None
+    label = found.cross_label if place.in_cross else found.label
+    like = like_beside(place.projection.module.weight, dtype)
+    causal = found.causal or place.crosses
+    return Gates(place.inputs, (f"{label}{place.name}",), config.gate, like, causal=causal)
+
+
+def _own_tokens(gates: Gates | None) -> Slot | None:
+    return Slot() if gates is not None and gates.pooling in ("masked_mean", "mean", "text") else None
 
 
 def _make_term(
     place: TermPlace, config: UniPELTConfig, found: StackPlaces, shared: Mapping[str, Shared], dtype: torch.dtype
 ) -> Term:
-    part, rows = place.config, place.projection.rows
-    weight = like_beside(place.projection.module.weight, dtype)
-    spot = Spot(place.place, place.inputs, rows.count, weight.detach(), shared[part.name])
-    gates = None
-    if part.gate and (place.in_cross or not config.gate.shared):
-        label = found.cross_label if place.in_cross else found.label
-        causal = found.causal or place.crosses
-        gates = Gates(place.inputs, (f"{label}{place.name}",), config.gate, weight, causal=causal)
+    part, projection = place.config, place.projection
+    weight = like_beside(projection.module.weight, dtype).detach()
+    spot = Spot(
+        place.place,
+        place.inputs,
+        projection.rows.count,
+        weight,
+        shared[part.name],
+        projection.module,
+        projection.rows,
+    )
+    gates = _own_gates(place, config, found, dtype)
     term = Term(
         part.name,
         MODULES[type(part)](part, spot),
-        rows,
+        projection.rows,
         gates,
-        tokens=Slot() if gates is not None and gates.pooling in ("masked_mean", "mean", "text") else None,
+        tokens=_own_tokens(gates),
         source=None if place.reader is None else Slot(),
     )
     term.crosses = place.crosses
@@ -277,9 +302,36 @@ def _make_term(
     return term
 
 
-def _add_term(place: TermPlace, term: Term) -> None:
+def _make_low_rank(place: TermPlace, config: UniPELTConfig, found: StackPlaces, dtype: torch.dtype) -> Term | LoRA:
+    lora = place.config
+    assert isinstance(lora, LoRAConfig)
+    if lora.decomposed:
+        if is_quantised(place.projection.module.weight):
+            raise InjectionError(
+                f"{place.projection.path} is quantised, and decomposed LoRA needs its weight's numbers"
+            )
+        return _make_term(place, config, found, {"lora": Shared("lora")}, dtype)
+    projection, gates = place.projection, _own_gates(place, config, found, dtype)
+    term = LoRA(projection.inputs, projection.rows, lora, like_beside(projection.module.weight, dtype), gates)
+    term.tokens = _own_tokens(gates)
+    term.crosses = place.crosses
+    term.skips_ungated_calls = place.serves_positions
+    return term
+
+
+def _hold(leaf: Any, name: str, term: LoRA) -> None:
+    """Put a low-rank term into its projection."""
+    if not any(hasattr(leaf, other) for other in NAMES):
+        leaf.register_forward_hook(add_low_rank)
+    setattr(leaf, name, term)
+
+
+def _add_term(place: TermPlace, term: Term | LoRA) -> None:
     """Put a term into its host: hosts hold the names of their terms, and the slots of those who read what they read."""
     host = place.projection.module
+    if isinstance(term, LoRA):
+        _hold(host, place.name, term)
+        return
     names, hook = ("unipelt_inputs", add_to_input) if place.place == "activation" else ("unipelt_terms", add_terms)
     if names not in vars(host):
         setattr(host, names, ())
@@ -402,9 +454,15 @@ def check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[Sta
     layers = [layer for stack in stacks for layer in stack.layers.values()]
     own = sum(layer.attention is not None for layer in layers)
     cross = sum(layer.cross is not None for layer in layers)
-    terms = [place for layer in layers for place in layer.terms]
+    terms = [place for layer in layers for place in (*layer.terms, *layer.low_rank)]
+    plain = sum(isinstance(place.config, LoRAConfig) and not place.config.decomposed for place in terms)
+    entry = [] if config.lora is None or config.lora.decomposed else [f"lora_{place}" for place in config.lora.places]
+    entry = [name for name in entry if name in ENTRY]
     lora_gate = bool(config.lora and config.lora.gate)
-    attention_gates = bool(config.prefix and config.prefix.gate) or lora_gate
+    prefix_gate = bool(config.prefix and config.prefix.gate)
+    attention_gates = prefix_gate or (lora_gate and bool(entry))
+    # in cross-attention the values' have one of their own
+    crossing_gates = (prefix_gate or (lora_gate and ENTRY[0] in entry)) + (lora_gate and ENTRY[1] in entry)
     adapter_gate = bool(config.adapter and config.adapter.gate)
     own_gates = attention_gates + adapter_gate
     gated = [place for place in terms if place.config.gate]
@@ -413,10 +471,10 @@ def check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[Sta
         gated = [place for place in gated if place.in_cross]
     expected = {
         Adapter: own * bool(config.adapter),
-        LoRA: 2 * (own + cross) * bool(config.lora),
+        LoRA: len(entry) * (own + cross) + plain,
         Prefix: (own + cross) * bool(config.prefix),
-        Term: len(terms),
-        Gates: own * own_gates + cross * (attention_gates + lora_gate) + len(gated),
+        Term: len(terms) - plain,
+        Gates: own * own_gates + cross * crossing_gates + len(gated),
     }
     for kind, count in expected.items():
         if found[kind] != count:

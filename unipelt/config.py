@@ -97,6 +97,27 @@ def _indices(value: range | str, where: str) -> list[int]:
     return list(range(int(match[1]), int(match[2]) + 1))
 
 
+def _later(default: Any) -> Any:
+    """A field that came later: left out of what is written where it has its default, as if it were not there.
+
+    So the configurations of before, and what is named after them, are the same with it and without.
+    """
+    return field(default=default, metadata={"later": True})
+
+
+Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward"]
+"""Where in a layer a term can be added.
+
+`query`, `key`, `value`: the projections. `attention`: the projection that ends the attention. `up`, `down`: the first
+and the last projection of the feed-forward network. `activation`: what `down` is given. `feed_forward`: past the
+network, from what `up` reads to what `down` gives.
+"""
+
+
+PROJECTIONS: tuple[Place, ...] = ("query", "value", "key", "attention", "up", "down")
+"""The places that are projections."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """A bottleneck adapter after the feed-forward network of a layer (Houlsby et al., 2019; Pfeiffer placement).
@@ -137,29 +158,41 @@ class PrefixConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank updates of the query and value projections (Hu et al., 2022).
+    """Low-rank updates of projections (Hu et al., 2022); the paper's are those of queries and values.
 
     Attributes:
         rank: r.
         alpha: numerator of the scale `alpha / rank`; a gate replaces that scale.
-        gate: whether gates (one for the query, one for the value) replace `alpha / rank`.
+        gate: whether gates (one for each projection) replace `alpha / rank`.
+        places: which projections: `query`, `key`, `value`, `attention`, `up`, `down`.
+        scaling: `standard`, or `rank_stabilised` for the scale `alpha / sqrt(rank)` (Kalajdzievski, 2023).
+        decomposed: weight-decomposed updates, DoRA (Liu et al., 2024): the length of each row of the weight is learned
+            apart from its direction. A gate leads from the frozen projection (0) to the updated one (1), and the scale
+            stays.
     """
 
     rank: int = 8
     alpha: float = 16.0
     gate: bool = True
+    places: tuple[Place, ...] = _later(("query", "value"))
+    scaling: Literal["standard", "rank_stabilised"] = _later("standard")
+    decomposed: bool = _later(False)
 
     def __post_init__(self) -> None:
         _check(self, "rank", "alpha")
+        if not self.places or len(set(self.places)) != len(self.places) or not {*self.places} <= {*PROJECTIONS}:
+            raise ConfigError(f"places must name one or more of {', '.join(PROJECTIONS)}, none of them twice")
+        object.__setattr__(self, "places", tuple(place for place in PROJECTIONS if place in self.places))
 
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return "lora"
 
-Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward"]
-"""Where in a layer a term can be added.
-
-`query`, `key`, `value`: the projections. `attention`: the projection that ends the attention. `up`, `down`: the first
-and the last projection of the feed-forward network. `activation`: what `down` is given. `feed_forward`: past the
-network, from what `up` reads to what `down` gives.
-"""
+    @property
+    def scale(self) -> float:
+        """What `B A x` is multiplied by where no gate replaces it."""
+        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
 
 
 @dataclass(frozen=True)
@@ -259,14 +292,6 @@ class CompacterConfig(SubmoduleConfig):
         _check(self, "bottleneck", "terms", "rank")
         if self.bottleneck % self.terms:
             raise ConfigError(f"terms must divide the bottleneck, {self.bottleneck}: {self.terms} does not")
-
-
-def _later(default: Any) -> Any:
-    """A field that came later: left out of what is written where it has its default, as if it were not there.
-
-    So the configurations of before, and what is named after them, are the same with it and without.
-    """
-    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ def _settle(model: nn.Module, gates: list[GatePlace], constants: Constants) -> d
                 raise FoldError(f"{name!r} at {path!r}: this term serves one of two uses of a weight: it is not merged")
             settled[target] = constant
     for module in model.modules():
-        if isinstance(module, LoRA) and module.gates is None and module.low is None:
+        if isinstance(module, LoRA) and module.gates is None and module.low is None and module.gate is None:
             settled[module] = module.scale
     return settled
 
@@ -460,9 +460,10 @@ def _drop_prefix(attention: Any) -> None:
 
 def _tidy_sites(model: nn.Module) -> None:
     """Let attentions do no more than what is left to do."""
-    wanted = {id(module.tokens) for module in model.modules() if isinstance(module, (Adapter, Term))}
+    wanted = {id(module.tokens) for module in model.modules() if isinstance(module, (Adapter, LoRA, Term))}
     for attention, site in _sites(model):
         site.tokens = tuple(slot for slot in site.tokens if id(slot) in wanted)
+        site.inside = tuple(slot for slot in site.inside if id(slot) in wanted)
         left = bool(attention.gates is not None or site.tokens or site.inside)
         site.masked = site.masked and left
         if left or site.inserts:

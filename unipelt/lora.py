@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config import LoRAConfig
-from unipelt.gate import Gates, Slot, product
+from unipelt.config import PROJECTIONS, LoRAConfig
+from unipelt.gate import Gates, Slot, as_many_rows, product
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class LoRA(nn.Module):
         low: brings `g A x` of the pass, (B, T, r), from the attention, which computes it in one product with its
             gates; None where the term has no gate of the attention's.
         gates: computes the gate from the projection's own input, where that is not the attention's; else None.
+        tokens: brings the token weights of the pass to `gates`; None where they do without.
+        gate: brings g alone, where the layer's attention computes it for all (`GateConfig.shared`); else None.
+        crosses: whether x is of another text than the layer's own.
         skips_ungated_calls: the projection is also called for something that no gate belongs to; leave that alone.
     """
 
@@ -55,9 +58,12 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(rows.count, config.rank, dtype=like.dtype, device=like.device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.rows = rows
-        self.scale = config.alpha / config.rank
+        self.scale = config.scale
         self.gates = gates
-        self.low = Slot() if config.gate and gates is None else None
+        self.low: Slot | None = None
+        self.tokens: Slot | None = None
+        self.gate: Slot | None = None
+        self.crosses = False
         self.skips_ungated_calls = False
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
@@ -70,15 +76,22 @@ class LoRA(nn.Module):
         Returns:
             (B, T, out_features).
         """
+        slot = self.low or self.gate or self.tokens
+        if self.skips_ungated_calls and slot is not None and slot.is_empty():
+            return out
         scale = 1.0
         if self.low is not None:
-            if self.skips_ungated_calls and self.low.is_empty():
-                return out
-            low = self.low.take()
-            assert low is not None
+            taken = self.low.take()
+            assert taken is not None
+            low = taken
+        elif self.gate is not None:
+            gate = self.gate.take()
+            assert gate is not None
+            low = nn.functional.linear(x, self.A) * as_many_rows(gate, x)
         elif self.gates is not None:
-            logits, low = product(x, self.gates, (self.A,))
-            low = low * self.gates(logits, None)
+            weights = None if self.tokens is None else self.tokens.take()
+            logits, low = product(x, self.gates, (self.A,), weights=weights)
+            low = low * self.gates(logits, weights)
         else:
             low, scale = nn.functional.linear(x, self.A), self.scale
         if self.rows.count == out.shape[-1]:
@@ -90,8 +103,10 @@ class LoRA(nn.Module):
         return torch.add(out, nn.functional.pad(groups, (self.rows.start, rest)).flatten(-2), alpha=scale)
 
 
-NAMES = ("lora_query", "lora_value")
+NAMES = tuple(f"lora_{place}" for place in PROJECTIONS)
 """The attributes of a projection that hold its terms."""
+ENTRY = NAMES[:2]
+"""Those of queries and values, which read what the attention reads and take part in its one product."""
 
 
 def add_low_rank(projection: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:

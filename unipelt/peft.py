@@ -32,7 +32,7 @@ from unipelt.adapter import Adapter
 from unipelt.checkpoint import CheckpointError, _is_sharded, write_whole
 from unipelt.config import LARGEST, ConfigError, LoRAConfig, UniPELTConfig, read_mapping
 from unipelt.inject import InjectionError, _inject, remove
-from unipelt.lora import NAMES, LoRA, Rows
+from unipelt.lora import ENTRY, LoRA, Rows
 from unipelt.parameters import Injection, head_names, injection_of, kept_names, submodule_parameters
 from unipelt.places import AttentionPlace, Projection, find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
@@ -505,7 +505,7 @@ def _projections(model: PreTrainedModel, config: UniPELTConfig) -> list[tuple[st
     return [
         (paths[projection.module], name, projection)
         for place in _attentions(model, config)
-        for name, projection in zip(NAMES, (place.query, place.value), strict=True)
+        for name, projection in zip(ENTRY, (place.query, place.value), strict=True)
     ]
 
 

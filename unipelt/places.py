@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unipelt.attention import check_back_end, uses_interface
-from unipelt.config import SubmoduleConfig, UniPELTConfig
+from unipelt.config import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
 from unipelt.families import FAMILIES, Attention, Stack, describe_unknown
-from unipelt.lora import NAMES, Rows
+from unipelt.lora import ENTRY, NAMES, Rows
 
 
 class InjectionError(ValueError):
@@ -46,8 +46,8 @@ class TermPlace:
         serves_positions: whether the projection is also called on relative positions.
     """
 
-    config: SubmoduleConfig
-    place: str
+    config: SubmoduleConfig | LoRAConfig
+    place: Place
     projection: Projection
     inputs: int
     reader: Any = None
@@ -76,7 +76,8 @@ class AttentionPlace:
 class LayerPlaces:
     """One layer's places, found and checked before anything is changed; None for what the configuration leaves out.
 
-    `adapted` is the norm after the feed-forward network (post-LN) or what the network adds to its residual (pre-LN).
+    `terms` are of further submodules, `low_rank` those of LoRA beyond plain ones of queries and values. `adapted` is
+    the norm after the feed-forward network (post-LN) or what the network adds to its residual (pre-LN).
     """
 
     module: Any
@@ -84,6 +85,7 @@ class LayerPlaces:
     cross: AttentionPlace | None
     adapted: Any
     terms: tuple[TermPlace, ...] = ()
+    low_rank: tuple[TermPlace, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,11 +202,27 @@ def _find_layer(
         )
     if hasattr(adapted, "adapter"):
         raise InjectionError(f"{type(adapted).__name__} has an attribute 'adapter' of its own")
-    terms = [
-        *(_find_terms(layer, stack, stack.attention, model, config) if own else ()),
-        *(_find_terms(layer, stack, stack.cross, model, config, in_cross=True) if crossing and stack.cross else ()),
-    ]
-    return LayerPlaces(layer, attention, crossing, adapted, tuple(terms))
+    found: list[tuple[TermPlace, ...]] = []
+    for wanted in (_wanted_terms(config), _wanted_low_rank(config.lora)):
+        terms = list(_find_terms(layer, stack, stack.attention, model, wanted)) if own else []
+        if crossing and stack.cross:
+            terms += _find_terms(layer, stack, stack.cross, model, wanted, in_cross=True)
+        found.append(tuple(terms))
+    return LayerPlaces(layer, attention, crossing, adapted, *found)
+
+
+Wanted = Sequence[tuple[SubmoduleConfig | LoRAConfig, Sequence[Place]]]
+
+
+def _wanted_terms(config: UniPELTConfig) -> Wanted:
+    return [(part, part.places) for part in config.more]
+
+
+def _wanted_low_rank(lora: LoRAConfig | None) -> Wanted:
+    """All of DoRA's; of others, what is not of queries and values, which the attention itself serves."""
+    if lora is None:
+        return []
+    return [(lora, [place for place in lora.places if lora.decomposed or f"lora_{place}" not in ENTRY])]
 
 
 def _find_terms(
@@ -212,12 +230,12 @@ def _find_terms(
     stack: Stack,
     described: Attention,
     model: PreTrainedModel,
-    config: UniPELTConfig,
+    wanted: Wanted,
     in_cross: bool = False,
 ) -> Iterator[TermPlace]:
-    """The places of further submodules in one attention of a layer and, but for cross-attention, behind it."""
-    for part in config.more:
-        for place in part.places:
+    """The places of submodules in one attention of a layer and, but for cross-attention, behind it."""
+    for part, places in wanted:
+        for place in places:
             if place in IN_ATTENTION:
                 found = _find_in_attention(layer, described, place, model)
                 crosses = in_cross and place in ("key", "value")
@@ -247,7 +265,9 @@ def _find_in_attention(layer: nn.Module, described: Attention, place: str, model
     return replace(found, rows=_rows(described, place, found.rows.count, model))
 
 
-def _find_in_feed_forward(layer: nn.Module, stack: Stack, part: SubmoduleConfig, place: str) -> TermPlace:
+def _find_in_feed_forward(
+    layer: nn.Module, stack: Stack, part: SubmoduleConfig | LoRAConfig, place: Place
+) -> TermPlace:
     told = "projection of the feed-forward network"
     up = _projection(layer, _alternative(layer, _told(stack.up, "up", f"first {told}")))
     down = _projection(layer, _alternative(layer, _told(stack.down, "down", f"last {told}")))

@@ -60,7 +60,7 @@ def find_gates(model: PreTrainedModel) -> list[GatePlace]:
             continue
         for row, (name, target) in enumerate(zip(host.gates.names, targets, strict=True)):
             mask = "attention_mask"
-            if isinstance(module, LoRA) or (isinstance(module, Term) and module.crosses):  # it reads the other text
+            if isinstance(module, (LoRA, Term)) and module.crosses:  # it reads the other text
                 mask = "attention_mask" if behind_encoder else "encoder_attention_mask"
             elif behind_encoder and name.startswith(("decoder.", "cross.")):
                 mask = "decoder_attention_mask"

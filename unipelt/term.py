@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from unipelt.config import SUBMODULES, ConfigError, SubmoduleConfig, UniPELTConfig
 from unipelt.gate import Gates, Slot, as_many_rows, product
@@ -67,6 +68,8 @@ class Spot:
         shared: what all modules of this submodule in a stack share: parameters, as its attributes; whichever module
             comes first makes them. A module refers to it in a tuple, `self.shared = (spot.shared,)`, since it is no
             part of it, and reads them in `forward` as attributes of `self.shared[0].here()`.
+        host: the projection.
+        rows: which of its outputs are meant.
     """
 
     place: str
@@ -74,6 +77,21 @@ class Spot:
     outputs: int
     weight: Tensor
     shared: Shared
+    host: Any
+    rows: Rows
+
+    def matrix(self) -> Tensor:
+        """The projection's weight as it is now, the rows that are meant: (O, I)."""
+        weight: Tensor = self.host.weight
+        return self._own(weight.t() if isinstance(self.host, Conv1D) else weight)
+
+    def bias(self) -> Tensor | None:
+        """Its bias, (O,), if it has one."""
+        return None if self.host.bias is None else self._own(self.host.bias)
+
+    def _own(self, outputs: Tensor) -> Tensor:
+        groups = outputs.unflatten(0, (self.rows.groups, -1))
+        return groups.narrow(1, self.rows.start, self.rows.size).flatten(0, 1)
 
 
 class Term(nn.Module):
@@ -183,7 +201,7 @@ def _shared(owner: Any) -> list[Shared]:
     return [module for module in owner._modules.values() if isinstance(module, Shared)]
 
 
-MODULES: dict[type[SubmoduleConfig], Callable[[Any, Spot], nn.Module]] = {}
+MODULES: dict[type[Any], Callable[[Any, Spot], nn.Module]] = {}
 """What builds a submodule's function, by its configuration's class."""
 
 
