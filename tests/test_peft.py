@@ -18,6 +18,7 @@ from transformers import BertForSequenceClassification, BertModel, GPT2Config, G
 
 import unipelt
 from unipelt.command import main
+from unipelt.config import PROJECTIONS
 from unipelt.families import FAMILIES
 from unipelt.gate import Gates
 from unipelt.parameters import injection_of
@@ -297,6 +298,7 @@ def test_folding_an_ungated_model_changes_nothing_of_what_travels(tmp_path: Path
     [
         ("unipelt-al-nogate", ("adapter", "preset 'lora'", "unipelt.save")),
         ("unipelt-pl-nogate", ("prefix", "preset 'lora'")),
+        ({"preset": "lora", "lora": {"decomposed": True}}, ("lora_query is decomposed,",)),
         ({"preset": "lora", "ia3": {"gate": False}}, ("key.ia3_key is ia3,", "preset 'lora'")),
         ({"preset": "lora", "lora": {"gate": True}}, ("query.lora_query", "unipelt.fold")),
         ("adapter", ("no LoRA",)),
@@ -428,6 +430,10 @@ def test_half_precision_stays(gate: bool, tmp_path: Path) -> None:
         {"rank_pattern": {"value": 6}, "use_rslora": True},
         {"modules_to_save": ["pooler"]},
         {"target_modules": r".*layer\.[02]\.attention\.self\.(query|value)"},
+        {"target_modules": ["query"]},
+        {"target_modules": ["query", "key", "value"]},
+        {"target_modules": r".*encoder.*\.(query|key|value|dense)"},
+        {"target_modules": r".*layer\.1\.(intermediate|output)\.dense", "use_rslora": True},
     ],
 )
 def test_loras_of_pefts_own(fields: dict[str, Any], tmp_path: Path) -> None:
@@ -452,9 +458,8 @@ def test_ranks_that_fill_up_can_train(tmp_path: Path) -> None:
         ({"bias": "lora_only"}, ("bias", "lora_only")),
         ({"init_lora_weights": "pissa"}, ("init_lora_weights", "pissa")),
         ({"init_lora_weights": "olora"}, ("init_lora_weights", "olora")),
-        ({"target_modules": ["query", "key", "value"]}, ("self.key", "query and value projections")),
-        ({"target_modules": "all-linear"}, ("query and value projections",)),
-        ({"target_modules": ["query"]}, ("query", "stands out")),
+        ({"target_modules": "all-linear"}, ("pooler.dense", "projections of its layers alone")),
+        ({"target_modules": r".*(layer\.0.*query|layer\.1.*value)"}, ("stands out",)),
         ({"target_modules": ["query", "value", "word_embeddings"]}, ("embedding",)),
         ({"rank_pattern": {".*query": 2}}, ("rank_pattern", ".*query")),
     ],
@@ -467,9 +472,25 @@ def test_what_is_not_computed_here_is_refused_by_name(
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-def test_a_lora_that_reaches_the_keys_of_a_fused_projection_is_refused(tmp_path: Path) -> None:
-    with_peft(tiny_model("gpt2"), tmp_path, task_type="CAUSAL_LM", target_modules=["c_attn"])
-    refused(tmp_path, "c_attn", "keys", model=tiny_model("gpt2"))
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "c_fc"], r".*h\.1\.(attn|mlp)\.c_proj"])
+def test_a_lora_on_all_of_a_fused_projection_and_beside_it(targets: Any, tmp_path: Path) -> None:
+    theirs = with_peft(tiny_model("gpt2"), tmp_path, task_type="CAUSAL_LM", target_modules=targets)
+    batch = tiny_batch("gpt2")
+    model = unipelt.load_peft(tiny_model("gpt2"), tmp_path)
+    torch.testing.assert_close(logits(model, batch), logits(theirs, batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "bart"])
+def test_updates_of_every_projection_travel(family: str, tmp_path: Path) -> None:
+    every = {"rank": 3, "places": list(PROJECTIONS), "gate": False}
+    model = unipelt.inject(tiny_model(family), {"preset": "lora", "lora": every})
+    shake(model)
+    unipelt.save_peft(model, tmp_path)
+    batch = tiny_batch(family)
+    theirs = in_peft(tiny_model(family), tmp_path)
+    torch.testing.assert_close(logits(theirs, batch), logits(model, batch), rtol=0, atol=1e-5)
+    back = unipelt.load_peft(tiny_model(family), tmp_path)
+    torch.testing.assert_close(logits(back, batch), logits(model, batch), rtol=0, atol=1e-5)
 
 
 def test_a_fused_lora_of_all_ranks_is_split(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from transformers.utils import logging
 
 from unipelt.adapter import Adapter
 from unipelt.checkpoint import CheckpointError, _is_sharded, write_whole
-from unipelt.config import LARGEST, ConfigError, LoRAConfig, UniPELTConfig, read_mapping
+from unipelt.config import LARGEST, PROJECTIONS, ConfigError, LoRAConfig, Place, UniPELTConfig, read_mapping
 from unipelt.inject import InjectionError, _inject, remove
 from unipelt.lora import ENTRY, LoRA, Rows
 from unipelt.parameters import Injection, head_names, injection_of, kept_names, submodule_parameters
-from unipelt.places import AttentionPlace, Projection, find_stacks
+from unipelt.places import Projection, find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.prefix import Prefix
 from unipelt.spread import find_gates
@@ -225,6 +225,7 @@ def _check_is_low_rank(model: PreTrainedModel, injection: Injection) -> None:
         if isinstance(module, (Adapter, Prefix, Term)):
             what = "an adapter" if isinstance(module, Adapter) else "a prefix"
             what = module.name if isinstance(module, Term) else what
+            what = "decomposed" if what == "lora" else what
             raise CheckpointError(
                 f"{path} is {what}, which a PEFT folder of LoRA cannot hold; train without it (the preset 'lora'), or "
                 "keep the model whole with unipelt.save"
@@ -390,17 +391,17 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
         if name not in parameters:
             raise CheckpointError(f"this {type(model).__name__} has no parameter {show(name)}")
         _check_tensor(name, tensor, tuple(parameters[name].shape))
-    found = _projections(model, UniPELTConfig(adapter=None, prefix=None, lora=LoRAConfig(gate=False)))
-    if unknown := sorted(pairs.keys() - {path for path, _, _ in found}):
-        ends = sorted({path.rpartition(".")[2] for path, _, _ in found})
+    found = _slots(model, _low_rank_at(model, PROJECTIONS))
+    if unknown := sorted(pairs.keys() - {slot.path for slot in found}):
+        ends = sorted({slot.path.rpartition(".")[2] for slot in found})
         raise CheckpointError(
             f"it has LoRA on {show(unknown[0])}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}; in this "
-            f"{type(model).__name__} LoRA goes to the query and value projections alone ({', '.join(ends)})"
+            f"{type(model).__name__} LoRA goes to the projections of its layers alone ({', '.join(ends)})"
         )
     terms: dict[str, tuple[Tensor, Tensor]] = {}
     scales: dict[str, float] = {}
     for path, (low, high) in pairs.items():
-        own = {name: projection for place, name, projection in found if place == path}
+        own = {slot.name: slot.projection for slot in found if slot.path == path}
         leaf: Any = model.get_submodule(path)
         outputs = leaf.nf if isinstance(leaf, Conv1D) else leaf.out_features
         rank = _pattern(values, "rank_pattern", path, values["r"])
@@ -409,6 +410,8 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
         for name, both in _apart(path, low, high, own).items():
             terms[f"{path}.{name}"] = both
             scales[f"{path}.{name}"] = _scale(values, path, rank)
+    if not terms:
+        raise CheckpointError("all its terms are zero: there is nothing to load")
     scale = next(iter(scales.values()))
     terms = {
         path: (low, high if scales[path] == scale else _scaled(high, scales[path] / scale))
@@ -416,10 +419,11 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
     }
     rank = max(1, *(len(low) for low, _ in terms.values()))
     try:
-        lora = LoRAConfig(rank=rank, alpha=scale * rank, gate=False)
+        places = {path.rpartition(".lora_")[2] for path in terms}
+        lora = LoRAConfig(rank=rank, alpha=scale * rank, gate=False, places=tuple(places))  # type: ignore[arg-type]
     except ConfigError as error:
         raise CheckpointError(f"its LoRA cannot be meant: {error}") from error
-    return _Plan(_where(model, lora, pairs.keys()), terms, saved)
+    return _Plan(_where(model, lora, terms.keys()), terms, saved)
 
 
 _PLANS: Mapping[str, Callable[[PreTrainedModel, Mapping[str, Any], Mapping[str, Tensor]], _Plan]] = {
@@ -499,20 +503,57 @@ def _scale(values: Mapping[str, Any], path: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
-def _projections(model: PreTrainedModel, config: UniPELTConfig) -> list[tuple[str, str, Projection]]:
-    """Path of the module, name of the term and projection, for all terms that a configuration means."""
+@dataclass(frozen=True)
+class _Slot:
+    """A place that a term can have.
+
+    Attributes:
+        path: of the module.
+        name: of the term in it.
+        projection: what of the module is meant.
+        part: `encoder`, `decoder` or `cross`.
+        layer: its index.
+    """
+
+    path: str
+    name: str
+    projection: Projection
+    part: str
+    layer: int
+
+
+def _slots(model: PreTrainedModel, config: UniPELTConfig) -> list[_Slot]:
+    """All places of low-rank terms that a configuration means."""
+    assert config.lora is not None
     paths = {module: path for path, module in model.named_modules()}
-    return [
-        (paths[projection.module], name, projection)
-        for place in _attentions(model, config)
-        for name, projection in zip(ENTRY, (place.query, place.value), strict=True)
-    ]
-
-
-def _attentions(model: PreTrainedModel, config: UniPELTConfig) -> Iterator[AttentionPlace]:
+    found = []
     for stack in find_stacks(model, config):
-        for layer in stack.layers.values():
-            yield from (place for place in (layer.attention, layer.cross) if place is not None)
+        own = "decoder" if stack.causal else "encoder"
+        for index, layer in stack.layers.items():
+            for part, place in ((own, layer.attention), ("cross", layer.cross)):
+                for name, projection in zip(ENTRY, (place.query, place.value) if place else (), strict=False):
+                    if name.removeprefix("lora_") in config.lora.places:
+                        found.append(_Slot(paths[projection.module], name, projection, part, index))
+            for term in layer.low_rank:
+                part = "cross" if term.in_cross else own
+                found.append(_Slot(paths[term.projection.module], term.name, term.projection, part, index))
+    return found
+
+
+def _low_rank_at(model: PreTrainedModel, places: Iterable[Place]) -> UniPELTConfig:
+    """Plain LoRA at those of the places that the model's description names."""
+    nowhere = UniPELTConfig(adapter=None, prefix=None, lora=LoRAConfig(gate=False))
+    there: list[Place] = []
+    for place in places:
+        config = replace(nowhere, lora=LoRAConfig(gate=False, places=(place,)))
+        try:
+            find_stacks(model, config)
+        except InjectionError:
+            if place in ("query", "value"):
+                raise  # every description names these
+            continue
+        there.append(place)
+    return replace(nowhere, lora=LoRAConfig(gate=False, places=tuple(there)))
 
 
 def _apart(path: str, low: Tensor, high: Tensor, own: Mapping[str, Projection]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -522,14 +563,16 @@ def _apart(path: str, low: Tensor, high: Tensor, own: Mapping[str, Projection]) 
         _outputs(rest, projection.rows).zero_()
     if rest.any():
         raise CheckpointError(
-            f"its LoRA on {show(path)} changes more than {' and '.join(own)} of what that module computes (the keys), "
-            "where LoRA does not go"
+            f"its LoRA on {show(path)} changes more than {' and '.join(own)} of what that module computes, where LoRA "
+            "does not go"
         )
     shares = {name: _outputs(high, projection.rows).flatten(0, 1) for name, projection in own.items()}
+    if len(own) > 1:  # queries, keys and values in one module: what it leaves alone has no term
+        shares = {name: share for name, share in shares.items() if share.any()} or dict([next(iter(shares.items()))])
     # as `save_peft` puts several terms side by side, each has its own ranks
-    ranks = len(low) // len(own)
-    spans = [slice(place * ranks, (place + 1) * ranks) for place in range(len(own))]
-    disjoint = len(low) == ranks * len(own) and all(
+    ranks = len(low) // len(shares)
+    spans = [slice(place * ranks, (place + 1) * ranks) for place in range(len(shares))]
+    disjoint = len(low) == ranks * len(shares) and all(
         not share[:, other].any()
         for place, share in enumerate(shares.values())
         for index, other in enumerate(spans)
@@ -543,37 +586,31 @@ def _apart(path: str, low: Tensor, high: Tensor, own: Mapping[str, Projection]) 
     return apart
 
 
-def _where(model: PreTrainedModel, lora: LoRAConfig, paths: Iterable[str]) -> UniPELTConfig:
-    """The configuration that means exactly these modules. Raises `CheckpointError` if there is none."""
-    paths = set(paths)
+def _where(model: PreTrainedModel, lora: LoRAConfig, terms: Collection[str]) -> UniPELTConfig:
+    """The configuration that means exactly these terms. Raises `CheckpointError` if there is none."""
     whole = UniPELTConfig(adapter=None, prefix=None, lora=lora)
     there: dict[str, set[int]] = {"encoder": set(), "decoder": set(), "cross": set()}
-    here: dict[str, set[int]] = {kind: set() for kind in there}  # of these layers, those with LoRA
-    by_module = {module: path for path, module in model.named_modules()}
-    for stack in find_stacks(model, whole):
-        for index, layer in stack.layers.items():
-            for kind, place in (("decoder" if stack.causal else "encoder", layer.attention), ("cross", layer.cross)):
-                if place is not None:
-                    there[kind].add(index)
-                    if by_module[place.query.module] in paths:
-                        here[kind].add(index)
-    chosen = [kind for kind in there if here[kind]]
-    layers = {index for kind in chosen for index in here[kind]}
+    here: dict[str, set[int]] = {part: set() for part in there}  # of these layers, those with LoRA
+    for slot in _slots(model, whole):
+        there[slot.part].add(slot.layer)
+        if f"{slot.path}.{slot.name}" in terms:
+            here[slot.part].add(slot.layer)
+    chosen = [part for part in there if here[part]]
+    layers = {index for part in chosen for index in here[part]}
     config = replace(
         whole,
-        layers=None if all(here[kind] == there[kind] for kind in chosen) else tuple(sorted(layers)),
+        layers=None if all(here[part] == there[part] for part in chosen) else tuple(sorted(layers)),
         encoder=bool(here["encoder"]) or not there["encoder"],
         decoder=bool(here["decoder"]) or not there["decoder"],
         cross=bool(here["cross"]) or not there["cross"],
     )
     try:
-        meant = {path for path, _, _ in _projections(model, config)}
+        meant = {f"{slot.path}.{slot.name}" for slot in _slots(model, config)}
     except InjectionError:
         meant = set()
-    if meant != paths:
-        odd = sorted(meant ^ paths)
+    if odd := sorted(meant ^ set(terms)):
         raise CheckpointError(
-            f"LoRA goes to the query and the value projection of the same layers here, and {show(odd[0])} stands out: "
-            "it is the one without the other, or in a layer that another part of the model leaves out"
+            f"LoRA goes to the same projections of all its layers here, and {show(odd[0])} stands out: it is one "
+            "without the others, or in a layer that another part of the model leaves out"
         )
     return config
