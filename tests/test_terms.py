@@ -208,6 +208,16 @@ def test_a_closed_gate_is_the_model_without_the_term(name: str) -> None:
         assert not torch.equal(model(**batch).logits, base(**batch).logits)
 
 
+@pytest.mark.parametrize("name", ["ia3", "houlsby"])
+def test_a_term_reads_what_lora_has_changed_merged_or_not(name: str) -> None:
+    part = {**FURTHER[name], "gate": False, "places": ["query", "value"]}
+    model = unipelt.inject(tiny_bert(), {"preset": "lora", "lora": {"rank": 3}, name: part})
+    shake(model, std=0.3)
+    want = model(**tiny_batch()).logits
+    assert unipelt.fold(model).merged == 6
+    torch.testing.assert_close(model(**tiny_batch()).logits, want)
+
+
 @pytest.mark.parametrize("name", ["ia3", "parallel"])
 def test_what_starts_as_the_model_itself(name: str) -> None:
     base, batch = tiny_bert(), tiny_batch()

@@ -322,7 +322,8 @@ def _make_low_rank(place: TermPlace, config: UniPELTConfig, found: StackPlaces, 
 def _hold(leaf: Any, name: str, term: LoRA) -> None:
     """Put a low-rank term into its projection."""
     if not any(hasattr(leaf, other) for other in NAMES):
-        leaf.register_forward_hook(add_low_rank)
+        # before all other terms, which so read the same when this one is merged into the weight
+        leaf.register_forward_hook(add_low_rank, prepend=True)
     setattr(leaf, name, term)
 
 

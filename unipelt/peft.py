@@ -1,7 +1,7 @@
 """LoRA into and out of PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
 
 Both are read and written here, without PEFT. What PEFT calls a module's `lora_A` and `lora_B` is one pair for all that
-the module computes; here a term belongs to the query or to the value, of which one module may hold both (GPT-2's
+the module computes; here a term belongs to queries, keys or values, of which one module may hold all (GPT-2's
 `c_attn`). Two terms of r ranks are one pair of 2 r, with zeros where a rank has nothing to say: the same product.
 
 Shapes: r rank.
@@ -142,7 +142,7 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
 def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """Inject the LoRA of a folder that PEFT, or `save_peft`, wrote, in place.
 
-    Its modules must be the query and value projections of some layers, which is where LoRA goes here. `alpha / r`,
+    Its modules must be projections of some layers, the same in each, which is where LoRA goes here. `alpha / r`,
     rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and a fused
     projection whose keys are left alone give the same product to rounding; whatever else changes what is computed is
     refused. `lora_dropout` is not taken over: training goes on without.
