@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -29,7 +30,7 @@ from unipelt.prefix import Prefix
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
 MEAN = {"preset": "unipelt-apl", "gate": {"pooling": "mean"}}
 SOME = {"preset": "unipelt-apl", "layers": [1]}
-METHODS = (*unipelt.PRESETS, MASS, MEAN, SOME)
+METHODS = (*tiny.METHODS, MASS, MEAN, SOME)
 FULL = ("unipelt-apl", MASS)
 UNGATED = ("adapter", "prefix", "lora", "unipelt-apl-nogate")
 LABELS = torch.tensor([0, 1, 1])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake, tiny_batch, tiny_bert
-from tiny import ENCODERS, FURTHER, WITH_PREFIX, tiny_model
+from tiny import FURTHER, WITH_PREFIX, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 
@@ -111,8 +111,13 @@ def test_gates_of_tokens_are_recorded_by_their_mean_over_the_pass() -> None:
 # What it does
 
 
-@pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("family", ["bert", "mpnet", "albert", "deberta-v2", "modernbert", "roberta-prelayernorm"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, kind) for family in ("bert", "mpnet") for kind in GATES),
+        *((family, kind) for family in ("albert", "deberta-v2", "modernbert") for kind in ("shared", "token")),
+    ],
+)
 def test_every_kind_of_gate_keeps_the_promises(family: str, kind: str, tmp_path: Path) -> None:
     base, model, batch = tiny_model(family), make(GATES[kind], family), batch_of(family)
     want = logits(model, batch)
@@ -131,7 +136,7 @@ def test_every_kind_of_gate_keeps_the_promises(family: str, kind: str, tmp_path:
     assert torch.equal(logits(model, batch), logits(base, batch))
 
 
-@pytest.mark.parametrize("family", [name for name in ENCODERS if name in WITH_PREFIX])
+@pytest.mark.parametrize("family", [name for name in ("bert", "mpnet", "albert", "modernbert") if name in WITH_PREFIX])
 @pytest.mark.parametrize("kind", ["token", "shared", "shared tokens", "transformer"])
 def test_equal_gates_act_as_static_ones_do(family: str, kind: str) -> None:
     """With weights at zero a gate is sigmoid(bias), however it is computed and brought to where it acts."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake, tiny_batch, tiny_bert
-from tiny import tiny_model
+from tiny import METHODS, tiny_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -65,7 +65,7 @@ def values_of(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", list(unipelt.PRESETS))
+@pytest.mark.parametrize("method", METHODS)
 def test_losses_and_gradients_are_those_of_each_by_itself(method: str, attention: str) -> None:
     model = unipelt.inject(tiny_bert(attn_implementation=attention), method)
     pack = Pack(model, tokens=9)

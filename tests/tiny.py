@@ -10,6 +10,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from unipelt.config import PRESETS
 from unipelt.families import FAMILIES
 
 VOCABULARY = 60
@@ -34,6 +35,8 @@ FURTHER: dict[str, dict[str, Any]] = {
     "compacter": {"bottleneck": 4, "terms": 2},
 }
 """Further submodules, as small as the tiny models, gated."""
+METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam")]
+"""Presets that differ in their parts: Compacter has Houlsby's places, and gated MAM the other two's."""
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,

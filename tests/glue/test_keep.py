@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import METHODS
 from tiny_task import SMALL_BERT, make_quick, quick, save_model, write_glue, write_sentences
 from transformers import BertForSequenceClassification
 
-from unipelt.config import PRESETS
 from unipelt.glue import job as jobs
 from unipelt.glue import keep, packed
 from unipelt.glue.job import Job, RunError, prepare
@@ -105,7 +105,7 @@ def _without_words(home: Path) -> None:
     save_file(content, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("method", list(PRESETS))
+@pytest.mark.parametrize("method", METHODS)
 def test_weights_are_those_of_a_run_by_itself(home: Path, method: str) -> None:
     kept = Kept()
     for seed in (1, 2):
