@@ -134,6 +134,8 @@ def _central(
     for spot, term in terms:
         if spot.config.gate and not spot.in_cross:
             term.gate = Slot()
+            if isinstance(term, LoRA):
+                term.low = None
             slots[f"{found.label}{spot.name}"] = (term.gate, spot.place in IN_ATTENTION)
     return slots
 
@@ -180,7 +182,6 @@ def _add_to_attention(
             elif config.lora.gate:
                 gated[f"{label}{name}"] = (*projection.path.split("."), name)
             term = LoRA(projection.inputs, projection.rows, config.lora, like_beside(leaf.weight, dtype), gates)
-            term.low = Slot() if config.lora.gate and gates is None else None
             term.crosses = gates is not None
             term.skips_ungated_calls = place.described.query_serves_positions and name == "lora_query"
             _hold(leaf, name, term)

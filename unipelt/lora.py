@@ -60,7 +60,7 @@ class LoRA(nn.Module):
         self.rows = rows
         self.scale = config.scale
         self.gates = gates
-        self.low: Slot | None = None
+        self.low = Slot() if config.gate and gates is None else None
         self.tokens: Slot | None = None
         self.gate: Slot | None = None
         self.crosses = False
