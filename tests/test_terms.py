@@ -317,6 +317,24 @@ def test_a_checkpoint_that_says_it_is_huge_is_refused_before_memory_is_taken(nam
     assert not hasattr(model, "unipelt_injection")
 
 
+def test_shared_factors_count_too(tmp_path: Path) -> None:
+    unipelt.save(unipelt.inject(tiny_bert(), {"preset": "compacter", "compacter": FURTHER["compacter"]}), tmp_path)
+    manifest = json.loads((tmp_path / "unipelt.json").read_text())
+    manifest["unipelt"]["compacter"] |= {"bottleneck": 32, "terms": 32}
+    (tmp_path / "unipelt.json").write_text(json.dumps(manifest))
+    with pytest.raises(unipelt.CheckpointError, match=r"compacter needs 3\d{4} numbers in one place"):
+        unipelt.load(tiny_bert(), tmp_path)
+
+
+def test_a_gating_network_that_is_said_to_be_huge_is_refused(tmp_path: Path) -> None:
+    unipelt.save(unipelt.inject(tiny_bert(), {"preset": "unipelt-al", "gate": {"network": "mlp"}}), tmp_path)
+    manifest = json.loads((tmp_path / "unipelt.json").read_text())
+    manifest["unipelt"]["gate"]["hidden"] = 1_000_000
+    (tmp_path / "unipelt.json").write_text(json.dumps(manifest))
+    with pytest.raises(unipelt.CheckpointError, match=r"gate\.hidden is 1000000, and no tensor has that size"):
+        unipelt.load(tiny_bert(), tmp_path)
+
+
 # A submodule of the user's own
 
 

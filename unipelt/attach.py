@@ -247,18 +247,20 @@ def _keep_whole(layer: LayerPlaces) -> None:
 
 
 def count_term(place: TermPlace) -> int:
-    """How many parameters a term has there, found without memory for them."""
+    """How many parameters a term needs there, those that it shares with others included, found without memory."""
     weight = place.projection.module.weight
+    shared = Shared(place.config.name)
     spot = Spot(
         place.place,
         place.inputs,
         place.projection.rows.count,
         torch.empty(weight.shape, dtype=like_beside(weight, torch.float32).dtype, device="meta"),
-        Shared(place.config.name),
+        shared,
         place.projection.module,
         place.projection.rows,
     )
-    return sum(parameter.numel() for parameter in MODULES[type(place.config)](place.config, spot).parameters())
+    function = MODULES[type(place.config)](place.config, spot)
+    return sum(parameter.numel() for module in (function, shared) for parameter in module.parameters())
 
 
 def _own_gates(place: TermPlace, config: UniPELTConfig, found: StackPlaces, dtype: torch.dtype) -> Gates | None:

@@ -624,6 +624,9 @@ def _impossible_size(
             sizes["prefix.hidden"] = config.prefix.hidden
     if config.lora is not None:
         sizes["lora.rank"] = config.lora.rank
+    parts = (config.adapter, config.prefix, config.lora, *config.more)
+    if config.gate.network != "linear" and any(part is not None and part.gate for part in parts):
+        sizes["gate.hidden"] = config.gate.hidden
     for name, size in sizes.items():
         if size not in there:
             return f"{name} is {size}, and no tensor has that size"
