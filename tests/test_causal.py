@@ -53,8 +53,9 @@ def quick(names: Any, few: tuple[str, ...] = QUICK) -> list[Any]:
     return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def make(family: str, attention: str = "sdpa", *, further: bool = True, **changes: Any) -> Any:
-    """With everything that the family can take, gated; or without what is not of the paper."""
+def make(family: str, attention: str = "sdpa", *, further: bool | None = None, **changes: Any) -> Any:
+    """With what the paper has and the family can take, gated; one of each kind, unless told not to, with all."""
+    further = family in QUICK if further is None else further
     model = tiny_model(family, attention=attention, **changes)
     method = APL if family in WITH_PREFIX else AL
     unipelt.inject(model, {**method, **(tiny.FURTHER if further else {})})
