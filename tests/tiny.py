@@ -35,6 +35,21 @@ FURTHER: dict[str, dict[str, Any]] = {
     "compacter": {"bottleneck": 4, "terms": 2},
 }
 """Further submodules, as small as the tiny models, gated."""
+KINDS = (
+    "bert",
+    "albert",
+    "mpnet",
+    "deberta-v2",
+    "modernbert",
+    "bart",
+    "t5",
+    "gpt2",
+    "llama",
+    "gpt_neox",
+    "bloom",
+    "opt",
+)
+"""One family of each way in which a layer is built."""
 METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam")]
 """Presets that differ in their parts: Compacter has Houlsby's places, and gated MAM the other two's."""
 _COMMON: dict[str, Any] = {
