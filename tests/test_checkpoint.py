@@ -348,7 +348,7 @@ def test_a_base_in_another_dtype_is_loaded_with_a_warning(
     on_base: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(unipelt.checkpoint.logger, "warning", said.append)
+    monkeypatch.setattr(unipelt.origin.logger, "warning", said.append)
     unipelt.from_pretrained(on_base)
     assert not said
     model = unipelt.from_pretrained(on_base, dtype=torch.bfloat16)

@@ -26,7 +26,7 @@ from conftest import shake, tiny_bert
 from tiny_task import make_quick, quick
 
 import unipelt
-from unipelt.checkpoint import NEXT, WEIGHTS, write_whole
+from unipelt.checkpoint import write_whole
 from unipelt.command import main
 from unipelt.glue import packed
 from unipelt.glue.failure import RunFailed
@@ -37,6 +37,7 @@ from unipelt.glue.result import RESULT, read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.trainer import BatchTrainer
+from unipelt.manifest import NEXT, WEIGHTS
 from unipelt.sweep import FAILURE, LOG, look, packs, read_sweep
 from unipelt.sweep.packs import in_packs
 

@@ -20,11 +20,11 @@ from tiny_task import make_quick, quick, save_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 import unipelt
-from unipelt.checkpoint import MANIFEST
 from unipelt.glue.job import RunError, prepare
 from unipelt.glue.result import read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
+from unipelt.manifest import MANIFEST
 from unipelt.sweep import read_sweep
 
 pytestmark = pytest.mark.usefixtures("alone")

@@ -24,11 +24,11 @@ from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, 
 
 import unipelt
 from unipelt.card import model_card, task_of
-from unipelt.checkpoint import CheckpointError
 from unipelt.command import main
 from unipelt.glue.result import ResultError, read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
+from unipelt.manifest import CheckpointError
 
 BASE = "owner/tiny"
 NAME = "somebody/sentiment"

@@ -23,7 +23,7 @@ from unipelt.adapter import Adapter
 from unipelt.attention import Site
 from unipelt.config import resolve
 from unipelt.gate import Gates, Slot, token_weights
-from unipelt.inject import _inject
+from unipelt.inject import inject_as
 from unipelt.lora import LoRA
 from unipelt.parameters import injection_of, submodule_parameters
 from unipelt.prefix import Prefix, PrefixNetwork
@@ -129,7 +129,7 @@ def test_initialisation() -> None:
 def test_submodules_are_of_their_hosts_kind(device: str, deployed: bool) -> None:
     model: Any = tiny_bert()
     model.to(device, torch.bfloat16)
-    _inject(model, unipelt.resolve("unipelt-apl"), deployed=deployed, head=None)
+    inject_as(model, unipelt.resolve("unipelt-apl"), deployed=deployed, head=None)
     ours = list(submodule_parameters(model))
     assert {kind for kind, _, _ in ours} == {"adapter", "prefix", "lora", "gate"}
     for _, name, parameter in ours:
@@ -381,7 +381,7 @@ def test_layers_of_other_widths_take_no_prefix() -> None:
 def test_a_head_that_the_model_does_not_have_is_named() -> None:
     model: Any = tiny_bert()
     with pytest.raises(unipelt.InjectionError, match=r"has no head parameter 'classifier\.scale'"):
-        _inject(model, resolve("lora"), deployed=False, head=frozenset({"classifier.weight", "classifier.scale"}))
+        inject_as(model, resolve("lora"), deployed=False, head=frozenset({"classifier.weight", "classifier.scale"}))
     assert getattr(model, "unipelt_injection", None) is None
 
 

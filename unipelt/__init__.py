@@ -2,7 +2,7 @@
 
 from unipelt.adapterhub import load_adapterhub
 from unipelt.bottleneck import Houlsby, Parallel
-from unipelt.checkpoint import CheckpointError, from_pretrained, load, save
+from unipelt.checkpoint import from_pretrained, load, save
 from unipelt.compacter import Compacter
 from unipelt.config import (
     PRESETS,
@@ -25,6 +25,7 @@ from unipelt.fold import FoldedGate, FoldReport, fold
 from unipelt.hub import HubError
 from unipelt.ia3 import IA3
 from unipelt.inject import InjectionError, inject, remove
+from unipelt.manifest import CheckpointError
 from unipelt.parameters import ParameterCounts, parameter_counts
 from unipelt.peft import load_peft, save_peft
 from unipelt.publish import load_tokenizer, push_to_hub

@@ -22,12 +22,12 @@ from transformers.utils import logging
 
 from unipelt.adapter import Adapter
 from unipelt.attention import Site
-from unipelt.checkpoint import CheckpointError
 from unipelt.config import AdapterConfig, ConfigError, GateConfig, LoRAConfig, PrefixConfig, UniPELTConfig, read_mapping
 from unipelt.families import FAMILIES
 from unipelt.gate import Gates
-from unipelt.inject import InjectionError, _inject, remove
+from unipelt.inject import InjectionError, inject_as, remove
 from unipelt.lora import LoRA
+from unipelt.manifest import CheckpointError
 from unipelt.parameters import head_names, injection_of
 from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.prefix import Prefix, PrefixNetwork
@@ -149,7 +149,7 @@ def load_adapterhub(model: PreTrainedModel, folder: str | Path, *, head: bool = 
         name, given = _own(model, values, tensors)
         config, deployed, scaling = _configuration(model, name, values, given)
         saved = _read_head(model, folder) if head else {}
-        injected = _inject(model, config, deployed=deployed, head=head_names(model) | saved.keys())
+        injected = inject_as(model, config, deployed=deployed, head=head_names(model) | saved.keys())
         try:
             ours = {**_sort(injected, name, given, scaling), **saved}
             for path, tensor in ours.items():

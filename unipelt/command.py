@@ -126,9 +126,10 @@ def _rerun(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from unipelt.checkpoint import MANIFEST, from_pretrained
+    from unipelt.checkpoint import from_pretrained
     from unipelt.glue.folder import MODEL
     from unipelt.glue.result import RESULT
+    from unipelt.manifest import MANIFEST
     from unipelt.publish import load_tokenizer, push_to_hub
 
     folder = Path(arguments.folder)

@@ -49,7 +49,7 @@ def inject(
         InjectionError: the model carries submodules already, is of an architecture that is not described, or cannot
             take one of them; the message says why.
     """
-    return _inject(model, resolve(config), deployed=False, head=None)
+    return inject_as(model, resolve(config), deployed=False, head=None)
 
 
 def remove(model: PreTrainedModel) -> PreTrainedModel:
@@ -70,7 +70,7 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _inject(
+def inject_as(
     model: PreTrainedModel, config: UniPELTConfig, *, deployed: bool, head: frozenset[str] | None
 ) -> PreTrainedModel:
     """`inject`, with two things that a checkpoint knows: the prefix's form, and which parameters are the head."""

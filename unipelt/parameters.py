@@ -202,6 +202,11 @@ def _outside_base(model: PreTrainedModel) -> set[int]:
     return {id(parameter) for parameter in model.parameters()} - there
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of it (a `DTensor`)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def bias_names(model: nn.Module) -> frozenset[str]:
     """Names of the model's own biases: what BitFit trains."""
     ours = {name for _, name, _ in submodule_parameters(model)}

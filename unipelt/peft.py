@@ -29,11 +29,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from unipelt.adapter import Adapter
-from unipelt.checkpoint import CheckpointError, _is_sharded, write_whole
+from unipelt.checkpoint import write_whole
 from unipelt.config import LARGEST, PROJECTIONS, ConfigError, LoRAConfig, Place, UniPELTConfig, read_mapping
-from unipelt.inject import InjectionError, _inject, remove
+from unipelt.inject import InjectionError, inject_as, remove
 from unipelt.lora import ENTRY, LoRA, Rows
-from unipelt.parameters import Injection, head_names, injection_of, kept_names, submodule_parameters
+from unipelt.manifest import CheckpointError
+from unipelt.parameters import Injection, head_names, injection_of, is_sharded, kept_names, submodule_parameters
 from unipelt.places import Projection, find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.prefix import Prefix
@@ -102,7 +103,7 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
         OSError: the folder cannot be written.
     """
     injection = injection_of(model)
-    if sharded := [name for name, parameter in model.named_parameters() if _is_sharded(parameter)]:
+    if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
         raise CheckpointError(
             f"each process holds only a part of {sharded[0]!r}; save it with unipelt.save, load that in one process, "
             "and save_peft there"
@@ -174,7 +175,7 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         plan = _PLANS[kind](model, values, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{show_path(folder)} cannot be loaded: {error}") from error
-    _inject(model, plan.config, deployed=False, head=head_names(model) | plan.saved.keys())
+    inject_as(model, plan.config, deployed=False, head=head_names(model) | plan.saved.keys())
     try:
         with torch.no_grad():
             for path, (low, high) in plan.terms.items():
@@ -255,7 +256,7 @@ def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
         # where each term was and which gate was its: the model as it was before folding, of nothing but shapes
         with torch.device("meta"):
             host = type(model)(copy.deepcopy(model.config))
-        _inject(host, injection.config, deployed=True, head=injection.head)
+        inject_as(host, injection.config, deployed=True, head=injection.head)
         for gate in find_gates(host):
             scales[gate.target] = folded.constants.get(gate.path, {}).get(gate.name)
     found = []

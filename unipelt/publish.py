@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unipelt.card import model_card
-from unipelt.checkpoint import MANIFEST, WEIGHTS, CheckpointError, _read, find_base, find_checkpoint, save, write_whole
+from unipelt.checkpoint import save, write_whole
 from unipelt.hub import is_repository, may_be_base, upload
+from unipelt.manifest import MANIFEST, WEIGHTS, CheckpointError, find_checkpoint, read_checkpoint
+from unipelt.origin import find_base
 from unipelt.parameters import injection_of, parameter_counts
 from unipelt.plain import show, show_path
 
@@ -149,7 +151,7 @@ def load_tokenizer(
     folder = find_checkpoint(source, (MANIFEST, WEIGHTS, *TOKENIZER_FILES), revision, **shared)
     if (folder / _TOKENIZER).is_file() and base is None:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **kwargs)
-    name, commit = find_base(source, _read(folder)[0]["base"], base, base_revision)
+    name, commit = find_base(source, read_checkpoint(folder)[0]["base"], base, base_revision)
     return AutoTokenizer.from_pretrained(name, revision=commit or "main", trust_remote_code=False, **shared, **kwargs)
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from unipelt.adapter import Adapter
 from unipelt.attention import Site
-from unipelt.checkpoint import CheckpointError
 from unipelt.gate import Gates
 from unipelt.lora import LoRA
+from unipelt.manifest import CheckpointError
 from unipelt.parameters import injection_of, submodule_parameters
 from unipelt.prefix import PrefixNetwork
 

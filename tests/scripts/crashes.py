@@ -27,7 +27,6 @@ from tiny_task import make_quick, quick
 from transformers import BertConfig, BertForSequenceClassification, TrainerState
 
 import unipelt
-from unipelt.checkpoint import CheckpointError
 from unipelt.glue import run as running
 from unipelt.glue import training
 from unipelt.glue.folder import CHECKPOINTS
@@ -36,6 +35,7 @@ from unipelt.glue.result import RESULT, ResultError, read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.trainer import BatchTrainer
+from unipelt.manifest import CheckpointError
 from unipelt.parameters import kept_names
 from unipelt.sweep import FAILURE, REQUEST, carry_out, look, read_request, read_sweep, write_request
 

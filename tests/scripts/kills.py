@@ -29,12 +29,12 @@ from tiny_task import SMALL_BERT, make_quick, quick
 
 import unipelt
 from scripts.crashes import copy, fill, found_record, silent, tiny_model, version_in
-from unipelt.checkpoint import WEIGHTS
 from unipelt.command import main as command
 from unipelt.glue import packed, training
 from unipelt.glue.result import RESULT, read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
+from unipelt.manifest import WEIGHTS
 from unipelt.sweep import __main__ as run_process
 from unipelt.sweep import packs, work
 

@@ -27,7 +27,6 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 import unipelt
-from unipelt.checkpoint import WEIGHTS
 from unipelt.glue.batches import text_lengths
 from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
 from unipelt.glue.failure import memory_named
@@ -36,6 +35,7 @@ from unipelt.glue.metric import majority_score
 from unipelt.glue.sampling import few_shot_rows, fixed_rows
 from unipelt.glue.settings import RunSettings, TrainingSettings, locate_model
 from unipelt.glue.tasks import Task, get_task
+from unipelt.manifest import WEIGHTS
 
 
 class RunError(ValueError):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import unipelt
-from unipelt.checkpoint import WEIGHTS, describe_base, write_whole
+from unipelt.checkpoint import write_whole
 from unipelt.config import ConfigError, UniPELTConfig, flatten, resolve
 from unipelt.glue.folder import MODEL
 from unipelt.glue.job import Job, RunError, tokenizer_sha256
@@ -27,6 +27,8 @@ from unipelt.glue.keep import Kept
 from unipelt.glue.result import RESULT, check_of_glue, read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name
+from unipelt.manifest import WEIGHTS
+from unipelt.origin import describe_base
 
 RECORD = "rerun.json"
 FORMAT = 1

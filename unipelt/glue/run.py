@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.checkpoint import MANIFEST, write_whole
+from unipelt.checkpoint import write_whole
 from unipelt.gate import Gates
 from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
@@ -39,6 +39,7 @@ from unipelt.glue.result import (
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.trainer import BatchTrainer
 from unipelt.glue.training import common_record, run_in_folder, train, training_arguments
+from unipelt.manifest import MANIFEST
 from unipelt.plot import plot_gates
 
 

@@ -27,7 +27,6 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.checkpoint import WEIGHTS
 from unipelt.glue import folder as place
 from unipelt.glue.failure import Diverged, RunFailed, check_losses, explain
 from unipelt.glue.folder import CHECKPOINTS, Progress
@@ -41,6 +40,7 @@ from unipelt.glue.result import (
     summary,
 )
 from unipelt.glue.settings import TrainingSettings
+from unipelt.manifest import WEIGHTS
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Job = TypeVar("Job")

@@ -17,12 +17,13 @@ from typing import Any, ClassVar, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 import unipelt
-from unipelt.checkpoint import MANIFEST, write_whole
+from unipelt.checkpoint import write_whole
 from unipelt.glue import folder as place
 from unipelt.glue.folder import MODEL, PREDICTIONS, Progress
 from unipelt.glue.job import tokenizer_sha256
 from unipelt.glue.result import read_result, write_result
 from unipelt.glue.training import common_record, run_in_folder, train
+from unipelt.manifest import MANIFEST
 from unipelt.tasks.settings import TaskSettings
 
 
