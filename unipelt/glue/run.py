@@ -38,7 +38,7 @@ from unipelt.glue.result import (
 )
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.trainer import BatchTrainer
-from unipelt.glue.training import common_record, run_in_folder, train, training_arguments
+from unipelt.glue.training import common_record, header, run_in_folder, train, training_arguments
 from unipelt.manifest import MANIFEST
 from unipelt.plot import plot_gates
 
@@ -92,7 +92,7 @@ def evaluated(job: Job, name: str) -> Batches:
 
 def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Train, or go on training; then `finish`."""
-    for line in _header(job):
+    for line in header(job, job.settings.model, job.task.name):
         say(line)
 
     def make(callbacks: list[TrainerCallback]) -> Trainer:
@@ -164,19 +164,6 @@ def finish(
     if not settings.keep_checkpoints:
         place.clean(folder)
     return read_result(folder)
-
-
-def _header(job: Job) -> list[str]:
-    settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
-    stop = f", patience {settings.patience}" if settings.patience is not None else ""
-    return [
-        f"model   {settings.model} ({type(job.model).__name__})",
-        f"task    {job.task.name}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
-        *(f"        {note}" for note in job.notes),
-        f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
-        f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
-        *str(unipelt.parameter_counts(job.model)).splitlines(),
-    ]
 
 
 def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

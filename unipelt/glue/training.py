@@ -63,6 +63,14 @@ class Training(Protocol):
         """The metric that chooses the best checkpoint; larger is better."""
 
     @property
+    def data(self) -> dict[str, dict[str, Any]]:
+        """Rows and fingerprint of each split."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the score must know."""
+
+    @property
     def device(self) -> str:
         """`cpu` or `cuda`."""
 
@@ -279,6 +287,26 @@ def train(
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
     return trainer, state, marker.spend
+
+
+def header(job: Training, model: str, task: str) -> list[str]:
+    """What is about to be done, for the reader.
+
+    Args:
+        job: what was loaded.
+        model: what the base is called.
+        task: what the task is called.
+    """
+    settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
+    stop = f", patience {settings.patience}" if settings.patience is not None else ""
+    return [
+        f"model   {model} ({type(job.model).__name__})",
+        f"task    {task}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
+        *(f"        {note}" for note in job.notes),
+        f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
+        f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
+        *str(unipelt.parameter_counts(job.model)).splitlines(),
+    ]
 
 
 def common_record(job: Training, state: TrainerState, metrics: Sequence[str], progress: Progress) -> dict[str, Any]:

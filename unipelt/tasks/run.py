@@ -22,7 +22,7 @@ from unipelt.glue import folder as place
 from unipelt.glue.folder import MODEL, PREDICTIONS, Progress
 from unipelt.glue.job import tokenizer_sha256
 from unipelt.glue.result import read_result, write_result
-from unipelt.glue.training import common_record, run_in_folder, train
+from unipelt.glue.training import common_record, header, run_in_folder, train
 from unipelt.manifest import MANIFEST
 from unipelt.tasks.settings import TaskSettings
 
@@ -133,7 +133,7 @@ def run(
 def _execute(
     job: TaskJob, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    for line in _header(job):
+    for line in header(job, job.base, job.settings.task or "custom"):
         say(line)
 
     def make(callbacks: list[TrainerCallback]) -> Trainer:
@@ -183,16 +183,3 @@ def _execute(
     if not settings.keep_checkpoints:
         place.clean(folder)
     return read_result(folder)
-
-
-def _header(job: TaskJob) -> list[str]:
-    settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
-    stop = f", patience {settings.patience}" if settings.patience is not None else ""
-    return [
-        f"model   {job.base} ({type(job.model).__name__})",
-        f"task    {settings.task or 'custom'}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
-        *(f"        {note}" for note in job.notes),
-        f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
-        f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
-        *str(unipelt.parameter_counts(job.model)).splitlines(),
-    ]
