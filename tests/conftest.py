@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # over tensors as small as these, threads only wait for each other
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
+
+from unipelt.manifest import CheckpointError
 
 RUN_GLUE = Path(__file__).parents[1] / "examples" / "run_glue.py"
 SIZES = {
@@ -55,6 +57,26 @@ def shake(model: torch.nn.Module, seed: int = 1, std: float = 0.1) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(std * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def bits(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every parameter as it is now."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def refused(load: Callable[[Any, Any], Any], folder: Path, *parts: str, model: Any = None) -> None:
+    """`load(model, folder)` raises an error with these parts in its message, and leaves the model as it was."""
+    base = tiny_bert() if model is None else model
+    before, flags = bits(base), [parameter.requires_grad for parameter in base.parameters()]
+    with pytest.raises(CheckpointError) as caught:
+        load(base, folder)
+    assert all(part in str(caught.value) for part in parts), caught.value
+    assert len(str(caught.value)) < 700
+    assert not hasattr(base, "unipelt_injection")
+    after = bits(base)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert flags == [parameter.requires_grad for parameter in base.parameters()]
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,10 @@
-"""LoRA into and out of PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
-
-Both are read and written here, without PEFT. What PEFT calls a module's `lora_A` and `lora_B` is one pair for all that
-the module computes; here a term belongs to queries, keys or values, of which one module may hold all (GPT-2's
-`c_attn`). Two terms of r ranks are one pair of 2 r, with zeros where a rank has nothing to say: the same product.
+"""LoRA out of a folder of PEFT's.
 
 Shapes: r rank.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,47 +14,20 @@ from typing import Any
 
 import safetensors
 import torch
-import transformers
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as dump_tensors
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from unipelt.adapter import Adapter
-from unipelt.checkpoint import write_whole
 from unipelt.config import LARGEST, PROJECTIONS, ConfigError, LoRAConfig, Place, UniPELTConfig, read_mapping
 from unipelt.inject import InjectionError, inject_as, remove
-from unipelt.lora import ENTRY, LoRA, Rows
+from unipelt.lora import ENTRY
 from unipelt.manifest import CheckpointError
-from unipelt.parameters import Injection, head_names, injection_of, is_sharded, kept_names, submodule_parameters
+from unipelt.parameters import head_names, injection_of
+from unipelt.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, outputs_of, scaled
 from unipelt.places import Projection, find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
-from unipelt.prefix import Prefix
-from unipelt.spread import find_gates
-from unipelt.term import Term
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
-PREFIX = "base_model.model."
-"""What PEFT puts before the name that a parameter has in the model."""
-
-_TASKS = (
-    ("SEQ_CLS", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    ("TOKEN_CLS", transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
-    ("QUESTION_ANS", transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING),
-    ("SEQ_2_SEQ_LM", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
-    ("CAUSAL_LM", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
-    ("FEATURE_EXTRACTION", transformers.MODEL_MAPPING),
-)
-_ALSO_SAVED = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""What PEFT adds to `modules_to_save` by itself, by task."""
 
 _PAIR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _NAME = re.compile(r"[\w.]+")
@@ -81,72 +48,13 @@ _READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern",
 logger = logging.get_logger(__name__)
 
 
-def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
-    """Write a model's LoRA as a folder of PEFT's, for `peft.PeftModel.from_pretrained` and all that read such folders.
-
-    What has no gate goes as it is. A gate that `unipelt.fold` made a constant c stands in for `alpha / r`: `c B` is
-    written. The head, and parts of the base that its checkpoint did not hold, go as `modules_to_save`.
-
-    Args:
-        model: an injected model, folded or not, that carries no other submodule.
-        folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
-            configuration last.
-        base: name or path of the base model, for PEFT to know; by default where the base was loaded from.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: the model carries or trains what such a folder cannot hold; the message says what, and what
-            can be done. Nothing was written.
-        ValueError: nothing was injected.
-        OSError: the folder cannot be written.
-    """
-    injection = injection_of(model)
-    if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
-        raise CheckpointError(
-            f"each process holds only a part of {sharded[0]!r}; save it with unipelt.save, load that in one process, "
-            "and save_peft there"
-        )
-    _check_is_low_rank(model, injection)
-    terms = _terms(model, injection)
-    task = _task(model)
-    saved = _saved_modules(model, injection.head, task)
-    fields, tensors = _pairs(model, terms)
-    for path in saved:
-        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in model.get_submodule(path).state_dict().items()}
-    config = {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base if base is not None else model.config._name_or_path or None,
-        "revision": None if base is not None else getattr(model.config, "_commit_hash", None),
-        "inference_mode": True,
-        **fields,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "init_lora_weights": True,
-        "modules_to_save": saved or None,
-    }
-    folder = Path(folder)
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file; save_peft needs a folder")
-    weights = dump_tensors(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, {"format": "pt"}
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # whatever breaks off, an old configuration meets no new weights
-    write_whole(folder / WEIGHTS, weights)
-    write_whole(folder / CONFIG, f"{json.dumps(config, indent=2)}\n".encode())
-    return folder
-
-
 def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """Inject the LoRA of a folder that PEFT, or `save_peft`, wrote, in place.
 
     Its modules must be projections of some layers, the same in each, which is where LoRA goes here. `alpha / r`,
     rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and a fused
-    projection whose keys are left alone give the same product to rounding; whatever else changes what is computed is
-    refused. `lora_dropout` is not taken over: training goes on without.
+    projection give the same product to rounding; whatever else changes what is computed is refused. `lora_dropout` is
+    not taken over: training goes on without.
 
     Args:
         model: the base model that it was trained on, with the same head class; nothing injected yet.
@@ -196,170 +104,12 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
 
 
 @dataclass(frozen=True)
-class _Term:
-    """A low-rank term to be written: `scale * B A`, onto `rows` of a projection."""
-
-    projection: str
-    rows: Rows
-    A: Tensor
-    B: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What a folder becomes: the configuration, (A, B) by the path of a term, and the parameters beside them."""
 
     config: UniPELTConfig
     terms: Mapping[str, tuple[Tensor, Tensor]]
     saved: Mapping[str, Tensor]
-
-
-# Writing
-
-
-def _check_is_low_rank(model: PreTrainedModel, injection: Injection) -> None:
-    """Raise `CheckpointError` for the first thing in a model that a folder of LoRA cannot hold."""
-    if injection.config.lora is None:
-        raise CheckpointError("this model carries no LoRA, which is what a PEFT folder of LoRA holds; see unipelt.save")
-    for path, module in model.named_modules():
-        if isinstance(module, (Adapter, Prefix, Term)):
-            what = "an adapter" if isinstance(module, Adapter) else "a prefix"
-            what = module.name if isinstance(module, Term) else what
-            what = "decomposed" if what == "lora" else what
-            raise CheckpointError(
-                f"{path} is {what}, which a PEFT folder of LoRA cannot hold; train without it (the preset 'lora'), or "
-                "keep the model whole with unipelt.save"
-            )
-        if isinstance(module, LoRA) and (module.low is not None or module.gates is not None):
-            advice = (
-                "unipelt.fold(model, batches) makes gates that hardly vary constants, which can travel"
-                if injection.folded is None
-                else "it varied by more than the tolerance of unipelt.fold; fold the model from before with a larger "
-                "one, which moves the logits, or keep it whole with unipelt.save"
-            )
-            raise CheckpointError(f"the gate of {path} depends on the text, and PEFT's LoRA has no gates: {advice}")
-    ours = {name for _, name, _ in submodule_parameters(model)}
-    if others := [name for name in kept_names(model) if name not in ours and name not in injection.head]:
-        raise CheckpointError(
-            f"this model trains parameters of its base too ({others[0]} and {len(others) - 1} more), which a PEFT "
-            "folder of LoRA cannot hold; keep it whole with unipelt.save"
-        )
-
-
-def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
-    """Every low-rank term, with what scales it. In a folded model they are in the weights; it remembers them."""
-    folded = injection.folded
-    host: Any = model
-    scales: dict[Any, float | None] = {}
-    if folded is not None:
-        # where each term was and which gate was its: the model as it was before folding, of nothing but shapes
-        with torch.device("meta"):
-            host = type(model)(copy.deepcopy(model.config))
-        inject_as(host, injection.config, deployed=True, head=injection.head)
-        for gate in find_gates(host):
-            scales[gate.target] = folded.constants.get(gate.path, {}).get(gate.name)
-    found = []
-    for path, module in host.named_modules():
-        scale = scales.get(module, module.scale) if isinstance(module, LoRA) else None
-        if scale is None:
-            continue  # what was dropped, behind a closed gate, is no more
-        low, high = (module.A, module.B) if folded is None else (folded.tensors[f"{path}.{part}"] for part in "AB")
-        found.append(_Term(path.rpartition(".")[0], module.rows, low.detach().cpu(), high.detach().cpu(), scale))
-    if not found:
-        raise CheckpointError("every gate of this model's LoRA was closed, and the terms dropped: none is left")
-    return found
-
-
-def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's fields and tensors for all terms: one rank and one scale for all, as other readers (vLLM) want it."""
-    by_projection: dict[str, list[_Term]] = {}
-    for term in terms:
-        by_projection.setdefault(term.projection, []).append(term)
-    rank = max(sum(len(term.A) for term in group) for group in by_projection.values())
-    alpha = terms[0].scale * rank
-    if any(term.scale != terms[0].scale for term in terms) or not alpha.is_integer():
-        terms = []  # PEFT's alpha is a whole number, and the same for all: the scales go into B
-        alpha = float(rank)
-        by_projection = {
-            path: [replace(term, B=_scaled(term.B, term.scale)) for term in group]
-            for path, group in by_projection.items()
-        }
-    tensors: dict[str, Tensor] = {}
-    leaves: list[Any] = [model.get_submodule(path) for path in by_projection]
-    for (path, group), leaf in zip(by_projection.items(), leaves, strict=True):
-        inputs, outputs = (leaf.nx, leaf.nf) if isinstance(leaf, Conv1D) else (leaf.in_features, leaf.out_features)
-        low, high = group[0].A.new_zeros(rank, inputs), group[0].B.new_zeros(outputs, rank)
-        first = 0
-        for term in group:
-            ranks = len(term.A)
-            low[first : first + ranks] = term.A
-            _outputs(high, term.rows)[..., first : first + ranks] = term.B.unflatten(
-                0, (term.rows.groups, term.rows.size)
-            )
-            first += ranks
-        tensors |= {f"{PREFIX}{path}.lora_A.weight": low, f"{PREFIX}{path}.lora_B.weight": high}
-    fields = {
-        "r": rank,
-        "lora_alpha": int(alpha),
-        "target_modules": _targets(model, by_projection),
-        "fan_in_fan_out": all(isinstance(leaf, Conv1D) for leaf in leaves),
-    }
-    return fields, tensors
-
-
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    """In float32 at least, and rounded once."""
-    kind = torch.promote_types(tensor.dtype, torch.float32)
-    return (tensor.to(kind) * scale).to(tensor.dtype)
-
-
-def _outputs(tensor: Tensor, rows: Rows) -> Tensor:
-    """A view of a projection's rows among those of its module, (groups, size, ...)."""
-    return tensor.unflatten(0, (rows.groups, -1)).narrow(1, rows.start, rows.size)
-
-
-def _targets(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """The projections by the last part of their names, as is usual, if that means no other module; else whole."""
-    paths = set(paths)
-    short = sorted({path.rpartition(".")[2] for path in paths})
-    meant = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in short}
-    return short if meant == paths else sorted(paths)
-
-
-def _task(model: PreTrainedModel) -> str | None:
-    """PEFT's name for what the model is for, None if it has none."""
-    kind = type(model.config)
-    for name, mapping in _TASKS:
-        classes: Any = mapping.get(kind, ())
-        if isinstance(model, classes):
-            return name
-    return None
-
-
-def _saved_modules(model: PreTrainedModel, head: frozenset[str], task: str | None) -> list[str]:
-    """Paths of the largest modules that hold parameters of the head and no others: PEFT's `modules_to_save`."""
-    chosen: list[str] = []
-    held: set[str] = set()
-    for path, module in model.named_modules():
-        names = {f"{path}.{name}" for name, _ in module.named_parameters()}
-        if path and names and names <= head and not names <= held:
-            chosen.append(path)
-            held |= names
-    if head - held:
-        raise CheckpointError(f"the head's parameter {sorted(head - held)[0]!r} is in no module that PEFT could save")
-    # PEFT looks for modules whose names end so, whatever stands before
-    ends = (*chosen, *_ALSO_SAVED.get(task or "", ()))
-    for path, _ in model.named_modules():
-        if path.endswith(ends) and not any(f"{path}.".startswith(f"{other}.") for other in chosen):
-            raise CheckpointError(
-                f"PEFT would take {path} for a part of the head, as its name ends like that of one; "
-                "it cannot save this head"
-            )
-    return chosen
-
-
-# Reading
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -415,7 +165,7 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
         raise CheckpointError("all its terms are zero: there is nothing to load")
     scale = next(iter(scales.values()))
     terms = {
-        path: (low, high if scales[path] == scale else _scaled(high, scales[path] / scale))
+        path: (low, high if scales[path] == scale else scaled(high, scales[path] / scale))
         for path, (low, high) in terms.items()
     }
     rank = max(1, *(len(low) for low, _ in terms.values()))
@@ -561,13 +311,13 @@ def _apart(path: str, low: Tensor, high: Tensor, own: Mapping[str, Projection]) 
     """The terms of one module by name, each with the ranks that it needs."""
     rest = high.clone()
     for projection in own.values():
-        _outputs(rest, projection.rows).zero_()
+        outputs_of(rest, projection.rows).zero_()
     if rest.any():
         raise CheckpointError(
             f"its LoRA on {show(path)} changes more than {' and '.join(own)} of what that module computes, where LoRA "
             "does not go"
         )
-    shares = {name: _outputs(high, projection.rows).flatten(0, 1) for name, projection in own.items()}
+    shares = {name: outputs_of(high, projection.rows).flatten(0, 1) for name, projection in own.items()}
     if len(own) > 1:  # queries, keys and values in one module: what it leaves alone has no term
         shares = {name: share for name, share in shares.items() if share.any()} or dict([next(iter(shares.items()))])
     # as `save_peft` puts several terms side by side, each has its own ranks
