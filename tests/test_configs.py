@@ -18,7 +18,7 @@ from tiny_task import save_model, write_glue, write_sentences
 from transformers import AutoModelForSequenceClassification
 
 import unipelt
-from unipelt.config import PRESETS, UniPELTConfig, read_mapping
+from unipelt.config import PRESETS, UniPELTConfig
 from unipelt.glue.options import parse, read_config
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings, TrainingSettings, paper_learning_rate
@@ -27,6 +27,7 @@ from unipelt.sweep import Sweep, read_sweep
 from unipelt.tasks import qa, translation
 from unipelt.tasks.run import run as run_task
 from unipelt.tasks.settings import QASettings, TaskSettings, TranslationSettings
+from unipelt.typed import read_mapping
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".yaml", ".json"))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import unipelt
 from unipelt.adapter import Adapter
-from unipelt.config import ConfigError
 from unipelt.gate import Gates
+from unipelt.typed import ConfigError
 
 GATES: dict[str, dict[str, Any]] = {
     "token": {"pooling": "token"},

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import unipelt
-from unipelt.config import PROJECTIONS, ConfigError
+from unipelt.config import PROJECTIONS
 from unipelt.gate import Gates
 from unipelt.lora import LoRA
 from unipelt.parameters import submodule_parameters
 from unipelt.term import Term
+from unipelt.typed import ConfigError
 
 ALL = list(PROJECTIONS)
 

@@ -17,10 +17,11 @@ from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 
 import unipelt
-from unipelt.config import SUBMODULES, ConfigError, Place
+from unipelt.config import SUBMODULES, Place
 from unipelt.gate import Gates
 from unipelt.parameters import submodule_parameters
 from unipelt.term import MODULES, Term, register_submodule
+from unipelt.typed import ConfigError
 
 
 @dataclass(frozen=True)

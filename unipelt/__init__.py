@@ -8,7 +8,6 @@ from unipelt.config import (
     PRESETS,
     AdapterConfig,
     CompacterConfig,
-    ConfigError,
     GateConfig,
     HoulsbyConfig,
     IA3Config,
@@ -33,6 +32,7 @@ from unipelt.record import GateRecord, gate_penalty, record_gates
 from unipelt.release import load_release_state_dict, release_state_dict
 from unipelt.spread import FoldError
 from unipelt.term import Spot, register_submodule
+from unipelt.typed import ConfigError
 
 __version__ = "0.1.0"
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from unipelt.adapter import Adapter
 from unipelt.attention import Site
-from unipelt.config import AdapterConfig, ConfigError, GateConfig, LoRAConfig, PrefixConfig, UniPELTConfig, read_mapping
+from unipelt.config import AdapterConfig, GateConfig, LoRAConfig, PrefixConfig, UniPELTConfig
 from unipelt.families import FAMILIES
 from unipelt.gate import Gates
 from unipelt.inject import InjectionError, inject_as, remove
@@ -31,6 +31,7 @@ from unipelt.manifest import CheckpointError
 from unipelt.parameters import head_names, injection_of
 from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.prefix import Prefix, PrefixNetwork
+from unipelt.typed import ConfigError, read_mapping
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"

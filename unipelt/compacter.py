@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.bottleneck import ACTIVATIONS
-from unipelt.config import CompacterConfig, ConfigError
+from unipelt.config import CompacterConfig
 from unipelt.term import Spot, register_submodule
+from unipelt.typed import ConfigError
 
 LEFT_STD = 0.01
 """Standard deviation of the left factors' start, as in the authors' release of Compacter."""

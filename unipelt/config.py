@@ -6,104 +6,15 @@ a path, a `UniPELTConfig`) into a checked `UniPELTConfig`; an unknown key or a w
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
-import sys
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
-from unipelt.plain import PlainError, language, read_plain, show, show_path
-
-LARGEST = 1_000_000
-"""No size or scale is meant to be above this; a larger one is a slip, or would fill the memory."""
-
-_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be meant; the message says which field, what was seen and what is possible."""
-
-
-def _check(part: Any, *positive: str, skip: tuple[str, ...] = ()) -> None:
-    """Check every field's type, and that some are above 0; an integer may stand for a float, a list for a tuple."""
-    hints = get_type_hints(type(part))
-    for name, hint in ((item.name, hints[item.name]) for item in fields(part) if item.name not in skip):
-        object.__setattr__(part, name, convert(hint, getattr(part, name), name))
-    for name in positive:
-        if not getattr(part, name) > 0:
-            raise ConfigError(f"{name} must be above 0, not {show(getattr(part, name))}")
-        if getattr(part, name) > LARGEST:
-            raise ConfigError(f"{name} must be at most {LARGEST:,}, not {show(getattr(part, name))}")
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def convert(hint: Any, value: Any, where: str) -> Any:
-    """Check a value against a field's type.
-
-    Args:
-        hint: the type: `int`, `float`, `bool`, `str`, a `Literal`, a tuple of one of these, a dataclass, or one of
-            all these or None.
-        value: an integer may stand for a float, and a list, or one text, for a tuple of texts. A tuple of integers
-            may be a range, text such as "6-11", or, where None is possible, "all".
-        where: what the value is called in an error.
-
-    Returns:
-        The value, of exactly that type.
-
-    Raises:
-        ConfigError: it is not of that type; or not finite.
-    """
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        choice = next(choice for choice in choices if choice is not type(None))
-        if value is None or (value == "all" and choice == tuple[int, ...]):
-            return None
-        return convert(choice, value, where)
-    if origin is Literal:
-        if value not in choices:
-            raise ConfigError(f"{where} must be {' or '.join(choices)}, not {show(value)}")
-        return value
-    if origin is tuple:
-        if choices[0] is int and isinstance(value, (range, str)):
-            value = _indices(value, where)
-        if isinstance(value, str) and (choices[0] is str or get_origin(choices[0]) is Literal):
-            value = [value]
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} must be a list, not {show(value)}")
-        return tuple(convert(choices[0], item, where) for item in value)
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{where} must be {_KINDS[hint]}, not {show(value)}")
-    return value
-
-
-def _indices(value: range | str, where: str) -> list[int]:
-    """The integers of a range, or of text such as "6-11", both ends included."""
-    if isinstance(value, range):
-        return list(value)
-    match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", value)
-    if match is None:
-        raise ConfigError(f'{where} must be a list of integers or text such as "0-5", not {show(value)}')
-    return list(range(int(match[1]), int(match[2]) + 1))
-
-
-def _later(default: Any) -> Any:
-    """A field that came later: left out of what is written where it has its default, as if it were not there.
-
-    So the configurations of before, and what is named after them, are the same with it and without.
-    """
-    return field(default=default, metadata={"later": True})
-
+from unipelt.plain import show
+from unipelt.typed import ConfigError, build, check_fields, later, overlay, read_mapping, to_plain
 
 Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward"]
 """Where in a layer a term can be added.
@@ -131,7 +42,7 @@ class AdapterConfig:
     gate: bool = True
 
     def __post_init__(self) -> None:
-        _check(self, "bottleneck")
+        check_fields(self, "bottleneck")
 
 
 @dataclass(frozen=True)
@@ -153,7 +64,7 @@ class PrefixConfig:
     gating: Literal["scale", "mass"] = "scale"
 
     def __post_init__(self) -> None:
-        _check(self, "length", "hidden")
+        check_fields(self, "length", "hidden")
 
 
 @dataclass(frozen=True)
@@ -174,12 +85,12 @@ class LoRAConfig:
     rank: int = 8
     alpha: float = 16.0
     gate: bool = True
-    places: tuple[Place, ...] = _later(("query", "value"))
-    scaling: Literal["standard", "rank_stabilised"] = _later("standard")
-    decomposed: bool = _later(False)
+    places: tuple[Place, ...] = later(("query", "value"))
+    scaling: Literal["standard", "rank_stabilised"] = later("standard")
+    decomposed: bool = later(False)
 
     def __post_init__(self) -> None:
-        _check(self, "rank", "alpha")
+        check_fields(self, "rank", "alpha")
         if not self.places or len(set(self.places)) != len(self.places) or not {*self.places} <= {*PROJECTIONS}:
             raise ConfigError(f"places must name one or more of {', '.join(PROJECTIONS)}, none of them twice")
         object.__setattr__(self, "places", tuple(place for place in PROJECTIONS if place in self.places))
@@ -208,7 +119,7 @@ class SubmoduleConfig:
     places: tuple[Place, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
         if not self.places or len(set(self.places)) != len(self.places):
             raise ConfigError(f"places must name one or more of {', '.join(get_args(Place))}, none of them twice")
 
@@ -246,7 +157,7 @@ class HoulsbyConfig(SubmoduleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "bottleneck")
+        check_fields(self, "bottleneck")
 
 
 @dataclass(frozen=True)
@@ -266,7 +177,7 @@ class ParallelConfig(SubmoduleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "bottleneck", "scale")
+        check_fields(self, "bottleneck", "scale")
 
 
 @dataclass(frozen=True)
@@ -289,7 +200,7 @@ class CompacterConfig(SubmoduleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "bottleneck", "terms", "rank")
+        check_fields(self, "bottleneck", "terms", "rank")
         if self.bottleneck % self.terms:
             raise ConfigError(f"terms must divide the bottleneck, {self.bottleneck}: {self.terms} does not")
 
@@ -317,15 +228,15 @@ class GateConfig:
     """
 
     pooling: Literal["masked_mean", "mean", "token", "static"] = "masked_mean"
-    network: Literal["linear", "mlp", "recurrent", "transformer"] = _later("linear")
-    hidden: int = _later(16)
-    shared: bool = _later(False)
-    activation: Literal["sigmoid", "tanh", "softmax"] = _later("sigmoid")
-    temperature: float = _later(1.0)
-    start: float | None = _later(None)
+    network: Literal["linear", "mlp", "recurrent", "transformer"] = later("linear")
+    hidden: int = later(16)
+    shared: bool = later(False)
+    activation: Literal["sigmoid", "tanh", "softmax"] = later("sigmoid")
+    temperature: float = later(1.0)
+    start: float | None = later(None)
 
     def __post_init__(self) -> None:
-        _check(self, "hidden", "temperature")
+        check_fields(self, "hidden", "temperature")
         if self.activation == "softmax" and not self.shared:
             raise ConfigError("activation softmax is over the gates of a layer, so it needs shared: true")
         least = {"sigmoid": 0, "tanh": -1, "softmax": 1}[self.activation]
@@ -378,7 +289,7 @@ class UniPELTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "more", _checked_more(self.more))
-        _check(self, skip=("more",))
+        check_fields(self, skip=("more",))
         if self.gate.activation == "tanh" and self.prefix and self.prefix.gate and self.prefix.gating == "mass":
             raise ConfigError("gate.activation: tanh may be below 0, and a prefix's gating mass takes its logarithm")
         if self.layers is None:
@@ -404,9 +315,9 @@ class UniPELTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain types that JSON holds; further submodules by their names, if there are any."""
-        values = _plain(self)
+        values = to_plain(self)
         del values["more"]
-        return values | {part.name: _plain(part) for part in self.more}
+        return values | {part.name: to_plain(part) for part in self.more}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UniPELTConfig:
@@ -414,8 +325,9 @@ class UniPELTConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration must be a mapping, not {show(values)}")
         given = {name: values[name] for name in values if name in SUBMODULES}
-        more = tuple(_build(SUBMODULES[name], value, name) for name, value in given.items() if value is not None)
-        built: UniPELTConfig = _build(cls, {name: values[name] for name in values if name not in given}, "")
+        more = tuple(build(SUBMODULES[name], value, name) for name, value in given.items() if value is not None)
+        rest = {name: values[name] for name in values if name not in given}
+        built: UniPELTConfig = build(cls, rest, "", apart=("more",), also=tuple(SUBMODULES))
         return replace(built, more=more) if more else built
 
     def updated(self, changes: Mapping[str, Any]) -> UniPELTConfig:
@@ -423,17 +335,7 @@ class UniPELTConfig:
 
         A part that is absent (`None`) and gets a change starts from its defaults.
         """
-        return UniPELTConfig.from_dict(_overlay(self.to_dict(), changes))
-
-
-def _plain(part: Any) -> dict[str, Any]:
-    """A dataclass's fields as plain types, less those that came later and have their default."""
-    values = {
-        item.name: getattr(part, item.name)
-        for item in fields(part)
-        if not (item.metadata.get("later") and getattr(part, item.name) == item.default)
-    }
-    return {name: _plain(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+        return UniPELTConfig.from_dict(overlay(self.to_dict(), changes))
 
 
 def _checked_more(more: Any) -> tuple[SubmoduleConfig, ...]:
@@ -512,30 +414,6 @@ def resolve(config: str | Path | Mapping[str, Any] | UniPELTConfig) -> UniPELTCo
     )
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a JSON or YAML file that holds one mapping. Raises `FileNotFoundError` or `ConfigError`."""
-    path = Path(path)
-    try:
-        values = read_plain(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"there is no configuration file at {show_path(path)}") from error
-    except OSError as error:
-        raise ConfigError(f"{show_path(path)} cannot be read: {error.strerror}") from error
-    except PlainError as error:
-        raise ConfigError(f"{path} is not valid {language(path)}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold one mapping of names to values, not {type(values).__name__}")
-    return values
-
-
-def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots in its keys: `{"lora": {"rank": 4}}` is `{"lora.rank": 4}`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
-    return flat
-
-
 def _preset(name: str) -> UniPELTConfig:
     if name not in PRESETS:
         raise ConfigError(
@@ -543,29 +421,3 @@ def _preset(name: str) -> UniPELTConfig:
             "(a path ends in .json, .yaml or .yml)"
         )
     return PRESETS[name]
-
-
-def _overlay(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
-    for key, change in changes.items():
-        old = merged.get(key)
-        nested = isinstance(change, Mapping) and isinstance(old, dict)
-        merged[key] = _overlay(old, change) if nested else change  # type: ignore[arg-type]
-    return merged
-
-
-def _build(cls: type[Any], values: Any, where: str) -> Any:
-    """Build a dataclass from plain types, checking every key and type on the way down."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'a configuration'} must be a mapping, not {show(values)}")
-    hints = get_type_hints(cls)
-    names = [item.name for item in fields(cls) if item.name != "more"]
-    for key in values:
-        if key not in names:
-            known = [*names, *SUBMODULES] if cls is UniPELTConfig else names
-            raise ConfigError(f"unknown key {show(_join(where, str(key)))}; the keys here are {', '.join(known)}")
-    given = {key: convert(hints[key], value, _join(where, key)) for key, value in values.items()}
-    try:
-        return cls(**given)
-    except ConfigError as error:
-        raise ConfigError(_join(where, str(error))) from None

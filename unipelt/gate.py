@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config import ConfigError, GateConfig
+from unipelt.config import GateConfig
+from unipelt.typed import ConfigError
 
 INITIAL_STD = 0.02
 """Standard deviation of every normal start, as in the authors' release: gates begin near 0.5."""

@@ -13,10 +13,11 @@ import safetensors
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from unipelt.config import ConfigError, UniPELTConfig, read_mapping
+from unipelt.config import UniPELTConfig
 from unipelt.fold import Constants
 from unipelt.hub import HubError, download, is_repository
 from unipelt.plain import read_bytes, shorten, show, show_path
+from unipelt.typed import ConfigError, read_mapping
 
 WEIGHTS = "model.safetensors"
 NEXT = f"{WEIGHTS}.next"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from unipelt.config import flatten
 from unipelt.hub import cached_commit, may_be_base
 from unipelt.manifest import MANIFEST, CheckpointError
 from unipelt.parameters import injection_of, is_sharded, submodule_parameters, unfrozen_names
 from unipelt.plain import shorten, show, show_path
 from unipelt.quantised import describe_numbers, is_quantised
+from unipelt.typed import flatten
 
 MOST_MODULES = 1_000
 """Layers, and whatever else a base has many of, that `from_pretrained` builds because a manifest says so."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from unipelt.config import SUBMODULES, ConfigError, SubmoduleConfig, UniPELTConfig
+from unipelt.config import SUBMODULES, SubmoduleConfig, UniPELTConfig
 from unipelt.gate import Gates, Slot, as_many_rows, product
 from unipelt.lora import Rows
+from unipelt.typed import ConfigError
 
 
 class Shared(nn.Module):

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from unipelt.config import PRESETS, read_mapping
+from unipelt.config import PRESETS
 from unipelt.glue.settings import (
     INCIDENTAL,
     PATHS,
@@ -22,6 +22,7 @@ from unipelt.glue.settings import (
     with_numbers,
 )
 from unipelt.plain import PlainError, parse_yaml, show, show_path
+from unipelt.typed import read_mapping
 
 _ALIASES = ("none", "null", "~")
 _MOST_ABOVE = 50

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from unipelt.config import LARGEST, PROJECTIONS, ConfigError, LoRAConfig, Place, UniPELTConfig, read_mapping
+from unipelt.config import PROJECTIONS, LoRAConfig, Place, UniPELTConfig
 from unipelt.inject import InjectionError, inject_as, remove
 from unipelt.lora import ENTRY
 from unipelt.manifest import CheckpointError
@@ -28,6 +28,7 @@ from unipelt.parameters import head_names, injection_of
 from unipelt.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, outputs_of, scaled
 from unipelt.places import Projection, find_stacks
 from unipelt.plain import read_bytes, shorten, show, show_path
+from unipelt.typed import LARGEST, ConfigError, read_mapping
 
 _PAIR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _NAME = re.compile(r"[\w.]+")

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from unipelt.config import flatten
 from unipelt.report.cells import Cell, Results, Run, Table, k_order, kinds, largest
 from unipelt.report.paper import TASKS, paper_upper_bound
+from unipelt.typed import flatten
 
 RESAMPLES = 10_000
 # What a number on the axis of a curve may be: the paper's Figures 2 and 3, and their like for the prefix.

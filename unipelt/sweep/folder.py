@@ -13,13 +13,13 @@ from statistics import fmean
 from typing import Any
 
 from unipelt.checkpoint import write_whole
-from unipelt.config import read_mapping
 from unipelt.glue.folder import LockedError, find_finished, locked
 from unipelt.glue.job import RunError
 from unipelt.glue.result import mismatch
 from unipelt.glue.settings import RunSettings, SettingsError, clean_name, paper_learning_rate
 from unipelt.plain import PlainError, read_plain, show
 from unipelt.sweep.grid import Sweep, SweepError
+from unipelt.typed import read_mapping
 
 REQUEST = "sweep.json"
 FAILURE = "failure.json"
