@@ -25,9 +25,19 @@ from unipelt.command import main
 from unipelt.config import resolve
 from unipelt.glue.result import write_result
 from unipelt.report import ReportError, read_results, write_report
+from unipelt.report.blocks import NONE
 from unipelt.report.cells import Results, Run, kinds
-from unipelt.report.compare import costs, curves, marks, paired_test, paired_tests, upper_bounds
-from unipelt.report.page import NONE, PAPER
+from unipelt.report.compare import (
+    costs,
+    curves,
+    gate_agreements,
+    head_effects,
+    marks,
+    paired_test,
+    paired_tests,
+    upper_bounds,
+)
+from unipelt.report.page import PAPER
 from unipelt.report.paper import TASKS, paper, paper_costs, paper_upper_bound
 
 METRICS = {"cola": "matthews_correlation", "mrpc": "f1", "qqp": "f1", "stsb": "spearman"}
@@ -612,6 +622,69 @@ def test_a_combination_without_single_methods_is_compared_with_none() -> None:
     )
     assert paired_tests(table) == []
     assert upper_bounds(table) == []
+
+
+def test_what_a_head_that_trains_gains_is_paired_by_task_and_seed(tmp_path: Path) -> None:
+    frozen = {"preset": "lora", "train_head": False}
+    records = [
+        *(make_record(task, "lora", seed, 0.7 + 0.01 * seed) for task in ("rte", "sst2") for seed in (1, 2)),
+        make_record("rte", frozen, 1, 0.51, name="lora, train_head=false"),
+        make_record("rte", frozen, 2, 0.62, name="lora, train_head=false"),
+        make_record("mrpc", frozen, 1, 0.1, name="lora, train_head=false"),  # no pair
+        make_record("rte", "adapter", 1, 0.9),  # another method
+        make_record("rte", {"preset": "prefix", "train_head": False}, 1, 0.2, name="prefix, train_head=false"),
+        make_record("rte", "prefix", 1, 0.9, learning_rate=2e-4),  # another learning rate
+    ]
+    [effect] = head_effects(results_of(*records).table(100))
+    assert (effect.trained, effect.frozen) == ("lora", "lora, train_head=false")
+    assert (effect.tasks, effect.pairs) == (("rte",), 2)
+    assert (effect.difference, effect.low, effect.high) == pytest.approx((0.15, 0.1, 0.2))
+    save(tmp_path / "runs", *records)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| lora | K = 100 | +15.00<br>+10.00 to +20.00 | 2<br>rte |" in text.partition("## What the head does")[2]
+
+
+def test_gates_beside_what_submodules_do_alone(tmp_path: Path) -> None:
+    """Prefix gates are the most open everywhere; only less their mean do they go with the prefix's scores."""
+    alone = {"rte": (0.5, 0.6), "sst2": (0.9, 0.6), "mrpc": (0.7, 0.6)}  # adapter, prefix
+    gates = {"rte": (0.2, 0.9), "sst2": (0.4, 0.5), "mrpc": (0.3, 0.7)}
+    records = []
+    for task in alone:
+        for seed in (1, 2):
+            record = make_record(task, "unipelt-ap", seed, 0.5)
+            record["gates"]["values"] = {
+                name: {"mean": [gate - 0.05 * seed, gate + 0.05 * seed], "std": [0.0, 0.0]}
+                for name, gate in zip(("adapter", "prefix"), gates[task], strict=True)
+            }
+            records.append(record)
+        records += [make_record(task, part, 1, alone[task][i]) for i, part in enumerate(("adapter", "prefix"))]
+    [found] = gate_agreements(results_of(*records).table(100))
+    assert found.row == "unipelt-ap"
+    assert {task: {part: gate for part, (gate, _) in parts.items()} for task, parts in found.tasks.items()} == {
+        task: pytest.approx({"adapter": adapter, "prefix": prefix}) for task, (adapter, prefix) in gates.items()
+    }
+    assert found.tasks["sst2"]["adapter"][1] == 0.9
+    assert found.agreeing == ("rte",)
+    centred = [np.array([[values[task][part] for task in found.tasks] for part in (0, 1)]) for values in (gates, alone)]
+    gate, score = ((value - value.mean(axis=1, keepdims=True)).round(12).ravel() for value in centred)
+    assert found.correlation == pytest.approx(stats.spearmanr(gate, score).statistic, abs=1e-6)
+    assert found.correlation is not None
+    assert found.correlation > 0
+    save(tmp_path / "runs", *records)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").partition("## Gates and the better")[2]
+    assert "in 1 of 3 tasks; by chance it would be in one of 2." in text
+    assert "| rte | 0.200<br>alone 50.00 | **0.900**<br>alone 60.00, the best |" in text
+    assert "| sst2 | 0.400<br>alone 90.00, the best | **0.500**<br>alone 60.00 |" in text
+
+
+def test_gates_beside_scores_need_both() -> None:
+    pair = [make_record("rte", "adapter"), make_record("rte", "prefix")]
+    assert gate_agreements(results_of(*pair, make_record("rte", "unipelt-ap-nogate")).table(100)) == []
+    assert gate_agreements(results_of(pair[0], make_record("rte", "unipelt-ap")).table(100)) == []
+    [found] = gate_agreements(results_of(*pair, make_record("rte", "unipelt-ap")).table(100))
+    assert found.correlation is None, "of one task"
 
 
 def test_curves_are_of_methods_that_differ_in_one_number() -> None:

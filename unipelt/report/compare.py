@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unipelt.report.cells import Cell, Results, Run, Table, k_order, kinds, largest
+from unipelt.report.cells import PARTS, Cell, Results, Run, Table, k_order, kinds, largest
 from unipelt.report.paper import TASKS, paper_upper_bound
 from unipelt.typed import flatten
 
@@ -62,6 +63,45 @@ class Paired:
     high: float
     t: float | None
     wilcoxon: float | None
+
+
+@dataclass(frozen=True)
+class HeadEffect:
+    """A method whose head stays at its random start against the same method with a head that trains.
+
+    Attributes:
+        frozen, trained: the rows.
+        pairs: of task and seed.
+        difference: mean of trained minus frozen, a fraction.
+        low, high: its 95 % interval by bootstrap over pairs.
+    """
+
+    frozen: str
+    trained: str
+    tasks: tuple[str, ...]
+    pairs: int
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class GateAgreement:
+    """A combination's gates beside what its submodules do alone.
+
+    Attributes:
+        tasks: by task, for each submodule its gates' mean over layers, examples and seeds, and the mean score of the
+            method that has it alone, a fraction.
+        agreeing: the tasks in which the most open gate is that of the submodule that does best alone.
+        correlation: Spearman's, of gates and scores over tasks and submodules, each less its submodule's mean over
+            the tasks, since gates of one kind are more open than those of another whatever the task; None of fewer
+            than three tasks, or where nothing varies.
+    """
+
+    row: str
+    tasks: Mapping[str, Mapping[str, tuple[float, float]]]
+    agreeing: tuple[str, ...]
+    correlation: float | None
 
 
 @dataclass(frozen=True)
@@ -136,16 +176,85 @@ def paired_tests(table: Table) -> list[Paired]:
             continue
         best = largest({name: statistics.fmean(table.row(name)[task].mean for task in tasks) for name in singles})
         other = table.row(best)
-        differences = [
-            cells[task].scores[seed] - other[task].scores[seed]
-            for task in tasks
-            for seed in sorted(cells[task].scores)
-            if seed in other[task].scores
-        ]
+        differences = _differences(cells, other, tasks)
         if len(differences) > 1:
             test = paired_test(differences)
             found.append(Paired(row, best, tuple(singles), tuple(tasks), len(differences), *test))
     return found
+
+
+def _differences(ours: Mapping[str, Cell], theirs: Mapping[str, Cell], tasks: Sequence[str]) -> list[float]:
+    """Ours minus theirs for every pair of task and seed that both have."""
+    return [
+        ours[task].scores[seed] - theirs[task].scores[seed]
+        for task in tasks
+        for seed in sorted(ours[task].scores)
+        if seed in theirs[task].scores
+    ]
+
+
+def head_effects(table: Table) -> list[HeadEffect]:
+    """What it does to a method that its head does not train, all else equal: the learning rate too."""
+    found = []
+    for frozen, trained in itertools.permutations(table.rows, 2):
+        one, other = table.first(frozen), table.first(trained)
+        if one.runs[0].config.get("train_head") is not False or one.setting != other.setting:
+            continue
+        rates = [cell.runs[0].record["method"]["learning_rate"] for cell in (one, other)]
+        if {**one.runs[0].config, "train_head": True} != other.runs[0].config or rates[0] != rates[1]:
+            continue
+        ours, theirs = table.row(trained), table.row(frozen)
+        tasks = [task for task in ours if task in theirs]
+        differences = _differences(ours, theirs, tasks)
+        if len(differences) > 1:
+            mean, low, high, *_ = paired_test(differences)
+            found.append(HeadEffect(frozen, trained, tuple(tasks), len(differences), mean, low, high))
+    return found
+
+
+def gate_agreements(table: Table) -> list[GateAgreement]:
+    """For each combination with gates, whether they are more open for the submodule that does better alone."""
+    found = []
+    for row in table.combined():
+        cells, first = table.row(row), table.first(row)
+        gates = {task: _mean_gates(cell) for task, cell in cells.items()}
+        singles = {part: table.named(part, first.setting) for part in kinds(first.runs[0].config) if part in PARTS}
+        tasks = {
+            task: {part: (gates[task][part], single[task].mean) for part, single in singles.items()}
+            for task in cells
+            if all(part in gates[task] and task in single for part, single in singles.items())
+        }
+        if not tasks:
+            continue
+        agreeing = tuple(
+            task
+            for task, parts in tasks.items()
+            if largest({part: gate for part, (gate, _) in parts.items()})
+            == largest({part: score for part, (_, score) in parts.items()})
+        )
+        values = np.array([list(parts.values()) for parts in tasks.values()])  # (tasks, submodules, 2)
+        found.append(GateAgreement(row, tasks, agreeing, _correlation(values - values.mean(axis=0))))
+    return found
+
+
+def _mean_gates(cell: Cell) -> dict[str, float]:
+    """The mean gate of each submodule over its gates, layers and seeds."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for run in cell.runs:
+        for name, gate in (run.record["gates"] or {"values": {}})["values"].items():
+            for part in PARTS:
+                if part in name:
+                    found[part].append(statistics.fmean(gate["mean"]))
+    return {part: statistics.fmean(means) for part, means in found.items()}
+
+
+def _correlation(values: np.ndarray) -> float | None:
+    from scipy import stats  # slow to import
+
+    gates, scores = values.round(12).reshape(-1, 2).T  # what is equal but for rounding has one rank
+    if len(values) < 3 or np.ptp(gates) < 1e-12 or np.ptp(scores) < 1e-12:
+        return None
+    return float(stats.spearmanr(gates, scores).statistic)
 
 
 def paired_test(

@@ -4,61 +4,22 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from unipelt.report.blocks import NONE, Block, Entry, Grid, Heading, Items, Panels, Paragraph, percent, signed
 from unipelt.report.cells import Cell, Results, Table
-from unipelt.report.compare import RESAMPLES, costs, marks, paired_tests, upper_bounds
-from unipelt.report.paper import TASKS, paper_costs
+from unipelt.report.compare import marks
+from unipelt.report.paper import TASKS
 from unipelt.report.pictures import Picture, k_name
+from unipelt.report.sections import (
+    compare_costs,
+    compare_gates,
+    compare_heads,
+    compare_with_singles,
+    compare_with_upper_bounds,
+)
 
-MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 PAPER = "https://aclanthology.org/2022.acl-long.433/"
-
-# A line of a table's entry: text, and how it is marked (best, second, minor, warn, or nothing).
-Line = tuple[str, str]
-Entry = Sequence[Line]
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading of level 1 to 3."""
-
-    level: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """Running text; `warn` sets it off."""
-
-    text: str
-    warn: bool = False
-
-
-@dataclass(frozen=True)
-class Items:
-    """A list with dots."""
-
-    items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table; the first column names its rows."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[Entry]]
-
-
-@dataclass(frozen=True)
-class Panels:
-    """Pictures side by side."""
-
-    pictures: Sequence[Picture]
-
-
-Block = Heading | Paragraph | Items | Grid | Panels
 
 
 def compose(results: Results, pictures: Sequence[Picture], name: str) -> list[Block]:
@@ -70,10 +31,9 @@ def compose(results: Results, pictures: Sequence[Picture], name: str) -> list[Bl
     blocks: list[Block] = [Heading(1, f"UniPELT: {name}"), *_summary(results)]
     for table in tables:
         blocks += _scores(table, results)
-    blocks += _upper_bounds(tables)
-    blocks += _paired(tables)
-    blocks += _costs(tables)
-    for section, title, text in (
+    for section in (compare_with_upper_bounds, compare_with_singles, compare_heads, compare_gates, compare_costs):
+        blocks += section(tables)
+    for pictured, title, text in (
         ("sizes", "One number of the method", "Mean over seeds; bars are one standard deviation each way."),
         ("scores", "Seeds", "Boxes are quartiles over seeds and dots the seeds; a diamond is the paper's mean."),
         (
@@ -87,20 +47,10 @@ def compose(results: Results, pictures: Sequence[Picture], name: str) -> list[Bl
             "Mean gate values on the test data, layers by submodules, averaged over seeds: 0 is closed, 1 is open.",
         ),
     ):
-        if sections[section]:
-            blocks += [Heading(2, title), Paragraph(text), Panels(sections[section])]
+        if sections[pictured]:
+            blocks += [Heading(2, title), Paragraph(text), Panels(sections[pictured])]
     blocks += _provenance(results)
     return blocks
-
-
-def percent(value: float, std: float | None = None) -> str:
-    """A fraction in percent, as the paper prints it."""
-    return f"{100 * value:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
-
-
-def signed(value: float) -> str:
-    """A difference, of two digits, with a true minus."""
-    return f"{value:+.2f}".replace("-", MINUS)
 
 
 def seeds_text(seeds: Iterable[tuple[int, int]]) -> str:
@@ -213,106 +163,6 @@ def _average(table: Table, row: str, mark: str) -> Entry:
     if printed is not None:
         lines += [(f"paper {printed:.2f}", "minor"), (signed(100 * average[0] - printed), "minor")]
     return lines
-
-
-def _upper_bounds(tables: Sequence[Table]) -> list[Block]:
-    rows: list[list[Entry]] = []
-    for table in tables:
-        for bound in upper_bounds(table):
-            best, combined = 100 * bound.best, 100 * bound.combined
-            lines = [[(f"{best:.2f}", "")], [(f"{combined:.2f}", "")], [(signed(combined - best), "")]]
-            if bound.paper:
-                others = (*(f"paper {value:.2f}" for value in bound.paper), signed(bound.paper[1] - bound.paper[0]))
-                for entry, other in zip(lines, others, strict=True):
-                    entry.append((other, "minor"))
-            chosen = ", ".join(f"{task}: {part}" for task, part in bound.chosen.items())
-            rows.append([[(bound.row, "")], [(k_name(table.k), "")], *lines, [(chosen, "minor")]])
-    if not rows:
-        return []
-    return [
-        Heading(2, "Upper bound"),
-        Paragraph(
-            "The best submodule of each task (the one with the best mean over seeds), averaged over tasks, beside the "
-            "method that combines them, on the tasks that have all of these; the paper's Table 2."
-        ),
-        Grid(["method", "K", "best submodule (%)", "combined (%)", "difference", "best by task"], rows),
-    ]
-
-
-def _paired(tables: Sequence[Table]) -> list[Block]:
-    rows: list[list[Entry]] = []
-    for table in tables:
-        for test in paired_tests(table):
-            interval = f"{signed(100 * test.low)} to {signed(100 * test.high)}"
-            rows.append(
-                [
-                    [(test.row, "")],
-                    [(k_name(table.k), "")],
-                    [(test.single, ""), (f"of {', '.join(test.among)}", "minor")],
-                    [(signed(100 * test.difference), ""), (interval, "minor")],
-                    [(_p(test.t), "")],
-                    [(_p(test.wilcoxon), "")],
-                    [(str(test.pairs), ""), (", ".join(test.tasks), "minor")],
-                ]
-            )
-    if not rows:
-        return []
-    head = ["method", "K", "best single method", "difference, 95 % interval", "t-test, p", "Wilcoxon, p", "pairs"]
-    return [
-        Heading(2, "Combination against the best single method"),
-        Paragraph(
-            "Pairs have the same task and the same seed. The best single method is the one with the best mean over "
-            "the tasks at this K among those that add one kind of submodule: it is picked by these same scores, so "
-            "the difference is rather too small than too large. The interval is a bootstrap over pairs "
-            f"({RESAMPLES:,} resamples, seeded); p values are two-sided. Pairs of one task are not independent of "
-            "each other, which neither the interval nor the tests know."
-        ),
-        Grid(head, rows),
-    ]
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _costs(tables: Sequence[Table]) -> list[Block]:
-    rows: list[list[Entry]] = []
-    for table in tables:
-        for line in costs(table):
-            method = line["method"]
-            counted = [
-                [(f"{n:,}", "") for n in line[name]] if len(line[name]) < 4 else [(_range(line[name]), "")]
-                for name in ("trained", "deployed", "head")
-            ]
-            if line["base"]:
-                counted[0].append((f"{100 * line['trained'][-1] / line['base']:.2f} % of the base", "minor"))
-            if (method, "parameters") in paper_costs():
-                counted[1].append((f"paper {paper_costs()[method, 'parameters']}", "minor"))
-            times: list[Entry] = []
-            for name, key in (("training", "train_time_percent"), ("inference", "inference_time_percent")):
-                value, printed = line[name], paper_costs().get((method, key))
-                entry = [(NONE if value is None else f"{100 * value:.0f} %", "")]
-                times.append([*entry, (f"paper {printed} %", "minor")] if printed else entry)
-            rows.append(
-                [[(line["row"], "")], [(k_name(table.k), "")], *counted, [(f"{line['seconds']:.0f}", "")], *times]
-            )
-    head = ["method", "K", "trained", "deployed", "head", "seconds a run", "training time", "inference time"]
-    return [
-        Heading(2, "Parameters and time"),
-        Paragraph(
-            "Parameters are without the head, which has a column of its own; deployed is what remains after training, "
-            "and what the paper's Table 4 counts. Times are relative to fine-tuning on the same tasks and K: training "
-            "by the second a step, inference by the second an evaluated example. They compare only where all runs "
-            "had the same machine to themselves."
-        ),
-        Grid(head, rows),
-    ]
-
-
-def _range(values: Sequence[int]) -> str:
-    return f"{values[0]:,} to {values[-1]:,}"
 
 
 def _provenance(results: Results) -> list[Block]:

@@ -7,7 +7,8 @@ import html
 import re
 from collections.abc import Sequence
 
-from unipelt.report.page import PAPER, Block, Entry, Grid, Heading, Items, Panels, Paragraph
+from unipelt.report.blocks import Block, Entry, Grid, Heading, Items, Panels, Paragraph
+from unipelt.report.page import PAPER
 from unipelt.report.pictures import Picture
 
 # HTML
