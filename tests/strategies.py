@@ -263,6 +263,7 @@ def _further(draw: st.DrawFn, sizes: Sizes, gate: st.SearchStrategy[bool]) -> di
     terms = draw(st.sampled_from([1, 2])) if sizes.heads * sizes.head % 2 == 0 else 1
     fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "ia3": {"places": st.sets(st.sampled_from(get_args(Place)), min_size=1).map(sorted)},
+        "red": {"places": st.sampled_from([["down"], ["query", "activation"], ["attention", "feed_forward"]])},
         "houlsby": {"places": st.sampled_from([["attention", "down"], ["query", "up"], ["down"]]), **inner},
         "parallel": {"scale": st.sampled_from([1.0, 4.0]), **inner},
         "compacter": {**inner, "bottleneck": width.map(lambda size: size * terms), "terms": st.just(terms)},

@@ -61,6 +61,7 @@ EXPECTED: dict[str, tuple[str, bool, dict[str, Any]]] = {
 
 FURTHER: dict[str, dict[str, Any]] = {
     "ia3": {"gate": True, "places": ("key", "value", "activation")},
+    "red": {"gate": True, "places": ("down",)},
     "houlsby": {"gate": True, "places": ("attention", "down"), "bottleneck": 48, "activation": "relu"},
     "parallel": {"gate": True, "places": ("feed_forward",), "bottleneck": 512, "scale": 4.0, "activation": "relu"},
     "compacter": {

@@ -98,6 +98,8 @@ def term(name: str, part: Any, function: Any, x: Tensor, y: Tensor) -> Tensor:
     """The equations, from the papers."""
     if name == "ia3":
         return function.offset * y
+    if name == "red":
+        return function.offset * y + function.shift
     f = ACTIVATIONS[part.activation]
     if name == "houlsby":
         return dense(f(dense(y, function.down)), function.up)
@@ -209,7 +211,7 @@ def test_a_closed_gate_is_the_model_without_the_term(name: str) -> None:
         assert not torch.equal(model(**batch).logits, base(**batch).logits)
 
 
-@pytest.mark.parametrize("name", ["ia3", "houlsby"])
+@pytest.mark.parametrize("name", ["ia3", "red", "houlsby"])
 def test_a_term_reads_what_lora_has_changed_merged_or_not(name: str) -> None:
     part = {**FURTHER[name], "gate": False, "places": ["query", "value"]}
     model = unipelt.inject(tiny_bert(), {"preset": "lora", "lora": {"rank": 3}, name: part})
@@ -219,7 +221,7 @@ def test_a_term_reads_what_lora_has_changed_merged_or_not(name: str) -> None:
     torch.testing.assert_close(model(**tiny_batch()).logits, want)
 
 
-@pytest.mark.parametrize("name", ["ia3", "parallel"])
+@pytest.mark.parametrize("name", ["ia3", "red", "parallel"])
 def test_what_starts_as_the_model_itself(name: str) -> None:
     base, batch = tiny_bert(), tiny_batch()
     model = unipelt.inject(copy.deepcopy(base), {"preset": name, name: {**FURTHER[name], "gate": True}})

@@ -30,6 +30,7 @@ WITHOUT_INTERFACE = [
 WITH_PREFIX = [name for name in FAMILIES if name not in (*SIMPLE, *WITHOUT_INTERFACE)]
 FURTHER: dict[str, dict[str, Any]] = {
     "ia3": {},
+    "red": {},
     "houlsby": {"bottleneck": 5, "activation": "gelu"},  # a ReLU so narrow may be closed for every token
     "parallel": {"bottleneck": 6, "activation": "gelu"},
     "compacter": {"bottleneck": 4, "terms": 2},
@@ -50,8 +51,8 @@ KINDS = (
     "opt",
 )
 """One family of each way in which a layer is built."""
-METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam")]
-"""Presets that differ in their parts: Compacter has Houlsby's places, and gated MAM the other two's."""
+METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam", "red")]
+"""Presets that differ in their parts: Compacter has Houlsby's places and RED's, and gated MAM the other two's."""
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,

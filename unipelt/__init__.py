@@ -14,6 +14,7 @@ from unipelt.config import (
     LoRAConfig,
     ParallelConfig,
     PrefixConfig,
+    REDConfig,
     SubmoduleConfig,
     UniPELTConfig,
     resolve,
@@ -29,6 +30,7 @@ from unipelt.parameters import ParameterCounts, parameter_counts
 from unipelt.peft import load_peft, save_peft
 from unipelt.publish import load_tokenizer, push_to_hub
 from unipelt.record import GateRecord, gate_penalty, record_gates
+from unipelt.red import RED
 from unipelt.release import load_release_state_dict, release_state_dict
 from unipelt.spread import FoldError
 from unipelt.term import Spot, register_submodule
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IA3",
     "PRESETS",
+    "RED",
     "AdapterConfig",
     "Attention",
     "CheckpointError",
@@ -62,6 +65,7 @@ __all__ = [
     "ParallelConfig",
     "ParameterCounts",
     "PrefixConfig",
+    "REDConfig",
     "Spot",
     "Stack",
     "SubmoduleConfig",

@@ -143,6 +143,13 @@ class IA3Config(SubmoduleConfig):
 
 
 @dataclass(frozen=True)
+class REDConfig(SubmoduleConfig):
+    """Learned factors and shifts of what the feed-forward network gives: representation editing (Wu et al., 2024)."""
+
+    places: tuple[Place, ...] = ("down",)
+
+
+@dataclass(frozen=True)
 class HoulsbyConfig(SubmoduleConfig):
     """Two bottleneck adapters a layer, behind attention and behind the feed-forward network (Houlsby et al., 2019).
 
@@ -374,7 +381,13 @@ def _presets() -> dict[str, UniPELTConfig]:
     return presets
 
 
-SUBMODULES |= {"ia3": IA3Config, "houlsby": HoulsbyConfig, "parallel": ParallelConfig, "compacter": CompacterConfig}
+SUBMODULES |= {
+    "ia3": IA3Config,
+    "houlsby": HoulsbyConfig,
+    "parallel": ParallelConfig,
+    "compacter": CompacterConfig,
+    "red": REDConfig,
+}
 
 
 PRESETS: Mapping[str, UniPELTConfig] = types.MappingProxyType(_presets())
