@@ -227,6 +227,9 @@ def methods(
     values: dict[str, Any] = dict.fromkeys(fields)
     for part in chosen:
         values[part] = {name: draw(strategy) for name, strategy in fields[part].items()}
+    lora = values["lora"]
+    if further and lora is not None and not lora["decomposed"] and lora["rank"] <= 4:
+        lora["start"] = draw(st.sampled_from(["zero", "zero", "pissa"]))  # a place may be 4 wide
     if further and chosen:
         values |= _further(draw, sizes, gate)
     gates = {"pooling": draw(st.sampled_from(pooling))}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import shake, tiny_batch, tiny_bert
@@ -47,6 +49,8 @@ def merged(family: str, base: Any, model: Any, scale: float, decomposed: bool) -
             weight = leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight
             rows = slice(None) if host.rows is None else list(host.rows)
             new = weight[rows] + scale * term.B @ term.A
+            if hasattr(term, "A0"):
+                new -= scale * term.B0 @ term.A0
             if decomposed:
                 new = term.magnitude[:, None] * new / new.square().sum(1, keepdim=True).sqrt()
             weight[rows] = new
@@ -156,6 +160,128 @@ def test_updates_of_any_projection_are_folded(gate: bool) -> None:
     assert report.merged == 3 * len(ALL)
     assert not any(isinstance(module, (LoRA, Gates)) for module in model.modules())
     torch.testing.assert_close(logits(model, tiny_batch()), want, atol=1e-5 if not gate else 5e-3, rtol=0)
+
+
+# A start at the principal part of the weight (PiSSA)
+
+
+def pissa(model: Any, **changes: Any) -> Any:
+    lora = {"rank": 3, "alpha": 6.0, "start": "pissa", **changes}
+    return unipelt.inject(model, {"preset": "lora", "lora": lora})
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("family", HOSTS)
+def test_a_start_is_the_principal_part_of_the_weight(family: str, gate: bool) -> None:
+    """Its largest singular values, by those of the rest; and the model starts as itself."""
+    base, batch = tiny_model(family), batch_of(family)
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    want = logits(base, batch)
+    model = pissa(base, places=ALL, gate=gate)
+    for place in ALL:
+        host = HOSTS[family][place]
+        leaf, term = model.get_submodule(host.path), model.get_submodule(f"{host.path}.lora_{place}")
+        weight = (leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight).detach().double().numpy()
+        weight = weight if host.rows is None else weight[list(host.rows)]
+        first = (1.0 if gate else 2.0) * (term.B0 @ term.A0).detach().double().numpy()
+        values = np.linalg.svd(weight, compute_uv=False)
+        np.testing.assert_allclose(np.linalg.svd(first, compute_uv=False)[:3], values[:3], rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.svd(weight - first, compute_uv=False)[:-3], values[3:], atol=1e-5)
+        assert torch.equal(term.A, term.A0)
+        assert torch.equal(term.B, term.B0)
+        assert {term.A0.requires_grad, term.B0.requires_grad} == {False}
+    torch.testing.assert_close(logits(model, batch), want, atol=1e-5 * max(1.0, want.abs().max().item()), rtol=0)
+    unipelt.remove(model)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", HOSTS)
+def test_an_update_from_a_start_is_a_change_of_weights(family: str) -> None:
+    base, batch = tiny_model(family), batch_of(family)
+    lora = {"rank": 3, "alpha": 6.0, "places": ALL, "start": "pissa"}
+    sides = {"decoder": family in DECODERS, "cross": False}
+    model = unipelt.inject(copy.deepcopy(base), {"preset": "lora", "lora": lora, "layers": [1], **sides})
+    shake(model)
+    want = logits(merged(family, base, model, 2.0, False), batch)
+    torch.testing.assert_close(logits(model, batch), want, atol=5e-5 * max(1.0, want.abs().max().item()), rtol=0)
+    assert (want - logits(base, batch)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_closed_gate_is_the_model_and_an_open_one_all_of_the_update(shared: bool) -> None:
+    base, batch = tiny_bert(), tiny_batch()
+    lora = {"rank": 3, "gate": True, "places": ALL, "start": "pissa"}
+    config = {"preset": "lora", "lora": lora, "layers": [1], "train_head": False, "gate": {"shared": shared}}
+    model = unipelt.inject(copy.deepcopy(base), config)
+    shake(model)
+    for bias, want in ((-200.0, base), (200.0, merged("bert", base, model, 1.0, False))):
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, Gates):
+                    module.weight.zero_()
+                    module.bias.fill_(bias)
+        torch.testing.assert_close(logits(model, batch), logits(want, batch), atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_start_is_saved_loaded_folded_and_counted(
+    gate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pissa(tiny_bert(), gate=gate)
+    counts = unipelt.parameter_counts(model)
+    assert counts.submodules == {"lora": 3 * 2 * 3 * (32 + 32)}
+    assert counts.deployed_submodules == {"lora": 2 * 3 * 2 * 3 * (32 + 32)}
+    shake(model)
+    first = {name: p.clone() for name, p in model.named_parameters() if name.endswith(("A0", "B0"))}
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    model(**tiny_batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
+    optimizer.step()
+    assert len(first) == 12
+    assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in first.items())
+    model.eval()
+    want = logits(model, tiny_batch())
+    # what is loaded has its start in its file
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **options: pytest.fail("a singular value was computed"))
+    unipelt.save(model, tmp_path / "trained")
+    loaded = unipelt.load(tiny_bert(), tmp_path / "trained")
+    assert torch.equal(logits(loaded, tiny_batch()), want)
+    assert not any(p.requires_grad for name, p in loaded.named_parameters() if name.endswith(("A0", "B0")))
+    report = unipelt.fold(model, [tiny_batch(), tiny_batch(seed=4)], tolerance=1.0, closed=0.0)
+    assert report.merged == 6
+    folded = logits(model, tiny_batch())
+    torch.testing.assert_close(folded, want, atol=2e-2 if gate else 1e-5, rtol=0)
+    unipelt.save(model, tmp_path / "folded")
+    assert torch.equal(logits(unipelt.load(tiny_bert(), tmp_path / "folded"), tiny_batch()), folded)
+
+
+def test_weights_that_have_no_such_start_are_named_and_nothing_is_left() -> None:
+    model: Any = tiny_bert()
+    with pytest.raises(
+        unipelt.InjectionError, match=r"query has 32 singular values, and .* takes 33 of them; take a s"
+    ):
+        pissa(model, rank=33)
+    assert not hasattr(model, "unipelt_injection")
+    model.bert.encoder.layer[1].attention.self.value.weight.data[0, 0] = math.inf
+    with pytest.raises(unipelt.InjectionError, match=r"layer\.1\..*value\.weight is not finite"):
+        pissa(model)
+    assert not hasattr(model, "unipelt_injection")
+    assert not list(submodule_parameters(model))
+    query = model.bert.encoder.layer[2].attention.self.query
+    query.weight = nn.Parameter(query.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(unipelt.InjectionError, match="query is quantised, and the start pissa needs its weight's num"):
+        pissa(model)
+    assert not hasattr(model, "unipelt_injection")
+
+
+def test_what_a_start_does_not_go_with() -> None:
+    with pytest.raises(ConfigError, match=r"lora\.start: pissa is of plain updates, and decomposed ones start at zero"):
+        unipelt.resolve({"preset": "lora", "lora": {"start": "pissa", "decomposed": True}})
+    with pytest.raises(ConfigError, match=r"lora\.start must be zero or pissa, not 'svd'"):
+        unipelt.resolve({"preset": "lora", "lora": {"start": "svd"}})
+    for lora in ({"start": "pissa"}, {"decomposed": True}, {"places": ["query", "up"]}):
+        with pytest.raises(unipelt.CheckpointError, match="the release has plain LoRA of queries and values"):
+            unipelt.release_state_dict(unipelt.inject(tiny_bert(), {"preset": "lora", "lora": lora}))
 
 
 @pytest.mark.parametrize("places", [[], ["query", "query"], ["activation"], ["feed_forward", "query"]])

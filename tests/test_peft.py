@@ -21,6 +21,7 @@ from unipelt.command import main
 from unipelt.config import PROJECTIONS
 from unipelt.families import FAMILIES
 from unipelt.gate import Gates
+from unipelt.lora import LoRA
 from unipelt.parameters import injection_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -205,6 +206,38 @@ def test_a_projection_of_two_beside_one_of_one_keeps_each_its_scale(tmp_path: Pa
     torch.testing.assert_close(logits(in_peft(build(), tmp_path), batch), expected, rtol=0, atol=1e-6)
     back = unipelt.load_peft(build(), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(bits(model).values(), bits(back).values(), strict=True))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_a_start_travels_as_twice_the_rank(family: str, tmp_path: Path) -> None:
+    batch = tiny_batch(family)
+    lora = {"rank": 4, "alpha": 6.0, "start": "pissa"}
+    model = with_lora(tiny_model(family), lora=lora)
+    expected = logits(model, batch)
+    unipelt.save_peft(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == (16 if family == "gpt2" else 8)
+    assert config["init_lora_weights"] is True
+    torch.testing.assert_close(logits(in_peft(tiny_model(family), tmp_path), batch), expected, rtol=0, atol=1e-5)
+    back = unipelt.load_peft(tiny_model(family), tmp_path)
+    assert injection_of(back).config.lora == unipelt.LoRAConfig(rank=8, alpha=12.0, gate=False)
+    torch.testing.assert_close(logits(back, batch), expected, rtol=0, atol=1e-5)
+    unipelt.fold(model)
+    unipelt.save_peft(model, tmp_path / "folded")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "folded" / name).read_bytes()
+
+
+def test_a_start_is_that_of_peft() -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(tiny_bert(), config)
+    model: Any = unipelt.inject(tiny_bert(), {"preset": "lora", "lora": {"rank": 4, "alpha": 6.0, "start": "pissa"}})
+    for path, module in model.named_modules():
+        if isinstance(module, LoRA):
+            other = theirs.base_model.model.get_submodule(path.rpartition(".")[0])
+            first = other.lora_B["default"].weight @ other.lora_A["default"].weight
+            torch.testing.assert_close(module.B0 @ module.A0, first, rtol=0, atol=1e-5)
+            torch.testing.assert_close(module.A0.norm(dim=1), other.lora_A["default"].weight.norm(dim=1))
 
 
 # Folded

@@ -56,6 +56,7 @@ def declared(case: Case, model: Any) -> set[str]:
     ours, head, base = own_names(case, model)
     method = case.method
     biases = {name for name in head | base if name.endswith("bias")} if method.bitfit else set()
+    ours = {name for name in ours if not name.endswith((".A0", ".B0"))}  # what LoRA started at
     return ours | biases | (head if method.train_head else set()) | (base if method.train_base else set())
 
 

@@ -32,6 +32,7 @@ from unipelt.places import (
     AttentionPlace,
     InjectionError,
     LayerPlaces,
+    Projection,
     StackPlaces,
     TermPlace,
 )
@@ -175,6 +176,7 @@ def _add_to_attention(
             if name.removeprefix("lora_") not in config.lora.places:
                 continue
             leaf = projection.module
+            _check_start(projection, config.lora)
             gates = None
             if config.lora.gate and crosses and name == "lora_value":
                 # it reads the other stack's output, which this attention's own input says nothing about
@@ -314,12 +316,26 @@ def _make_low_rank(place: TermPlace, config: UniPELTConfig, found: StackPlaces, 
                 f"{place.projection.path} is quantised, and decomposed LoRA needs its weight's numbers"
             )
         return _make_term(place, config, found, {"lora": Shared("lora")}, dtype)
+    _check_start(place.projection, lora)
     projection, gates = place.projection, _own_gates(place, config, found, dtype)
     term = LoRA(projection.inputs, projection.rows, lora, like_beside(projection.module.weight, dtype), gates)
     term.tokens = _own_tokens(gates)
     term.crosses = place.crosses
     term.skips_ungated_calls = place.serves_positions
     return term
+
+
+def _check_start(projection: Projection, lora: LoRAConfig) -> None:
+    """Raise `InjectionError` where a term cannot start from the projection's weight."""
+    if lora.start == "zero":
+        return
+    if is_quantised(projection.module.weight):
+        raise InjectionError(f"{projection.path} is quantised, and the start {lora.start} needs its weight's numbers")
+    if lora.rank > (most := min(projection.inputs, projection.rows.count)):
+        raise InjectionError(
+            f"{projection.path} has {most} singular values, and the start {lora.start} takes {lora.rank} of them; "
+            "take a smaller lora.rank"
+        )
 
 
 def _hold(leaf: Any, name: str, term: LoRA) -> None:

@@ -181,7 +181,7 @@ def _open(attention: Any, site: Site, gates: Gates, hidden: Tensor, weights: Ten
             module = getattr(module, name)
         scaled.append(module)
     terms = [module for module in scaled if isinstance(module, LoRA)]  # behind a prefix, if there is one
-    logits, low = product(hidden, gates, [term.A for term in terms], weights=weights)
+    logits, low = product(hidden, gates, [term.pair()[0] for term in terms], weights=weights)
     opened = gates(logits, weights)
     own, values, others = opened.split((len(scaled) - len(terms), len(terms), len(site.others)), dim=-1)
     longer = attention.prefix.length if site.inserts else 0  # the text that `_lengthen` makes, by what is in front

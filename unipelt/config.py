@@ -80,6 +80,8 @@ class LoRAConfig:
         decomposed: weight-decomposed updates, DoRA (Liu et al., 2024): the length of each row of the weight is learned
             apart from its direction. A gate leads from the frozen projection (0) to the updated one (1), and the scale
             stays.
+        start: `zero`: B. `pissa`: A and B start as the principal part of the weight, its `rank` largest singular values
+            and vectors, and what is added is their difference to that start (Meng et al., 2024).
     """
 
     rank: int = 8
@@ -88,11 +90,14 @@ class LoRAConfig:
     places: tuple[Place, ...] = later(("query", "value"))
     scaling: Literal["standard", "rank_stabilised"] = later("standard")
     decomposed: bool = later(False)
+    start: Literal["zero", "pissa"] = later("zero")
 
     def __post_init__(self) -> None:
         check_fields(self, "rank", "alpha")
         if not self.places or len(set(self.places)) != len(self.places) or not {*self.places} <= {*PROJECTIONS}:
             raise ConfigError(f"places must name one or more of {', '.join(PROJECTIONS)}, none of them twice")
+        if self.decomposed and self.start != "zero":
+            raise ConfigError(f"start: {self.start} is of plain updates, and decomposed ones start at zero")
         object.__setattr__(self, "places", tuple(place for place in PROJECTIONS if place in self.places))
 
     @property

@@ -337,7 +337,8 @@ def _merged_weights(model: nn.Module, settled: Mapping[nn.Module, float | None])
         kind = torch.promote_types(old.dtype, torch.float32)
         weight = old.detach().to("cpu", kind, copy=True)
         for term, constant in constants:
-            update = constant * (term.B.detach().to("cpu", kind) @ term.A.detach().to("cpu", kind))
+            low, high = (side.detach().to("cpu", kind) for side in term.pair())
+            update = constant * (high @ low)
             outputs = weight.t() if isinstance(leaf, Conv1D) else weight
             rows = outputs.unflatten(0, (term.rows.groups, -1)).narrow(1, term.rows.start, term.rows.size)
             rows += update.unflatten(0, (term.rows.groups, term.rows.size))

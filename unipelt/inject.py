@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unipelt.attach import attach, check_counts, detach
-from unipelt.config import UniPELTConfig, resolve
+from unipelt.config import LoRAConfig, UniPELTConfig, resolve
+from unipelt.lora import NAMES, LoRA, matrix_of
 from unipelt.parameters import (
     Injection,
     bias_names,
@@ -49,7 +50,11 @@ def inject(
         InjectionError: the model carries submodules already, is of an architecture that is not described, or cannot
             take one of them; the message says why.
     """
-    return inject_as(model, resolve(config), deployed=False, head=None)
+    resolved = resolve(config)
+    inject_as(model, resolved, deployed=False, head=None)
+    if resolved.lora is not None and resolved.lora.start == "pissa":
+        _start_from_weights(model, resolved.lora)
+    return model
 
 
 def remove(model: PreTrainedModel) -> PreTrainedModel:
@@ -68,6 +73,22 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
         parameter.grad = None
         parameter.requires_grad_(injection.required_grad[name])
     return model
+
+
+def _start_from_weights(model: PreTrainedModel, lora: LoRAConfig) -> None:
+    """Not a part of `inject_as`: what is loaded has its start in its file, and computes none."""
+    try:
+        for path, host in model.named_modules():
+            for term in (getattr(host, name, None) for name in NAMES):
+                if not isinstance(term, LoRA):
+                    continue
+                weight = matrix_of(host, term.rows)
+                if not weight.is_meta and not weight.isfinite().all():
+                    raise InjectionError(f"{path}.weight is not finite, and has no singular values to start from")
+                term.start(weight, gated=lora.gate)
+    except BaseException:
+        remove(model)
+        raise
 
 
 def inject_as(

@@ -18,7 +18,7 @@ from unipelt.adapter import Adapter
 from unipelt.config import UniPELTConfig
 from unipelt.families import FAMILIES
 from unipelt.gate import Gates
-from unipelt.lora import LoRA
+from unipelt.lora import START, LoRA
 from unipelt.prefix import Prefix, PrefixNetwork
 from unipelt.quantised import is_quantised
 from unipelt.term import Shared, Term
@@ -76,7 +76,8 @@ class ParameterCounts:
 
     Attributes:
         trained: what the method trains, the head apart (as the paper's Table 4 counts).
-        deployed: what of it remains after training: the reparameterisation network becomes plain prefixes.
+        deployed: what remains after training: the reparameterisation network becomes plain prefixes, and what LoRA
+            started at (`LoRAConfig.start`) counts too.
         head: what trains of the head, parts of the base that its checkpoint did not hold included.
         base: the pretrained model, without head and without submodules.
         submodules: trained, by submodule (`adapter`, `prefix`, `lora`, …, `bitfit`, `base`), gates apart.
@@ -136,6 +137,12 @@ def submodule_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parame
             for name, parameter in module.named_parameters():
                 if not name.startswith("gates."):  # gates are modules of their own
                     yield kind, f"{dot}{name}", parameter
+
+
+def start_names(model: nn.Module) -> frozenset[str]:
+    """Names of those of our parameters that never train: what LoRA started at, where that is not zero."""
+    terms = ((path, module) for path, module in model.named_modules() if isinstance(module, LoRA))
+    return frozenset(f"{path}.{name}" for path, module in terms for name in START if hasattr(module, name))
 
 
 _WITHOUT_TASK = (
@@ -221,10 +228,11 @@ def set_trainable(model: PreTrainedModel, injection: Injection) -> None:
     """Let train what the configuration says and freeze the rest."""
     config = injection.config
     ours = {name for _, name, _ in submodule_parameters(model)}
+    starts = start_names(model)
     biases = bias_names(model) if config.bitfit else frozenset()
     for name, parameter in model.named_parameters():
         if name in ours:
-            train = True
+            train = name not in starts
         elif name in injection.head:
             train = config.train_head or name in biases
         else:
@@ -261,11 +269,11 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
     trained: Counter[str] = Counter()
     deployed: Counter[str] = Counter()
     gates: Counter[str] = Counter()
-    ours = set()
+    ours, starts = set(), start_names(model)
     for kind, name, parameter in submodule_parameters(model):
         ours.add(name)
         if kind != "gate":
-            trained[kind] += parameter.numel()
+            trained[kind] += parameter.numel() if name not in starts else 0
             deployed[kind] += parameter.numel()
     for module in model.modules():
         if isinstance(module, Gates):

@@ -117,6 +117,11 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
         raise CheckpointError("the release saves the prefix's network, which this deployed model no longer has")
     if more := injection_of(model).config.more:
         raise CheckpointError(f"the release has adapter, prefix, LoRA and their gates, and this model {more[0].name!r}")
+    lora = injection_of(model).config.lora
+    if lora is not None and (lora.decomposed or lora.start != "zero" or not {*lora.places} <= {"query", "value"}):
+        raise CheckpointError(
+            "the release has plain LoRA of queries and values that starts at zero, and this model's is another"
+        )
     places: dict[str, _Place] = {}
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""

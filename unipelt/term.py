@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from unipelt.config import SUBMODULES, SubmoduleConfig, UniPELTConfig
 from unipelt.gate import Gates, Slot, as_many_rows, product
-from unipelt.lora import Rows
+from unipelt.lora import Rows, matrix_of, own_rows
 from unipelt.typed import ConfigError
 
 
@@ -83,16 +82,11 @@ class Spot:
 
     def matrix(self) -> Tensor:
         """The projection's weight as it is now, the rows that are meant: (O, I)."""
-        weight: Tensor = self.host.weight
-        return self._own(weight.t() if isinstance(self.host, Conv1D) else weight)
+        return matrix_of(self.host, self.rows)
 
     def bias(self) -> Tensor | None:
         """Its bias, (O,), if it has one."""
-        return None if self.host.bias is None else self._own(self.host.bias)
-
-    def _own(self, outputs: Tensor) -> Tensor:
-        groups = outputs.unflatten(0, (self.rows.groups, -1))
-        return groups.narrow(1, self.rows.start, self.rows.size).flatten(0, 1)
+        return None if self.host.bias is None else own_rows(self.host.bias, self.rows)
 
 
 class Term(nn.Module):

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from unipelt.adapter import Adapter
 from unipelt.checkpoint import write_whole
 from unipelt.inject import inject_as
-from unipelt.lora import LoRA, Rows
+from unipelt.lora import LoRA, Rows, whole
 from unipelt.manifest import CheckpointError
 from unipelt.parameters import Injection, injection_of, is_sharded, kept_names, submodule_parameters
 from unipelt.peft.files import CONFIG, PREFIX, WEIGHTS, outputs_of, scaled
@@ -49,8 +49,9 @@ _ALSO_SAVED = {
 def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
     """Write a model's LoRA as a folder of PEFT's, for `peft.PeftModel.from_pretrained` and all that read such folders.
 
-    What has no gate goes as it is. A gate that `unipelt.fold` made a constant c stands in for `alpha / r`: `c B` is
-    written. The head, and parts of the base that its checkpoint did not hold, go as `modules_to_save`.
+    What has no gate goes as it is; with a start that is not zero, as a pair of twice the rank. A gate that
+    `unipelt.fold` made a constant c stands in for `alpha / r`: `c B` is written. The head, and parts of the base that
+    its checkpoint did not hold, go as `modules_to_save`.
 
     Args:
         model: an injected model, folded or not, that carries no other submodule.
@@ -162,7 +163,8 @@ def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
         scale = scales.get(module, module.scale) if isinstance(module, LoRA) else None
         if scale is None:
             continue  # what was dropped, behind a closed gate, is no more
-        low, high = (module.A, module.B) if folded is None else (folded.tensors[f"{path}.{part}"] for part in "AB")
+        parts = dict(module.named_parameters(recurse=False))
+        low, high = whole(parts if folded is None else {part: folded.tensors[f"{path}.{part}"] for part in parts})
         found.append(_Term(path.rpartition(".")[0], module.rows, low.detach().cpu(), high.detach().cpu(), scale))
     if not found:
         raise CheckpointError("every gate of this model's LoRA was closed, and the terms dropped: none is left")
