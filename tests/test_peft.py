@@ -312,7 +312,6 @@ def test_folding_an_ungated_model_changes_nothing_of_what_travels(tmp_path: Path
     [
         ("unipelt-al-nogate", ("adapter", "preset 'lora'", "unipelt.save")),
         ("unipelt-pl-nogate", ("prefix", "preset 'lora'")),
-        ({"preset": "lora", "lora": {"decomposed": True}}, ("lora_query is decomposed,",)),
         ({"preset": "lora", "ia3": {"gate": False}}, ("key.ia3_key is ia3,", "preset 'lora'")),
         ({"preset": "lora", "lora": {"gate": True}}, ("query.lora_query", "unipelt.fold")),
         ("adapter", ("no LoRA",)),
@@ -468,7 +467,6 @@ def test_ranks_that_fill_up_can_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"use_dora": True}, ("use_dora",)),
         ({"bias": "lora_only"}, ("bias", "lora_only")),
         ({"init_lora_weights": "pissa"}, ("init_lora_weights", "pissa")),
         ({"init_lora_weights": "olora"}, ("init_lora_weights", "olora")),
@@ -528,7 +526,8 @@ def test_a_fused_lora_of_all_ranks_is_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"peft_type": "IA3"}, ("peft_type", "IA3", "LORA")),
+        ({"peft_type": "ADALORA"}, ("peft_type", "ADALORA", "IA3, LORA")),
+        ({"peft_type": "IA3"}, ("which is no plain (IA)3",)),
         ({"peft_type": ["LORA"]}, ("peft_type",)),
         ({"r": 0}, ("r must be",)),
         ({"r": "8"}, ("r must be",)),
@@ -538,6 +537,8 @@ def test_a_fused_lora_of_all_ranks_is_split(tmp_path: Path) -> None:
         ({"lora_alpha": 1e300}, ("lora_alpha must be",)),
         ({"lora_alpha": 10**400}, ("lora_alpha must be",)),
         ({"use_rslora": "yes"}, ("use_rslora",)),
+        ({"use_dora": "yes"}, ("use_dora",)),
+        ({"use_dora": True}, ("lora_magnitude_vector, and not the other",)),
         ({"alpha_pattern": [1]}, ("alpha_pattern",)),
         ({"alpha_pattern": {"query": "a"}}, ("alpha_pattern", "query")),
         ({"init_lora_weights": ["pissa"]}, ("init_lora_weights",)),

@@ -1,9 +1,11 @@
-"""PEFT's files of LoRA, as far as writing and reading agree on them."""
+"""PEFT's files, as far as writing and reading agree on them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unipelt.lora import Rows
 
@@ -23,3 +25,11 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
 def outputs_of(tensor: Tensor, rows: Rows) -> Tensor:
     """A view of a projection's rows among those of its module, (groups, size, ...)."""
     return tensor.unflatten(0, (rows.groups, -1)).narrow(1, rows.start, rows.size)
+
+
+def name_modules(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Modules by the last part of their names, as is usual, if that means no other module; else whole."""
+    paths = set(paths)
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    meant = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in short}
+    return short if meant == paths else sorted(paths)

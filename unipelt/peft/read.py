@@ -1,4 +1,4 @@
-"""LoRA out of a folder of PEFT's.
+"""LoRA and (IA)3 out of a folder of PEFT's.
 
 Shapes: r rank.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,40 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from unipelt.config import PROJECTIONS, LoRAConfig, Place, UniPELTConfig
+from unipelt.config import PROJECTIONS, LoRAConfig
 from unipelt.inject import InjectionError, inject_as, remove
-from unipelt.lora import ENTRY
+from unipelt.lora import own_rows
 from unipelt.manifest import CheckpointError
 from unipelt.parameters import head_names, injection_of
+from unipelt.peft.factors import plan_factors
 from unipelt.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, outputs_of, scaled
-from unipelt.places import Projection, find_stacks
+from unipelt.peft.plan import IGNORED, Plan, check_saved, check_tensor, place_exactly, possible_slots
+from unipelt.places import Projection
 from unipelt.plain import read_bytes, shorten, show, show_path
+from unipelt.quantised import is_quantised
 from unipelt.typed import LARGEST, ConfigError, read_mapping
 
 _PAIR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _NAME = re.compile(r"[\w.]+")
-_IGNORED = frozenset(
-    {
-        # where it came from, and which modules it is in, which the tensors' names say
-        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-        # how the module keeps its own weight, how training starts and goes, how it runs
-        *("fan_in_fan_out", "lora_dropout", "eva_config", "corda_config", "lora_ga_config", "loftq_config"),
-        *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-    }
-)
+_IGNORED = IGNORED | {
+    # where it is, which the tensors' names say too; how training starts and goes, how it runs
+    *("layers_to_transform", "layers_pattern", "lora_dropout", "eva_config", "corda_config", "lora_ga_config"),
+    *("loftq_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base's own weights as they are."""
-_READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"})
+_READ = frozenset(
+    {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+)
+_MAGNITUDE = ".lora_magnitude_vector"
 
 logger = logging.get_logger(__name__)
 
 
 def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Inject the LoRA of a folder that PEFT, or `save_peft`, wrote, in place.
+    """Inject the LoRA, DoRA or (IA)3 of a folder that PEFT, or `save_peft`, wrote, in place.
 
-    Its modules must be projections of some layers, the same in each, which is where LoRA goes here. `alpha / r`,
+    Its modules must be projections of some layers, the same in each, which is where they go here. `alpha / r`,
     rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and a fused
     projection give the same product to rounding; whatever else changes what is computed is refused. `lora_dropout` is
     not taken over: training goes on without.
@@ -62,12 +62,13 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
-        The same model. What was saved beside LoRA (`modules_to_save`) is its head, and trains.
+        The same model. What was saved beside them (`modules_to_save`) is its head, and trains.
 
     Raises:
         FileNotFoundError: there is no such folder.
         CheckpointError: it is broken, belongs to another model, or holds what `unipelt` does not compute.
-        InjectionError: the model carries submodules already, or takes no LoRA. After any error the model is as it was.
+        InjectionError: the model carries submodules already, or takes none of that. After any error the model is as it
+            was.
     """
     if not isinstance(model, PreTrainedModel):
         raise InjectionError(f"load_peft takes a PreTrainedModel of transformers, not {type(model).__name__}")
@@ -87,11 +88,9 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     inject_as(model, plan.config, deployed=False, head=head_names(model) | plan.saved.keys())
     try:
         with torch.no_grad():
-            for path, (low, high) in plan.terms.items():
-                term: Any = model.get_submodule(path)
-                ranks = len(low)  # those beyond, where others have more, stay as they start: with B zero
-                term.A[:ranks] = low
-                term.B[:, :ranks] = high
+            for name, tensor in plan.values.items():
+                # ranks beyond its own, where other terms have more, stay as they start: with B zero
+                model.get_parameter(name)[tuple(slice(size) for size in tensor.shape)] = tensor
             for name, tensor in plan.saved.items():
                 model.get_parameter(name).copy_(tensor)
     except BaseException:
@@ -102,15 +101,6 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             f"{folder} holds no head ({', '.join(left[:3])}{', …' if len(left) > 3 else ''}): the model's own is kept"
         )
     return model
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a folder becomes: the configuration, (A, B) by the path of a term, and the parameters beside them."""
-
-    config: UniPELTConfig
-    terms: Mapping[str, tuple[Tensor, Tensor]]
-    saved: Mapping[str, Tensor]
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -134,16 +124,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {shorten(error)}") from error
 
 
-def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Plan:
+def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     """Find a place for everything in a folder of LoRA. Raises `CheckpointError`; `InjectionError` if there is none."""
     _check_values(values)
-    pairs, saved = _sort(tensors)
-    parameters = dict(model.named_parameters())
-    for name, tensor in saved.items():
-        if name not in parameters:
-            raise CheckpointError(f"this {type(model).__name__} has no parameter {show(name)}")
-        _check_tensor(name, tensor, tuple(parameters[name].shape))
-    found = _slots(model, _low_rank_at(model, PROJECTIONS))
+    decomposed = bool(values.get("use_dora"))
+    pairs, lengths, saved = _sort(tensors, decomposed)
+    check_saved(model, saved)
+    found = possible_slots(model, LoRAConfig(gate=False), PROJECTIONS, least=("query", "value"))
     if unknown := sorted(pairs.keys() - {slot.path for slot in found}):
         ends = sorted({slot.path.rpartition(".")[2] for slot in found})
         raise CheckpointError(
@@ -151,16 +138,23 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
             f"{type(model).__name__} LoRA goes to the projections of its layers alone ({', '.join(ends)})"
         )
     terms: dict[str, tuple[Tensor, Tensor]] = {}
+    magnitudes: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
     for path, (low, high) in pairs.items():
         own = {slot.name: slot.projection for slot in found if slot.path == path}
         leaf: Any = model.get_submodule(path)
         outputs = leaf.nf if isinstance(leaf, Conv1D) else leaf.out_features
         rank = _pattern(values, "rank_pattern", path, values["r"])
-        _check_tensor(f"{path}.lora_A", low, (rank, next(iter(own.values())).inputs))
-        _check_tensor(f"{path}.lora_B", high, (outputs, rank))
-        for name, both in _apart(path, low, high, own).items():
+        check_tensor(f"{path}.lora_A", low, (rank, next(iter(own.values())).inputs))
+        check_tensor(f"{path}.lora_B", high, (outputs, rank))
+        touched = high.any(dim=1)
+        if decomposed:
+            check_tensor(f"{path}{_MAGNITUDE}", lengths[path], (outputs,))
+            touched = touched | _moved(path, leaf, lengths[path])
+        for name, both in _apart(path, low, high, touched, own).items():
             terms[f"{path}.{name}"] = both
+            if decomposed:
+                magnitudes[f"{path}.{name}"] = own_rows(lengths[path], own[name].rows)
             scales[f"{path}.{name}"] = _scale(values, path, rank)
     if not terms:
         raise CheckpointError("all its terms are zero: there is nothing to load")
@@ -172,20 +166,26 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
     rank = max(1, *(len(low) for low, _ in terms.values()))
     try:
         places = {path.rpartition(".lora_")[2] for path in terms}
-        lora = LoRAConfig(rank=rank, alpha=scale * rank, gate=False, places=tuple(places))  # type: ignore[arg-type]
+        lora = LoRAConfig(rank, scale * rank, gate=False, places=tuple(places), decomposed=decomposed)  # type: ignore[arg-type]
     except ConfigError as error:
         raise CheckpointError(f"its LoRA cannot be meant: {error}") from error
-    return _Plan(_where(model, lora, terms.keys()), terms, saved)
+    inner = "function." if decomposed else ""
+    parts = {
+        f"{path}.{inner}{half}": side for path, both in terms.items() for half, side in zip("AB", both, strict=True)
+    }
+    parts |= {f"{path}.function.magnitude": length for path, length in magnitudes.items()}
+    return Plan(place_exactly(model, lora, terms.keys(), "LoRA"), parts, saved)
 
 
-_PLANS: Mapping[str, Callable[[PreTrainedModel, Mapping[str, Any], Mapping[str, Tensor]], _Plan]] = {
-    "LORA": _plan_low_rank
+_PLANS: Mapping[str, Callable[[PreTrainedModel, Mapping[str, Any], Mapping[str, Tensor]], Plan]] = {
+    "IA3": plan_factors,
+    "LORA": _plan_low_rank,
 }
 """By PEFT's `peft_type`: what becomes of a folder."""
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for a field that means another computation than `W x + s B A x`."""
+    """Raise `CheckpointError` for a field that means another computation than LoRA's or DoRA's."""
     start = values.get("init_lora_weights")
     if not (start is None or isinstance(start, (bool, str))) or start not in _STARTS:
         raise CheckpointError(
@@ -199,8 +199,9 @@ def _check_values(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= LARGEST:
             raise CheckpointError(f"{name} must be a number above 0 and at most {LARGEST:,}, not {show(value)}")
-    if not isinstance(values.get("use_rslora", False), bool):
-        raise CheckpointError(f"use_rslora must be true or false, not {show(values['use_rslora'])}")
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(values.get(name, False), bool):
+            raise CheckpointError(f"{name} must be true or false, not {show(values[name])}")
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(name) or {}
         if not isinstance(pattern, Mapping):
@@ -214,32 +215,39 @@ def _check_values(values: Mapping[str, Any]) -> None:
                 )
 
 
-def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """(A, B) by the path of a module, and the other tensors by their names in the model."""
+def _sort(
+    tensors: Mapping[str, Tensor], decomposed: bool
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """(A, B) and DoRA's lengths by the path of a module, and the other tensors by their names in the model."""
     halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-    saved = {}
+    lengths, saved = {}, {}
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
             raise CheckpointError(f"the tensor {show(name)} is none of PEFT's, whose names start with {PREFIX}")
         inner = name.removeprefix(PREFIX)
         if match := _PAIR.fullmatch(inner):
             halves[match[2]][match[1]] = tensor
+        elif decomposed and inner.endswith(_MAGNITUDE):
+            lengths[inner.removesuffix(_MAGNITUDE)] = tensor
         elif ".lora_" in inner:
-            raise CheckpointError(f"the tensor {show(inner)} belongs to no plain LoRA (DoRA, an embedding, a bias)")
+            raise CheckpointError(f"the tensor {show(inner)} belongs to no such LoRA (an embedding, a bias, DoRA)")
         else:
             saved[inner] = tensor
     if alone := sorted(halves["A"].keys() ^ halves["B"].keys()):
         raise CheckpointError(f"{show(alone[0])} has one of lora_A and lora_B, and not the other")
     if not halves["A"]:
         raise CheckpointError("it holds no lora_A and lora_B")
-    return {path: (low, halves["B"][path]) for path, low in halves["A"].items()}, saved
+    if decomposed and (odd := sorted(halves["A"].keys() ^ lengths.keys())):
+        raise CheckpointError(f"{show(odd[0])} has one of lora_A and lora_magnitude_vector, and not the other")
+    return {path: (low, halves["B"][path]) for path, low in halves["A"].items()}, lengths, saved
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{show(name)} is {tuple(tensor.shape)} there and should be {shape}")
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{show(name)} holds {tensor.dtype}, not floating-point numbers")
+def _moved(path: str, leaf: Any, length: Tensor) -> Tensor:
+    """Which rows of a module DoRA's lengths change, (O,), beyond rounding."""
+    if is_quantised(leaf.weight):
+        raise CheckpointError(f"{show(path)} is quantised, and DoRA needs its weight's numbers")
+    own = (leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight).detach().cpu().norm(dim=1).to(length.dtype)
+    return ~torch.isclose(length, own, rtol=4 * torch.finfo(length.dtype).eps, atol=0)
 
 
 def _pattern(values: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
@@ -255,62 +263,11 @@ def _scale(values: Mapping[str, Any], path: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A place that a term can have.
-
-    Attributes:
-        path: of the module.
-        name: of the term in it.
-        projection: what of the module is meant.
-        part: `encoder`, `decoder` or `cross`.
-        layer: its index.
-    """
-
-    path: str
-    name: str
-    projection: Projection
-    part: str
-    layer: int
-
-
-def _slots(model: PreTrainedModel, config: UniPELTConfig) -> list[_Slot]:
-    """All places of low-rank terms that a configuration means."""
-    assert config.lora is not None
-    paths = {module: path for path, module in model.named_modules()}
-    found = []
-    for stack in find_stacks(model, config):
-        own = "decoder" if stack.causal else "encoder"
-        for index, layer in stack.layers.items():
-            for part, place in ((own, layer.attention), ("cross", layer.cross)):
-                for name, projection in zip(ENTRY, (place.query, place.value) if place else (), strict=False):
-                    if name.removeprefix("lora_") in config.lora.places:
-                        found.append(_Slot(paths[projection.module], name, projection, part, index))
-            for term in layer.low_rank:
-                part = "cross" if term.in_cross else own
-                found.append(_Slot(paths[term.projection.module], term.name, term.projection, part, index))
-    return found
-
-
-def _low_rank_at(model: PreTrainedModel, places: Iterable[Place]) -> UniPELTConfig:
-    """Plain LoRA at those of the places that the model's description names."""
-    nowhere = UniPELTConfig(adapter=None, prefix=None, lora=LoRAConfig(gate=False))
-    there: list[Place] = []
-    for place in places:
-        config = replace(nowhere, lora=LoRAConfig(gate=False, places=(place,)))
-        try:
-            find_stacks(model, config)
-        except InjectionError:
-            if place in ("query", "value"):
-                raise  # every description names these
-            continue
-        there.append(place)
-    return replace(nowhere, lora=LoRAConfig(gate=False, places=tuple(there)))
-
-
-def _apart(path: str, low: Tensor, high: Tensor, own: Mapping[str, Projection]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The terms of one module by name, each with the ranks that it needs."""
-    rest = high.clone()
+def _apart(
+    path: str, low: Tensor, high: Tensor, touched: Tensor, own: Mapping[str, Projection]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The terms of one module by name, each with the ranks that it needs; `touched`, (O,), are the rows it changes."""
+    rest = touched.clone()
     for projection in own.values():
         outputs_of(rest, projection.rows).zero_()
     if rest.any():
@@ -320,7 +277,8 @@ def _apart(path: str, low: Tensor, high: Tensor, own: Mapping[str, Projection]) 
         )
     shares = {name: outputs_of(high, projection.rows).flatten(0, 1) for name, projection in own.items()}
     if len(own) > 1:  # queries, keys and values in one module: what it leaves alone has no term
-        shares = {name: share for name, share in shares.items() if share.any()} or dict([next(iter(shares.items()))])
+        there = {name: share for name, share in shares.items() if own_rows(touched, own[name].rows).any()}
+        shares = there or dict([next(iter(shares.items()))])
     # as `save_peft` puts several terms side by side, each has its own ranks
     ranks = len(low) // len(shares)
     spans = [slice(place * ranks, (place + 1) * ranks) for place in range(len(shares))]
@@ -336,33 +294,3 @@ def _apart(path: str, low: Tensor, high: Tensor, own: Mapping[str, Projection]) 
         used = own_low.any(dim=1) | own_high.any(dim=0)  # the others fill up, for one rank in all modules
         apart[name] = (own_low[used], own_high[:, used])
     return apart
-
-
-def _where(model: PreTrainedModel, lora: LoRAConfig, terms: Collection[str]) -> UniPELTConfig:
-    """The configuration that means exactly these terms. Raises `CheckpointError` if there is none."""
-    whole = UniPELTConfig(adapter=None, prefix=None, lora=lora)
-    there: dict[str, set[int]] = {"encoder": set(), "decoder": set(), "cross": set()}
-    here: dict[str, set[int]] = {part: set() for part in there}  # of these layers, those with LoRA
-    for slot in _slots(model, whole):
-        there[slot.part].add(slot.layer)
-        if f"{slot.path}.{slot.name}" in terms:
-            here[slot.part].add(slot.layer)
-    chosen = [part for part in there if here[part]]
-    layers = {index for part in chosen for index in here[part]}
-    config = replace(
-        whole,
-        layers=None if all(here[part] == there[part] for part in chosen) else tuple(sorted(layers)),
-        encoder=bool(here["encoder"]) or not there["encoder"],
-        decoder=bool(here["decoder"]) or not there["decoder"],
-        cross=bool(here["cross"]) or not there["cross"],
-    )
-    try:
-        meant = {f"{slot.path}.{slot.name}" for slot in _slots(model, config)}
-    except InjectionError:
-        meant = set()
-    if odd := sorted(meant ^ set(terms)):
-        raise CheckpointError(
-            f"LoRA goes to the same projections of all its layers here, and {show(odd[0])} stands out: it is one "
-            "without the others, or in a layer that another part of the model leaves out"
-        )
-    return config

@@ -1,4 +1,4 @@
-"""LoRA into a folder of PEFT's.
+"""LoRA and (IA)3 into a folder of PEFT's.
 
 Shapes: r rank.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,19 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save as dump_tensors
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unipelt.adapter import Adapter
 from unipelt.checkpoint import write_whole
+from unipelt.config import UniPELTConfig
 from unipelt.inject import inject_as
 from unipelt.lora import LoRA, Rows, whole
 from unipelt.manifest import CheckpointError
 from unipelt.parameters import Injection, injection_of, is_sharded, kept_names, submodule_parameters
-from unipelt.peft.files import CONFIG, PREFIX, WEIGHTS, outputs_of, scaled
+from unipelt.peft.factors import write_factors
+from unipelt.peft.files import CONFIG, PREFIX, WEIGHTS, name_modules, outputs_of, scaled
 from unipelt.prefix import Prefix
 from unipelt.spread import find_gates
 from unipelt.term import Term
@@ -47,7 +48,7 @@ _ALSO_SAVED = {
 
 
 def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
-    """Write a model's LoRA as a folder of PEFT's, for `peft.PeftModel.from_pretrained` and all that read such folders.
+    """Write a model's LoRA, DoRA or (IA)3 as a folder of PEFT's, for `PeftModel.from_pretrained` and all that read it.
 
     What has no gate goes as it is; with a start that is not zero, as a pair of twice the rank. A gate that
     `unipelt.fold` made a constant c stands in for `alpha / r`: `c B` is written. The head, and parts of the base that
@@ -74,23 +75,20 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
             f"each process holds only a part of {sharded[0]!r}; save it with unipelt.save, load that in one process, "
             "and save_peft there"
         )
-    _check_is_low_rank(model, injection)
-    terms = _terms(model, injection)
+    method = _method(injection.config)
+    _check_travels(model, injection, method)
+    fields, tensors = write_factors(model) if method == "IA3" else _pairs(model, _terms(model, injection))
     task = _task(model)
     saved = _saved_modules(model, injection.head, task)
-    fields, tensors = _pairs(model, terms)
     for path in saved:
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in model.get_submodule(path).state_dict().items()}
     config = {
-        "peft_type": "LORA",
+        "peft_type": method,
         "task_type": task,
         "base_model_name_or_path": base if base is not None else model.config._name_or_path or None,
         "revision": None if base is not None else getattr(model.config, "_commit_hash", None),
         "inference_mode": True,
         **fields,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "init_lora_weights": True,
         "modules_to_save": saved or None,
     }
     folder = Path(folder)
@@ -108,29 +106,44 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
 
 @dataclass(frozen=True)
 class _Term:
-    """A low-rank term to be written: `scale * B A`, onto `rows` of a projection."""
+    """A low-rank term to be written: `scale * B A`, onto `rows` of a projection; and the lengths of those, of DoRA."""
 
     projection: str
     rows: Rows
     A: Tensor
     B: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
 
-def _check_is_low_rank(model: PreTrainedModel, injection: Injection) -> None:
-    """Raise `CheckpointError` for the first thing in a model that a folder of LoRA cannot hold."""
-    if injection.config.lora is None:
-        raise CheckpointError("this model carries no LoRA, which is what a PEFT folder of LoRA holds; see unipelt.save")
+def _method(config: UniPELTConfig) -> str:
+    """What is to be written, as PEFT calls it. Raises `CheckpointError` if that is nothing."""
+    if config.lora is not None:
+        return "LORA"
+    if config.part("ia3") is not None:
+        return "IA3"
+    raise CheckpointError(
+        "this model carries no LoRA and no (IA)3, which is what a PEFT folder holds; see unipelt.save"
+    )
+
+
+def _check_travels(model: PreTrainedModel, injection: Injection, method: str) -> None:
+    """Raise `CheckpointError` for the first thing in a model that a folder of this method cannot hold."""
+    called, kept = ("LoRA", "lora") if method == "LORA" else ("(IA)3", "ia3")
     for path, module in model.named_modules():
-        if isinstance(module, (Adapter, Prefix, Term)):
+        if isinstance(module, (Adapter, Prefix)) or (isinstance(module, Term) and module.name != kept):
             what = "an adapter" if isinstance(module, Adapter) else "a prefix"
             what = module.name if isinstance(module, Term) else what
-            what = "decomposed" if what == "lora" else what
             raise CheckpointError(
-                f"{path} is {what}, which a PEFT folder of LoRA cannot hold; train without it (the preset 'lora'), or "
-                "keep the model whole with unipelt.save"
+                f"{path} is {what}, which a PEFT folder of {called} cannot hold; train without it (the preset "
+                f"{kept!r}), or keep the model whole with unipelt.save"
             )
-        if isinstance(module, LoRA) and (module.low is not None or module.gates is not None):
+        if isinstance(module, Term) and (module.gates is not None or module.gate is not None):
+            raise CheckpointError(
+                f"the gate of {path} depends on the text, and PEFT has no gates; train without (gate: false), or keep "
+                "the model whole with unipelt.save"
+            )
+        if isinstance(module, LoRA) and (module.low or module.gates or module.gate):
             advice = (
                 "unipelt.fold(model, batches) makes gates that hardly vary constants, which can travel"
                 if injection.folded is None
@@ -142,7 +155,7 @@ def _check_is_low_rank(model: PreTrainedModel, injection: Injection) -> None:
     if others := [name for name in kept_names(model) if name not in ours and name not in injection.head]:
         raise CheckpointError(
             f"this model trains parameters of its base too ({others[0]} and {len(others) - 1} more), which a PEFT "
-            "folder of LoRA cannot hold; keep it whole with unipelt.save"
+            f"folder of {called} cannot hold; keep it whole with unipelt.save"
         )
 
 
@@ -166,6 +179,11 @@ def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
         parts = dict(module.named_parameters(recurse=False))
         low, high = whole(parts if folded is None else {part: folded.tensors[f"{path}.{part}"] for part in parts})
         found.append(_Term(path.rpartition(".")[0], module.rows, low.detach().cpu(), high.detach().cpu(), scale))
+    for path, module in model.named_modules():
+        if isinstance(module, Term):  # decomposed, which folding leaves as it is
+            own: Any = module.function
+            low, high, length = (part.detach().cpu() for part in (own.A, own.B, own.magnitude))
+            found.append(_Term(path.rpartition(".")[0], module.rows, low, high, own.scale, length))
     if not found:
         raise CheckpointError("every gate of this model's LoRA was closed, and the terms dropped: none is left")
     return found
@@ -173,6 +191,7 @@ def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
 
 def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's fields and tensors for all terms: one rank and one scale for all, as other readers (vLLM) want it."""
+    decomposed = terms[0].magnitude is not None
     by_projection: dict[str, list[_Term]] = {}
     for term in terms:
         by_projection.setdefault(term.projection, []).append(term)
@@ -199,21 +218,24 @@ def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], 
             )
             first += ranks
         tensors |= {f"{PREFIX}{path}.lora_A.weight": low, f"{PREFIX}{path}.lora_B.weight": high}
+        if decomposed:
+            weight = leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight
+            length = weight.detach().cpu().norm(dim=1).to(high)  # of rows that no term is of, as they are
+            for term in group:
+                assert term.magnitude is not None
+                outputs_of(length, term.rows).copy_(term.magnitude.unflatten(0, (term.rows.groups, term.rows.size)))
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = length
     fields = {
         "r": rank,
         "lora_alpha": int(alpha),
-        "target_modules": _targets(model, by_projection),
+        "target_modules": name_modules(model, by_projection),
         "fan_in_fan_out": all(isinstance(leaf, Conv1D) for leaf in leaves),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        **({"use_dora": True} if decomposed else {}),
     }
     return fields, tensors
-
-
-def _targets(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """The projections by the last part of their names, as is usual, if that means no other module; else whole."""
-    paths = set(paths)
-    short = sorted({path.rpartition(".")[2] for path in paths})
-    meant = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in short}
-    return short if meant == paths else sorted(paths)
 
 
 def _task(model: PreTrainedModel) -> str | None:
