@@ -73,6 +73,7 @@ FURTHER: dict[str, dict[str, Any]] = {
         "activation": "gelu",
     },
 }
+EXPECTED["prompt"] = ("", False, {"prompt": {"length": 20}})
 EXPECTED |= {name: ("", False, {name: {**part, "gate": False}}) for name, part in FURTHER.items()}
 for _name, _gate in (("mam", False), ("unipelt-mam", True)):
     _long = {**PARTS["prefix"], "length": 30, "gate": _gate}

@@ -70,6 +70,7 @@ COUNTS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "unipelt-al-nogate": ({"adapter": ADAPTER, "lora": LORA}, ()),
     "unipelt-pl-nogate": ({"prefix": NETWORK, "lora": LORA}, ()),
     "ia3": ({"ia3": 12 * (768 + 768 + 3072)}, ()),
+    "prompt": ({"prompt": 20 * 768}, ()),
     "red": ({"red": 12 * 2 * 768}, ()),
     "houlsby": ({"houlsby": 2 * ADAPTER}, ()),
     "parallel": ({"parallel": PARALLEL}, ()),
@@ -314,7 +315,7 @@ def test_a_model_that_is_its_own_base_and_of_no_described_kind_has_no_head() -> 
 def test_the_documentation_has_these_numbers() -> None:
     text = (Path(__file__).parents[1] / "docs" / "submodules.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| ([\d,]+)[^|]*\|$", text, re.M))
-    assert len(rows) == 10
+    assert len(rows) == 11
     for preset, number in rows.items():
         assert int(number.replace(",", "")) == sum(COUNTS[preset][0].values()), preset
     assert text.count(f"deployed {PREFIX:,})") == 1

@@ -184,7 +184,9 @@ def test_names_and_shapes_are_the_releases() -> None:
     assert len(named) == len(tiny_bert().state_dict()) + 3 * (4 * 2 + 4 + 4) + 5
 
 
-@pytest.mark.parametrize("preset", [name for name, config in unipelt.PRESETS.items() if not config.more])
+@pytest.mark.parametrize(
+    "preset", [name for name, config in unipelt.PRESETS.items() if not (config.more or config.prompt)]
+)
 @pytest.mark.parametrize("adapter", ["adapter", "sst-2", "0"])
 def test_there_and_back(preset: str, adapter: str) -> None:
     model = injected(preset)

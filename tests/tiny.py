@@ -51,8 +51,9 @@ KINDS = (
     "opt",
 )
 """One family of each way in which a layer is built."""
-METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam", "red")]
-"""Presets that differ in their parts: Compacter has Houlsby's places and RED's, and gated MAM the other two's."""
+METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam", "red", "prompt")]
+"""Presets that differ in their parts: Compacter has Houlsby's places and RED's, and gated MAM the
+other two's; a prompt is not for all."""
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,

@@ -14,6 +14,7 @@ from unipelt.config import (
     LoRAConfig,
     ParallelConfig,
     PrefixConfig,
+    PromptConfig,
     REDConfig,
     SubmoduleConfig,
     UniPELTConfig,
@@ -28,6 +29,7 @@ from unipelt.inject import InjectionError, inject, remove
 from unipelt.manifest import CheckpointError
 from unipelt.parameters import ParameterCounts, parameter_counts
 from unipelt.peft import load_peft, save_peft
+from unipelt.prompt import Prompt
 from unipelt.publish import load_tokenizer, push_to_hub
 from unipelt.record import GateRecord, gate_penalty, record_gates
 from unipelt.red import RED
@@ -65,6 +67,8 @@ __all__ = [
     "ParallelConfig",
     "ParameterCounts",
     "PrefixConfig",
+    "Prompt",
+    "PromptConfig",
     "REDConfig",
     "Spot",
     "Stack",

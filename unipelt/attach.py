@@ -24,7 +24,7 @@ from unipelt.attention import (
     leave_attention,
     redirect,
 )
-from unipelt.config import LoRAConfig, UniPELTConfig
+from unipelt.config import LoRAConfig, PromptConfig, UniPELTConfig
 from unipelt.gate import Gates, Slot
 from unipelt.lora import ENTRY, NAMES, LoRA, add_low_rank
 from unipelt.places import (
@@ -37,6 +37,7 @@ from unipelt.places import (
     TermPlace,
 )
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
+from unipelt.prompt import Prompt, embeds_text, enter_prompt, leave_prompt
 from unipelt.quantised import is_quantised, like_beside
 from unipelt.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
 
@@ -248,6 +249,25 @@ def _keep_whole(layer: LayerPlaces) -> None:
         layer.module.chunk_size_feed_forward = 0
 
 
+def attach_prompt(model: PreTrainedModel, found: StackPlaces, config: PromptConfig) -> None:
+    """Put a prompt in front of all that the base model reads."""
+    # a head may pass by the base model, as OPT's does, but not by what owns the layers
+    entry: Any = next((part for part in (found.owner, model.base_model) if embeds_text(part)), None)
+    if entry is None:
+        raise InjectionError(f"a prompt cannot enter {type(model.base_model).__name__}: it takes no inputs_embeds")
+    if hasattr(entry, "prompt"):
+        raise InjectionError(f"{type(entry).__name__} has an attribute 'prompt' of its own")
+    if is_quantised(entry.get_input_embeddings().weight):
+        raise InjectionError("the embeddings are quantised, and a prompt starts from their numbers")
+    ends: list[Any] = [found.owner] if found.owner is entry else [found.owner, entry]
+    slots = tuple(Slot() for _ in ends)
+    entry.prompt = Prompt(entry, config, slots)
+    entry.register_forward_pre_hook(enter_prompt, with_kwargs=True)
+    for end, slot in zip(ends, slots, strict=True):
+        end.unipelt_prompt, end.unipelt_prompt_length = slot, config.length
+        end.register_forward_hook(leave_prompt)
+
+
 def count_term(place: TermPlace) -> int:
     """How many parameters a term needs there, those that it shares with others included, found without memory."""
     weight = place.projection.module.weight
@@ -440,10 +460,17 @@ HOOKS = (
     leave_shared,
     enter_stack,
     leave_stack,
+    enter_prompt,
+    leave_prompt,
     refuse_training,
     _wake_input,
 )
-OURS = (Adapter, Gates, LoRA, Prefix, PrefixNetwork, Shared, Term)
+PLACED = (
+    *("unipelt_rows", "unipelt_layer", "unipelt_terms", "unipelt_inputs", "unipelt_readers"),
+    *("unipelt_prompt", "unipelt_prompt_length"),
+)
+"""What hooks find at modules of the host's, sites and chunk sizes apart."""
+OURS = (Adapter, Gates, LoRA, Prefix, PrefixNetwork, Prompt, Shared, Term)
 
 
 def detach(model: nn.Module) -> None:
@@ -462,7 +489,7 @@ def detach(model: nn.Module) -> None:
             for name in ("gates", "prefix"):
                 if hasattr(module, name):
                     delattr(module, name)
-        for name in ("unipelt_rows", "unipelt_layer", "unipelt_terms", "unipelt_inputs", "unipelt_readers"):
+        for name in PLACED:
             module.__dict__.pop(name, None)
         if "unipelt_chunk_size" in module.__dict__:
             module.chunk_size_feed_forward = module.__dict__.pop("unipelt_chunk_size")
@@ -493,6 +520,7 @@ def check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[Sta
         Adapter: own * bool(config.adapter),
         LoRA: len(entry) * (own + cross) + plain,
         Prefix: (own + cross) * bool(config.prefix),
+        Prompt: int(config.prompt is not None),
         Term: len(terms) - plain,
         Gates: own * own_gates + cross * crossing_gates + len(gated),
     }

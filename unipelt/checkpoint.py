@@ -267,6 +267,8 @@ def _impossible_size(
         sizes["prefix.length"] = config.prefix.length
         if not deployed:
             sizes["prefix.hidden"] = config.prefix.hidden
+    if config.prompt is not None:
+        sizes["prompt.length"] = config.prompt.length
     if config.lora is not None:
         sizes["lora.rank"] = config.lora.rank
     parts = (config.adapter, config.prefix, config.lora, *config.more)

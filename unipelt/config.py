@@ -112,6 +112,20 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
+class PromptConfig:
+    """Learned vectors before the embedded text: prompt tuning (Lester et al., 2021). It has no gate.
+
+    Attributes:
+        length: L, in tokens; so many fewer are left for a text in a model that has a longest one.
+    """
+
+    length: int = 20
+
+    def __post_init__(self) -> None:
+        check_fields(self, "length")
+
+
+@dataclass(frozen=True)
 class SubmoduleConfig:
     """What every further submodule's configuration has; `unipelt.register_submodule` adds one of your own.
 
@@ -282,6 +296,7 @@ class UniPELTConfig:
         decoder: whether causal layers carry submodules in their self-attention and feed-forward network.
         cross: whether a decoder's attention to the encoder carries what has a place there: a prefix, LoRA, and terms
             of its projections.
+        prompt: learned vectors before the text, in models of one stack; whatever `layers` says.
         more: further submodules, at most one of a kind. In a dict or a file each is a key of its own, by its name:
             `{"preset": "lora", "ia3": {"gate": false}}`; null leaves it out.
     """
@@ -298,6 +313,7 @@ class UniPELTConfig:
     decoder: bool = True
     cross: bool = True
     more: tuple[SubmoduleConfig, ...] = ()
+    prompt: PromptConfig | None = later(None)  # noqa: RUF009 - a field, as elsewhere
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "more", _checked_more(self.more))
@@ -317,11 +333,11 @@ class UniPELTConfig:
     @property
     def has_submodules(self) -> bool:
         """Whether anything is added to the layers, as opposed to training what is there."""
-        return any(part is not None for part in (self.adapter, self.prefix, self.lora, *self.more))
+        return any(part is not None for part in (self.adapter, self.prefix, self.lora, self.prompt, *self.more))
 
     def part(self, name: str) -> Any:
         """The configuration of a submodule by its name, or None where it is left out."""
-        if name in ("adapter", "prefix", "lora"):
+        if name in ("adapter", "prefix", "lora", "prompt"):
             return getattr(self, name)
         return next((part for part in self.more if part.name == name), None)
 
@@ -374,6 +390,7 @@ def _presets() -> dict[str, UniPELTConfig]:
         "fine-tuning": replace(nothing, train_base=True),
         "bitfit": replace(nothing, bitfit=True),
         **{name: replace(nothing, **{name: part}) for name, part in bare.items()},
+        "prompt": replace(nothing, prompt=PromptConfig()),
     }
     for letters in ("ap", "apl", "al", "pl"):
         chosen = [name for name in parts if name[0] in letters]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unipelt.attach import attach, check_counts, detach
+from unipelt.attach import attach, attach_prompt, check_counts, detach
 from unipelt.config import LoRAConfig, UniPELTConfig, resolve
 from unipelt.lora import NAMES, LoRA, matrix_of
 from unipelt.parameters import (
@@ -116,6 +116,8 @@ def inject_as(
     try:
         for found in stacks:
             attach(model, found, config, deployed)
+        if config.prompt is not None:
+            attach_prompt(model, stacks[0], config.prompt)
         check_counts(model, config, stacks)
         set_trainable(model, injection)
         if config.bitfit and not bias_names(model) - injection.head:

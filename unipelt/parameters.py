@@ -20,6 +20,7 @@ from unipelt.families import FAMILIES
 from unipelt.gate import Gates
 from unipelt.lora import START, LoRA
 from unipelt.prefix import Prefix, PrefixNetwork
+from unipelt.prompt import Prompt
 from unipelt.quantised import is_quantised
 from unipelt.term import Shared, Term
 
@@ -124,6 +125,7 @@ _KINDS: dict[type[nn.Module], str] = {
     LoRA: "lora",
     Prefix: "prefix",
     PrefixNetwork: "prefix",
+    Prompt: "prompt",
 }
 
 

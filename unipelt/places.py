@@ -121,6 +121,11 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlac
     for name, reason in family.refused.items():
         if config.part(name) is not None:
             raise InjectionError(f"{kind!r} models cannot take {_NAMED.get(name, name)}: {reason}")
+    if config.prompt is not None and len(family.stacks) > 1:
+        raise InjectionError(
+            f"{kind!r} models cannot take a prompt: a decoder would read the encoder's states of it too, which is not "
+            "here yet; a prefix goes there"
+        )
     if config.prefix is not None:
         check_back_end(model.config._attn_implementation)
     # a model may be a part of its architecture: T5's encoder, BART's decoder

@@ -19,6 +19,7 @@ from unipelt.adapter import Adapter
 from unipelt.attention import Site
 from unipelt.gate import Gates
 from unipelt.lora import LoRA
+from unipelt.prompt import Prompt
 from unipelt.term import Term
 
 
@@ -89,10 +90,13 @@ def measure_gates(
     parts: dict[str, list[Tensor]] = {gate.path: [] for gate in gates}
     inputs: dict[str, Any] = {}
     examples = 0
+    in_front = sum(len(module.embedding) for module in model.modules() if isinstance(module, Prompt))
 
     def keep(gate: GatePlace, module: Any, args: Any, output: Tensor) -> None:
         values = output if output.dim() == 3 else output.unflatten(0, (_batch_size(inputs), -1))
         mask = inputs.get(gate.mask)
+        if in_front and isinstance(mask, Tensor):
+            mask = nn.functional.pad(mask, (in_front, 0), value=1)
         if values.shape[1] > 1 and isinstance(mask, Tensor) and mask.shape == values.shape[:2]:
             values = values[mask.to(values.device).bool()]
         parts[gate.path].append(_sums(values.flatten(0, -2).cpu().double()))
