@@ -220,7 +220,10 @@ def test_lengths_that_move_alone_are_a_term(tmp_path: Path) -> None:
         ),
         ({"preset": "ia3", "red": {"gate": False}}, "is red, which a PEFT folder"),
         ({"preset": "ia3", "bitfit": True}, "trains parameters of its base too"),
-        ("red", r"no LoRA and no \(IA\)3"),
+        ("red", r"no LoRA, no \(IA\)3 and no prompt"),
+        ({"preset": "ia3", "prompt": {}}, r"bert\.prompt is a prompt, which a PEFT folder of \(IA\)3 cannot hold"),
+        ({"preset": "prompt", "adapter": {"gate": False}}, "is an adapter, which a PEFT folder of a prompt cannot"),
+        ("prompt", "BertForSequenceClassification read a prompt's states too, and here they read the text's"),
     ],
 )
 def test_what_a_folder_cannot_hold_is_named(config: Any, message: str, tmp_path: Path) -> None:
@@ -271,6 +274,49 @@ def test_tensors_that_do_not_fit_are_refused(method: str, change: Any, part: str
     refused(unipelt.load_peft, tmp_path, part)
 
 
+# Prompts
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "bloom"])
+def test_a_prompt_of_a_causal_model_travels(family: str, tmp_path: Path) -> None:
+    batch = tiny_batch(family)
+    model: Any = unipelt.inject(tiny_model(family), {"preset": "prompt", "prompt": {"length": 4}})
+    shake(model)
+    want = logits(model, batch)
+    unipelt.save_peft(model, tmp_path / "ours")
+    theirs = in_peft(tiny_model(family), tmp_path / "ours")
+    near(logits(theirs, batch)[:, 4:], want)
+    options = {"attention_mask": batch["attention_mask"][1:2], "max_new_tokens": 4, "do_sample": False}
+    ids = batch["input_ids"][1:2]  # without padding
+    assert torch.equal(theirs.generate(input_ids=ids, **options), model.generate(ids, **options))
+    own = peft.get_peft_model(tiny_model(family), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    shake(own)
+    own.save_pretrained(tmp_path / "theirs")
+    near(logits(unipelt.load_peft(tiny_model(family), tmp_path / "theirs"), batch), logits(own, batch)[:, 3:])
+    back = unipelt.load_peft(tiny_model(family), tmp_path / "ours")
+    assert torch.equal(logits(back, batch), want)
+    assert injection_of(back).config == injection_of(model).config
+
+
+def test_prompts_that_mean_something_else_are_refused(tmp_path: Path) -> None:
+    base = tiny_model("llama")
+    unipelt.save_peft(unipelt.inject(tiny_model("llama"), "prompt"), tmp_path)
+    refused(unipelt.load_peft, tmp_path, "causal language models alone")
+    for fields, part in (
+        ({"num_transformer_submodules": 2}, "num_transformer_submodules"),
+        ({"num_virtual_tokens": 7}, "should be (7, 32)"),
+        ({"num_virtual_tokens": None}, "num_virtual_tokens cannot be meant"),
+    ):
+        before = json.loads((tmp_path / "adapter_config.json").read_text())
+        edit(tmp_path, **fields)
+        refused(unipelt.load_peft, tmp_path, part, model=base)
+        edit(tmp_path, **before)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(path), "other": torch.zeros(1)}, path)
+    refused(unipelt.load_peft, tmp_path, "'other' is missing or beside it", model=base)
+
+
 def test_configurations_that_mean_something_else_are_refused(tmp_path: Path) -> None:
     unipelt.save_peft(unipelt.inject(tiny_bert(), "ia3"), tmp_path / "ia3")
     edit(tmp_path / "ia3", something_new=[1])
@@ -278,6 +324,10 @@ def test_configurations_that_mean_something_else_are_refused(tmp_path: Path) -> 
     unipelt.save_peft(unipelt.inject(tiny_bert(), METHODS["dora"]), tmp_path / "dora")
     edit(tmp_path / "dora", use_dora=False)
     refused(unipelt.load_peft, tmp_path / "dora", "lora_magnitude_vector", "no such LoRA")
+    unipelt.save_peft(unipelt.inject(tiny_model("llama"), "ia3"), tmp_path / "llama")
+    fields = json.loads((tmp_path / "llama" / "adapter_config.json").read_text())
+    assert fields["target_modules"] == ["down_proj", "k_proj", "v_proj"]
+    assert fields["feedforward_modules"] == ["down_proj"]
     assert json.loads((tmp_path / "ia3" / "adapter_config.json").read_text())["feedforward_modules"] == [
         f"bert.encoder.layer.{layer}.output.dense" for layer in range(3)
     ]

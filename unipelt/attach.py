@@ -249,12 +249,20 @@ def _keep_whole(layer: LayerPlaces) -> None:
         layer.module.chunk_size_feed_forward = 0
 
 
-def attach_prompt(model: PreTrainedModel, found: StackPlaces, config: PromptConfig) -> None:
-    """Put a prompt in front of all that the base model reads."""
-    # a head may pass by the base model, as OPT's does, but not by what owns the layers
-    entry: Any = next((part for part in (found.owner, model.base_model) if embeds_text(part)), None)
+def find_entry(model: PreTrainedModel, found: StackPlaces) -> Any:
+    """What embeds a model's text, which a prompt enters; a head may pass by the base model (OPT's does), but not by it.
+
+    Raises `InjectionError` if there is none.
+    """
+    entry = next((part for part in (found.owner, model.base_model) if embeds_text(part)), None)
     if entry is None:
         raise InjectionError(f"a prompt cannot enter {type(model.base_model).__name__}: it takes no inputs_embeds")
+    return entry
+
+
+def attach_prompt(model: PreTrainedModel, found: StackPlaces, config: PromptConfig) -> None:
+    """Put a prompt in front of all that the base model reads."""
+    entry = find_entry(model, found)
     if hasattr(entry, "prompt"):
         raise InjectionError(f"{type(entry).__name__} has an attribute 'prompt' of its own")
     if is_quantised(entry.get_input_embeddings().weight):

@@ -1,4 +1,4 @@
-"""LoRA, DoRA and (IA)3 into and out of PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
+"""LoRA, DoRA, (IA)3 and prompts into and out of PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
 
 Both are read and written here, without PEFT. What PEFT calls a module's `lora_A` and `lora_B` is one pair for all that
 the module computes; here a term belongs to queries, keys or values, of which one module may hold all (GPT-2's

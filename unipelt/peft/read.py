@@ -1,4 +1,4 @@
-"""LoRA and (IA)3 out of a folder of PEFT's.
+"""LoRA, (IA)3 and prompts out of a folder of PEFT's.
 
 Shapes: r rank.
 """
@@ -27,6 +27,7 @@ from unipelt.parameters import head_names, injection_of
 from unipelt.peft.factors import plan_factors
 from unipelt.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, outputs_of, scaled
 from unipelt.peft.plan import IGNORED, Plan, check_saved, check_tensor, place_exactly, possible_slots
+from unipelt.peft.prompts import plan_prompt
 from unipelt.places import Projection
 from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.quantised import is_quantised
@@ -50,7 +51,7 @@ logger = logging.get_logger(__name__)
 
 
 def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Inject the LoRA, DoRA or (IA)3 of a folder that PEFT, or `save_peft`, wrote, in place.
+    """Inject the LoRA, DoRA, (IA)3 or prompt of a folder that PEFT, or `save_peft`, wrote, in place.
 
     Its modules must be projections of some layers, the same in each, which is where they go here. `alpha / r`,
     rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and a fused
@@ -180,6 +181,7 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
 _PLANS: Mapping[str, Callable[[PreTrainedModel, Mapping[str, Any], Mapping[str, Tensor]], Plan]] = {
     "IA3": plan_factors,
     "LORA": _plan_low_rank,
+    "PROMPT_TUNING": plan_prompt,
 }
 """By PEFT's `peft_type`: what becomes of a folder."""
 

@@ -1,4 +1,4 @@
-"""LoRA and (IA)3 into a folder of PEFT's.
+"""LoRA, (IA)3 and prompts into a folder of PEFT's.
 
 Shapes: r rank.
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,19 +25,13 @@ from unipelt.lora import LoRA, Rows, whole
 from unipelt.manifest import CheckpointError
 from unipelt.parameters import Injection, injection_of, is_sharded, kept_names, submodule_parameters
 from unipelt.peft.factors import write_factors
-from unipelt.peft.files import CONFIG, PREFIX, WEIGHTS, name_modules, outputs_of, scaled
+from unipelt.peft.files import CONFIG, PREFIX, WEIGHTS, name_modules, outputs_of, scaled, task_of
+from unipelt.peft.prompts import write_prompt
 from unipelt.prefix import Prefix
+from unipelt.prompt import Prompt
 from unipelt.spread import find_gates
 from unipelt.term import Term
 
-_TASKS = (
-    ("SEQ_CLS", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    ("TOKEN_CLS", transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
-    ("QUESTION_ANS", transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING),
-    ("SEQ_2_SEQ_LM", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
-    ("CAUSAL_LM", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
-    ("FEATURE_EXTRACTION", transformers.MODEL_MAPPING),
-)
 _ALSO_SAVED = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -48,7 +41,7 @@ _ALSO_SAVED = {
 
 
 def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
-    """Write a model's LoRA, DoRA or (IA)3 as a folder of PEFT's, for `PeftModel.from_pretrained` and all that read it.
+    """Write a model's LoRA, DoRA, (IA)3 or prompt as a folder of PEFT's, for `PeftModel.from_pretrained` and others.
 
     What has no gate goes as it is; with a start that is not zero, as a pair of twice the rank. A gate that
     `unipelt.fold` made a constant c stands in for `alpha / r`: `c B` is written. The head, and parts of the base that
@@ -77,8 +70,11 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
         )
     method = _method(injection.config)
     _check_travels(model, injection, method)
-    fields, tensors = write_factors(model) if method == "IA3" else _pairs(model, _terms(model, injection))
-    task = _task(model)
+    if method == "LORA":
+        fields, tensors = _pairs(model, _terms(model, injection))
+    else:
+        fields, tensors = write_factors(model) if method == "IA3" else write_prompt(model)
+    task = task_of(model)
     saved = _saved_modules(model, injection.head, task)
     for path in saved:
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in model.get_submodule(path).state_dict().items()}
@@ -122,18 +118,21 @@ def _method(config: UniPELTConfig) -> str:
         return "LORA"
     if config.part("ia3") is not None:
         return "IA3"
+    if config.prompt is not None:
+        return "PROMPT_TUNING"
     raise CheckpointError(
-        "this model carries no LoRA and no (IA)3, which is what a PEFT folder holds; see unipelt.save"
+        "this model carries no LoRA, no (IA)3 and no prompt, which is what a PEFT folder holds; see unipelt.save"
     )
 
 
 def _check_travels(model: PreTrainedModel, injection: Injection, method: str) -> None:
     """Raise `CheckpointError` for the first thing in a model that a folder of this method cannot hold."""
-    called, kept = ("LoRA", "lora") if method == "LORA" else ("(IA)3", "ia3")
+    names = {"LORA": ("LoRA", "lora"), "IA3": ("(IA)3", "ia3"), "PROMPT_TUNING": ("a prompt", "prompt")}
+    called, kept = names[method]
+    parts = {Adapter: "an adapter", Prefix: "a prefix"} | ({} if kept == "prompt" else {Prompt: "a prompt"})
     for path, module in model.named_modules():
-        if isinstance(module, (Adapter, Prefix)) or (isinstance(module, Term) and module.name != kept):
-            what = "an adapter" if isinstance(module, Adapter) else "a prefix"
-            what = module.name if isinstance(module, Term) else what
+        what = module.name if isinstance(module, Term) else parts.get(type(module), kept)
+        if what != kept:
             raise CheckpointError(
                 f"{path} is {what}, which a PEFT folder of {called} cannot hold; train without it (the preset "
                 f"{kept!r}), or keep the model whole with unipelt.save"
@@ -236,16 +235,6 @@ def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], 
         **({"use_dora": True} if decomposed else {}),
     }
     return fields, tensors
-
-
-def _task(model: PreTrainedModel) -> str | None:
-    """PEFT's name for what the model is for, None if it has none."""
-    kind = type(model.config)
-    for name, mapping in _TASKS:
-        classes: Any = mapping.get(kind, ())
-        if isinstance(model, classes):
-            return name
-    return None
 
 
 def _saved_modules(model: PreTrainedModel, head: frozenset[str], task: str | None) -> list[str]:
