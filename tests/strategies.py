@@ -35,6 +35,8 @@ COMMON = ("bert", "llama", "bart", "t5", "gpt2", "albert", "deberta-v2", "modern
 """One of each kind, to be drawn more often."""
 
 
+WINDOWED = ("modernbert", "mistral", "gemma2", "gemma3_text")
+"""Those in whose attention padding between a prompt and a text takes places of a window."""
 TURN = 10
 """After so many examples of a run, most that Hypothesis draws are the last one with a part of it copied to another."""
 
@@ -232,6 +234,8 @@ def methods(
         lora["start"] = draw(st.sampled_from(["zero", "zero", "pissa"]))  # a place may be 4 wide
     if further and chosen:
         values |= _further(draw, sizes, gate)
+    if further and chosen and False in gated and family not in (*ENCODER_DECODERS, *WINDOWED):
+        values["prompt"] = draw(st.sampled_from([None, None, None, {"length": 3}]))
     gates = {"pooling": draw(st.sampled_from(pooling))}
     if other_gates and draw(st.booleans()):
         gates = draw(st.sampled_from(_gates(family, "prefix" in chosen)))
