@@ -34,6 +34,8 @@ from unipelt.publish import load_tokenizer, push_to_hub
 from unipelt.record import GateRecord, gate_penalty, record_gates
 from unipelt.red import RED
 from unipelt.release import load_release_state_dict, release_state_dict
+from unipelt.rows import MixedOutput
+from unipelt.several import Tasks
 from unipelt.spread import FoldError
 from unipelt.term import Spot, register_submodule
 from unipelt.typed import ConfigError
@@ -63,6 +65,7 @@ __all__ = [
     "IA3Config",
     "InjectionError",
     "LoRAConfig",
+    "MixedOutput",
     "Parallel",
     "ParallelConfig",
     "ParameterCounts",
@@ -73,6 +76,7 @@ __all__ = [
     "Spot",
     "Stack",
     "SubmoduleConfig",
+    "Tasks",
     "UniPELTConfig",
     "fold",
     "from_pretrained",

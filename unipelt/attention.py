@@ -121,7 +121,9 @@ def attend(
     Returns:
         As the model's own attention function: output (B, T, H, d), and weights (B, H, T, L + S) or None.
     """
-    name, function = _host_attention(module)
+    site: Site = module.unipelt_site
+    assert site.config is not None
+    name, function = attention_function(module, site.config)
     bias: Tensor | None = kwargs.get("position_bias")
     tokens = query.shape[2]
     if attention_mask is None and name == "sdpa" and tokens > 1 and _is_causal(module, kwargs):
@@ -159,15 +161,15 @@ def leave_attention(attention: Any, args: tuple[Any, ...], outputs: tuple[Any, .
     return (outputs[0][:, length:], *weights)
 
 
-def redirect(attention: Any) -> PreTrainedConfig:
-    """Send one module's attention through `attend`; returns the configuration to put back.
+def redirect(attention: Any, name: str = ATTENTION) -> PreTrainedConfig:
+    """Send one module's attention through `attend`, or what has that name; returns the configuration to put back.
 
     The module reads the name of its attention function from its configuration, so it gets a copy that names ours.
     The model's own configuration is untouched: masks are still built for the model's own back-end.
     """
     host: PreTrainedConfig = attention.config
     own = copy.copy(host)
-    own._attn_implementation = ATTENTION
+    own._attn_implementation = name
     attention.config = own
     return host
 
@@ -217,10 +219,9 @@ def check_back_end(name: str | None) -> None:
         )
 
 
-def _host_attention(module: Any) -> tuple[str, Callable[..., tuple[Tensor, Tensor | None]]]:
-    site: Site = module.unipelt_site
-    assert site.config is not None
-    name = site.config._attn_implementation
+def attention_function(module: Any, config: PreTrainedConfig) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
+    """A module's own attention back-end, by its own configuration: name and function."""
+    name = config._attn_implementation
     check_back_end(name)
     if name == "eager":
         # FSDP2 puts a class of its own, from a module of its own, in front of the attention's

@@ -158,6 +158,11 @@ def fold(
     """
     injection = injection_of(model)
     _check_arguments(tolerance, closed)
+    if injection.shares:
+        raise FoldError(
+            "this model shares its base with other tasks, and folding would merge its terms into their weights; save "
+            "it, and fold what unipelt.from_pretrained gives"
+        )
     if injection.folded is not None:
         raise FoldError("this model is folded already; to fold it otherwise, start from the model before folding")
     _check_gates(model)

@@ -62,9 +62,11 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
 
     Parameters of the model's own that trained (the head, biases, with `train_base` every weight), or that low-rank
     terms were merged into (`unipelt.fold`), get back the values that they had. Raises `ValueError` if nothing was
-    injected.
+    injected, and for a task of `unipelt.Tasks`, which is deleted there.
     """
     injection = injection_of(model)
+    if injection.shares:
+        raise ValueError("this model is one of several tasks on one base; call delete(name) of their unipelt.Tasks")
     before = injection.before
     _strip(model)
     for name, parameter in model.named_parameters():

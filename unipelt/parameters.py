@@ -55,6 +55,7 @@ class Injection:
         replaced: attributes of the model itself that injection overwrote.
         originals: what pretrained parameters that train were before, on the CPU.
         folded: what folding did; None before.
+        shares: whether its base is other models' too (`unipelt.Tasks`).
     """
 
     config: UniPELTConfig
@@ -64,6 +65,7 @@ class Injection:
     replaced: dict[str, Any] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     folded: Folded | None = None
+    shares: bool = False
 
     @property
     def before(self) -> dict[str, Tensor]:
