@@ -86,6 +86,13 @@ def build_base(source: str) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(locate_model(source)).eval()
 
 
+def labelled(count: int) -> BertConfig:
+    """BERT-base's sizes, with so many labels."""
+    config = BertConfig()
+    config.num_labels = count
+    return config
+
+
 def main() -> None:
     """Build, save, load, compare, time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,7 +125,7 @@ def main() -> None:
         for name, (_, labels) in METHODS.items():
             begin = time.perf_counter()
             if asked.model == "random":
-                own = BertForSequenceClassification(BertConfig(num_labels=labels)).eval().to(asked.device)
+                own = BertForSequenceClassification(labelled(labels)).eval().to(asked.device)
                 own.bert.load_state_dict(base.bert.state_dict())
                 separate[name] = unipelt.load(own, Path(folder) / name)
             else:
@@ -148,8 +155,8 @@ def main() -> None:
         )
         ratio = statistics.median(first / second for first, second in zip(one, each, strict=True))
         print(
-            f"{rows} rows a task: logits differ by at most {gap:.1e}; mixed {statistics.median(one):.1f} ms, a pass for "
-            f"each task {statistics.median(each):.1f} ms (mixed takes {ratio:.2f} of it), the bare base "
+            f"{rows} rows a task: logits differ by at most {gap:.1e}; mixed {statistics.median(one):.1f} ms, a pass "
+            f"for each task {statistics.median(each):.1f} ms (mixed takes {ratio:.2f} of it), the bare base "
             f"{statistics.median(bare):.1f} ms"
         )
     places = [parameter.data_ptr() for parameter in base.parameters()]

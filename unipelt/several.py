@@ -228,11 +228,6 @@ class Tasks(nn.Module):
         outputs = {name: self[name](**part) for name, part in parts.items()} if len(parts) == 1 else self._mix(parts)
         return gather(outputs, rows, back)
 
-    def train(self, mode: bool = True) -> Tasks:
-        """As of every module; a task's model alone can be told too, but batches that mix tasks follow this."""
-        super().train(mode)
-        return self
-
     def extra_repr(self) -> str:
         """What `print(tasks)` shows."""
         return self._told()
