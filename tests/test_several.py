@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 import unipelt
 from unipelt import CheckpointError, InjectionError, Tasks
 from unipelt.inject import inject_as
+from unipelt.mixed import Layout, find_unmixable
 from unipelt.parameters import submodule_parameters
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -159,6 +160,54 @@ def test_the_base_runs_once() -> None:
             layer.intermediate.dense.register_forward_hook(lambda module, args, out: calls.append(len(out)))
     tasks(**tiny_batch(lengths=LENGTHS), tasks=ORDER)
     assert calls == [len(ORDER)] * 3
+
+
+def test_prefixes_are_computed_once_a_pass() -> None:
+    """A task's at the entry of its stack, as in a model of its own; behind a pass, failed or not, none is left."""
+    tasks = some_tasks(tiny_bert(), THREE)
+    batch = tiny_batch(lengths=LENGTHS)
+    calls: list[str] = []
+    networks: dict[str, Any] = {
+        name: tasks[name].get_submodule("bert.encoder.prefix_network") for name in ("apl", "prefix")
+    }
+    for name, network in networks.items():
+        network.register_forward_hook(lambda *_, name=name: calls.append(name))
+    expected = logits(tasks, batch, tasks=ORDER)
+    assert sorted(calls) == ["apl", "prefix"]
+    logits(tasks, batch, tasks=["apl" if task == "prefix" else task for task in ORDER])
+    assert sorted(calls) == ["apl", "apl", "prefix"]
+    tasks.shared.bert.encoder.layer[1].output.register_forward_hook(lambda *_: calls[9])
+    with pytest.raises(IndexError):
+        logits(tasks, batch, tasks=ORDER)
+    for network in networks.values():
+        assert network.pass_.look() is None
+        assert not network.pass_._prefixes
+    tasks.shared = None
+    assert torch.equal(expected, logits(tasks, batch, tasks=ORDER))
+
+
+def test_feed_forward_in_pieces() -> None:
+    """A gate averages over all of a text, whatever pieces the base cuts it into."""
+    tasks = some_tasks(tiny_bert(chunk_size_feed_forward=3), {**THREE, "houlsby": {"preset": "houlsby"}})
+    batch, order = tiny_batch(), ["apl", "houlsby", "apl"]
+    found = logits(tasks, batch, tasks=order)
+    torch.testing.assert_close(found[[0, 2]], logits(tasks["apl"], of_rows(batch, [0, 2])), rtol=0, atol=1e-5)
+    base: Any = tasks.model
+    assert base.bert.encoder.layer[0].chunk_size_feed_forward == 3
+
+
+def test_rows_of_nobody() -> None:
+    """Rows that no task can own are no rows, and parameters between a module's parts have no rows."""
+    layout = Layout(("one", "two"), (1, 2))
+    assert [len(part) for part in layout.split(torch.zeros(6, 2))] == [2, 4]
+    for rows in (1, 4):
+        with pytest.raises(RuntimeError, match=f"given {rows} rows in a batch of 3"):
+            layout.split(torch.zeros(rows, 2))
+    base, other = tiny.tiny_model("deberta", "Model"), tiny.tiny_model("deberta", "Model")
+    reason = find_unmixable(base, other)
+    assert reason is not None
+    assert "parameters of the task's own beside its parts" in reason
+    assert find_unmixable(base, base) is None
 
 
 def test_heads_of_other_sizes() -> None:

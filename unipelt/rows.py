@@ -31,13 +31,13 @@ class MixedOutput(ModelOutput):
     @property
     def outputs(self) -> dict[str, Any]:
         """By task, what its model gives for its rows: logits (rows, C), loss, and all else."""
-        outputs: dict[str, Any] = self.__dict__["_outputs"]
+        outputs: dict[str, Any] = self.__dict__.get("_outputs", {})
         return outputs
 
     @property
     def rows(self) -> dict[str, list[int]]:
         """By task, which rows of the batch are its."""
-        rows: dict[str, list[int]] = self.__dict__["_rows"]
+        rows: dict[str, list[int]] = self.__dict__.get("_rows", {})
         return rows
 
     @property
