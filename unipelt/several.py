@@ -363,7 +363,7 @@ def _check_mixed(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     for name in ("past_key_values", "use_cache", "output_attentions", "encoder_outputs", "cache_position"):
         if batch.get(name) is not None and batch[name] is not False:
             raise ValueError(f"a batch that mixes tasks takes no {name}; run one task at a time, tasks[name](...)")
-    if batch.get("return_dict") is False or model.config.return_dict is False:
+    if batch.get("return_dict") is False or getattr(model.config, "return_dict", True) is False:
         raise ValueError("a batch that mixes tasks gives a MixedOutput; leave return_dict=False out")
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
