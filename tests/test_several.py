@@ -45,7 +45,7 @@ THREE = {
     "lora": small("lora", lora={"rank": 2, "scaling": "rank_stabilised"}, layers=[0, 2]),
 }
 EVERY: dict[str, dict[str, Any]] = {
-    **{name: small(name) for name in unipelt.PRESETS if unipelt.PRESETS[name].has_submodules},
+    **{name: small(name) for name in unipelt.PRESETS if unipelt.PRESETS[name].has_submodules and name != "prompt"},
     "mass": small("unipelt-ap", prefix={"gating": "mass", "length": 7}),
     "mean": small("unipelt-apl", gate={"pooling": "mean"}),
     "token": small("unipelt-apl", gate={"pooling": "token"}, ia3={"gate": True}),
@@ -54,6 +54,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "recurrent": small("unipelt-ap", gate={"network": "recurrent"}),
     "anywhere": {"preset": "lora", "lora": {"rank": 2, "places": ["query", "value", "up", "down"]}},
     "dora": {"preset": "lora", "lora": {"rank": 2, "decomposed": True}},
+    "pissa": {"preset": "lora", "lora": {"rank": 2, "start": "pissa"}},
     "gated-ia3": {"preset": "ia3", "ia3": {"gate": True}},
     "upper": small("unipelt-apl", layers=[2]),
 }
@@ -459,10 +460,12 @@ def test_what_is_refused() -> None:
 
 def test_classes_and_families_that_do_not_mix() -> None:
     """They carry tasks, one a batch, and say why no batch mixes them; tasks beside them do mix."""
-    configs = {"adapter": small("adapter"), "other": small("adapter"), "odd": small("prefix")}
-    for family, word in (("mpnet", "longer text"), ("deberta-v2", "relative positions")):
-        if family == "deberta-v2":
-            configs["odd"] = small("lora")
+    for family, odd, word in (
+        ("mpnet", "prefix", "takes a prefix as a longer text"),
+        ("deberta-v2", "lora", "relative positions"),
+        ("bert", "prompt", "its prompt makes its texts longer"),
+    ):
+        configs = {"adapter": small("adapter"), "other": small("adapter"), "odd": small(odd)}
         tasks = some_tasks(tiny.tiny_model(family), configs)
         batch = tiny.tiny_batch(family)
         assert logits(tasks, batch, tasks="odd").shape == (3, 2)

@@ -23,6 +23,7 @@ from unipelt.adapter import adapt_norm, adapt_output
 from unipelt.attention import ATTENTION, attend, attention_function, enter_attention, redirect
 from unipelt.lora import LoRA, add_low_rank
 from unipelt.prefix import enter_stack, leave_stack
+from unipelt.prompt import Prompt
 from unipelt.term import Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
 
 BY_ROWS = "unipelt_by_rows"
@@ -113,6 +114,8 @@ def find_unmixable(base: nn.Module, model: nn.Module) -> str | None:
         model: the same of the task.
     """
     for module in model.modules():
+        if isinstance(module, Prompt):
+            return "its prompt makes its texts longer, and a batch has texts of one length"
         if isinstance(module, (LoRA, Term)) and module.skips_ungated_calls:
             return (
                 "its attention also projects relative positions, one table for all rows of a batch, and what is added "
