@@ -278,6 +278,7 @@ def test_switch_list_delete() -> None:
     before, places = bits(model), [parameter.data_ptr() for parameter in model.parameters()]
     tasks = some_tasks(model, THREE)
     batch = tiny_batch()
+    assert not any(parameter.requires_grad for parameter in Tasks(tiny_bert()).model.parameters())
     bare = logits(model, batch)
     assert torch.equal(bare, logits(tiny_bert(), batch))
     assert list(tasks) == list(THREE)
@@ -318,7 +319,9 @@ def test_switch_list_delete() -> None:
     after = bits(model)
     assert all(torch.equal(before[path], after[path]) for path in before)
     assert torch.equal(bare, logits(model, batch))
-    unipelt.inject(model, "lora")
+    tasks.add("later", "lora")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    unipelt.inject(tasks.remove(), "lora")
 
 
 @pytest.mark.parametrize("deploy", [False, True])
@@ -545,6 +548,7 @@ def test_trainer(tmp_path: Path) -> None:
     )
     before, base = bits(tasks), bits(tasks.model)
     trainer: Any = Trainer(tasks, arguments, train_dataset=data, eval_dataset=data)
+    assert not trainer.model_accepts_loss_kwargs
     trainer.train()
     assert trainer.predict(data).predictions.shape == (4, 3)
     after = bits(tasks.model)
