@@ -239,6 +239,8 @@ def methods(
     gates = {"pooling": draw(st.sampled_from(pooling))}
     if other_gates and draw(st.booleans()):
         gates = draw(st.sampled_from(_gates(family, "prefix" in chosen)))
+    if values.get("prompt") and True in gated and _suits_prompt(gates, family):
+        values["prompt"] |= {"gate": draw(gate)}
     depth = sizes.groups if family == "albert" else sizes.layers
     sides = {"encoder": True, "decoder": True, "cross": True}
     if family in ENCODER_DECODERS:
@@ -296,6 +298,13 @@ def _gates(family: str, prefix: bool) -> list[dict[str, Any]]:
         found += [{"network": name, "hidden": 4} for name in ("recurrent", "transformer")]
         found += [{"network": "transformer", "hidden": 3, "shared": True}]
     return found + ([] if prefix else [{"activation": "tanh", "start": 0.3}])
+
+
+def _suits_prompt(gates: dict[str, Any], family: str) -> bool:
+    """Whether a prompt can have this gate, as an encoder and as a decoder."""
+    looks_both_ways = family in ENCODERS and family not in AS_DECODERS
+    pooling = gates.get("pooling")
+    return not gates.get("shared") and pooling != "token" and (pooling == "static" or looks_both_ways)
 
 
 def _has_biases(family: str) -> bool:

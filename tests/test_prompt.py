@@ -245,3 +245,182 @@ def test_what_else_is_refused() -> None:
         == unipelt.UniPELTConfig.from_dict(unipelt.resolve("lora").to_dict()).to_dict()
     )
     assert "prompt" not in unipelt.resolve("lora").to_dict()
+
+
+# Gates
+
+
+def gated(**gate: Any) -> dict[str, Any]:
+    return {"preset": "prompt", "prompt": {"length": L, "gate": True}, "gate": gate, "train_head": False}
+
+
+def gate_of(model: Any) -> Any:
+    return next(module.gates for module in model.modules() if isinstance(module, unipelt.Prompt))
+
+
+def by_hand(base: Any, model: Any, batch: dict[str, Tensor], gate: Tensor) -> Tensor:
+    """What the host gives behind `gate * P`, (B,) and (L, E); the text's states."""
+    text = base.get_input_embeddings()(batch["input_ids"])
+    mask = batch["attention_mask"]
+    inputs = torch.cat([gate[:, None, None] * prompt_of(model), text], dim=1)
+    states: Tensor = base(inputs_embeds=inputs, attention_mask=torch.nn.functional.pad(mask, (L, 0), value=1))[0]
+    return states[:, L:]
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
+@pytest.mark.parametrize("pooling", ["masked_mean", "mean", "static"])
+def test_a_gate_scales_the_prompt_by_the_text_alone(family: str, pooling: str) -> None:
+    base, batch = tiny_model(family, "Model"), tiny_batch(family)
+    model: Any = unipelt.inject(copy.deepcopy(base), gated(pooling=pooling, temperature=2.0))
+    shake(model, std=0.3)
+    gates, real = gate_of(model), batch["attention_mask"].bool()
+    with torch.no_grad():
+        text = base.get_input_embeddings()(batch["input_ids"])
+        logits = (text @ gates.weight[0] if gates.has_input else torch.zeros(real.shape)) + gates.bias[0]
+        values = torch.sigmoid(logits / 2)
+        rows = [row[seen].mean() for row, seen in zip(values, real, strict=True)]
+        want = torch.stack(rows) if pooling == "masked_mean" else values.mean(dim=1)
+        with unipelt.record_gates(model) as record:
+            got = model(**batch)[0]
+        torch.testing.assert_close(record["prompt"], want[:, None], rtol=0, atol=1e-6)
+        assert (want.std() > 1e-3) is not (pooling == "static")
+        torch.testing.assert_close(got[real], by_hand(base, model, batch, want)[real], rtol=0, atol=1e-6)
+        assert torch.equal(model(inputs_embeds=text, attention_mask=batch["attention_mask"])[0][real], got[real])
+        gates.bias.fill_(-1e4)
+        closed = by_hand(base, model, batch, torch.zeros(len(real)))
+        torch.testing.assert_close(model(**batch)[0][real], closed[real], rtol=0, atol=1e-6)
+        assert (closed - base(**batch)[0])[real].abs().max() > 1e-3, "vectors of zeros take attention"
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {},
+        {"network": "mlp", "hidden": 3},
+        {"network": "recurrent", "hidden": 3},
+        {"network": "transformer", "hidden": 3},
+        {"activation": "tanh"},
+    ],
+    ids=str,
+)
+def test_a_gates_prediction_depends_on_no_padding_and_its_parameters_train(gate: dict[str, Any]) -> None:
+    model: Any = unipelt.inject(tiny_bert(), gated(**gate))
+    batch = bert_batch()
+    with unipelt.record_gates(model) as record:
+        model(**batch)
+    assert record["prompt"].mean().item() == pytest.approx(0.0 if "activation" in gate else 0.5, abs=0.1)
+    shake(model, std=0.3)
+    with unipelt.record_gates(model) as record:
+        want = model(**batch, labels=torch.tensor([0, 1, 1]))
+        wider = {name: torch.nn.functional.pad(tensor, (0, 3)) for name, tensor in batch.items()}
+        torch.testing.assert_close(model(**wider).logits, want.logits, rtol=0, atol=1e-6)
+        floats = {**wider, "attention_mask": wider["attention_mask"].float()}
+        torch.testing.assert_close(model(**floats).logits, want.logits, rtol=0, atol=1e-6)
+        row = {name: tensor[:1, : int(batch["attention_mask"][0].sum())] for name, tensor in batch.items()}
+        torch.testing.assert_close(model(**row).logits, want.logits[:1], rtol=0, atol=1e-6)
+    assert record["prompt"].shape == (10, 1)
+    want.loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == {f"bert.prompt.{name}" for name, _ in model.bert.prompt.named_parameters()}
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained.values())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_static_gate_of_a_causal_model_with_a_cache_folded_and_in_peft(family: str, tmp_path: Path) -> None:
+    base = tiny_model(family, "Model")
+    model: Any = unipelt.inject(tiny_model(family), gated(pooling="static"))
+    shake(model, std=0.5)
+    batch = tiny_batch(family, lengths=(5, 3, 5), tokens=5, left=True)
+    gate = torch.sigmoid(gate_of(model).bias).expand(3)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        got = model(**batch, output_hidden_states=True).hidden_states[-1]
+        base.load_state_dict({name: p for name, p in model.base_model.state_dict().items() if "prompt" not in name})
+        torch.testing.assert_close(got[real], by_hand(base, model, batch, gate)[real], rtol=0, atol=1e-6)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    with unipelt.record_gates(model) as record:
+        cached = model.generate(**batch, **options)
+    assert record["prompt"].shape == (3, 1)
+    assert torch.equal(cached, model.generate(**batch, use_cache=False, **options))
+    want = model(**batch).logits
+    with pytest.raises(unipelt.CheckpointError, match=r"prompt has a gate, and PEFT has none; unipelt\.fold"):
+        unipelt.save_peft(model, tmp_path / "peft")
+    report = unipelt.fold(model, [batch], tolerance=0.0, closed=0.9)
+    assert report.outcomes["constant"] == len(report.gates) == 1
+    assert report.gates[0].std == 0
+    assert report.after.gates == {}
+    assert report.after.deployed == report.before.deployed - 1
+    torch.testing.assert_close(model(**batch).logits, want, rtol=0, atol=1e-6)
+    unipelt.save(model, tmp_path / "folded")
+    assert torch.equal(unipelt.load(tiny_model(family), tmp_path / "folded")(**batch).logits, model(**batch).logits)
+    unipelt.save_peft(model, tmp_path / "peft")
+    assert torch.equal(unipelt.load_peft(tiny_model(family), tmp_path / "peft")(**batch).logits, model(**batch).logits)
+
+
+def test_a_gate_that_varies_is_kept_by_folding_and_one_that_hardly_does_goes_into_the_prompt() -> None:
+    model: Any = unipelt.inject(tiny_bert(), gated())
+    shake(model, std=0.3)
+    batch = bert_batch()
+    want = model(**batch).logits
+    kept = copy.deepcopy(model)
+    assert unipelt.fold(kept, [batch], tolerance=0.0).outcomes["kept"] == 1
+    assert torch.equal(kept(**batch).logits, want)
+    with torch.no_grad():
+        gate_of(model).weight.mul_(1e-4)
+        gate_of(model).bias.fill_(-20.0)
+    want = model(**batch).logits
+    report = unipelt.fold(model, [batch])
+    assert report.outcomes["constant"] == 1, "closed, it still takes attention"
+    assert " - " in str(report)
+    assert gate_of(model) is None
+    torch.testing.assert_close(model(**batch).logits, want, rtol=0, atol=1e-6)
+    unipelt.remove(model)
+    assert torch.equal(model(**batch).logits, tiny_bert()(**batch).logits)
+
+
+def test_a_gated_prompt_is_counted_saved_loaded_and_removed(tmp_path: Path) -> None:
+    base = tiny_model("albert")  # whose embeddings are narrower than its states
+    first = bits(base)
+    config = {**gated(network="mlp", hidden=60), "prompt": {"length": 40, "gate": True}}
+    model: Any = unipelt.inject(base, config)
+    counts = unipelt.parameter_counts(model)
+    assert counts.submodules == {"prompt": 40 * 16}
+    assert counts.gates == {"prompt": 61, "network": 60 * 17}
+    assert counts.trained == counts.deployed == 40 * 16 + 61 + 60 * 17
+    shake(model)
+    batch = tiny_batch("albert")
+    want = model(**batch).logits
+    unipelt.save(model, tmp_path, deploy=True)
+    assert "gated prompt" in (tmp_path / "README.md").read_text()
+    loaded = unipelt.load(tiny_model("albert"), tmp_path)
+    assert torch.equal(loaded(**batch).logits, want)
+    assert torch.equal(copy.deepcopy(loaded)(**batch).logits, want)
+    unipelt.remove(model)
+    assert all(torch.equal(first[name], parameter) for name, parameter in model.named_parameters())
+    assert len(first) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "gate", [{}, {"pooling": "mean"}, {"network": "recurrent"}, {"network": "mlp"}, {"activation": "tanh"}], ids=str
+)
+def test_causal_models_refuse_gates_that_read_the_text(family: str, gate: dict[str, Any]) -> None:
+    model = tiny_model(family)
+    with pytest.raises(unipelt.InjectionError, match=r"would see the future; take gate\.pooling: static"):
+        unipelt.inject(model, gated(**gate))
+    assert not hasattr(model, "unipelt_injection")
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"pooling": "token"}, r"gate\.pooling: token .* a prompt is in front of all tokens; take gate\.pooling: mask"),
+        ({"shared": True}, r"gate\.shared: true .* a prompt is in front of all layers; take gate\.shared: false"),
+        ({"shared": True, "activation": "softmax"}, r"gate\.shared: true .* take gate\.shared: false"),
+    ],
+)
+def test_gates_of_tokens_and_of_layers_are_refused(gate: dict[str, Any], message: str) -> None:
+    with pytest.raises(unipelt.ConfigError, match=message):
+        unipelt.resolve(gated(**gate))
+    assert unipelt.resolve({"preset": "prompt", "prompt": {"gate": False}}) == unipelt.resolve("prompt")
+    assert unipelt.resolve("prompt").to_dict()["prompt"] == {"length": 20}

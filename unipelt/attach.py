@@ -24,7 +24,7 @@ from unipelt.attention import (
     leave_attention,
     redirect,
 )
-from unipelt.config import LoRAConfig, PromptConfig, UniPELTConfig
+from unipelt.config import GateConfig, LoRAConfig, PromptConfig, UniPELTConfig
 from unipelt.gate import Gates, Slot
 from unipelt.lora import ENTRY, NAMES, LoRA, add_low_rank
 from unipelt.places import (
@@ -260,16 +260,23 @@ def find_entry(model: PreTrainedModel, found: StackPlaces) -> Any:
     return entry
 
 
-def attach_prompt(model: PreTrainedModel, found: StackPlaces, config: PromptConfig) -> None:
+def attach_prompt(model: PreTrainedModel, found: StackPlaces, config: PromptConfig, gate: GateConfig) -> None:
     """Put a prompt in front of all that the base model reads."""
     entry = find_entry(model, found)
     if hasattr(entry, "prompt"):
         raise InjectionError(f"{type(entry).__name__} has an attribute 'prompt' of its own")
     if is_quantised(entry.get_input_embeddings().weight):
         raise InjectionError("the embeddings are quantised, and a prompt starts from their numbers")
+    if config.gate and found.causal and gate.pooling != "static":
+        raise InjectionError(
+            f"a prompt's gate with gate.pooling: {gate.pooling} averages over a text, and a causal "
+            f"{type(entry).__name__} would see the future; take gate.pooling: static, or prompt.gate: false"
+        )
+    like = entry.get_input_embeddings().weight
+    gates = Gates(like.shape[1], ("prompt",), gate, like, causal=False) if config.gate else None
     ends: list[Any] = [found.owner] if found.owner is entry else [found.owner, entry]
     slots = tuple(Slot() for _ in ends)
-    entry.prompt = Prompt(entry, config, slots)
+    entry.prompt = Prompt(entry, config, slots, gates).train(model.training)
     entry.register_forward_pre_hook(enter_prompt, with_kwargs=True)
     for end, slot in zip(ends, slots, strict=True):
         end.unipelt_prompt, end.unipelt_prompt_length = slot, config.length
@@ -530,7 +537,7 @@ def check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[Sta
         Prefix: (own + cross) * bool(config.prefix),
         Prompt: int(config.prompt is not None),
         Term: len(terms) - plain,
-        Gates: own * own_gates + cross * crossing_gates + len(gated),
+        Gates: own * own_gates + cross * crossing_gates + len(gated) + bool(config.prompt and config.prompt.gate),
     }
     for kind, count in expected.items():
         if found[kind] != count:

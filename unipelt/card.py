@@ -101,10 +101,14 @@ def _method(config: UniPELTConfig) -> str:
     if config.train_base:
         return "Fine-tuning"
     parts = []
-    for label, part in (("adapter", config.adapter), ("prefix", config.prefix), ("LoRA", config.lora)):
+    for label, part in (
+        ("adapter", config.adapter),
+        ("prefix", config.prefix),
+        ("LoRA", config.lora),
+        ("prompt", config.prompt),
+    ):
         if part is not None:
             parts.append(f"gated {label}" if part.gate else label)
-    parts += ["prompt"] if config.prompt is not None else []
     parts += [f"gated {part.name}" if part.gate else part.name for part in config.more]
     if config.bitfit:
         parts.append("BitFit")

@@ -269,9 +269,11 @@ def _impossible_size(
             sizes["prefix.hidden"] = config.prefix.hidden
     if config.prompt is not None:
         sizes["prompt.length"] = config.prompt.length
+        table: Any = model.get_input_embeddings()
+        width = min(width, table.weight.shape[1])  # ALBERT's embeddings are narrower than its states
     if config.lora is not None:
         sizes["lora.rank"] = config.lora.rank
-    parts = (config.adapter, config.prefix, config.lora, *config.more)
+    parts = (config.adapter, config.prefix, config.lora, config.prompt, *config.more)
     if config.gate.network != "linear" and any(part is not None and part.gate for part in parts):
         sizes["gate.hidden"] = config.gate.hidden
     for name, size in sizes.items():

@@ -113,13 +113,17 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Learned vectors before the embedded text: prompt tuning (Lester et al., 2021). It has no gate.
+    """Learned vectors before the embedded text: prompt tuning (Lester et al., 2021).
 
     Attributes:
         length: L, in tokens; so many fewer are left for a text in a model that has a longest one.
+        gate: whether a gate, one number an example, scales the vectors. As with a prefix under `scale`, a closed one
+            leaves vectors of zeros, which still take attention. It averages over the embedded text, so causal models
+            take it with `gate.pooling: static` alone; `pooling: token` and `gate.shared` have no place here.
     """
 
     length: int = 20
+    gate: bool = later(False)
 
     def __post_init__(self) -> None:
         check_fields(self, "length")
@@ -250,7 +254,8 @@ class GateConfig:
             shared gates.
         temperature: what logits are divided by.
         start: where gates begin: 0.5 under `sigmoid` and 0 under `tanh` if not given. Under `tanh` weights begin at
-            zero, so that a start of 0 is exactly the model without submodules (but for a prefix's footnote 3).
+            zero, so that a start of 0 is exactly the model without submodules (but for a prefix, footnote 3, and for
+            a prompt, whose vectors of zeros take attention too).
     """
 
     pooling: Literal["masked_mean", "mean", "token", "static"] = "masked_mean"
@@ -320,6 +325,8 @@ class UniPELTConfig:
         check_fields(self, skip=("more",))
         if self.gate.activation == "tanh" and self.prefix and self.prefix.gate and self.prefix.gating == "mass":
             raise ConfigError("gate.activation: tanh may be below 0, and a prefix's gating mass takes its logarithm")
+        if self.prompt is not None and self.prompt.gate:
+            _check_prompt_gate(self.gate)
         if self.layers is None:
             return
         if not self.layers or min(self.layers) < 0:
@@ -364,6 +371,20 @@ class UniPELTConfig:
         A part that is absent (`None`) and gets a change starts from its defaults.
         """
         return UniPELTConfig.from_dict(overlay(self.to_dict(), changes))
+
+
+def _check_prompt_gate(gate: GateConfig) -> None:
+    """Raise `ConfigError` for gates that a prompt has no place for."""
+    if gate.shared:
+        raise ConfigError(
+            "gate.shared: true is of a layer's gates, and a prompt is in front of all layers; take gate.shared: false, "
+            "or prompt.gate: false"
+        )
+    if gate.pooling == "token":
+        raise ConfigError(
+            "gate.pooling: token is a gate for every token, and a prompt is in front of all tokens; take gate.pooling: "
+            "masked_mean (static in causal models), or prompt.gate: false"
+        )
 
 
 def _checked_more(more: Any) -> tuple[SubmoduleConfig, ...]:

@@ -35,6 +35,7 @@ from unipelt.parameters import (
 )
 from unipelt.plain import show
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
+from unipelt.prompt import Prompt
 from unipelt.spread import FoldError, GatePlace, find_gates, measure_gates
 from unipelt.term import Term
 
@@ -54,8 +55,8 @@ class FoldedGate:
         name: as `unipelt.record_gates` calls it.
         mean, std, minimum, maximum: over all examples (population standard deviation); of a gate with a number a
             token, over all real tokens of all examples; where layers are shared, over all passes through them.
-        outcome: `merged` (its low-rank term is in the weight), `constant` (its adapter or prefix is scaled for good),
-            `dropped` (it is closed, and its submodule gone) or `kept`.
+        outcome: `merged` (its low-rank term is in the weight), `constant` (its adapter, prefix or prompt is scaled for
+            good), `dropped` (it is closed, and its submodule gone) or `kept`.
     """
 
     path: str
@@ -128,12 +129,13 @@ def fold(
       without a gate, with `c = alpha / r`;
     - an adapter's `up` is multiplied by c; a closed one goes, with its second pass through the norm;
     - a prefix under `scale` gating is multiplied by c; under `mass` gating (all causal attention) `log c` becomes a
-      constant beside the mask; a closed one goes.
+      constant beside the mask; a closed one goes;
+    - a prompt is multiplied by c.
 
-    Gates that vary are kept, and go on to be computed. A prefix under `scale` is never dropped, since a closed one
-    still takes attention (paper, footnote 3). A gate of DeBERTa-v2's query is kept, unless closed: its projection
-    serves relative positions too, which the gated term keeps out of. The reparameterisation networks go as well
-    (the deployed form).
+    Gates that vary are kept, and go on to be computed. A prefix under `scale` and a prompt are never dropped, since a
+    closed one still takes attention (paper, footnote 3). A gate of DeBERTa-v2's query is kept, unless closed: its
+    projection serves relative positions too, which the gated term keeps out of. The reparameterisation networks go as
+    well (the deployed form).
 
     The model stays a `PreTrainedModel`, in evaluation mode, of which nothing trains: a forward pass in training mode
     with gradients is refused. `unipelt.save` and `unipelt.load` give the same folded model again, bit for bit;
@@ -262,8 +264,8 @@ def _constant(
 
 
 def _takes_attention(target: Any) -> bool:
-    """Whether it is a prefix that takes attention even when its gate is closed."""
-    return isinstance(target, Prefix) and target.gating == "scale"
+    """Whether it is a prefix or a prompt that takes attention even when its gate is closed."""
+    return isinstance(target, Prompt) or (isinstance(target, Prefix) and target.gating == "scale")
 
 
 def _serves_positions(target: Any) -> bool:
@@ -289,9 +291,10 @@ def _settle(model: nn.Module, gates: list[GatePlace], constants: Constants) -> d
                 raise FoldError(f"the model has no gate {show(name)} at {show(path)}")
             target = known[path, name]
             if isinstance(target, Term):
-                raise FoldError(f"{name!r} at {path!r}: only adapters, prefixes and LoRA are folded")
+                raise FoldError(f"{name!r} at {path!r}: only adapters, prefixes, prompts and LoRA are folded")
             if constant is None and _takes_attention(target):
-                raise FoldError(f"{name!r} at {path!r}: a prefix under scale gating takes attention and is not dropped")
+                what = "a prompt" if isinstance(target, Prompt) else "a prefix under scale gating"
+                raise FoldError(f"{name!r} at {path!r}: {what} takes attention and is not dropped")
             if constant is not None and not 0 < constant <= 1:
                 raise FoldError(f"{name!r} at {path!r}: a gate is above 0 and at most 1, not {constant!r}")
             if constant is not None and _serves_positions(target):
@@ -435,6 +438,12 @@ def _fold_host(host: Any, settled: Mapping[nn.Module, float | None]) -> None:
             adapter.up.weight.mul_(constant)
             adapter.up.bias.mul_(constant)
             adapter.gates = adapter.tokens = None
+    prompt = getattr(host, "prompt", None)
+    if isinstance(prompt, Prompt) and prompt in settled:
+        constant = settled[prompt]
+        assert constant is not None  # it takes attention, and is not dropped
+        prompt.embedding.mul_(constant)
+        prompt.gates = None
     prefix = getattr(host, "prefix", None)
     if isinstance(prefix, Prefix) and prefix in settled:
         constant = settled[prefix]

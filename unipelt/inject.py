@@ -119,7 +119,7 @@ def inject_as(
         for found in stacks:
             attach(model, found, config, deployed)
         if config.prompt is not None:
-            attach_prompt(model, stacks[0], config.prompt)
+            attach_prompt(model, stacks[0], config.prompt, config.gate)
         check_counts(model, config, stacks)
         set_trainable(model, injection)
         if config.bitfit and not bias_names(model) - injection.head:

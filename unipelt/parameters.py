@@ -85,7 +85,7 @@ class ParameterCounts:
         base: the pretrained model, without head and without submodules.
         submodules: trained, by submodule (`adapter`, `prefix`, `lora`, …, `bitfit`, `base`), gates apart.
         deployed_submodules: the same, after training.
-        gates: by gate (`adapter`, `prefix`, `lora_query`, `lora_value`, …), over all layers; `network` is of those in
+        gates: by gate (`adapter`, `prefix`, `lora_query`, `prompt`, …), over all layers; `network` is of those in
             front of gates.
     """
 

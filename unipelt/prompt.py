@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from unipelt.config import PromptConfig
-from unipelt.gate import Slot
+from unipelt.gate import Gates, Slot, product, token_weights
 
 
 class Prompt(nn.Module):
@@ -23,21 +23,46 @@ class Prompt(nn.Module):
     positions count from its first vector on, so the text's are shifted by L, as in PEFT; its token type is 0. What
     comes out are the text's states alone: heads and poolers read the same tokens as without a prompt.
 
+    With a gate it is `[g P; E(text)]`, g one number an example, over the embedded text alone (the prompt's vectors take
+    no part):
+
+        g = sum_t m_t sigmoid(w e_t + b)
+
+    A closed gate leaves vectors of zeros, which still take attention, as the paper's prefix does (footnote 3). Where
+    attention is causal the text's mean would see the future, so that a gate is static there: g = sigmoid(b).
+
     Attributes:
         embedding: (L, E), P.
+        gates: the gate, or None.
         inputs: what the model's forward calls its positional arguments.
         lengths: bring what the model computes on, (B, L + T, E), from its entry to those that cut L rows off again.
     """
 
-    def __init__(self, model: Any, config: PromptConfig, lengths: tuple[Slot, ...]) -> None:
+    def __init__(self, model: Any, config: PromptConfig, lengths: tuple[Slot, ...], gates: Gates | None) -> None:
         super().__init__()
         table: nn.Module = model.get_input_embeddings()
         weight: Any = table.weight
         with torch.no_grad():
             rows = torch.randint(len(weight), (config.length,)).to(weight.device)
             self.embedding = nn.Parameter(table(rows).clone())
+        self.gates = gates
         self.inputs = tuple(inspect.signature(model.forward).parameters)
         self.lengths = lengths
+
+    def forward(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        """What is put in front, (B or 1, L, E).
+
+        Args:
+            text: (B, T, E), embedded.
+            mask: (B, T), 0 at padding, or None where there is none.
+        """
+        gates = self.gates
+        if gates is None:
+            return self.embedding.to(text.dtype).unsqueeze(0)
+        pooled = gates.pooling in ("masked_mean", "text")
+        weights = token_weights(mask.bool(), len(text)) if pooled and mask is not None else None
+        logits, _ = product(text.to(gates.bias.dtype), gates, weights=weights)
+        return (gates(logits, weights) * self.embedding).to(text.dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -70,7 +95,8 @@ def enter_prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if not begun:
         text = given.get("inputs_embeds")
         text = model.get_input_embeddings()(given["input_ids"]) if text is None else text
-        longer = torch.cat([prompt.embedding.to(text.dtype).expand(len(text), -1, -1), text], dim=1)
+        own = None if mask is None else given["attention_mask"][:, length:]
+        longer = torch.cat([prompt(text, own).expand(len(text), -1, -1), text], dim=1)
         given |= {"input_ids": None, "inputs_embeds": longer}
         if given.get("token_type_ids") is not None:
             given["token_type_ids"] = nn.functional.pad(given["token_type_ids"], (length, 0))

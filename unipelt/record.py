@@ -20,7 +20,8 @@ class GateRecord(Mapping[str, Tensor]):
     """Gate values by name: `adapter`, `prefix`, `lora_query`, `lora_value`, as far as the model has them.
 
     Behind an encoder, a decoder's are called `decoder.adapter` and so on; those of its attention to the encoder are
-    called `cross.prefix` and so on.
+    called `cross.prefix` and so on. A prompt's, `prompt`, belongs to no layer and is one column; passes that find the
+    prompt in a cache do not compute it, and have no row.
 
     `record["adapter"]` is (E, N), on the model's device: a row for each example in the order that the model saw
     them, a column for each layer that carries the gate (for each pass through it, where layers are shared). Of gates
@@ -96,7 +97,7 @@ def record_gates(model: nn.Module, *, detach: bool = True) -> Iterator[GateRecor
             record._add(names, output if output.dim() == 3 else output.unflatten(0, (batch, -1)))
 
     handles = [
-        model.register_forward_pre_hook(enter, with_kwargs=True),
+        model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),  # a prompt may enter here too
         model.register_forward_hook(leave, always_call=True),
         *(module.register_forward_hook(partial(keep, module.names)) for module in modules),
     ]

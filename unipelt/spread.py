@@ -55,7 +55,7 @@ def find_gates(model: PreTrainedModel) -> list[GatePlace]:
         host: Any = module
         if site is not None and host.gates is not None:
             targets = [host.get_submodule(".".join(target)) for target in site.targets]
-        elif isinstance(module, (Adapter, LoRA, Term)) and module.gates is not None:
+        elif isinstance(module, (Adapter, LoRA, Prompt, Term)) and module.gates is not None:
             targets = [module]
         else:
             continue

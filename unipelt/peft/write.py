@@ -137,6 +137,11 @@ def _check_travels(model: PreTrainedModel, injection: Injection, method: str) ->
                 f"{path} is {what}, which a PEFT folder of {called} cannot hold; train without it (the preset "
                 f"{kept!r}), or keep the model whole with unipelt.save"
             )
+        if isinstance(module, Prompt) and module.gates is not None:
+            raise CheckpointError(
+                f"{path} has a gate, and PEFT has none; unipelt.fold(model, batches) makes it a constant, which can "
+                "travel, or keep the model whole with unipelt.save"
+            )
         if isinstance(module, Term) and (module.gates is not None or module.gate is not None):
             raise CheckpointError(
                 f"the gate of {path} depends on the text, and PEFT has no gates; train without (gate: false), or keep "
