@@ -100,6 +100,8 @@ def enter_prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         given |= {"input_ids": None, "inputs_embeds": longer}
         if given.get("token_type_ids") is not None:
             given["token_type_ids"] = nn.functional.pad(given["token_type_ids"], (length, 0))
+        if given.get("seq_len") is not None:  # ModernBERT's heads count the text before Transformers 5.1
+            given["seq_len"] = given["seq_len"] + length
     for slot in prompt.lengths:
         slot.put(longer)
     return (), given
