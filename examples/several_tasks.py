@@ -83,7 +83,9 @@ def build_base(source: str) -> Any:
     """The base: a folder, a package or a name; `random` is one of BERT-base's size."""
     if source == "random":
         return BertForSequenceClassification(BertConfig()).eval()
-    return AutoModelForSequenceClassification.from_pretrained(locate_model(source)).eval()
+    place = locate_model(source)
+    model = AutoModelForSequenceClassification.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
+    return model.eval()
 
 
 def labelled(count: int) -> BertConfig:

@@ -276,7 +276,7 @@ def paper_learning_rate(config: UniPELTConfig) -> float:
     """The learning rate of the paper's tables for a method on BERT-base (section 4.1); what it lacks has UniPELT's."""
     if config.train_base:
         return 2e-5
-    parts = [name for name in ("adapter", "prefix", "lora", *SUBMODULES) if config.part(name) is not None]
+    parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
     if parts in ([], ["adapter"]):
         return 1e-4
     return 2e-4 if parts == ["prefix"] else 5e-4
