@@ -19,6 +19,7 @@ import yaml
 from transformers.utils import logging
 
 import unipelt
+from unipelt.report import write_report
 
 HOME = Path(__file__).parent.parent
 DOCS = HOME / "docs"
@@ -71,6 +72,16 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             printed = None
     assert ran >= 8
     assert (tmp_path / "runs" / "tutorial" / "gates.png").stat().st_size > 0
+
+
+def test_the_report_in_the_docs_is_that_of_its_records(tmp_path: Path) -> None:
+    """Made again from the records beside it, every table, number and picture's name is the same."""
+    folder = DOCS / "results"
+    write_report(folder / "records", tmp_path)
+    for name in ("report.md", "report.csv", "runs.csv"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8"), name
+    made, kept = ({path.name for path in (place / "pictures").iterdir()} for place in (tmp_path, folder))
+    assert made == kept
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.name)
@@ -133,7 +144,7 @@ def test_every_page_is_in_the_site() -> None:
             for inner in value.values() if isinstance(value, dict) else value:
                 yield from pages(inner)
 
-    assert sorted(pages(site["nav"])) == PAGES
+    assert sorted(pages(site["nav"])) == sorted([*PAGES, "results/report.md"])
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     assert [name for name in PAGES if name != "index.md" and f"({name})" not in index] == []
 
