@@ -232,6 +232,7 @@ def methods(
     lora = values["lora"]
     if further and lora is not None and not lora["decomposed"] and lora["rank"] <= 4:
         lora["start"] = draw(st.sampled_from(["zero", "zero", "pissa"]))  # a place may be 4 wide
+        lora["gating"] = draw(st.sampled_from(["replace", "replace", "multiply"]))
     if further and chosen:
         values |= _further(draw, sizes, gate)
     if further and chosen and False in gated and family not in (*ENCODER_DECODERS, *WINDOWED):

@@ -114,6 +114,17 @@ def test_both_gatings_fold_exactly(family: str, gating: str) -> None:
         assert_close(model(**unmasked).logits, expected[1])
 
 
+@pytest.mark.parametrize("start", ["zero", "pissa"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_gate_that_multiplies_folds_with_its_scale(family: str, start: str) -> None:
+    lora = {**SMALL["lora"], "gating": "multiply", "start": start}
+    model = trained(family, changes={"lora": lora, "adapter": None, "prefix": None})
+    hold(model, by_name)
+    expected = outputs(model, family, seed=5)
+    unipelt.fold(model, batches(family), tolerance=1e-6)
+    assert_close(outputs(model, family, seed=5), expected)
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "bart"])
 @pytest.mark.parametrize("kept", ["prefix", "lora_query", "lora_value", "adapter"])
 def test_gates_that_vary_stay(family: str, kept: str) -> None:

@@ -71,17 +71,18 @@ def test_an_update_is_a_change_of_weights(family: str, scaling: str, decomposed:
     assert (want - logits(base, batch)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"gating": "multiply"}, {"decomposed": True}])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("family", HOSTS)
-def test_a_gate_leads_from_frozen_to_updated(family: str, shared: bool, decomposed: bool) -> None:
-    """A gate replaces `alpha / r`, or leads to all that a decomposed update does."""
+def test_a_gate_leads_from_frozen_to_updated(family: str, shared: bool, kind: dict[str, Any]) -> None:
+    """A gate replaces `alpha / r` or multiplies it, or leads to all that a decomposed update does."""
     base, batch = tiny_model(family), batch_of(family)
-    lora = {"rank": 3, "alpha": 6.0, "gate": True, "places": ALL, "decomposed": decomposed}
+    lora = {"rank": 3, "alpha": 6.0, "gate": True, "places": ALL, **kind}
     sides = {"decoder": family in DECODERS, "cross": False, "train_head": False, "gate": {"shared": shared}}
     model = unipelt.inject(copy.deepcopy(base), {"preset": "lora", "lora": lora, "layers": [1], **sides})
     shake(model)
-    for value, want in ((0.0, base), (1.0, merged(family, base, model, 2.0 if decomposed else 1.0, decomposed))):
+    open_ = merged(family, base, model, 2.0 if kind else 1.0, "decomposed" in kind)
+    for value, want in ((0.0, base), (1.0, open_)):
         with torch.no_grad():
             for module in model.modules():
                 if isinstance(module, Gates):
@@ -279,7 +280,9 @@ def test_what_a_start_does_not_go_with() -> None:
         unipelt.resolve({"preset": "lora", "lora": {"start": "pissa", "decomposed": True}})
     with pytest.raises(ConfigError, match=r"lora\.start must be zero or pissa, not 'svd'"):
         unipelt.resolve({"preset": "lora", "lora": {"start": "svd"}})
-    for lora in ({"start": "pissa"}, {"decomposed": True}, {"places": ["query", "up"]}):
+    with pytest.raises(ConfigError, match="decomposed updates keep their scale under a gate; leave gating out"):
+        unipelt.resolve({"preset": "lora", "lora": {"gating": "multiply", "decomposed": True}})
+    for lora in ({"start": "pissa"}, {"decomposed": True}, {"places": ["query", "up"]}, {"gating": "multiply"}):
         with pytest.raises(unipelt.CheckpointError, match="the release has plain LoRA of queries and values"):
             unipelt.release_state_dict(unipelt.inject(tiny_bert(), {"preset": "lora", "lora": lora}))
 

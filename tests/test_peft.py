@@ -255,10 +255,11 @@ def constant_gates(model: PreTrainedModel) -> None:
             module.bias.copy_(torch.logit(0.3 + 0.05 * place + 0.02 * torch.arange(len(module.bias))))
 
 
+@pytest.mark.parametrize("gating", ["replace", "multiply"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "bart", "llama"])
-def test_a_folded_model_of_gated_lora_travels(family: str, tmp_path: Path) -> None:
+def test_a_folded_model_of_gated_lora_travels(family: str, gating: str, tmp_path: Path) -> None:
     batch = tiny_batch(family)
-    model = with_lora(tiny_model(family), lora={"gate": True})
+    model = with_lora(tiny_model(family), lora={"gate": True, "gating": gating})
     constant_gates(model)
     expected = logits(model, batch)
     unipelt.fold(model, [batch])

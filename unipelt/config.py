@@ -73,13 +73,16 @@ class LoRAConfig:
 
     Attributes:
         rank: r.
-        alpha: numerator of the scale `alpha / rank`; a gate replaces that scale.
+        alpha: numerator of the scale `alpha / rank`; a gate replaces that scale, as `gating` says.
         gate: whether gates (one for each projection) replace `alpha / rank`.
         places: which projections: `query`, `key`, `value`, `attention`, `up`, `down`.
         scaling: `standard`, or `rank_stabilised` for the scale `alpha / sqrt(rank)` (Kalajdzievski, 2023).
         decomposed: weight-decomposed updates, DoRA (Liu et al., 2024): the length of each row of the weight is learned
             apart from its direction. A gate leads from the frozen projection (0) to the updated one (1), and the scale
             stays.
+        gating: how the gate acts. `replace`: it stands for the scale (the paper). `multiply`: the scale stays, and the
+            gate is a factor of it, so that half open a term is added as strongly as ungated with half of `alpha`.
+            Decomposed updates keep their scale in any case.
         start: `zero`: B. `pissa`: A and B start as the principal part of the weight, its `rank` largest singular values
             and vectors, and what is added is their difference to that start (Meng et al., 2024).
     """
@@ -91,6 +94,7 @@ class LoRAConfig:
     scaling: Literal["standard", "rank_stabilised"] = later("standard")
     decomposed: bool = later(False)
     start: Literal["zero", "pissa"] = later("zero")
+    gating: Literal["replace", "multiply"] = later("replace")
 
     def __post_init__(self) -> None:
         check_fields(self, "rank", "alpha")
@@ -98,6 +102,8 @@ class LoRAConfig:
             raise ConfigError(f"places must name one or more of {', '.join(PROJECTIONS)}, none of them twice")
         if self.decomposed and self.start != "zero":
             raise ConfigError(f"start: {self.start} is of plain updates, and decomposed ones start at zero")
+        if self.decomposed and self.gating != "replace":
+            raise ConfigError("decomposed updates keep their scale under a gate; leave gating out")
         object.__setattr__(self, "places", tuple(place for place in PROJECTIONS if place in self.places))
 
     @property
@@ -109,6 +115,11 @@ class LoRAConfig:
     def scale(self) -> float:
         """What `B A x` is multiplied by where no gate replaces it."""
         return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+
+    @property
+    def gated_scale(self) -> float:
+        """What `g B A x` is multiplied by where there is a gate."""
+        return 1.0 if self.gating == "replace" else self.scale
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,8 @@ def _settle(model: nn.Module, gates: list[GatePlace], constants: Constants) -> d
                 raise FoldError(f"{name!r} at {path!r}: a gate is above 0 and at most 1, not {constant!r}")
             if constant is not None and _serves_positions(target):
                 raise FoldError(f"{name!r} at {path!r}: this term serves one of two uses of a weight: it is not merged")
-            settled[target] = constant
+            scale = target.gated_scale if isinstance(target, LoRA) else 1.0
+            settled[target] = None if constant is None else constant * scale
     for module in model.modules():
         if isinstance(module, LoRA) and module.gates is None and module.low is None and module.gate is None:
             settled[module] = module.scale

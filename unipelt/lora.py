@@ -49,13 +49,14 @@ def matrix_of(host: Any, rows: Rows) -> Tensor:
 class LoRA(nn.Module):
     """The low-rank term of a projection: `W x + b + s * B A x` (Hu et al., 2022; paper, section 2.2).
 
-    `s = alpha / r`; a gate REPLACES that scale (paper, section 3.2). `A` starts Kaiming-uniform with a = sqrt(5), `B`
+    `s = alpha / r`; a gate REPLACES that scale (paper, section 3.2), or with the gating `multiply` is a factor of it:
+    `W x + b + g s B A x`. `A` starts Kaiming-uniform with a = sqrt(5), `B`
     at zero, so the term starts at zero.
 
     With the start `pissa` the term is `s * (B A - B0 A0) x`, and A and B start at A0 and B0, the principal part of W:
     `s B0 A0` is the best approximation of W of rank r, by its largest singular values (Meng et al., 2024, equations 2
     to 4, where the frozen weight is `W - s B0 A0`; here it stays W, so that the checkpoint of the base still fits).
-    With a gate, `B0 A0` is that approximation, and the gate leads from W (0) to `W - B0 A0 + B A` (1).
+    With a gate that replaces s, `B0 A0` is that approximation, and the gate leads from W (0) to `W - B0 A0 + B A` (1).
 
     Attributes:
         A: (r, in_features).
@@ -83,6 +84,7 @@ class LoRA(nn.Module):
             self.B0 = nn.Parameter(self.B.detach().clone(), requires_grad=False)
         self.rows = rows
         self.scale = config.scale
+        self.gated_scale = config.gated_scale
         self.gates = gates
         self.low = Slot() if config.gate and gates is None else None
         self.tokens: Slot | None = None
@@ -107,7 +109,7 @@ class LoRA(nn.Module):
         kind = torch.promote_types(weight.dtype, torch.float32)
         left, values, right = torch.linalg.svd(weight.detach().to(kind), full_matrices=False)
         rank = len(self.A)
-        root = (values[:rank] / (1.0 if gated else self.scale)).sqrt()
+        root = (values[:rank] / (self.gated_scale if gated else self.scale)).sqrt()
         for own, first, value in (
             (self.A, self.A0, root[:, None] * right[:rank]),
             (self.B, self.B0, left[:, :rank] * root),
@@ -128,7 +130,7 @@ class LoRA(nn.Module):
         slot = self.low or self.gate or self.tokens
         if self.skips_ungated_calls and slot is not None and slot.is_empty():
             return out
-        scale = 1.0
+        scale = self.gated_scale
         down, up = self.pair()
         if self.low is not None:
             taken = self.low.take()

@@ -120,9 +120,11 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
     if injection_of(model).config.prompt is not None:
         raise CheckpointError("the release has adapter, prefix, LoRA and their gates, and this model a prompt")
     lora = injection_of(model).config.lora
-    if lora is not None and (lora.decomposed or lora.start != "zero" or not {*lora.places} <= {"query", "value"}):
+    usual = lora is None or (not lora.decomposed and lora.start == "zero" and lora.gating == "replace")
+    if lora is not None and not (usual and {*lora.places} <= {"query", "value"}):
         raise CheckpointError(
-            "the release has plain LoRA of queries and values that starts at zero, and this model's is another"
+            "the release has plain LoRA of queries and values that starts at zero and whose gate replaces the scale, "
+            "and this model's is another"
         )
     places: dict[str, _Place] = {}
     for path, module in model.named_modules():

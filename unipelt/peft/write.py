@@ -174,7 +174,10 @@ def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
             host = type(model)(copy.deepcopy(model.config))
         inject_as(host, injection.config, deployed=True, head=injection.head)
         for gate in find_gates(host):
-            scales[gate.target] = folded.constants.get(gate.path, {}).get(gate.name)
+            constant = folded.constants.get(gate.path, {}).get(gate.name)
+            if constant is not None and isinstance(gate.target, LoRA):
+                constant *= gate.target.gated_scale
+            scales[gate.target] = constant
     found = []
     for path, module in host.named_modules():
         scale = scales.get(module, module.scale) if isinstance(module, LoRA) else None
