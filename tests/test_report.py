@@ -36,6 +36,7 @@ from unipelt.report.compare import (
     paired_test,
     paired_tests,
     upper_bounds,
+    variant_effects,
 )
 from unipelt.report.page import PAPER
 from unipelt.report.paper import TASKS, paper, paper_costs, paper_upper_bound
@@ -643,6 +644,28 @@ def test_what_a_head_that_trains_gains_is_paired_by_task_and_seed(tmp_path: Path
     write_report(tmp_path / "runs", tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "| lora | K = 100 | +15.00<br>+10.00 to +20.00 | 2<br>rte |" in text.partition("## What the head does")[2]
+
+
+def test_other_combinations_are_paired_with_the_papers_by_task_and_seed(tmp_path: Path) -> None:
+    mass = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
+    records = [
+        *(make_record(task, "unipelt-apl", seed, 0.6 + 0.01 * seed) for task in ("rte", "sst2") for seed in (1, 2)),
+        make_record("rte", mass, 1, 0.71, name="unipelt-apl, mass", learning_rate=5e-4),  # whatever its rate
+        make_record("rte", mass, 2, 0.67, name="unipelt-apl, mass", learning_rate=5e-4),
+        make_record("mrpc", mass, 1, 0.1, name="unipelt-apl, mass", learning_rate=5e-4),  # no pair
+        *(make_record("rte", "unipelt-apl", seed, 0.2, max_length=64) for seed in (1, 2)),  # another setting
+        *(make_record("rte", "lora", seed, 0.9) for seed in (1, 2)),  # one submodule
+    ]
+    [effect] = variant_effects(results_of(*records).table(100))
+    assert effect.row.startswith("unipelt-apl, mass")
+    assert effect.against.startswith("unipelt-apl")
+    assert (effect.tasks, effect.pairs) == (("rte",), 2)
+    assert (effect.difference, effect.low, effect.high) == pytest.approx((0.075, 0.05, 0.1))
+    save(tmp_path / "runs", *records)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    section = text.partition("## Other combinations against UniPELT(APL)")[2]
+    assert "K = 100 | +7.50<br>+5.00 to +10.00 | 0.205 | 0.500 | 2<br>rte |" in section
 
 
 def test_gates_beside_what_submodules_do_alone(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from unipelt.report.paper import TASKS, paper_upper_bound
 from unipelt.typed import flatten
 
 RESAMPLES = 10_000
+PAPERS = "unipelt-apl"
+"""The combination that others are compared with."""
 # What a number on the axis of a curve may be: the paper's Figures 2 and 3, and their like for the prefix.
 _SIZES = ("adapter.bottleneck", "lora.alpha", "lora.rank", "prefix.length")
 
@@ -83,6 +85,28 @@ class HeadEffect:
     difference: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class VariantEffect:
+    """Another combination against the paper's, UniPELT(APL), over pairs of task and seed.
+
+    Attributes:
+        row, against: the rows.
+        difference: mean of the variant minus APL, a fraction.
+        low, high: its 95 % interval by bootstrap over pairs.
+        t, wilcoxon: p values, two-sided; None where they are not defined.
+    """
+
+    row: str
+    against: str
+    tasks: tuple[str, ...]
+    pairs: int
+    difference: float
+    low: float
+    high: float
+    t: float | None
+    wilcoxon: float | None
 
 
 @dataclass(frozen=True)
@@ -209,6 +233,23 @@ def head_effects(table: Table) -> list[HeadEffect]:
         if len(differences) > 1:
             mean, low, high, *_ = paired_test(differences)
             found.append(HeadEffect(frozen, trained, tuple(tasks), len(differences), mean, low, high))
+    return found
+
+
+def variant_effects(table: Table) -> list[VariantEffect]:
+    """Every other combination against `unipelt-apl`, on the tasks and seeds that both have."""
+    found = []
+    for row in table.combined():
+        first = table.first(row)
+        theirs = table.named(PAPERS, first.setting)
+        if not theirs or first.method == PAPERS:
+            continue
+        ours = table.row(row)
+        tasks = [task for task in ours if task in theirs]
+        differences = _differences(ours, theirs, tasks)
+        if len(differences) > 1:
+            against = next(iter(theirs.values())).row
+            found.append(VariantEffect(row, against, tuple(tasks), len(differences), *paired_test(differences)))
     return found
 
 

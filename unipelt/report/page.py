@@ -15,10 +15,15 @@ from unipelt.report.sections import (
     compare_costs,
     compare_gates,
     compare_heads,
+    compare_variants,
     compare_with_singles,
     compare_with_upper_bounds,
 )
 
+SECTIONS = (
+    *(compare_with_upper_bounds, compare_with_singles, compare_variants, compare_heads, compare_gates),
+    compare_costs,
+)
 PAPER = "https://aclanthology.org/2022.acl-long.433/"
 
 
@@ -31,7 +36,7 @@ def compose(results: Results, pictures: Sequence[Picture], name: str) -> list[Bl
     blocks: list[Block] = [Heading(1, f"UniPELT: {name}"), *_summary(results)]
     for table in tables:
         blocks += _scores(table, results)
-    for section in (compare_with_upper_bounds, compare_with_singles, compare_heads, compare_gates, compare_costs):
+    for section in SECTIONS:
         blocks += section(tables)
     for pictured, title, text in (
         ("sizes", "One number of the method", "Mean over seeds; bars are one standard deviation each way."),

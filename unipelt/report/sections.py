@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from unipelt.report.blocks import NONE, Block, Entry, Grid, Heading, Paragraph, percent, signed
 from unipelt.report.cells import Table
-from unipelt.report.compare import RESAMPLES, costs, gate_agreements, head_effects, marks, paired_tests, upper_bounds
+from unipelt.report.compare import (
+    RESAMPLES,
+    costs,
+    gate_agreements,
+    head_effects,
+    marks,
+    paired_tests,
+    upper_bounds,
+    variant_effects,
+)
 from unipelt.report.paper import paper_costs
 from unipelt.report.pictures import k_name
 
@@ -89,6 +98,32 @@ def compare_heads(tables: Sequence[Table]) -> list[Block]:
             "authors' program: pairs of the same task and seed, with the interval of a bootstrap over pairs."
         ),
         Grid(["method", "K", "gain, 95 % interval", "pairs"], rows),
+    ]
+
+
+def compare_variants(tables: Sequence[Table]) -> list[Block]:
+    """Other combinations against the paper's."""
+    rows: list[list[Entry]] = [
+        [
+            [(effect.row, ""), (f"against {effect.against}", "minor")],
+            [(k_name(table.k), "")],
+            [(signed(100 * effect.difference), ""), (_interval(effect.low, effect.high), "minor")],
+            [(_p(effect.t), "")],
+            [(_p(effect.wilcoxon), "")],
+            [(str(effect.pairs), ""), (", ".join(effect.tasks), "minor")],
+        ]
+        for table in tables
+        for effect in variant_effects(table)
+    ]
+    if not rows:
+        return []
+    return [
+        Heading(2, "Other combinations against UniPELT(APL)"),
+        Paragraph(
+            "Pairs of the same task and seed, with the interval of a bootstrap over pairs and two-sided p values; as "
+            "above, pairs of one task are not independent of each other."
+        ),
+        Grid(["method", "K", "difference, 95 % interval", "t-test, p", "Wilcoxon, p", "pairs"], rows),
     ]
 
 
