@@ -282,7 +282,12 @@ def test_what_a_start_does_not_go_with() -> None:
         unipelt.resolve({"preset": "lora", "lora": {"start": "svd"}})
     with pytest.raises(ConfigError, match="decomposed updates keep their scale under a gate; leave gating out"):
         unipelt.resolve({"preset": "lora", "lora": {"gating": "multiply", "decomposed": True}})
-    for lora in ({"start": "pissa"}, {"decomposed": True}, {"places": ["query", "up"]}, {"gating": "multiply"}):
+    for lora in (
+        {"start": "pissa"},
+        {"decomposed": True},
+        {"places": ["query", "up"]},
+        {"gating": "multiply", "gate": True},
+    ):
         with pytest.raises(unipelt.CheckpointError, match="the release has plain LoRA of queries and values"):
             unipelt.release_state_dict(unipelt.inject(tiny_bert(), {"preset": "lora", "lora": lora}))
 

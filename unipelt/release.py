@@ -120,8 +120,12 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
     if injection_of(model).config.prompt is not None:
         raise CheckpointError("the release has adapter, prefix, LoRA and their gates, and this model a prompt")
     lora = injection_of(model).config.lora
-    usual = lora is None or (not lora.decomposed and lora.start == "zero" and lora.gating == "replace")
-    if lora is not None and not (usual and {*lora.places} <= {"query", "value"}):
+    if lora is not None and not (
+        {*lora.places} <= {"query", "value"}
+        and lora.start == "zero"
+        and not lora.decomposed
+        and not (lora.gate and lora.gating != "replace")
+    ):
         raise CheckpointError(
             "the release has plain LoRA of queries and values that starts at zero and whose gate replaces the scale, "
             "and this model's is another"
