@@ -25,6 +25,7 @@ HOME = Path(__file__).parent.parent
 DOCS = HOME / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 TEXTS = [*(DOCS / name for name in PAGES), HOME / "README.md"]
+REPORTS = sorted(path.parent for path in DOCS.glob("results/*/report.md"))
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "runs" / "tutorial" / "gates.png").stat().st_size > 0
 
 
-def test_the_report_in_the_docs_is_that_of_its_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", REPORTS, ids=lambda path: path.name)
+def test_a_report_in_the_docs_is_that_of_its_records(folder: Path, tmp_path: Path) -> None:
     """Made again from the records beside it, every table, number and picture's name is the same."""
-    folder = DOCS / "results"
     write_report(folder / "records", tmp_path)
     for name in ("report.md", "report.csv", "runs.csv"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8"), name
@@ -144,7 +145,7 @@ def test_every_page_is_in_the_site() -> None:
             for inner in value.values() if isinstance(value, dict) else value:
                 yield from pages(inner)
 
-    assert sorted(pages(site["nav"])) == sorted([*PAGES, "results/report.md"])
+    assert sorted(pages(site["nav"])) == sorted([*PAGES, *(f"results/{path.name}/report.md" for path in REPORTS)])
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     assert [name for name in PAGES if name != "index.md" and f"({name})" not in index] == []
 
