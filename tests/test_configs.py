@@ -55,6 +55,9 @@ SIZES = {
     "evidence-k100.yaml": (320, 64),
     "evidence-frozen-heads.yaml": (120, 24),
     "evidence-variants.yaml": (200, 40),
+    "evidence-gte-rates.yaml": (25, 25),
+    "evidence-gte-k100.yaml": (80, 16),
+    "evidence-gte-variants.yaml": (30, 6),
 }
 
 
@@ -105,7 +108,8 @@ def test_is_parsed_and_started(name: str, home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_has_a_row_in_the_readme_and_holds_only_what_differs(name: str) -> None:
     assert f"| `{name}` |" in (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert repeated_defaults(read_config(FOLDER / name)) in ([], ["dev_samples"])
+    # precision: the default, and not what its base says
+    assert repeated_defaults(read_config(FOLDER / name)) in ([], ["dev_samples"], ["precision"])
 
 
 def repeated_defaults(values: Mapping[str, Any], kind: type[TrainingSettings] = RunSettings) -> list[str]:
@@ -265,7 +269,7 @@ def test_a_sweep_holds_only_what_differs(name: str) -> None:
                     continue
                 assert change != preset[part]
                 if isinstance(change, dict):
-                    assert not any(value == preset[part][field] for field, value in change.items())
+                    assert not any(value == preset[part].get(field) for field, value in change.items())
 
 
 def test_table_1_is_the_papers_grid() -> None:
@@ -341,19 +345,24 @@ def test_the_sweep_of_minilm_is_table_1_with_one_grid_of_learning_rates_for_all_
     assert {settings.model for settings in sweep.runs} == {read_config(FOLDER / "minilm.yaml")["model"]}
 
 
-def evidence_rates() -> dict[str, float | None]:
+def evidence_rates(model: str = "") -> dict[str, float | None]:
     """The learning rate of each method in the table; the same for all tasks and seeds."""
-    rates = {(settings.method_name, settings.learning_rate) for settings in runs_of("evidence-k100.yaml")}
+    rates = {(settings.method_name, settings.learning_rate) for settings in runs_of(f"evidence-{model}k100.yaml")}
     assert len(rates) == len(dict(rates))
     return dict(rates)
 
 
-def test_the_evidence_is_table_1_at_100_examples_with_a_learning_rate_for_each_method() -> None:
-    table, wanted = runs_of("evidence-k100.yaml"), runs_of("table1.yaml")
-    assert {key(settings) for settings in table} == {key(one) for one in wanted if one.train_samples == 100}
-    rates = evidence_rates()
+@pytest.mark.parametrize(("model", "tasks"), [("", set(TASKS)), ("gte-", {"stsb", "sst2"})])
+def test_the_evidence_is_table_1_at_100_examples_with_a_learning_rate_for_each_method(
+    model: str, tasks: set[str]
+) -> None:
+    table, wanted = runs_of(f"evidence-{model}k100.yaml"), runs_of("table1.yaml")
+    assert {key(settings) for settings in table} == {
+        key(one) for one in wanted if one.train_samples == 100 and one.task in tasks
+    }
+    rates = evidence_rates(model)
     assert rates.pop("prefix, prefix.length=50") == rates["prefix"], "not chosen for itself"
-    tried = runs_of("evidence-rates.yaml")
+    tried = runs_of(f"evidence-{model}rates.yaml")
     assert {settings.seed for settings in tried} == {0}
     assert {(settings.method_name, settings.learning_rate) for settings in tried} > set(rates.items())
     budgets = {(one.epochs, one.patience, one.batch_size, one.dev_samples) for one in (*table, *tried)}
@@ -371,9 +380,10 @@ def test_frozen_heads_are_the_only_difference_from_the_evidence() -> None:
     assert seen == {(settings.task, settings.seed) for settings in runs_of("evidence-k100.yaml")}
 
 
-def test_variants_have_the_learning_rate_of_all_gates() -> None:
-    assert {settings.learning_rate for settings in runs_of("evidence-variants.yaml")} == {
-        evidence_rates()["unipelt-apl"]
+@pytest.mark.parametrize("model", ["", "gte-"])
+def test_variants_have_the_learning_rate_of_all_gates(model: str) -> None:
+    assert {settings.learning_rate for settings in runs_of(f"evidence-{model}variants.yaml")} == {
+        evidence_rates(model)["unipelt-apl"]
     }
 
 
