@@ -201,7 +201,10 @@ def _add_to_attention(
 
     inserts = (Slot(), Slot()) if place.key is not None and config.prefix is not None else ()
     names = (*gated, *others)
-    attention.gates = Gates(place.query.inputs, names, config.gate, like, causal=causal) if names else None
+    starts = {f"{label}prefix": config.prefix.gate_start} if config.prefix is not None else {}
+    attention.gates = (
+        Gates(place.query.inputs, names, config.gate, like, causal=causal, starts=starts) if names else None
+    )
     attention.unipelt_site = Site(
         targets=tuple(gated.values()),
         hidden=argument(place.described.hidden),

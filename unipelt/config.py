@@ -56,12 +56,15 @@ class PrefixConfig:
         gating: how the gate acts. `scale` multiplies prefix keys and values (the paper; a closed gate still takes
             softmax mass, footnote 3); `mass` adds `log g` to the prefix's attention logits, so that a closed gate
             is exactly the model without prefix. In causal attention it is always `mass`, a gate for each query.
+        gate_start: where its gate begins; `gate.start` if not given. Near 0 under `mass`, the prefix takes no attention
+            until its gate has learned to open.
     """
 
     length: int = 10
     hidden: int = 512
     gate: bool = True
     gating: Literal["scale", "mass"] = "scale"
+    gate_start: float | None = later(None)
 
     def __post_init__(self) -> None:
         check_fields(self, "length", "hidden")
@@ -281,14 +284,18 @@ class GateConfig:
         check_fields(self, "hidden", "temperature")
         if self.activation == "softmax" and not self.shared:
             raise ConfigError("activation softmax is over the gates of a layer, so it needs shared: true")
-        least = {"sigmoid": 0, "tanh": -1, "softmax": 1}[self.activation]
-        if self.start is not None and not least < self.start < 1:
-            bounds = "nothing, since gates sum to 1" if least == 1 else f"above {least} and below 1"
-            raise ConfigError(f"start must be {bounds} under {self.activation}, not {show(self.start)}")
+        self.check_start("start", self.start)
         if self.pooling == "static" and (self.network != "linear" or self.shared):
             raise ConfigError("static gates have no input, so they have no network and are not shared")
         if self.over_text and self.pooling != "masked_mean":
             raise ConfigError(f"a {self.network} network reads all of a text, so its pooling is masked_mean")
+
+    def check_start(self, name: str, start: float | None) -> None:
+        """Raise `ConfigError` where a gate cannot begin there."""
+        least = {"sigmoid": 0, "tanh": -1, "softmax": 1}[self.activation]
+        if start is not None and not least < start < 1:
+            bounds = "nothing, since gates sum to 1" if least == 1 else f"above {least} and below 1"
+            raise ConfigError(f"{name} must be {bounds} under {self.activation}, not {show(start)}")
 
     @property
     def over_text(self) -> bool:
@@ -336,6 +343,8 @@ class UniPELTConfig:
         check_fields(self, skip=("more",))
         if self.gate.activation == "tanh" and self.prefix and self.prefix.gate and self.prefix.gating == "mass":
             raise ConfigError("gate.activation: tanh may be below 0, and a prefix's gating mass takes its logarithm")
+        if self.prefix is not None:
+            self.gate.check_start("prefix.gate_start", self.prefix.gate_start)
         if self.prompt is not None and self.prompt.gate:
             _check_prompt_gate(self.gate)
         if self.layers is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -159,7 +159,16 @@ class Gates(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, hidden: int, names: tuple[str, ...], config: GateConfig, like: Tensor, *, causal: bool) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        names: tuple[str, ...],
+        config: GateConfig,
+        like: Tensor,
+        *,
+        causal: bool,
+        starts: Mapping[str, float | None] | None = None,
+    ) -> None:
         super().__init__()
         if causal and config.over_text:
             raise ConfigError(f"a {config.network} network reads a whole text, and a causal layer would see the future")
@@ -180,7 +189,10 @@ class Gates(nn.Module):
         if self.has_input:
             self.weight = nn.Parameter(torch.empty(len(names), inner, **kind))
             nn.init.normal_(self.weight, std=0.0 if self.activation == "tanh" else INITIAL_STD)
-        self.bias = nn.Parameter(torch.full((len(names),), _start(config), **kind))
+        begin = [(starts or {}).get(name) for name in names]
+        self.bias = nn.Parameter(
+            torch.tensor([_start(config, config.start if start is None else start) for start in begin], **kind)
+        )
 
     def forward(self, logits: Tensor, weights: Tensor | None) -> Tensor:
         """Gate values.
@@ -217,11 +229,11 @@ def as_many_rows(gate: Tensor, x: Tensor) -> Tensor:
     return gate.flatten(0, -2) if gate.dim() > x.dim() else gate
 
 
-def _start(config: GateConfig) -> float:
-    """The bias with which gates begin where they should."""
-    if config.start is None:
+def _start(config: GateConfig, start: float | None) -> float:
+    """The bias with which a gate begins where it should."""
+    if start is None:
         return 0.0
-    logit = math.atanh(config.start) if config.activation == "tanh" else math.log(config.start / (1 - config.start))
+    logit = math.atanh(start) if config.activation == "tanh" else math.log(start / (1 - start))
     return logit * config.temperature
 
 
