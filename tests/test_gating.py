@@ -185,6 +185,40 @@ def test_gates_begin_where_they_should(gate: dict[str, Any], start: float) -> No
         assert values.mean().item() == pytest.approx(start, abs=0.02)
 
 
+@pytest.mark.parametrize("gate", [{}, {"start": 0.8}, {"shared": True}, {"pooling": "static"}, {"temperature": 3.0}])
+def test_a_prefixs_gate_begins_where_it_should(gate: dict[str, Any]) -> None:
+    """And the others where they would without it."""
+    prefix = {**METHOD["prefix"], "gating": "mass", "gate_start": 0.03}
+    model = unipelt.inject(tiny_bert(), {**METHOD, "gate": gate, "prefix": prefix})
+    with unipelt.record_gates(model) as record, torch.no_grad():
+        model(**tiny_batch())
+    starts = {name: values.mean().item() for name, values in record.items()}
+    assert starts.pop("prefix") == pytest.approx(0.03, abs=0.005)
+    assert set(starts) == {"lora_query", "lora_value", "adapter"}
+    assert list(starts.values()) == pytest.approx([gate.get("start", 0.5)] * 3, abs=0.02)
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_so_do_the_prefixes_of_every_stack(family: str) -> None:
+    parts = {"adapter": None, "lora": None, "prefix": {"length": 3, "hidden": 8, "gating": "mass", "gate_start": 0.03}}
+    model = unipelt.inject(tiny_model(family), {"preset": "unipelt-apl", **parts})
+    with unipelt.record_gates(model) as record, torch.no_grad():
+        model(**batch_of(family))
+    assert len(record) == (3 if family == "bart" else 1)
+    assert all(values.mean().item() == pytest.approx(0.03, abs=0.01) for values in record.values())
+
+
+def test_a_prefix_that_begins_closed_is_nearly_not_there() -> None:
+    """Under `mass`; under `scale` its keys of zeros take attention all the same (the paper's footnote 3)."""
+    base = tiny_bert()
+    moved = {}
+    for gating in ("mass", "scale"):
+        prefix = {"length": 5, "hidden": 8, "gate": True, "gating": gating, "gate_start": 1e-4}
+        model = unipelt.inject(copy.deepcopy(base), {"preset": "prefix", "prefix": prefix})
+        moved[gating] = (logits(model, tiny_batch()) - logits(base, tiny_batch())).abs().max().item()
+    assert moved["mass"] < 1e-3 * moved["scale"]
+
+
 def test_a_zero_start_is_the_model_itself() -> None:
     base = tiny_bert()
     model = unipelt.inject(copy.deepcopy(base), {"preset": "unipelt-al", "gate": {"activation": "tanh"}, **FURTHER})
@@ -265,6 +299,17 @@ def test_gates_recorded_for_reading_have_no_graph() -> None:
 def test_gates_that_cannot_be_meant(gate: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         unipelt.resolve({"preset": "unipelt-apl", "gate": gate})
+
+
+def test_a_prefixs_gate_has_the_bounds_of_all_gates() -> None:
+    for start, activation, message in (
+        (0.0, "sigmoid", "prefix.gate_start must be above 0 and below 1 under sigmoid, not 0.0"),
+        (-1.0, "tanh", "prefix.gate_start must be above -1 and below 1 under tanh"),
+        (0.5, "softmax", "prefix.gate_start must be nothing, since gates sum to 1"),
+    ):
+        gate = {"activation": activation, "shared": activation == "softmax"}
+        with pytest.raises(ConfigError, match=message):
+            unipelt.resolve({"preset": "unipelt-apl", "gate": gate, "prefix": {"gate_start": start}})
 
 
 def test_tanh_has_no_logarithm() -> None:
