@@ -54,10 +54,10 @@ SIZES = {
     "evidence-rates.yaml": (62, 62),
     "evidence-k100.yaml": (320, 64),
     "evidence-frozen-heads.yaml": (120, 24),
-    "evidence-variants.yaml": (200, 40),
+    "evidence-variants.yaml": (280, 56),
     "evidence-gte-rates.yaml": (25, 25),
     "evidence-gte-k100.yaml": (80, 16),
-    "evidence-gte-variants.yaml": (30, 6),
+    "evidence-gte-variants.yaml": (40, 8),
 }
 
 
