@@ -55,7 +55,7 @@ SIZES = {
     "evidence-k100.yaml": (320, 64),
     "evidence-frozen-heads.yaml": (120, 24),
     "evidence-variants.yaml": (280, 56),
-    "evidence-gte-rates.yaml": (25, 25),
+    "evidence-gte-rates.yaml": (26, 26),
     "evidence-gte-k100.yaml": (80, 16),
     "evidence-gte-variants.yaml": (40, 8),
 }
