@@ -240,6 +240,8 @@ def methods(
     gates = {"pooling": draw(st.sampled_from(pooling))}
     if other_gates and draw(st.booleans()):
         gates = draw(st.sampled_from(_gates(family, "prefix" in chosen)))
+    if further and values["prefix"] and values["prefix"]["gate"] and gates.get("activation") != "softmax":
+        values["prefix"]["gate_start"] = draw(st.sampled_from([None, None, 0.1]))
     if values.get("prompt") and True in gated and _suits_prompt(gates, family):
         values["prompt"] |= {"gate": draw(gate)}
     depth = sizes.groups if family == "albert" else sizes.layers
