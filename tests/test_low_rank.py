@@ -171,20 +171,20 @@ def pissa(model: Any, **changes: Any) -> Any:
     return unipelt.inject(model, {"preset": "lora", "lora": lora})
 
 
-@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("gate", [{}, {"gate": True}, {"gate": True, "gating": "multiply"}])
 @pytest.mark.parametrize("family", HOSTS)
-def test_a_start_is_the_principal_part_of_the_weight(family: str, gate: bool) -> None:
+def test_a_start_is_the_principal_part_of_the_weight(family: str, gate: dict[str, Any]) -> None:
     """Its largest singular values, by those of the rest; and the model starts as itself."""
     base, batch = tiny_model(family), batch_of(family)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     want = logits(base, batch)
-    model = pissa(base, places=ALL, gate=gate)
+    model = pissa(base, places=ALL, **gate)
     for place in ALL:
         host = HOSTS[family][place]
         leaf, term = model.get_submodule(host.path), model.get_submodule(f"{host.path}.lora_{place}")
         weight = (leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight).detach().double().numpy()
         weight = weight if host.rows is None else weight[list(host.rows)]
-        first = (1.0 if gate else 2.0) * (term.B0 @ term.A0).detach().double().numpy()
+        first = (1.0 if gate == {"gate": True} else 2.0) * (term.B0 @ term.A0).detach().double().numpy()
         values = np.linalg.svd(weight, compute_uv=False)
         np.testing.assert_allclose(np.linalg.svd(first, compute_uv=False)[:3], values[:3], rtol=1e-5)
         np.testing.assert_allclose(np.linalg.svd(weight - first, compute_uv=False)[:-3], values[3:], atol=1e-5)
