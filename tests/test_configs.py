@@ -57,7 +57,7 @@ SIZES = {
     "evidence-variants.yaml": (280, 56),
     "evidence-gte-rates.yaml": (26, 26),
     "evidence-gte-k100.yaml": (80, 16),
-    "evidence-gte-variants.yaml": (40, 8),
+    "evidence-gte-variants.yaml": (50, 10),
 }
 
 
