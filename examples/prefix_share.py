@@ -36,9 +36,11 @@ def prefix_shares(name: str, texts: Sequence[Sequence[str]], length: int, gates:
     """
     folder = locate_model(name)
     torch.manual_seed(0)
-    model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    model = AutoModel.from_pretrained(
+        folder, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+    ).eval()
     unipelt.inject(model, {"preset": "prefix", "prefix": {"length": length}})
-    batch = AutoTokenizer.from_pretrained(folder)(
+    batch = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
         *map(list, texts), padding=True, truncation=True, max_length=128, return_tensors="pt"
     )
     with torch.no_grad():
