@@ -203,7 +203,8 @@ def test_what_is_saved_comes_back(
     shake(model, case.seed + 1)
     inputs = batch(model, case, described)
     before = logits(model, inputs)
-    if tolerance is not None and can_fold(model):
+    finite = bool(before.isfinite().all())  # some bases are not in float64, where a padded query sees nothing
+    if tolerance is not None and can_fold(model) and finite:
         unipelt.fold(model, [inputs], tolerance=tolerance, closed=closed)
     with tempfile.TemporaryDirectory() as name:
         one, two = Path(name) / "one", Path(name) / "two"
