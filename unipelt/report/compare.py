@@ -8,7 +8,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -44,69 +44,57 @@ class UpperBound:
 
 
 @dataclass(frozen=True)
-class Paired:
-    """A combination against the best single method over pairs of task and seed.
+class Difference:
+    """One row less another, over the pairs of task and seed that both have.
+
+    Attributes:
+        tasks: that both have.
+        pairs: how many.
+        difference: the mean, a fraction.
+        low, high: its 95 % interval by bootstrap over pairs.
+        t, wilcoxon: p values, two-sided; None where they are not defined.
+    """
+
+    tasks: tuple[str, ...]
+    pairs: int
+    difference: float
+    low: float
+    high: float
+    t: float | None
+    wilcoxon: float | None
+
+
+@dataclass(frozen=True)
+class Paired(Difference):
+    """A combination less the best single method.
 
     Attributes:
         single: the method that adds one kind of submodule and has the best mean over `tasks`.
         among: the methods that it is the best of.
-        difference: mean of combination minus single, a fraction.
-        low, high: its 95 % interval by bootstrap over pairs.
-        t, wilcoxon: p values, two-sided; None where they are not defined.
     """
 
     row: str
     single: str
     among: tuple[str, ...]
-    tasks: tuple[str, ...]
-    pairs: int
-    difference: float
-    low: float
-    high: float
-    t: float | None
-    wilcoxon: float | None
 
 
 @dataclass(frozen=True)
-class HeadEffect:
-    """A method whose head stays at its random start against the same method with a head that trains.
-
-    Attributes:
-        frozen, trained: the rows.
-        pairs: of task and seed.
-        difference: mean of trained minus frozen, a fraction.
-        low, high: its 95 % interval by bootstrap over pairs.
-    """
+class HeadEffect(Difference):
+    """A method with a head that trains less the same method whose head stays at its random start."""
 
     frozen: str
     trained: str
-    tasks: tuple[str, ...]
-    pairs: int
-    difference: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
-class VariantEffect:
-    """Another combination against the paper's, UniPELT(APL), over pairs of task and seed.
-
-    Attributes:
-        row, against: the rows.
-        difference: mean of the variant minus APL, a fraction.
-        low, high: its 95 % interval by bootstrap over pairs.
-        t, wilcoxon: p values, two-sided; None where they are not defined.
-    """
+class VariantEffect(Difference):
+    """Another combination less the paper's, UniPELT(APL)."""
 
     row: str
     against: str
-    tasks: tuple[str, ...]
-    pairs: int
-    difference: float
-    low: float
-    high: float
-    t: float | None
-    wilcoxon: float | None
+
+
+Kind = TypeVar("Kind", bound=Difference)
 
 
 @dataclass(frozen=True)
@@ -190,7 +178,7 @@ def paired_tests(table: Table) -> list[Paired]:
     The best is sought among the single methods that have all of the combination's tasks; if none has, among all of
     them on the tasks that all of them have.
     """
-    found = []
+    found: list[Paired] = []
     for row in table.combined():
         cells = table.row(row)
         everyone = table.singles(table.first(row).setting)
@@ -200,26 +188,28 @@ def paired_tests(table: Table) -> list[Paired]:
             continue
         best = largest({name: statistics.fmean(table.row(name)[task].mean for task in tasks) for name in singles})
         other = table.row(best)
-        differences = _differences(cells, other, tasks)
-        if len(differences) > 1:
-            test = paired_test(differences)
-            found.append(Paired(row, best, tuple(singles), tuple(tasks), len(differences), *test))
+        found += _compare(Paired, cells, other, tasks, row=row, single=best, among=tuple(singles))
     return found
 
 
-def _differences(ours: Mapping[str, Cell], theirs: Mapping[str, Cell], tasks: Sequence[str]) -> list[float]:
-    """Ours minus theirs for every pair of task and seed that both have."""
-    return [
+def _compare(
+    kind: type[Kind], ours: Mapping[str, Cell], theirs: Mapping[str, Cell], tasks: Sequence[str], **rows: Any
+) -> list[Kind]:
+    """Ours less theirs on these tasks, with the names of the rows; nothing where there are fewer than two pairs."""
+    differences = [
         ours[task].scores[seed] - theirs[task].scores[seed]
         for task in tasks
         for seed in sorted(ours[task].scores)
         if seed in theirs[task].scores
     ]
+    if len(differences) < 2:
+        return []
+    return [kind(tuple(tasks), len(differences), *paired_test(differences), **rows)]
 
 
 def head_effects(table: Table) -> list[HeadEffect]:
     """What it does to a method that its head does not train, all else equal: the learning rate too."""
-    found = []
+    found: list[HeadEffect] = []
     for frozen, trained in itertools.permutations(table.rows, 2):
         one, other = table.first(frozen), table.first(trained)
         if one.runs[0].config.get("train_head") is not False or one.setting != other.setting:
@@ -229,16 +219,13 @@ def head_effects(table: Table) -> list[HeadEffect]:
             continue
         ours, theirs = table.row(trained), table.row(frozen)
         tasks = [task for task in ours if task in theirs]
-        differences = _differences(ours, theirs, tasks)
-        if len(differences) > 1:
-            mean, low, high, *_ = paired_test(differences)
-            found.append(HeadEffect(frozen, trained, tuple(tasks), len(differences), mean, low, high))
+        found += _compare(HeadEffect, ours, theirs, tasks, frozen=frozen, trained=trained)
     return found
 
 
 def variant_effects(table: Table) -> list[VariantEffect]:
     """Every other combination against `unipelt-apl`, on the tasks and seeds that both have."""
-    found = []
+    found: list[VariantEffect] = []
     for row in table.combined():
         first = table.first(row)
         theirs = table.named(PAPERS, first.setting)
@@ -246,10 +233,7 @@ def variant_effects(table: Table) -> list[VariantEffect]:
             continue
         ours = table.row(row)
         tasks = [task for task in ours if task in theirs]
-        differences = _differences(ours, theirs, tasks)
-        if len(differences) > 1:
-            against = next(iter(theirs.values())).row
-            found.append(VariantEffect(row, against, tuple(tasks), len(differences), *paired_test(differences)))
+        found += _compare(VariantEffect, ours, theirs, tasks, row=row, against=next(iter(theirs.values())).row)
     return found
 
 

@@ -8,6 +8,7 @@ from unipelt.report.blocks import NONE, Block, Entry, Grid, Heading, Paragraph, 
 from unipelt.report.cells import Table
 from unipelt.report.compare import (
     RESAMPLES,
+    Difference,
     costs,
     gate_agreements,
     head_effects,
@@ -55,10 +56,7 @@ def compare_with_singles(tables: Sequence[Table]) -> list[Block]:
                     [(test.row, "")],
                     [(k_name(table.k), "")],
                     [(test.single, ""), (f"of {', '.join(test.among)}", "minor")],
-                    [(signed(100 * test.difference), ""), (_interval(test.low, test.high), "minor")],
-                    [(_p(test.t), "")],
-                    [(_p(test.wilcoxon), "")],
-                    [(str(test.pairs), ""), (", ".join(test.tasks), "minor")],
+                    *_tested(test),
                 ]
             )
     if not rows:
@@ -83,8 +81,7 @@ def compare_heads(tables: Sequence[Table]) -> list[Block]:
         [
             [(effect.trained, "")],
             [(k_name(table.k), "")],
-            [(signed(100 * effect.difference), ""), (_interval(effect.low, effect.high), "minor")],
-            [(str(effect.pairs), ""), (", ".join(effect.tasks), "minor")],
+            *_tested(effect)[::3],  # without p values
         ]
         for table in tables
         for effect in head_effects(table)
@@ -107,10 +104,7 @@ def compare_variants(tables: Sequence[Table]) -> list[Block]:
         [
             [(effect.row, ""), (f"against {effect.against}", "minor")],
             [(k_name(table.k), "")],
-            [(signed(100 * effect.difference), ""), (_interval(effect.low, effect.high), "minor")],
-            [(_p(effect.t), "")],
-            [(_p(effect.wilcoxon), "")],
-            [(str(effect.pairs), ""), (", ".join(effect.tasks), "minor")],
+            *_tested(effect),
         ]
         for table in tables
         for effect in variant_effects(table)
@@ -167,8 +161,14 @@ def compare_gates(tables: Sequence[Table]) -> list[Block]:
     ]
 
 
-def _interval(low: float, high: float) -> str:
-    return f"{signed(100 * low)} to {signed(100 * high)}"
+def _tested(found: Difference) -> list[Entry]:
+    """The entries of a difference: itself, the p values, the pairs."""
+    return [
+        [(signed(100 * found.difference), ""), (f"{signed(100 * found.low)} to {signed(100 * found.high)}", "minor")],
+        [(_p(found.t), "")],
+        [(_p(found.wilcoxon), "")],
+        [(str(found.pairs), ""), (", ".join(found.tasks), "minor")],
+    ]
 
 
 def _p(value: float | None) -> str:
