@@ -50,8 +50,7 @@ class LoRA(nn.Module):
     """The low-rank term of a projection: `W x + b + s * B A x` (Hu et al., 2022; paper, section 2.2).
 
     `s = alpha / r`; a gate REPLACES that scale (paper, section 3.2), or with the gating `multiply` is a factor of it:
-    `W x + b + g s B A x`. `A` starts Kaiming-uniform with a = sqrt(5), `B`
-    at zero, so the term starts at zero.
+    `W x + b + g s B A x`. `A` starts Kaiming-uniform with a = sqrt(5), `B` at zero, so the term starts at zero.
 
     With the start `pissa` the term is `s * (B A - B0 A0) x`, and A and B start at A0 and B0, the principal part of W:
     `s B0 A0` is the best approximation of W of rank r, by its largest singular values (Meng et al., 2024, equations 2
