@@ -200,6 +200,11 @@ def _add_to_attention(
         raise InjectionError(f"the forward of {type(attention).__name__} has no argument {name!r}")
 
     inserts = (Slot(), Slot()) if place.key is not None and config.prefix is not None else ()
+    if inserts and config.prefix is not None and config.prefix.softmax == "own":
+        raise InjectionError(
+            f"{type(attention).__name__} is outside Transformers' attention interface, where alone a prefix can have a "
+            "softmax of its own; take prefix.softmax: shared"
+        )
     names = (*gated, *others)
     starts = {f"{label}prefix": config.prefix.gate_start} if config.prefix is not None else {}
     attention.gates = (

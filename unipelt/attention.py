@@ -110,6 +110,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over a prefix and the module's own keys, by the model's own attention function.
 
+    Where the prefix has a softmax of its own, that function is given the module's own keys alone, and what attention
+    over the prefix gives is added.
+
     Args:
         module: the attention.
         query: (B, H, T, d).
@@ -119,11 +122,17 @@ def attend(
         kwargs: likewise; `position_bias`, (B or 1, H, T, S), gets columns of zeros for the prefix.
 
     Returns:
-        As the model's own attention function: output (B, T, H, d), and weights (B, H, T, L + S) or None.
+        As the model's own attention function: output (B, T, H, d), and weights (B, H, T, L + S) or None; (B, H, T, S)
+        where the prefix has a softmax of its own.
     """
     site: Site = module.unipelt_site
     assert site.config is not None
     name, function = attention_function(module, site.config)
+    prefix = module.prefix
+    gate = prefix.take_gate()
+    if prefix.gating == "added":
+        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        return output + prefix.attention(query, key.shape[1], gate, **kwargs), weights
     bias: Tensor | None = kwargs.get("position_bias")
     tokens = query.shape[2]
     if attention_mask is None and name == "sdpa" and tokens > 1 and _is_causal(module, kwargs):
@@ -132,8 +141,6 @@ def attend(
         key, value = key[:, :, :tokens], value[:, :, :tokens]
         bias = None if bias is None else bias[..., :tokens]
         attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    prefix = module.prefix
-    gate = prefix.take_gate()
     batch, heads, keys, size = key.shape
     before, in_front = prefix.rows(batch, key.dtype, gate).unflatten(-1, (heads, size)).transpose(2, 3).unbind()
     if bias is not None:

@@ -58,6 +58,10 @@ class PrefixConfig:
             is exactly the model without prefix. In causal attention it is always `mass`, a gate for each query.
         gate_start: where its gate begins; `gate.start` if not given. Near 0 under `mass`, the prefix takes no attention
             until its gate has learned to open.
+        softmax: `shared`: prefix and text share the attention's softmax (Li and Liang). `own`: each has one, and what
+            attention over the prefix gives is added to what attention over the text gives, times the gate, so that the
+            prefix takes nothing from the text (He et al., 2022, section 3.1, without the factor of the text; with a
+            gate much as in LLaMA-Adapter, Zhang et al., 2024). `gating` has no meaning then.
     """
 
     length: int = 10
@@ -65,9 +69,12 @@ class PrefixConfig:
     gate: bool = True
     gating: Literal["scale", "mass"] = "scale"
     gate_start: float | None = later(None)
+    softmax: Literal["shared", "own"] = later("shared")
 
     def __post_init__(self) -> None:
         check_fields(self, "length", "hidden")
+        if self.softmax == "own" and self.gating != "scale":
+            raise ConfigError("a prefix with a softmax of its own takes no mass of the text's; leave gating out")
 
 
 @dataclass(frozen=True)

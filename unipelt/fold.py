@@ -129,7 +129,8 @@ def fold(
       without a gate, with `c = alpha / r`;
     - an adapter's `up` is multiplied by c; a closed one goes, with its second pass through the norm;
     - a prefix under `scale` gating is multiplied by c; under `mass` gating (all causal attention) `log c` becomes a
-      constant beside the mask; a closed one goes;
+      constant beside the mask; one with a softmax of its own has its values multiplied by c; of the last two a closed
+      one goes;
     - a prompt is multiplied by c.
 
     Gates that vary are kept, and go on to be computed. A prefix under `scale` and a prompt are never dropped, since a
@@ -455,6 +456,9 @@ def _fold_host(host: Any, settled: Mapping[nn.Module, float | None]) -> None:
         if prefix.gating == "scale":
             assert prefix.keys_values is not None
             prefix.keys_values.mul_(constant)
+        elif prefix.gating == "added":
+            assert prefix.keys_values is not None
+            prefix.keys_values[1].mul_(constant)
         else:
             prefix.mass = math.log(constant)
 

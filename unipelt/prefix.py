@@ -115,13 +115,15 @@ class Prefix(nn.Module):
     values are the same for every query then, and can be cached. The prefix is never masked, shifts no position, and is
     put in front after rotary embeddings and key norms.
 
+    With a softmax of its own nothing is put in front: `attention(Q, K, V) + g attention(Q, P_K, P_V)`, g or g_t.
+
     Attributes:
         index: the attention's place among those that share the network.
         source: the attribute of the stack's owner that holds the network.
         network: the shared network, in a tuple because it is a reference and not a part; empty once deployed.
         keys_values: (2, L, W), the parameter that remains when the network has been folded away; else None.
         gate: brings the gate of the pass, (B, 1) or (B, T), from the attention; None without.
-        gating: `scale` or `mass`.
+        gating: `scale` or `mass`, or `added` with a softmax of its own.
         mass: what is added to the prefix's attention logits, `log c` where a gate that acts through the mass became
             the constant c (`unipelt.fold`); else 0.
     """
@@ -144,7 +146,7 @@ class Prefix(nn.Module):
         self.source = source
         self.length = config.length
         self.gate = Slot() if config.gate else None
-        self.gating: str = "mass" if by_query else config.gating
+        self.gating: str = "added" if config.softmax == "own" else "mass" if by_query else config.gating
         self.mass = 0.0
         self.network: tuple[PrefixNetwork, ...] = () if network is None else (network,)
         self.keys_values = None
@@ -171,6 +173,27 @@ class Prefix(nn.Module):
             both = both * gate.to(dtype).view(1, batch, 1, 1)
         return both.expand(2, batch, -1, -1)
 
+    def attention(self, query: Tensor, heads: int, gate: Tensor | None, **kwargs: Any) -> Tensor:
+        """What attention over the prefix by itself gives, as the gate leaves it: (B, T, heads of queries, d).
+
+        Args:
+            query: (B, heads of queries, T, d).
+            heads: H.
+            gate: as `take_gate` gave it.
+            kwargs: what the model's own attention function takes, of which `scaling` and `dropout` are looked at.
+        """
+        batch, queries, _, size = query.shape
+        keys, values = self.rows(batch, query.dtype, gate).unflatten(-1, (heads, size)).transpose(2, 3).unbind()
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            dropout_p=kwargs.get("dropout", 0.0),
+            scale=kwargs.get("scaling"),
+            enable_gqa=queries != heads,
+        ).transpose(1, 2)
+        return out if gate is None else out * gate.to(out.dtype)[:, :, None, None]
+
     def columns(self, mask: Tensor | None, dtype: torch.dtype, tokens: int, gate: Tensor | None) -> Tensor | None:
         """The attention's mask with columns for the prefix in front.
 
@@ -196,7 +219,7 @@ class Prefix(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         form = "deployed" if self.keys_values is not None else f"part {self.index} of {self.source}"
-        gating = self.gating if self.gate else f"constant, log g = {self.mass:.3f}" if self.mass else "none"
+        gating = self.gating if self.gate or self.gating == "added" else f"constant, log g = {self.mass:.3f}" if self.mass else "none"
         return f"length={self.length}, {form}, gating={gating}"
 
 
