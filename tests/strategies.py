@@ -21,7 +21,7 @@ import transformers
 from conftest import shake
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from tiny import ENCODER_DECODERS, ENCODERS, EOS, PAD, VOCABULARY, WITH_PREFIX, tiny_config, tiny_model
+from tiny import ENCODER_DECODERS, ENCODERS, EOS, INSERTED, PAD, VOCABULARY, WITH_PREFIX, tiny_config, tiny_model
 from torch import Tensor
 
 import unipelt
@@ -240,6 +240,8 @@ def methods(
     gates = {"pooling": draw(st.sampled_from(pooling))}
     if other_gates and draw(st.booleans()):
         gates = draw(st.sampled_from(_gates(family, "prefix" in chosen)))
+    if further and values["prefix"] and values["prefix"]["gating"] == "scale" and family not in INSERTED:
+        values["prefix"]["softmax"] = draw(st.sampled_from(["shared", "own"]))
     if further and values["prefix"] and values["prefix"]["gate"] and gates.get("activation") != "softmax":
         values["prefix"]["gate_start"] = draw(st.sampled_from([None, None, 0.1]))
     if values.get("prompt") and True in gated and _suits_prompt(gates, family):

@@ -235,6 +235,8 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"prefix": {"gating": "mas"}}, ("prefix.gating", "scale or mass", "'mas'")),
     ({"prefix": {"gating": None}}, ("prefix.gating", "None")),
     ({"prefix": {"gating": ["scale"]}}, ("prefix.gating", "['scale']")),
+    ({"prefix": {"softmax": "none"}}, ("prefix.softmax", "shared or own", "'none'")),
+    ({"prefix": {"softmax": "own", "gating": "mass"}}, ("softmax of its own", "no mass", "leave gating out")),
     ({"lora": {"rank": 0}}, ("lora.rank", "above 0")),
     ({"lora": {"rank": 8.5}}, ("lora.rank", "whole number", "8.5")),
     ({"lora": {"alpha": 0}}, ("lora.alpha", "above 0")),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake
-from tiny import DECODERS, DEPTH, ENCODER_DECODERS, SIMPLE, WITH_PREFIX, tiny_batch, tiny_model
+from tiny import DECODERS, DEPTH, ENCODER_DECODERS, INSERTED, SIMPLE, WITH_PREFIX, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -610,20 +610,26 @@ ATTENTIONS = [
 ]
 
 
-@pytest.mark.parametrize("gating", ["scale", "mass", "ungated", "eager"])
+@pytest.mark.parametrize("gating", ["scale", "mass", "ungated", "eager", "own", "own ungated", "own eager"])
 @pytest.mark.parametrize(("name", "place", "which"), ATTENTIONS)
 @torch.no_grad()
 def test_attention_with_a_prefix(name: str, place: int, which: int, gating: str) -> None:
     stack, at, batch = CASES[name].stacks[place], CASES[name].layer, batch_of(name)
-    back_end = "eager" if gating == "eager" else "sdpa"
+    back_end = "eager" if "eager" in gating else "sdpa"
     base = build(name, back_end)
-    kind = {"gate": gating != "ungated", "gating": "mass" if gating == "mass" else "scale"}
+    own = gating.startswith("own")
+    kind: dict[str, Any] = {"gate": "ungated" not in gating, "gating": "mass" if gating == "mass" else "scale"}
+    kind |= {"softmax": "own"} if own else {}
     heads = attentions_of(stack)[which]
     crosses = heads is stack.cross
     where = {"encoder": False, "decoder": False, "cross": True} if crosses else only(stack)
     config = {**changed(PREFIX, "prefix", [at, 2], **kind), **where}
     if CASES[name].family not in WITH_PREFIX:
         with pytest.raises(unipelt.InjectionError, match="does not go through the attention interface"):
+            unipelt.inject(base, config)
+        return
+    if own and CASES[name].family in INSERTED:
+        with pytest.raises(unipelt.InjectionError, match=r"outside .* attention interface.*take prefix.softmax: shared"):
             unipelt.inject(base, config)
         return
     given = captured(name, stack, heads, at)
@@ -650,27 +656,35 @@ def test_attention_with_a_prefix(name: str, place: int, which: int, gating: str)
         for part in from_network(network, 0, groups * size)
     ]
     shift = torch.zeros(3, given.query.shape[2], 1)
+    gate = torch.ones(3, 1)
     if kind["gate"]:
         real = None if stack.causal else batch["attention_mask"]
         gate = gate_of(attention.gates, attention.gates.names.index(gate_name(stack, crosses)), given.states, real)
         if stack.causal or gating == "mass":
             shift = shift + gate.log()[..., None]
-        else:
+        elif not own:
             rows = [gate[:, :, None, None] * part for part in rows]
-    want, weights = plain_attention(given, allowed, softcap, (rows[0], rows[1], shift))
+    if own:
+        beside = replace(given, key=rows[0], value=rows[1], bias=None)
+        want, weights = plain_attention(given, allowed, softcap, None)
+        want = want + gate[..., None] * plain_attention(beside, torch.ones(1, 1, LENGTH).bool(), None, None)[0]
+    else:
+        want, weights = plain_attention(given, allowed, softcap, (rows[0], rows[1], shift))
     got: list[Tensor] = []
     first_call(layers_of(model, stack)[at].get_submodule(heads.out), got, "input")
     asks = {"output_attentions": True} if back_end == "eager" else {}
     out = model.base_model(**batch, **asks)
     # MPNet's text is longer by the prefix until its attention ends
-    torch.testing.assert_close(got[0][:, -want.shape[1] :], want, atol=1e-5, rtol=1e-4)
-    assert (want - outputs[0]).abs().max() > 1e-2
+    compared = looking if own else slice(None)  # with a prefix before its keys every query sees something
+    torch.testing.assert_close(got[0][:, -want.shape[1] :][compared], want[compared], atol=1e-5, rtol=1e-4)
+    assert (want - outputs[0])[compared].abs().max() > 1e-2
     if back_end == "eager":
         key = "attentions"
         if len(CASES[name].stacks) == 2:
             key = "decoder_attentions" if stack.causal else "encoder_attentions"
-        torch.testing.assert_close(out["cross_attentions" if crosses else key][at], weights, atol=1e-5, rtol=1e-4)
-        assert weights.shape[-1] == LENGTH + given.key.shape[2]
+        shown = out["cross_attentions" if crosses else key][at].transpose(1, 2)
+        torch.testing.assert_close(shown[compared], weights.transpose(1, 2)[compared], atol=1e-5, rtol=1e-4)
+        assert weights.shape[-1] == (0 if own else LENGTH) + given.key.shape[2]
 
 
 def gate_name(stack: Layers, crosses: bool) -> str:

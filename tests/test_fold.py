@@ -101,17 +101,22 @@ def test_constant_gates_fold_to_the_same_model(family: str, attention: str) -> N
     assert report.after.base == report.before.base
 
 
-@pytest.mark.parametrize("gating", ["scale", "mass"])
-@pytest.mark.parametrize("family", ["bert", "mpnet"])
-def test_both_gatings_fold_exactly(family: str, gating: str) -> None:
-    model = trained(family, changes={"prefix": {**SMALL["prefix"], "gating": gating}})
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, {"gating": gating}) for family in ("bert", "mpnet") for gating in ("scale", "mass")),
+        *((family, {"softmax": "own"}) for family in ("bert", "gpt2", "bart", "llama")),
+    ],
+)
+def test_every_gating_folds_exactly(family: str, kind: dict[str, str]) -> None:
+    model = trained(family, changes={"prefix": {**SMALL["prefix"], **kind}})
     hold(model, by_name)
     unmasked = {name: value for name, value in tiny_batch(family).items() if name != "attention_mask"}
     with torch.no_grad():
-        expected = outputs(model, family), model(**unmasked).logits
+        expected = outputs(model, family), model(**unmasked)[0]
         unipelt.fold(model, batches(family), tolerance=1e-6)
         assert_close(outputs(model, family), expected[0])
-        assert_close(model(**unmasked).logits, expected[1])
+        assert_close(model(**unmasked)[0], expected[1])
 
 
 @pytest.mark.parametrize("start", ["zero", "pissa"])
@@ -147,10 +152,15 @@ def test_gates_that_vary_stay(family: str, kept: str) -> None:
     assert len(text.splitlines()) == len(report.gates) + 3
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "mpnet"])
-def test_closed_gates_take_their_submodules_along(family: str) -> None:
-    changes = {"prefix": {**SMALL["prefix"], "gating": "mass"}}
-    model = trained(family, changes=changes)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, {"gating": "mass"}) for family in ("bert", "gpt2", "mpnet")),
+        *((family, {"softmax": "own"}) for family in ("bert", "gpt2")),
+    ],
+)
+def test_closed_gates_take_their_submodules_along(family: str, kind: dict[str, str]) -> None:
+    model = trained(family, changes={"prefix": {**SMALL["prefix"], **kind}})
     hold(model, lambda name: 1e-7)
     expected = outputs(model, family)
     report = unipelt.fold(model, batches(family), tolerance=1e-6, closed=1e-3)

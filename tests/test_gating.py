@@ -219,6 +219,31 @@ def test_a_prefix_that_begins_closed_is_nearly_not_there() -> None:
     assert moved["mass"] < 1e-3 * moved["scale"]
 
 
+@pytest.mark.parametrize("family", ["bert", "bart", "llama", "gpt2"])
+def test_a_prefix_with_a_softmax_of_its_own_begins_as_nearly_nothing(family: str) -> None:
+    """However open its gate: its values are near zero, and it takes nothing from the text."""
+    base, batch = tiny_model(family), batch_of(family)
+    moved = {}
+    for softmax in ("own", "shared"):
+        prefix = {"length": 5, "hidden": 8, "gate": True, "softmax": softmax}
+        model = unipelt.inject(copy.deepcopy(base), {"preset": "prefix", "prefix": prefix})
+        moved[softmax] = (logits(model, batch) - logits(base, batch)).abs().max().item()
+    assert moved["own"] < 0.02 * moved["shared"]
+
+
+def test_its_gate_may_be_below_zero() -> None:
+    """Since it has no logarithm, in a decoder either."""
+    prefix = {"length": 5, "hidden": 8, "softmax": "own"}
+    config = {"preset": "prefix", "prefix": {**prefix, "gate": True}, "gate": {"activation": "tanh", "start": -0.5}}
+    base, batch = tiny_model("llama"), batch_of("llama")
+    model = unipelt.inject(copy.deepcopy(base), config)
+    shake(model, std=0.3)
+    with unipelt.record_gates(model) as record:
+        opened = logits(model, batch)
+    assert record["prefix"].min() < 0
+    assert (opened - logits(base, batch)).abs().max() > 1e-2
+
+
 def test_a_zero_start_is_the_model_itself() -> None:
     base = tiny_bert()
     model = unipelt.inject(copy.deepcopy(base), {"preset": "unipelt-al", "gate": {"activation": "tanh"}, **FURTHER})

@@ -27,6 +27,7 @@ _INTERFACE_SINCE = {"t5": "5.15", "mt5": "5.15", "umt5": "5.15", "modernbert": "
 WITHOUT_INTERFACE = [
     name for name, since in _INTERFACE_SINCE.items() if Version(transformers.__version__) < Version(since)
 ]
+INSERTED = ("mpnet",)  # a prefix enters these as a longer text
 WITH_PREFIX = [name for name in FAMILIES if name not in (*SIMPLE, *WITHOUT_INTERFACE)]
 FURTHER: dict[str, dict[str, Any]] = {
     "ia3": {},

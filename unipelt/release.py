@@ -119,7 +119,12 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
         raise CheckpointError(f"the release has adapter, prefix, LoRA and their gates, and this model {more[0].name!r}")
     if injection_of(model).config.prompt is not None:
         raise CheckpointError("the release has adapter, prefix, LoRA and their gates, and this model a prompt")
-    lora = injection_of(model).config.lora
+    prefix, lora = injection_of(model).config.prefix, injection_of(model).config.lora
+    if prefix is not None and (prefix.softmax != "shared" or (prefix.gate and prefix.gating != "scale")):
+        raise CheckpointError(
+            "the release has a prefix in the text's softmax whose gate scales its keys and values, and this model's is "
+            "another"
+        )
     if lora is not None and not (
         {*lora.places} <= {"query", "value"}
         and lora.start == "zero"
