@@ -573,3 +573,20 @@ def test_generation_with_a_cache() -> None:
     expected = model.generate(**tiny_batch("gpt2", left=True), **options)
     unipelt.fold(model, batches("gpt2"), tolerance=1e-6)
     assert torch.equal(model.generate(**tiny_batch("gpt2", left=True), **options), expected)
+
+
+def test_a_prompt_counts_where_gates_are_of_tokens() -> None:
+    """It stands before the padded text, and a gate of a token reads it like a word."""
+    model = trained(changes={"prefix": None, "gate": {"pooling": "token"}, "prompt": {"length": 5, "gate": False}})
+    host: Any = model.bert.encoder.layer[1].attention.self.gates
+    seen: list[Tensor] = []
+    hook = host.register_forward_hook(lambda _, args, out: seen.append(out[..., 0]))
+    outputs(model)
+    hook.remove()
+    mask = nn.functional.pad(tiny_batch("bert", 0)["attention_mask"], (5, 0), value=1).bool()
+    assert not mask.all()
+    want = seen[0][mask].double()
+    assert want.std() > 1e-2
+    report = unipelt.fold(model, batches()[:1], tolerance=0.0)
+    got = next(gate for gate in report.gates if gate.path.startswith("bert.encoder.layer.1.attention.self"))
+    assert (got.mean, got.std) == pytest.approx((want.mean().item(), want.std(correction=0).item()), abs=1e-6)
