@@ -20,6 +20,7 @@ from unipelt.gate import once, token_weights
 LABELS = torch.tensor([0, 1, 1])
 SCALE = "unipelt-apl"
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
+OWN = {"preset": "unipelt-apl", "prefix": {"softmax": "own"}}
 NOGATE = "unipelt-apl-nogate"
 
 
@@ -59,11 +60,12 @@ def step_operations(model: Any, padded: bool = True) -> Counter[str]:
 # Counts
 
 
+@pytest.mark.parametrize("method", [SCALE, OWN], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-def test_operations_of_a_forward_pass(padded: bool) -> None:
+def test_operations_of_a_forward_pass(padded: bool, method: Any) -> None:
     """At most 20 a layer more than without, and a few for the pass."""
     plain = {layers: forward_operations(bert(layers), padded).total() for layers in (4, 5)}
-    ours = {layers: forward_operations(unipelt.inject(bert(layers), SCALE), padded).total() for layers in (4, 5)}
+    ours = {layers: forward_operations(unipelt.inject(bert(layers), method), padded).total() for layers in (4, 5)}
     a_layer = (ours[5] - ours[4]) - (plain[5] - plain[4])
     assert 0 < a_layer <= 20
     assert ours[4] - plain[4] - 4 * a_layer <= 14, "of the pass: the prefixes, the token weights, the prefix's mask"
@@ -96,7 +98,7 @@ def test_nothing_waits_for_numbers() -> None:
 
 
 def test_all_prefixes_of_a_pass_are_computed_at_once() -> None:
-    for method in ("prefix", SCALE, MASS):
+    for method in ("prefix", SCALE, MASS, OWN):
         model = make(method)
         calls: list[Any] = []
         model.bert.encoder.prefix_network.register_forward_hook(
