@@ -27,9 +27,14 @@ def make_network() -> PrefixNetwork:
 
 
 def make(
-    gating: str = "scale", gate: bool = True, network: PrefixNetwork | None = None, causal: bool = False, index: int = 1
+    gating: str = "scale",
+    gate: bool = True,
+    network: PrefixNetwork | None = None,
+    causal: bool = False,
+    index: int = 1,
+    softmax: str = "shared",
 ) -> Prefix:
-    config = PrefixConfig(LENGTH, 7, gate, gating)  # type: ignore[arg-type]
+    config = PrefixConfig(LENGTH, 7, gate, gating, softmax=softmax)  # type: ignore[arg-type]
     torch.manual_seed(1)
     prefix = Prefix(index, "prefix_network", WIDTH, config, network, LIKE, by_query=causal)
     if prefix.keys_values is not None:
@@ -249,6 +254,40 @@ def test_causal_attention_has_its_gate_in_the_mass() -> None:
     assert make(causal=True).gating == "mass"
     assert make("mass").gating == "mass"
     assert make().gating == "scale"
+
+
+# A softmax of its own
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_over_the_prefix_alone(causal: bool) -> None:
+    """Two heads of keys for four of queries; a gate of an example, or one of each query."""
+    torch.manual_seed(2)
+    prefix = make(softmax="own", causal=causal)
+    query = torch.randn(2, 4, TOKENS, WIDTH // 2)
+    gate = torch.rand(2, TOKENS if causal else 1)
+    keys, values = (part.view(LENGTH, 2, WIDTH // 2).repeat_interleave(2, dim=1) for part in prefix())
+    shares = (0.3 * torch.einsum("bhtd,lhd->bhtl", query, keys)).softmax(dim=-1)
+    want = torch.einsum("bhtl,lhd->bthd", shares, values)
+    torch.testing.assert_close(prefix.attention(query, 2, None, scaling=0.3), want)
+    torch.testing.assert_close(prefix.attention(query, 2, gate, scaling=0.3), want * gate[:, :, None, None])
+    plain = prefix.attention(query, 2, None)
+    torch.testing.assert_close(plain, prefix.attention(query, 2, None, scaling=(WIDTH // 2) ** -0.5))
+    assert (plain - want).abs().max() > 1e-3
+    assert prefix.attention(query.bfloat16(), 2, gate.bfloat16()).dtype == torch.bfloat16
+
+
+def test_it_drops_what_the_models_attention_drops() -> None:
+    prefix, query = make(softmax="own"), torch.zeros(1, 1, 4000, WIDTH)
+    kept = prefix.attention(query, 1, None)
+    dropped = prefix.attention(query, 1, None, dropout=0.5)
+    assert (dropped - kept).abs().max() > 0.1
+    torch.testing.assert_close(dropped.mean(1), kept.mean(1), atol=0.05, rtol=0)
+
+
+def test_its_form_shows() -> None:
+    assert "deployed, gating=added" in repr(make(softmax="own"))
+    assert "gating=added" in repr(make(softmax="own", gate=False))
 
 
 # Arguments
