@@ -40,6 +40,8 @@ from unipelt.report.compare import (
 )
 from unipelt.report.page import PAPER
 from unipelt.report.paper import TASKS, paper, paper_costs, paper_upper_bound
+from unipelt.report.render import to_markdown
+from unipelt.report.sections import compare_with_singles
 
 METRICS = {"cola": "matthews_correlation", "mrpc": "f1", "qqp": "f1", "stsb": "spearman"}
 COUNTER = itertools.count()
@@ -615,6 +617,10 @@ def test_the_best_single_method_has_the_best_mean_over_the_tasks() -> None:
     assert (test.tasks, test.pairs) == (("sst2", "rte"), 3), "a seed that one of the two lacks makes no pair"
     assert test.difference == pytest.approx((0.06 + 0.07 + 0.11) / 3)
     assert test.low <= test.difference <= test.high
+    assert test.by_task["sst2"] == (pytest.approx(0.11), None), "one pair has no interval"
+    assert test.by_task["rte"] == (pytest.approx(0.065), pytest.approx((0.06, 0.07)))
+    shown = to_markdown(compare_with_singles([results_of(*records[:-1], *extra).table(100)]), "")
+    assert "| 3<br>sst2 +11.00<br>rte +6.50 (+6.00 to +7.00) |" in shown
 
 
 def test_a_combination_without_single_methods_is_compared_with_none() -> None:

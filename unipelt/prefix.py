@@ -219,7 +219,8 @@ class Prefix(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         form = "deployed" if self.keys_values is not None else f"part {self.index} of {self.source}"
-        gating = self.gating if self.gate or self.gating == "added" else f"constant, log g = {self.mass:.3f}" if self.mass else "none"
+        constant = f"constant, log g = {self.mass:.3f}" if self.mass else "none"
+        gating = self.gating if self.gate or self.gating == "added" else constant
         return f"length={self.length}, {form}, gating={gating}"
 
 

@@ -53,6 +53,8 @@ class Difference:
         difference: the mean, a fraction.
         low, high: its 95 % interval by bootstrap over pairs.
         t, wilcoxon: p values, two-sided; None where they are not defined.
+        by_task: the mean over the pairs of each task and its 95 % interval, where there are several tasks; None
+            instead of the interval for a task of one pair, nothing for a task of none.
     """
 
     tasks: tuple[str, ...]
@@ -62,6 +64,7 @@ class Difference:
     high: float
     t: float | None
     wilcoxon: float | None
+    by_task: Mapping[str, tuple[float, tuple[float, float] | None]]
 
 
 @dataclass(frozen=True)
@@ -196,15 +199,24 @@ def _compare(
     kind: type[Kind], ours: Mapping[str, Cell], theirs: Mapping[str, Cell], tasks: Sequence[str], **rows: Any
 ) -> list[Kind]:
     """Ours less theirs on these tasks, with the names of the rows; nothing where there are fewer than two pairs."""
-    differences = [
-        ours[task].scores[seed] - theirs[task].scores[seed]
+    pairs = {
+        task: [
+            ours[task].scores[seed] - theirs[task].scores[seed]
+            for seed in sorted(ours[task].scores)
+            if seed in theirs[task].scores
+        ]
         for task in tasks
-        for seed in sorted(ours[task].scores)
-        if seed in theirs[task].scores
-    ]
+    }
+    differences = [difference for found in pairs.values() for difference in found]
     if len(differences) < 2:
         return []
-    return [kind(tuple(tasks), len(differences), *paired_test(differences), **rows)]
+    by_task = {task: _mean_and_interval(found) for task, found in pairs.items() if found} if len(tasks) > 1 else {}
+    return [kind(tuple(tasks), len(differences), *paired_test(differences), by_task, **rows)]
+
+
+def _mean_and_interval(differences: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    mean, low, high, _, _ = paired_test(differences)
+    return mean, (low, high) if len(differences) > 1 else None
 
 
 def head_effects(table: Table) -> list[HeadEffect]:

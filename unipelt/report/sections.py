@@ -162,13 +162,22 @@ def compare_gates(tables: Sequence[Table]) -> list[Block]:
 
 
 def _tested(found: Difference) -> list[Entry]:
-    """The entries of a difference: itself, the p values, the pairs."""
+    """The entries of a difference: itself, the p values, the pairs with what each of several tasks has."""
+    tasks = [(f"{task} {_points(*difference)}", "minor") for task, difference in found.by_task.items()]
     return [
-        [(signed(100 * found.difference), ""), (f"{signed(100 * found.low)} to {signed(100 * found.high)}", "minor")],
+        [(signed(100 * found.difference), ""), (_interval(found.low, found.high), "minor")],
         [(_p(found.t), "")],
         [(_p(found.wilcoxon), "")],
-        [(str(found.pairs), ""), (", ".join(found.tasks), "minor")],
+        [(str(found.pairs), ""), *(tasks or [(", ".join(found.tasks), "minor")])],
     ]
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{signed(100 * low)} to {signed(100 * high)}"
+
+
+def _points(difference: float, interval: tuple[float, float] | None) -> str:
+    return signed(100 * difference) + ("" if interval is None else f" ({_interval(*interval)})")
 
 
 def _p(value: float | None) -> str:
