@@ -54,10 +54,10 @@ SIZES = {
     "evidence-rates.yaml": (62, 62),
     "evidence-k100.yaml": (320, 64),
     "evidence-frozen-heads.yaml": (120, 24),
-    "evidence-variants.yaml": (280, 56),
+    "evidence-variants.yaml": (320, 64),
     "evidence-gte-rates.yaml": (26, 26),
-    "evidence-gte-k100.yaml": (80, 16),
-    "evidence-gte-variants.yaml": (50, 10),
+    "evidence-gte-k100.yaml": (320, 64),
+    "evidence-gte-variants.yaml": (240, 48),
 }
 
 
@@ -352,14 +352,10 @@ def evidence_rates(model: str = "") -> dict[str, float | None]:
     return dict(rates)
 
 
-@pytest.mark.parametrize(("model", "tasks"), [("", set(TASKS)), ("gte-", {"stsb", "sst2"})])
-def test_the_evidence_is_table_1_at_100_examples_with_a_learning_rate_for_each_method(
-    model: str, tasks: set[str]
-) -> None:
+@pytest.mark.parametrize("model", ["", "gte-"])
+def test_the_evidence_is_table_1_at_100_examples_with_a_learning_rate_for_each_method(model: str) -> None:
     table, wanted = runs_of(f"evidence-{model}k100.yaml"), runs_of("table1.yaml")
-    assert {key(settings) for settings in table} == {
-        key(one) for one in wanted if one.train_samples == 100 and one.task in tasks
-    }
+    assert {key(settings) for settings in table} == {key(one) for one in wanted if one.train_samples == 100}
     rates = evidence_rates(model)
     assert rates.pop("prefix, prefix.length=50") == rates["prefix"], "not chosen for itself"
     tried = runs_of(f"evidence-{model}rates.yaml")
