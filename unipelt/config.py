@@ -56,12 +56,13 @@ class PrefixConfig:
         gating: how the gate acts. `scale` multiplies prefix keys and values (the paper; a closed gate still takes
             softmax mass, footnote 3); `mass` adds `log g` to the prefix's attention logits, so that a closed gate
             is exactly the model without prefix. In causal attention it is always `mass`, a gate for each query.
+            Neither under `softmax: own`.
         gate_start: where its gate begins; `gate.start` if not given. Near 0 under `mass`, the prefix takes no attention
             until its gate has learned to open.
         softmax: `shared`: prefix and text share the attention's softmax (Li and Liang). `own`: each has one, and what
             attention over the prefix gives is added to what attention over the text gives, times the gate, so that the
             prefix takes nothing from the text (He et al., 2022, section 3.1, without the factor of the text; with a
-            gate much as in LLaMA-Adapter, Zhang et al., 2024). `gating` has no meaning then.
+            gate much as in LLaMA-Adapter, Zhang et al., 2024).
     """
 
     length: int = 10
