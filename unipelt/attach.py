@@ -1,4 +1,4 @@
-"""Put submodules into the places that were found, and take them out again: modules, hooks, and nothing else.
+"""Put submodules into the places that were found: modules, hooks, and nothing else.
 
 Which parameters train and what a caller is told are `unipelt.inject`'s.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unipelt.adapter import Adapter, adapt_norm, adapt_output
+from unipelt.attach_term import add_term, check_start, hold, make_low_rank, make_term
 from unipelt.attention import (
     Argument,
     Site,
@@ -24,22 +24,23 @@ from unipelt.attention import (
     leave_attention,
     redirect,
 )
+from unipelt.checkpointing import watch_checkpointing
 from unipelt.config import GateConfig, LoRAConfig, PromptConfig, UniPELTConfig
+from unipelt.detach import OURS
 from unipelt.gate import Gates, Slot
-from unipelt.lora import ENTRY, NAMES, LoRA, add_low_rank
+from unipelt.lora import ENTRY, LoRA
 from unipelt.places import (
     IN_ATTENTION,
     AttentionPlace,
     InjectionError,
     LayerPlaces,
-    Projection,
     StackPlaces,
     TermPlace,
 )
 from unipelt.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
 from unipelt.prompt import Prompt, embeds_text, enter_prompt, leave_prompt
 from unipelt.quantised import is_quantised, like_beside
-from unipelt.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
+from unipelt.term import Shared, Term, enter_shared, leave_shared
 
 
 def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, deployed: bool) -> None:
@@ -75,11 +76,11 @@ def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, de
         adapted = layer.adapted is not None and config.adapter is not None and config.adapter.gate
         tokens = Slot() if masked and adapted and not config.gate.shared else None
         terms: list[tuple[TermPlace, Term | LoRA]] = [
-            (spot, _make_term(spot, config, found, shared, model.dtype)) for spot in layer.terms
+            (spot, make_term(spot, config, found, shared, model.dtype)) for spot in layer.terms
         ]
-        terms += [(spot, _make_low_rank(spot, config, found, model.dtype)) for spot in layer.low_rank]
+        terms += [(spot, make_low_rank(spot, config, found, model.dtype)) for spot in layer.low_rank]
         for spot, term in terms:
-            _add_term(spot, term)
+            add_term(spot, term)
         central = _central(layer, found, config, terms) if config.gate.shared and layer.attention is not None else {}
         for attention, source, label in (
             (layer.attention, NETWORKS[0], found.label),
@@ -120,7 +121,7 @@ def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, de
     for module in owner.modules():
         if isinstance(module, OURS):
             module.train(model.training)
-    _watch_checkpointing(owner, next(iter(layers)).module)
+    watch_checkpointing(owner, next(iter(layers)).module)
 
 
 def _central(
@@ -177,7 +178,7 @@ def _add_to_attention(
             if name.removeprefix("lora_") not in config.lora.places:
                 continue
             leaf = projection.module
-            _check_start(projection, config.lora)
+            check_start(projection, config.lora)
             gates = None
             if config.lora.gate and crosses and name == "lora_value":
                 # it reads the other stack's output, which this attention's own input says nothing about
@@ -187,7 +188,7 @@ def _add_to_attention(
             term = LoRA(projection.inputs, projection.rows, config.lora, like_beside(leaf.weight, dtype), gates)
             term.crosses = gates is not None
             term.skips_ungated_calls = place.described.query_serves_positions and name == "lora_query"
-            _hold(leaf, name, term)
+            hold(leaf, name, term)
     if not (gated or others or tokens or inside or config.prefix):
         return
     signature = inspect.signature(attention.forward).parameters
@@ -289,233 +290,6 @@ def attach_prompt(model: PreTrainedModel, found: StackPlaces, config: PromptConf
     for end, slot in zip(ends, slots, strict=True):
         end.unipelt_prompt, end.unipelt_prompt_length = slot, config.length
         end.register_forward_hook(leave_prompt)
-
-
-def count_term(place: TermPlace) -> int:
-    """How many parameters a term needs there, those that it shares with others included, found without memory."""
-    weight = place.projection.module.weight
-    shared = Shared(place.config.name)
-    spot = Spot(
-        place.place,
-        place.inputs,
-        place.projection.rows.count,
-        torch.empty(weight.shape, dtype=like_beside(weight, torch.float32).dtype, device="meta"),
-        shared,
-        place.projection.module,
-        place.projection.rows,
-    )
-    function = MODULES[type(place.config)](place.config, spot)
-    return sum(parameter.numel() for module in (function, shared) for parameter in module.parameters())
-
-
-def _own_gates(place: TermPlace, config: UniPELTConfig, found: StackPlaces, dtype: torch.dtype) -> Gates | None:
-    """The gate of a term that computes it from what it reads."""
-    if not place.config.gate or (config.gate.shared and not place.in_cross):
-        return None
-    label = found.cross_label if place.in_cross else found.label
-    like = like_beside(place.projection.module.weight, dtype)
-    causal = found.causal or place.crosses
-    return Gates(place.inputs, (f"{label}{place.name}",), config.gate, like, causal=causal)
-
-
-def _own_tokens(gates: Gates | None) -> Slot | None:
-    return Slot() if gates is not None and gates.pooling in ("masked_mean", "mean", "text") else None
-
-
-def _make_term(
-    place: TermPlace, config: UniPELTConfig, found: StackPlaces, shared: Mapping[str, Shared], dtype: torch.dtype
-) -> Term:
-    part, projection = place.config, place.projection
-    weight = like_beside(projection.module.weight, dtype).detach()
-    spot = Spot(
-        place.place,
-        place.inputs,
-        projection.rows.count,
-        weight,
-        shared[part.name],
-        projection.module,
-        projection.rows,
-    )
-    gates = _own_gates(place, config, found, dtype)
-    term = Term(
-        part.name,
-        MODULES[type(part)](part, spot),
-        projection.rows,
-        gates,
-        tokens=_own_tokens(gates),
-        source=None if place.reader is None else Slot(),
-    )
-    term.crosses = place.crosses
-    term.skips_ungated_calls = place.serves_positions
-    return term
-
-
-def _make_low_rank(place: TermPlace, config: UniPELTConfig, found: StackPlaces, dtype: torch.dtype) -> Term | LoRA:
-    lora = place.config
-    assert isinstance(lora, LoRAConfig)
-    if lora.decomposed:
-        if is_quantised(place.projection.module.weight):
-            raise InjectionError(
-                f"{place.projection.path} is quantised, and decomposed LoRA needs its weight's numbers"
-            )
-        return _make_term(place, config, found, {"lora": Shared("lora")}, dtype)
-    _check_start(place.projection, lora)
-    projection, gates = place.projection, _own_gates(place, config, found, dtype)
-    term = LoRA(projection.inputs, projection.rows, lora, like_beside(projection.module.weight, dtype), gates)
-    term.tokens = _own_tokens(gates)
-    term.crosses = place.crosses
-    term.skips_ungated_calls = place.serves_positions
-    return term
-
-
-def _check_start(projection: Projection, lora: LoRAConfig) -> None:
-    """Raise `InjectionError` where a term cannot start from the projection's weight."""
-    if lora.start == "zero":
-        return
-    if is_quantised(projection.module.weight):
-        raise InjectionError(f"{projection.path} is quantised, and the start {lora.start} needs its weight's numbers")
-    if lora.rank > (most := min(projection.inputs, projection.rows.count)):
-        raise InjectionError(
-            f"{projection.path} has {most} singular values, and the start {lora.start} takes {lora.rank} of them; "
-            "take a smaller lora.rank"
-        )
-
-
-def _hold(leaf: Any, name: str, term: LoRA) -> None:
-    """Put a low-rank term into its projection."""
-    if not any(hasattr(leaf, other) for other in NAMES):
-        # before all other terms, which so read the same when this one is merged into the weight
-        leaf.register_forward_hook(add_low_rank, prepend=True)
-    setattr(leaf, name, term)
-
-
-def _add_term(place: TermPlace, term: Term | LoRA) -> None:
-    """Put a term into its host: hosts hold the names of their terms, and the slots of those who read what they read."""
-    host = place.projection.module
-    if isinstance(term, LoRA):
-        _hold(host, place.name, term)
-        return
-    names, hook = ("unipelt_inputs", add_to_input) if place.place == "activation" else ("unipelt_terms", add_terms)
-    if names not in vars(host):
-        setattr(host, names, ())
-        if hook is add_terms:
-            host.register_forward_hook(add_terms)
-        else:
-            host.register_forward_pre_hook(add_to_input)
-    setattr(host, names, (*getattr(host, names), place.name))
-    setattr(host, place.name, term)
-    if place.reader is not None:
-        assert term.source is not None
-        if "unipelt_readers" not in vars(place.reader):
-            place.reader.unipelt_readers = ()
-            place.reader.register_forward_pre_hook(hand_on)
-        place.reader.unipelt_readers = (*place.reader.unipelt_readers, term.source)
-
-
-def _watch_checkpointing(owner: Any, layer: nn.Module) -> None:
-    """Reentrant gradient checkpointing needs an input that requires a gradient, and frozen embeddings give none.
-
-    A stack is given states, embeddings, or token ids that it embeds itself. What embeds them is woken by Transformers,
-    when checkpointing is switched on; the first two are seen by a hook of the stack.
-    """
-    owner.unipelt_layer = (layer,)  # a reference, not a part
-    owner.register_forward_pre_hook(_wake_input, with_kwargs=True)
-
-
-def _wake_input(
-    owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if not _checkpoints_reentrantly(owner):
-        return None
-    return (
-        tuple(_awake(value) if place == 0 else value for place, value in enumerate(args)),
-        {name: _awake(value) if name in STATES else value for name, value in kwargs.items()},
-    )
-
-
-def _checkpoints_reentrantly(module: Any) -> bool:
-    layer = module.unipelt_layer[0]
-    if not (torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)):
-        return False
-    return getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-
-
-STATES = ("hidden_states", "inputs_embeds")
-"""What a stack calls its input, where that is not token ids."""
-
-
-def _awake(value: Any) -> Any:
-    """The same numbers, requiring a gradient."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
-        return value
-    return value.detach().requires_grad_(True)
-
-
-def refuse_training(model: Any, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of a folded model."""
-    if model.training and torch.is_grad_enabled():
-        raise RuntimeError(
-            "a folded model does not train: its gates are constants and its low-rank terms are in the weights; call "
-            "model.eval() to use it, or train the model that it was folded from"
-        )
-
-
-def drop_hooks(module: Any, dropped: Collection[Callable[..., Any]]) -> None:
-    """Take those hooks off a module's forward."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in dropped]:
-            del hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
-
-
-HOOKS = (
-    enter_attention,
-    add_low_rank,
-    insert_prefix,
-    leave_attention,
-    adapt_norm,
-    adapt_output,
-    add_terms,
-    add_to_input,
-    hand_on,
-    enter_shared,
-    leave_shared,
-    enter_stack,
-    leave_stack,
-    enter_prompt,
-    leave_prompt,
-    refuse_training,
-    _wake_input,
-)
-PLACED = (
-    *("unipelt_rows", "unipelt_layer", "unipelt_terms", "unipelt_inputs", "unipelt_readers"),
-    *("unipelt_prompt", "unipelt_prompt_length"),
-)
-"""What hooks find at modules of the host's, sites and chunk sizes apart."""
-OURS = (Adapter, Gates, LoRA, Prefix, PrefixNetwork, Prompt, Shared, Term)
-
-
-def detach(model: nn.Module) -> None:
-    """Undo `attach` wherever it got to; the parameters' values and flags are the caller's."""
-    module: Any
-    for module in list(model.modules()):
-        if isinstance(module, OURS):
-            continue
-        drop_hooks(module, HOOKS)
-        for name in [name for name, child in module._modules.items() if isinstance(child, OURS)]:
-            delattr(module, name)
-        site: Site | None = module.__dict__.pop("unipelt_site", None)
-        if site is not None:
-            if site.config is not None:
-                module.config = site.config
-            for name in ("gates", "prefix"):
-                if hasattr(module, name):
-                    delattr(module, name)
-        for name in PLACED:
-            module.__dict__.pop(name, None)
-        if "unipelt_chunk_size" in module.__dict__:
-            module.chunk_size_feed_forward = module.__dict__.pop("unipelt_chunk_size")
 
 
 def check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[StackPlaces]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from unipelt.attach import count_term
+from unipelt.attach_term import count_term
 from unipelt.card import model_card
 from unipelt.config import UniPELTConfig
 from unipelt.fold import fold_constants

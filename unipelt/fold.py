@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unipelt.adapter import Adapter, adapt_norm, adapt_output
-from unipelt.attach import drop_hooks, refuse_training
 from unipelt.attention import Site, enter_attention, insert_prefix, leave_attention
+from unipelt.detach import drop_hooks, refuse_training
 from unipelt.gate import Gates
 from unipelt.lora import NAMES, LoRA, add_low_rank
 from unipelt.parameters import (

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unipelt.attach import attach, attach_prompt, check_counts, detach
+from unipelt.attach import attach, attach_prompt, check_counts
 from unipelt.config import LoRAConfig, UniPELTConfig, resolve
+from unipelt.detach import detach
 from unipelt.lora import NAMES, LoRA, matrix_of
 from unipelt.parameters import (
     Injection,

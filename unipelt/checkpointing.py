@@ -1,0 +1,48 @@
+"""What reentrant gradient checkpointing needs of a stack whose embeddings are frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def watch_checkpointing(owner: Any, layer: nn.Module) -> None:
+    """Reentrant gradient checkpointing needs an input that requires a gradient, and frozen embeddings give none.
+
+    A stack is given states, embeddings, or token ids that it embeds itself. What embeds them is woken by Transformers,
+    when checkpointing is switched on; the first two are seen by a hook of the stack.
+    """
+    owner.unipelt_layer = (layer,)  # a reference, not a part
+    owner.register_forward_pre_hook(wake_input, with_kwargs=True)
+
+
+def wake_input(
+    owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a stack that layers under reentrant checkpointing belong to."""
+    if not _checkpoints_reentrantly(owner):
+        return None
+    return (
+        tuple(_awake(value) if place == 0 else value for place, value in enumerate(args)),
+        {name: _awake(value) if name in STATES else value for name, value in kwargs.items()},
+    )
+
+
+def _checkpoints_reentrantly(module: Any) -> bool:
+    layer = module.unipelt_layer[0]
+    if not (torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    return getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
+
+
+STATES = ("hidden_states", "inputs_embeds")
+"""What a stack calls its input, where that is not token ids."""
+
+
+def _awake(value: Any) -> Any:
+    """The same numbers, requiring a gradient."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    return value.detach().requires_grad_(True)
