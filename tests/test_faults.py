@@ -35,6 +35,7 @@ from unipelt.glue.job import RunError
 from unipelt.glue.packed import run_packed
 from unipelt.glue.result import RESULT, read_result, write_result
 from unipelt.glue.run import run
+from unipelt.glue.seat import Seat
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.trainer import BatchTrainer
 from unipelt.manifest import NEXT, WEIGHTS
@@ -202,12 +203,12 @@ def test_no_memory_for_the_model(
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_one_of_a_pack_diverges(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float) -> None:
-    update = packed._Seat.update
+    update = Seat.update
 
     def spoil(seat: Any, each: torch.Tensor, index: int) -> None:
         update(seat, torch.full_like(each, loss) if seat.job.settings.seed == 2 else each, index)
 
-    monkeypatch.setattr(packed._Seat, "update", spoil)
+    monkeypatch.setattr(Seat, "update", spoil)
     runs = [RunSettings(**settings(home, tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
     outcomes = run_packed(runs, places=2, say=silent)
     assert isinstance(outcomes[str(tmp_path / "1")], dict)

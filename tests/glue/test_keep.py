@@ -18,7 +18,7 @@ from tiny_task import SMALL_BERT, make_quick, quick, save_model, write_glue, wri
 from transformers import BertForSequenceClassification
 
 from unipelt.glue import job as jobs
-from unipelt.glue import keep, packed
+from unipelt.glue import keep, seat
 from unipelt.glue.job import Job, RunError, prepare
 from unipelt.glue.keep import Kept, Tokens, same_memory
 from unipelt.glue.settings import RunSettings
@@ -244,7 +244,7 @@ def test_a_base_is_compared_once(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "equal", counted)
     equal: dict[str, torch.Tensor] = {}
     for model, count in ((first, len(frozen)), (second, 0), (other, len(frozen))):
-        packed._share_base(model, host, equal)
+        seat.share_base(model, host, equal)
         assert len(compared) == count
         compared.clear()
         theirs = dict(model.named_parameters())
@@ -253,7 +253,7 @@ def test_a_base_is_compared_once(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         wrong.get_parameter(frozen[-1]).data.add_(1.0)
     with pytest.raises(RunError, match="must be the same"):
-        packed._share_base(wrong, host, equal)
+        seat.share_base(wrong, host, equal)
 
 
 def test_a_changed_tokenizer_is_loaded_again(home: Path) -> None:

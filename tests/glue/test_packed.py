@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_task import make_quick, quick, write_glue
 
-from unipelt.glue import packed
+from unipelt.glue import packed, seat
 from unipelt.glue.folder import CHECKPOINTS, locked
 from unipelt.glue.job import RunError
 from unipelt.glue.packed import pack_key, run_packed
 from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run
+from unipelt.glue.seat import Seat
 from unipelt.glue.settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -108,7 +109,7 @@ class Kill(BaseException):
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the process end after that many steps of all runs together."""
-    update: Callable[..., None] = packed._Seat.update
+    update: Callable[..., None] = Seat.update
     count = 0
 
     def counted(seat: Any, *args: Any) -> None:
@@ -118,7 +119,7 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise Kill
         update(seat, *args)
 
-    monkeypatch.setattr(packed._Seat, "update", counted)
+    monkeypatch.setattr(Seat, "update", counted)
 
 
 def test_goes_on_after_a_kill(
@@ -178,14 +179,14 @@ def test_another_process_that_was_faster(
 ) -> None:
     """While the pack loaded a run's data, the run was finished."""
     chosen = settings(home, tmp_path, threads=None, **RUNS[0])
-    prepare = packed.prepare
+    prepare = seat.prepare
 
     def slowly(*arguments: Any) -> Any:
         job = prepare(*arguments)
         write_result(alone[0], tmp_path)
         return job
 
-    monkeypatch.setattr(packed, "prepare", slowly)
+    monkeypatch.setattr(seat, "prepare", slowly)
     assert run_packed([chosen], places=1, say=quiet) == {str(tmp_path): alone[0]}
     assert not (tmp_path / CHECKPOINTS).exists()
     with locked(tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,9 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Value
 
+from unipelt.glue.columns import (
+    are_scores,
+    build,
+    check_labels_present,
+    check_texts,
+    choose_columns,
+    is_unlabelled,
+    need_column,
+    sort_classes,
+)
 from unipelt.glue.files import DataError, Table, read_file, read_lines, read_tsv
 from unipelt.glue.tasks import Task, shorten_name
 from unipelt.plain import shorten, show, show_path
@@ -38,17 +46,6 @@ _FILE_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
 _COLA_COLUMNS = ("source", "label", "star", "sentence")
 _MRPC_IDS = ("#1 ID", "#2 ID")
 _MRPC_TRAIN, _MRPC_TEST, _MRPC_DEV_IDS = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv"
-
-# Text columns that are found without being named; a single column counts only where it is not half of a pair.
-_KNOWN_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("text1", "text2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("sentence",),
-    ("text",),
-)
 
 
 def load_task(task: Task, glue_dir: str | Path | None = None, with_test: bool = False) -> DatasetDict:
@@ -124,23 +121,23 @@ def load_files(
     files = {"train": train_file, "dev": dev_file, "test": test_file}
     tables = {split: read_file(Path(file)) for split, file in files.items() if file is not None}
     train = tables["train"]
-    columns = _choose_columns(train, text_columns, label_column)
+    columns = choose_columns(train, text_columns, label_column)
     for split, table in tables.items():
-        optional = split == "test" and _is_unlabelled(table, label_column)
+        optional = split == "test" and is_unlabelled(table, label_column)
         for column in columns if optional else (*columns, label_column):
-            _need_column(table, column)
-        _check_texts(table, columns)
+            need_column(table, column)
+        check_texts(table, columns)
         if not optional:
-            _check_labels_present(table, label_column)
+            check_labels_present(table, label_column)
 
     labels = train.columns[label_column]
     if regression is None:
-        regression = label_names is None and label_column not in train.class_names and _are_scores(labels)
+        regression = label_names is None and label_column not in train.class_names and are_scores(labels)
     if regression:
         names: tuple[str, ...] = ()
         metrics: tuple[str, ...] = ("spearman", "pearson")
     else:
-        names = tuple(label_names or train.class_names.get(label_column) or _sort_classes(labels))
+        names = tuple(label_names or train.class_names.get(label_column) or sort_classes(labels))
         if len(names) < 2:
             raise DataError(
                 f"{train.path}: column {show(label_column)} holds the single label {show(names[0])}; "
@@ -157,8 +154,8 @@ def load_files(
     )
     splits = {}
     for split, table in tables.items():
-        unlabelled = split == "test" and _is_unlabelled(table, label_column)
-        splits[split] = _build(task, table, None if unlabelled else label_column)
+        unlabelled = split == "test" and is_unlabelled(table, label_column)
+        splits[split] = build(task, table, None if unlabelled else label_column)
     return task, DatasetDict(splits)
 
 
@@ -191,6 +188,18 @@ def fingerprint(dataset: Dataset) -> str:
         for row in zip(*(batch[name] for name in names), strict=True):
             digest.update(b"".join(map(_encode, row)))
     return digest.hexdigest()
+
+
+def _encode(value: Any) -> bytes:
+    """A value as bytes that no other value has: its kind, its length where that varies, its contents."""
+    if isinstance(value, str):
+        text = value.encode("utf-8")
+        return b"s" + struct.pack("<q", len(text)) + text
+    if isinstance(value, float):
+        return b"f" + struct.pack("<f", value)
+    if value is None:
+        return b"n"
+    return b"i" + struct.pack("<q", value)
 
 
 def split_note(task: Task, split: str, rows: int) -> str | None:
@@ -266,7 +275,7 @@ def _read_split(task: Task, folder: Path, split: str) -> Dataset:
         table = _read_msr_paraphrase(task, folder, split, wanted)
     else:
         table = _read_glue_file(task, path, wanted)
-    return _build(task, table, "label" if labelled else None)
+    return build(task, table, "label" if labelled else None)
 
 
 def _read_glue_file(task: Task, path: Path, wanted: Sequence[str]) -> Table:
@@ -315,167 +324,3 @@ def _read_msr_paraphrase(task: Task, folder: Path, split: str, wanted: Sequence[
         columns={name: [pooled.columns[name][row] for row in kept] for name in wanted},
         places=[pooled.places[row] for row in kept],
     )
-
-
-# Columns and labels
-
-
-def _choose_columns(table: Table, text_columns: Sequence[str] | None, label_column: str) -> tuple[str, ...]:
-    if text_columns is not None:
-        columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
-        if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
-            raise ValueError(f"text_columns are {list(columns)}; name one column, or two different ones")
-        if label_column in columns:
-            raise ValueError(f"{label_column!r} is named as text and as label; name different columns")
-        if "label" in columns:
-            raise ValueError("'label' is the name that labels are kept under; rename that text column")
-        return columns
-    present = set(table.names) - {label_column}
-    found: list[tuple[str, ...]] = []
-    for columns in _KNOWN_COLUMNS:
-        if present.issuperset(columns) and not any(set(columns) & set(other) for other in found):
-            found.append(columns)
-    if len(found) != 1:
-        raise DataError(
-            f"{table.path}: cannot tell which columns are the text among {shorten(', '.join(table.names))}; "
-            "name one or two as text_columns"
-        )
-    return found[0]
-
-
-def _need_column(table: Table, column: str) -> None:
-    if column not in table.columns:
-        raise DataError(
-            f"{table.path} has no column {show(column)}, only {shorten(', '.join(table.names))}; name one of these"
-        )
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _is_unlabelled(table: Table, label_column: str) -> bool:
-    return all(map(_is_missing, table.columns.get(label_column, ())))
-
-
-def _check_texts(table: Table, columns: Sequence[str]) -> None:
-    for column in columns:
-        for row, value in enumerate(table.columns[column]):
-            if _is_missing(value):
-                raise DataError(f"{table.place(row)}: {show(column)} is missing; give a text or delete the row")
-            if not isinstance(value, str):
-                raise DataError(
-                    f"{table.place(row)}: {show(column)} holds {show(value):.60}, which is no text; write a string"
-                )
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-                raise DataError(
-                    f"{table.place(row)}: {show(column)} holds a broken character at position {error.start + 1}; "
-                    "correct or delete the row"
-                ) from error
-
-
-def _check_labels_present(table: Table, label_column: str) -> None:
-    for row, value in enumerate(table.columns[label_column]):
-        if _is_missing(value):
-            raise DataError(f"{table.place(row)}: {show(label_column)} is missing; give a label or delete the row")
-        if not isinstance(value, (str, int, float)):
-            raise DataError(
-                f"{table.place(row)}: {show(label_column)} holds {show(value):.60}; a label is a word or a number"
-            )
-
-
-def _to_float(value: Any) -> float | None:
-    """The number that a label is or spells; None for words and truth values."""
-    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # float("1_0") is 10
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _are_scores(labels: Sequence[Any]) -> bool:
-    if any(_to_float(label) is None for label in labels):
-        return False
-    return any(isinstance(label, float) or (isinstance(label, str) and not _is_whole(label)) for label in labels)
-
-
-def _is_whole(label: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]{1,1000}", label) is not None  # Python reads no number of very many digits
-
-
-def _class_text(label: Any) -> str:
-    """A label as the name of a class: numbers without needless decimals, truth values in lower case."""
-    if isinstance(label, bool):
-        return str(label).lower()
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return str(label)
-
-
-def _sort_classes(labels: Sequence[Any]) -> list[str]:
-    classes = {_class_text(label) for label in labels}
-    if all(map(_is_whole, classes)):
-        return sorted(classes, key=lambda label: (int(label), label))
-    return sorted(classes)
-
-
-def _build(task: Task, table: Table, label_column: str | None) -> Dataset:
-    """The rows as a `Dataset`; raises DataError at the first label that the task does not have."""
-    values: dict[str, list[Any]] = {column: table.columns[column] for column in task.columns}
-    features: dict[str, Any] = {column: Value("string") for column in task.columns}
-    if label_column is not None and task.is_regression:
-        values["label"] = _read_scores(task, table, label_column)
-        features["label"] = Value("float32")
-    elif label_column is not None:
-        values["label"] = _read_classes(task, table, label_column)
-        features["label"] = ClassLabel(names=list(task.label_names))
-    return Dataset.from_dict(values, features=Features(features))
-
-
-def _read_scores(task: Task, table: Table, label_column: str) -> list[float]:
-    low, high = task.score_range or (-np.inf, np.inf)
-    scores = []
-    for row, label in enumerate(table.columns[label_column]):
-        value = _to_float(label)
-        if value is None or not np.isfinite(value):
-            raise DataError(
-                f"{table.place(row)}: the score is {show(label):.60}, which is no finite number; correct it"
-            )
-        if not low <= value <= high:
-            raise DataError(
-                f"{table.place(row)}: the score is {show(label):.60}, outside {low:g} to {high:g}; correct it"
-            )
-        scores.append(value)
-    return scores
-
-
-def _read_classes(task: Task, table: Table, label_column: str) -> list[int]:
-    ids = {name: index for index, name in enumerate(task.file_labels or task.label_names)}
-    if not task.folder and not any(map(_is_whole, ids)):
-        # In the user's own files a named class may also be written as its id.
-        ids |= {str(index): index for index in range(task.num_labels)}
-    labels = []
-    for row, label in enumerate(table.columns[label_column]):
-        index = ids.get(_class_text(label))
-        if index is None:
-            known = ", ".join(ids)
-            raise DataError(
-                f"{table.place(row)}: the label is {show(label):.60}, known are {known:.200}; correct or delete the row"
-            )
-        labels.append(index)
-    return labels
-
-
-def _encode(value: Any) -> bytes:
-    """A value as bytes that no other value has: its kind, its length where that varies, its contents."""
-    if isinstance(value, str):
-        text = value.encode("utf-8")
-        return b"s" + struct.pack("<q", len(text)) + text
-    if isinstance(value, float):
-        return b"f" + struct.pack("<f", value)
-    if value is None:
-        return b"n"
-    return b"i" + struct.pack("<q", value)
