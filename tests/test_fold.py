@@ -172,7 +172,7 @@ def test_closed_gates_take_their_submodules_along(family: str, kind: dict[str, s
         for module in model.modules()
         if type(module).__module__.startswith(("torch", "transformers"))
     ]
-    assert {hook.__name__ for found in hooks for hook in found} <= {"refuse_training", "_wake_input"}
+    assert {hook.__name__ for found in hooks for hook in found} <= {"refuse_training", "wake_input"}
     kinds = ("unipelt_site", "gates", "prefix", "adapter", "lora_query", "lora_value", "unipelt_rows")
     assert not any(hasattr(module, name) for module in model.modules() for name in kinds)
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
