@@ -18,11 +18,12 @@ from tiny_task import save_model, write_glue, write_sentences
 from transformers import AutoModelForSequenceClassification
 
 import unipelt
-from unipelt.config import PRESETS, UniPELTConfig
+from unipelt.config import UniPELTConfig
 from unipelt.glue.options import parse, read_config
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings, TrainingSettings, paper_learning_rate
 from unipelt.glue.tasks import TASKS
+from unipelt.presets import PRESETS
 from unipelt.sweep import Sweep, read_sweep
 from unipelt.tasks import qa, translation
 from unipelt.tasks.run import run as run_task

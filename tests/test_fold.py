@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import unipelt
 from unipelt import CheckpointError, FoldError, InjectionError
-from unipelt.fold import fold_constants
+from unipelt.fold_constants import fold_constants
 from unipelt.gate import Gates
 from unipelt.lora import LoRA
 from unipelt.parameters import injection_of

@@ -21,12 +21,12 @@ import unipelt
 import unipelt.inject
 from unipelt.adapter import Adapter
 from unipelt.attention import Site
-from unipelt.config import resolve
 from unipelt.gate import Gates, Slot, token_weights
 from unipelt.inject import inject_as
 from unipelt.lora import LoRA
 from unipelt.parameters import injection_of, submodule_parameters
 from unipelt.prefix import Prefix, PrefixNetwork
+from unipelt.presets import resolve
 
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
 

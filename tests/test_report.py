@@ -22,8 +22,8 @@ from scipy import stats
 from spoilt import BAD_FAILURES, BAD_REQUESTS
 
 from unipelt.command import main
-from unipelt.config import resolve
 from unipelt.glue.result import write_result
+from unipelt.presets import resolve
 from unipelt.report import ReportError, read_results, write_report
 from unipelt.report.blocks import NONE
 from unipelt.report.cells import Results, Run, kinds

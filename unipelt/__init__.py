@@ -5,7 +5,6 @@ from unipelt.bottleneck import Houlsby, Parallel
 from unipelt.checkpoint import from_pretrained, load, save
 from unipelt.compacter import Compacter
 from unipelt.config import (
-    PRESETS,
     AdapterConfig,
     CompacterConfig,
     GateConfig,
@@ -18,7 +17,6 @@ from unipelt.config import (
     REDConfig,
     SubmoduleConfig,
     UniPELTConfig,
-    resolve,
 )
 from unipelt.dora import DoRA
 from unipelt.families import Attention, Family, Stack, register_family
@@ -29,6 +27,7 @@ from unipelt.inject import InjectionError, inject, remove
 from unipelt.manifest import CheckpointError
 from unipelt.parameters import ParameterCounts, parameter_counts
 from unipelt.peft import load_peft, save_peft
+from unipelt.presets import PRESETS, resolve
 from unipelt.prompt import Prompt
 from unipelt.publish import load_tokenizer, push_to_hub
 from unipelt.record import GateRecord, gate_penalty, record_gates

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from unipelt.attach_term import count_term
 from unipelt.card import model_card
 from unipelt.config import UniPELTConfig
-from unipelt.fold import fold_constants
+from unipelt.fold_constants import fold_constants
 from unipelt.inject import InjectionError, inject_as, remove
 from unipelt.manifest import (
     FORMAT,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unipelt.attach import attach, attach_prompt, check_counts
-from unipelt.config import LoRAConfig, UniPELTConfig, resolve
+from unipelt.config import LoRAConfig, UniPELTConfig
 from unipelt.detach import detach
 from unipelt.lora import NAMES, LoRA, matrix_of
 from unipelt.parameters import (
@@ -25,6 +25,7 @@ from unipelt.parameters import (
 )
 from unipelt.places import InjectionError, find_stacks
 from unipelt.plain import show
+from unipelt.presets import resolve
 from unipelt.quantised import find_obstacle
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from unipelt.config import UniPELTConfig
-from unipelt.fold import Constants
+from unipelt.fold_constants import Constants
 from unipelt.hub import HubError, download, is_repository
 from unipelt.plain import read_bytes, shorten, show, show_path
 from unipelt.typed import ConfigError, read_mapping

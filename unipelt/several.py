@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unipelt.checkpoint import load, save
-from unipelt.config import UniPELTConfig, resolve
+from unipelt.config import UniPELTConfig
 from unipelt.heads import Answer, ask, fit_labels, relabel, saved_labels
 from unipelt.inject import inject
 from unipelt.manifest import CheckpointError, read_checkpoint
@@ -30,6 +30,7 @@ from unipelt.mixed import Layout, Layouts, find_unmixable, seat
 from unipelt.parameters import head_names, injection_of, kept_names, submodule_parameters
 from unipelt.places import InjectionError
 from unipelt.plain import show
+from unipelt.presets import resolve
 from unipelt.rows import count_rows, gather, merge, reorder, split_batch, split_output
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from unipelt.config import PRESETS
 from unipelt.glue.options import parse, read_config
 from unipelt.glue.settings import RunSettings, SettingsError, clean_name, locate_model, paper_learning_rate
+from unipelt.presets import PRESETS
 
 
 @pytest.fixture(autouse=True)

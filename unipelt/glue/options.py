@@ -10,7 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from unipelt.config import PRESETS
 from unipelt.glue.settings import (
     INCIDENTAL,
     PATHS,
@@ -22,6 +21,7 @@ from unipelt.glue.settings import (
     with_numbers,
 )
 from unipelt.plain import PlainError, parse_yaml, show, show_path
+from unipelt.presets import PRESETS
 from unipelt.typed import read_mapping
 
 _ALIASES = ("none", "null", "~")

@@ -20,7 +20,7 @@ import torch
 
 import unipelt
 from unipelt.checkpoint import write_whole
-from unipelt.config import UniPELTConfig, resolve
+from unipelt.config import UniPELTConfig
 from unipelt.glue.folder import MODEL
 from unipelt.glue.job import Job, RunError, tokenizer_sha256
 from unipelt.glue.keep import Kept
@@ -29,6 +29,7 @@ from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name
 from unipelt.manifest import WEIGHTS
 from unipelt.origin import describe_base
+from unipelt.presets import resolve
 from unipelt.typed import ConfigError, flatten
 
 RECORD = "rerun.json"
