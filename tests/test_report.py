@@ -35,6 +35,7 @@ from unipelt.report.compare import (
     marks,
     paired_test,
     paired_tests,
+    task_test,
     upper_bounds,
     variant_effects,
 )
@@ -489,7 +490,7 @@ def test_comparisons_on_the_page(tmp_path: Path) -> None:
     test = after("## Combination against the best single method")[2]
     assert "| prefix" in test
     assert "+10.00" in test
-    assert f"| {NONE} |" in test, "equal differences have no t-test"
+    assert f"| {NONE}<br>over tasks: {NONE} |" in test, "equal differences have no t-test"
     cost = next(line for line in after("## Parameters and time") if line.startswith("| adapter"))
     assert "| 1,000 to 391,000" in cost
 
@@ -600,6 +601,56 @@ def test_the_paired_test_where_there_is_no_spread() -> None:
     assert (mean, low, high) == (pytest.approx(0.1),) * 3
     assert t is None
     assert rank == pytest.approx(0.25), "two of the eight ways to give three ranks a sign are as extreme"
+
+
+def test_the_test_over_tasks_is_a_bootstrap_of_tasks_where_their_pairs_agree() -> None:
+    """No spread within a task: what is left is the plain bootstrap over the tasks' means."""
+    means = [0.25, 0.06, 0.03, 0.0, -0.02]
+    (low, high), t = task_test([[mean] * 5 for mean in means])
+    reference = stats.bootstrap(
+        (means,), np.mean, method="percentile", n_resamples=10_000, rng=np.random.default_rng(5)
+    ).confidence_interval
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=3e-3)
+    assert t == pytest.approx(stats.ttest_1samp(means, 0.0).pvalue)
+    assert t > 0.05 > paired_test([mean for mean in means for _ in range(5)])[3], "pairs alone would say more"  # type: ignore[operator]
+
+
+def test_the_test_over_tasks_is_a_bootstrap_of_pairs_where_all_tasks_are_alike() -> None:
+    """The same pairs in each task: drawing tasks adds nothing, and the tasks' means have no spread."""
+    values = list(np.random.default_rng(3).normal(0.02, 0.05, 8))
+    (low, high), t = task_test([values] * 6)
+    _, pairs_low, pairs_high, _, _ = paired_test(values * 6)
+    assert (low, high) == pytest.approx((pairs_low, pairs_high), abs=2e-3)
+    assert t is None
+    assert task_test([values] * 6) == ((low, high), t), "the same each time"
+
+
+def test_the_test_over_tasks_weighs_tasks_by_their_pairs() -> None:
+    (low, high), _ = task_test([[0.1], [0.4] * 3])
+    assert (low, high) == pytest.approx((0.1, 0.4))
+    drawn = {(0.1 + 0.4 * 3) / 4, 0.1, 0.4}
+    assert {round(task_test([[0.1], [0.4] * 3], resamples=1)[0][0], 9)} <= {round(mean, 9) for mean in drawn}
+
+
+@pytest.mark.parametrize("tasks", [("rte", "sst2"), ("rte", "sst2", "mrpc")])
+def test_tasks_are_drawn_of_three_or_more(tasks: tuple[str, ...]) -> None:
+    records = [
+        make_record(task, method, seed, 0.6 + 0.1 * index * (method == "unipelt-ap") + 0.01 * seed)
+        for index, task in enumerate(tasks)
+        for method in ("adapter", "prefix", "unipelt-ap")
+        for seed in (1, 2)
+    ]
+    [test] = paired_tests(results_of(*records).table(100))
+    shown = to_markdown(compare_with_singles([results_of(*records).table(100)]), "")
+    if len(tasks) < 3:
+        assert (test.drawn, test.t_tasks) == (None, None)
+        assert "tasks drawn too:" not in shown
+        assert "over tasks:" not in shown
+        return
+    assert test.drawn == pytest.approx((0.0, 0.2))
+    assert test.t_tasks == pytest.approx(stats.ttest_1samp([0.0, 0.1, 0.2], 0.0).pvalue)
+    assert "<br>tasks drawn too: 0.00 to +20.00 |" in shown.replace("+0.00", "0.00")
+    assert f"<br>over tasks: {test.t_tasks:.3f} |" in shown
 
 
 def test_the_best_single_method_has_the_best_mean_over_the_tasks() -> None:

@@ -53,6 +53,9 @@ class Difference:
         difference: the mean, a fraction.
         low, high: its 95 % interval by bootstrap over pairs.
         t, wilcoxon: p values, two-sided; None where they are not defined.
+        drawn: the interval where tasks are drawn too, and pairs from each: what to expect of other tasks like these.
+            None of fewer than three tasks.
+        t_tasks: p of the t-test over the tasks' means, two-sided; None of fewer than three tasks.
         by_task: the mean over the pairs of each task and its 95 % interval, where there are several tasks; None
             instead of the interval for a task of one pair, nothing for a task of none.
     """
@@ -64,6 +67,8 @@ class Difference:
     high: float
     t: float | None
     wilcoxon: float | None
+    drawn: tuple[float, float] | None
+    t_tasks: float | None
     by_task: Mapping[str, tuple[float, tuple[float, float] | None]]
 
 
@@ -207,11 +212,13 @@ def _compare(
         ]
         for task in tasks
     }
+    pairs = {task: found for task, found in pairs.items() if found}
     differences = [difference for found in pairs.values() for difference in found]
     if len(differences) < 2:
         return []
-    by_task = {task: _mean_and_interval(found) for task, found in pairs.items() if found} if len(tasks) > 1 else {}
-    return [kind(tuple(tasks), len(differences), *paired_test(differences), by_task, **rows)]
+    by_task = {task: _mean_and_interval(found) for task, found in pairs.items()} if len(tasks) > 1 else {}
+    drawn, t_tasks = task_test(list(pairs.values())) if len(pairs) > 2 else (None, None)
+    return [kind(tuple(tasks), len(differences), *paired_test(differences), drawn, t_tasks, by_task, **rows)]
 
 
 def _mean_and_interval(differences: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
@@ -314,6 +321,36 @@ def paired_test(
     moved = values[np.abs(values) > 1e-12]
     rank = float(stats.wilcoxon(np.round(moved, 12)).pvalue) if len(moved) else None
     return float(values.mean()), float(low), float(high), t, rank
+
+
+def task_test(
+    differences: Sequence[Sequence[float]], resamples: int = RESAMPLES
+) -> tuple[tuple[float, float], float | None]:
+    """The 95 % interval where tasks are drawn as well (a bootstrap in two stages, seeded), and p over tasks.
+
+    Args:
+        differences: for each task, one for each of its pairs.
+        resamples: of the bootstrap. Each draws as many tasks as there are, and from each as many pairs as it has; its
+            mean is over all pairs drawn.
+
+    Returns:
+        The interval, and p of the t-test of the tasks' means against 0, two-sided; None where they have no spread.
+    """
+    from scipy import stats  # slow to import
+
+    tasks = [np.asarray(values, dtype=np.float64) for values in differences]
+    generator = np.random.default_rng(0)
+    sums, counts = np.zeros(resamples), np.zeros(resamples)
+    for drawn in generator.integers(len(tasks), size=(len(tasks), resamples)):
+        for index, values in enumerate(tasks):
+            (rows,) = np.nonzero(drawn == index)
+            pairs = generator.integers(len(values), size=(len(rows), len(values)))
+            sums[rows] += values[pairs].sum(axis=1)
+            counts[rows] += len(values)
+    low, high = np.percentile(sums / counts, [2.5, 97.5])
+    means = [values.mean() for values in tasks]
+    t = None if np.ptp(means) < 1e-12 else float(stats.ttest_1samp(means, 0.0).pvalue)
+    return (float(low), float(high)), t
 
 
 def curves(results: Results) -> list[Curve]:

@@ -69,7 +69,9 @@ def compare_with_singles(tables: Sequence[Table]) -> list[Block]:
             "the tasks at this K among those that add one kind of submodule: it is picked by these same scores, so "
             "the difference is rather too small than too large. The interval is a bootstrap over pairs "
             f"({RESAMPLES:,} resamples, seeded); p values are two-sided. Pairs of one task are not independent of "
-            "each other, which neither the interval nor the tests know."
+            "each other, so these speak of these tasks. Of three tasks or more there is an interval where tasks are "
+            "drawn too, and pairs from each, with p of the t-test over the tasks' means: they speak of other tasks "
+            "like these, as far as so few can."
         ),
         Grid(head, rows),
     ]
@@ -114,8 +116,8 @@ def compare_variants(tables: Sequence[Table]) -> list[Block]:
     return [
         Heading(2, "Other combinations against UniPELT(APL)"),
         Paragraph(
-            "Pairs of the same task and seed, with the interval of a bootstrap over pairs and two-sided p values; as "
-            "above, pairs of one task are not independent of each other."
+            "Pairs of the same task and seed, with the interval of a bootstrap over pairs and two-sided p values, for "
+            "these tasks; of three tasks or more also with tasks drawn, for others like them."
         ),
         Grid(["method", "K", "difference, 95 % interval", "t-test, p", "Wilcoxon, p", "pairs"], rows),
     ]
@@ -164,9 +166,13 @@ def compare_gates(tables: Sequence[Table]) -> list[Block]:
 def _tested(found: Difference) -> list[Entry]:
     """The entries of a difference: itself, the p values, the pairs with what each of several tasks has."""
     tasks = [(f"{task} {_points(*difference)}", "minor") for task, difference in found.by_task.items()]
+    drawn, over = [], []
+    if found.drawn is not None:
+        drawn = [(f"tasks drawn too: {_interval(*found.drawn)}", "minor")]
+        over = [(f"over tasks: {_p(found.t_tasks)}", "minor")]
     return [
-        [(signed(100 * found.difference), ""), (_interval(found.low, found.high), "minor")],
-        [(_p(found.t), "")],
+        [(signed(100 * found.difference), ""), (_interval(found.low, found.high), "minor"), *drawn],
+        [(_p(found.t), ""), *over],
         [(_p(found.wilcoxon), "")],
         [(str(found.pairs), ""), *(tasks or [(", ".join(found.tasks), "minor")])],
     ]
