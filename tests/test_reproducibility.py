@@ -21,8 +21,8 @@ from tiny_task import SMALL_BERT, make_quick, quick, write_glue
 from transformers import BertConfig, BertModel
 
 from unipelt.command import main
+from unipelt.glue.compare import compare
 from unipelt.glue.folder import MODEL
-from unipelt.glue.rerun import compare
 from unipelt.glue.result import read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings

@@ -14,9 +14,9 @@ from tiny_task import make_quick, quick, save_model, write_glue, write_sentences
 
 import unipelt
 from unipelt.command import main
-from unipelt.glue import rerun as module
+from unipelt.glue.compare import compare, surroundings, told
 from unipelt.glue.packed import run_packed
-from unipelt.glue.rerun import compare, rerun, settings_of, surroundings
+from unipelt.glue.rerun import rerun, settings_of
 from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
@@ -468,7 +468,7 @@ def test_threads_and_device_are_those_of_the_record(record: dict[str, Any], monk
 def test_only_the_first_differences_are_told(record: dict[str, Any]) -> None:
     other = change(record, "gates.values.prefix.mean", lambda values: [value + 1 for value in values] * 8)
     result = compare(record, other) | {"surroundings": []}
-    lines = module._told(result)
+    lines = told(result)
     assert lines[0].startswith("different: 16 of ")
     assert lines[-2].strip() == "and 6 more; the largest difference is 1"
     assert "nothing that the record knows of" in lines[-1]
