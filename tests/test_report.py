@@ -28,21 +28,20 @@ from unipelt.report import ReportError, read_results, write_report
 from unipelt.report.blocks import NONE
 from unipelt.report.cells import Results, Run, kinds
 from unipelt.report.compare import (
-    costs,
     curves,
     gate_agreements,
     head_effects,
     marks,
-    paired_test,
     paired_tests,
-    task_test,
     upper_bounds,
     variant_effects,
 )
+from unipelt.report.costs import costs
 from unipelt.report.page import PAPER
 from unipelt.report.paper import TASKS, paper, paper_costs, paper_upper_bound
 from unipelt.report.render import to_markdown
 from unipelt.report.sections import compare_with_singles
+from unipelt.report.significance import paired_test, task_test
 
 METRICS = {"cola": "matthews_correlation", "mrpc": "f1", "qqp": "f1", "stsb": "spearman"}
 COUNTER = itertools.count()

@@ -59,7 +59,6 @@ _HEADS: dict[str, dict[tuple[int, str, bool], dict[str, str]]] = {
 
 _VERSION = re.compile(r"adapters\.(\d+)\.(\d+)\.")
 
-
 logger = logging.get_logger(__name__)
 
 

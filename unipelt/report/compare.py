@@ -1,4 +1,4 @@
-"""Methods compared: the upper bound, paired tests, curves over one number, costs."""
+"""Methods compared: the upper bound, pairs of runs, gates beside scores, curves over one number."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import itertools
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from unipelt.report.cells import PARTS, Cell, Results, Run, Table, k_order, kinds, largest
+from unipelt.report.cells import PARTS, Cell, Results, Table, k_order, kinds, largest
 from unipelt.report.paper import TASKS, paper_upper_bound
+from unipelt.report.significance import paired_test, task_test
 from unipelt.typed import flatten
 
-RESAMPLES = 10_000
 PAPERS = "unipelt-apl"
 """The combination that others are compared with."""
 # What a number on the axis of a curve may be: the paper's Figures 2 and 3, and their like for the prefix.
@@ -301,58 +301,6 @@ def _correlation(values: np.ndarray) -> float | None:
     return float(stats.spearmanr(gates, scores).statistic)
 
 
-def paired_test(
-    differences: Sequence[float], resamples: int = RESAMPLES
-) -> tuple[float, float, float, float | None, float | None]:
-    """Mean difference, its 95 % bootstrap interval (seeded), and p of the paired t-test and of Wilcoxon's.
-
-    Args:
-        differences: one for each pair.
-        resamples: of the bootstrap.
-    """
-    from scipy import stats  # slow to import
-
-    values = np.asarray(differences, dtype=np.float64)
-    generator = np.random.default_rng(0)
-    means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    # identical differences have no spread for t, and differences of 0 no rank for Wilcoxon
-    t = None if np.ptp(values) < 1e-12 else float(stats.ttest_1samp(values, 0.0).pvalue)
-    moved = values[np.abs(values) > 1e-12]
-    rank = float(stats.wilcoxon(np.round(moved, 12)).pvalue) if len(moved) else None
-    return float(values.mean()), float(low), float(high), t, rank
-
-
-def task_test(
-    differences: Sequence[Sequence[float]], resamples: int = RESAMPLES
-) -> tuple[tuple[float, float], float | None]:
-    """The 95 % interval where tasks are drawn as well (a bootstrap in two stages, seeded), and p over tasks.
-
-    Args:
-        differences: for each task, one for each of its pairs.
-        resamples: of the bootstrap. Each draws as many tasks as there are, and from each as many pairs as it has; its
-            mean is over all pairs drawn.
-
-    Returns:
-        The interval, and p of the t-test of the tasks' means against 0, two-sided; None where they have no spread.
-    """
-    from scipy import stats  # slow to import
-
-    tasks = [np.asarray(values, dtype=np.float64) for values in differences]
-    generator = np.random.default_rng(0)
-    sums, counts = np.zeros(resamples), np.zeros(resamples)
-    for drawn in generator.integers(len(tasks), size=(len(tasks), resamples)):
-        for index, values in enumerate(tasks):
-            (rows,) = np.nonzero(drawn == index)
-            pairs = generator.integers(len(values), size=(len(rows), len(values)))
-            sums[rows] += values[pairs].sum(axis=1)
-            counts[rows] += len(values)
-    low, high = np.percentile(sums / counts, [2.5, 97.5])
-    means = [values.mean() for values in tasks]
-    t = None if np.ptp(means) < 1e-12 else float(stats.ttest_1samp(means, 0.0).pvalue)
-    return (float(low), float(high)), t
-
-
 def curves(results: Results) -> list[Curve]:
     """Cells that differ in one number of their method only, at least two of them."""
     found: dict[tuple[Any, ...], dict[float, Cell]] = defaultdict(dict)
@@ -370,56 +318,3 @@ def curves(results: Results) -> list[Curve]:
         for group, cells in found.items()
         if len(cells) > 1
     ]
-
-
-def costs(table: Table) -> list[dict[str, Any]]:
-    """A line for each row: parameters, seconds, and what they are relative to fine-tuning on the same tasks.
-
-    Runs end early at different epochs, so training is compared by the second a step; inference by the second an
-    evaluated example, on dev and test data.
-    """
-    lines = []
-    for row in table.rows:
-        cells = table.row(row)
-        runs = [run for cell in cells.values() for run in cell.runs]
-        base = table.named("fine-tuning", table.first(row).setting)
-        lines.append(
-            {
-                "row": row,
-                "method": runs[0].method,
-                **{
-                    name: sorted({run.record["parameters"][name] for run in runs})
-                    for name in ("trained", "deployed", "head")
-                },
-                "base": max(run.record["parameters"]["base"] for run in runs),
-                "seconds": statistics.fmean(run.record["seconds"]["total"] for run in runs),
-                "training": _relative(_seconds_a_step, cells, base),
-                "inference": _relative(_seconds_an_example, cells, base),
-            }
-        )
-    return lines
-
-
-def _relative(
-    value: Callable[[Run], float | None], cells: Mapping[str, Cell], base: Mapping[str, Cell]
-) -> float | None:
-    """Mean over common tasks of the ratio of two rows' mean values; None where there are none."""
-    ratios = []
-    for task in cells.keys() & base.keys():
-        ours, theirs = ([found for run in row[task].runs if (found := value(run))] for row in (cells, base))
-        if ours and theirs:
-            ratios.append(statistics.fmean(ours) / statistics.fmean(theirs))
-    return statistics.fmean(ratios) if ratios else None
-
-
-def _seconds_a_step(run: Run) -> float | None:
-    steps = run.record["evaluations"][-1]["step"]
-    return run.record["seconds"]["train"] / steps if steps > 0 else None
-
-
-def _seconds_an_example(run: Run) -> float | None:
-    parts = [run.record["data"].get(name) for name in ("dev", "test")]
-    dev, test = (part.get("rows") if isinstance(part, Mapping) else None for part in parts)
-    if not isinstance(dev, int) or not isinstance(test, int) or dev + test <= 0:
-        return None
-    return run.record["seconds"]["evaluation"] / (len(run.record["evaluations"]) * dev + test)

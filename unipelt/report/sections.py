@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from unipelt.report.blocks import NONE, Block, Entry, Grid, Heading, Paragraph, percent, signed
 from unipelt.report.cells import Table
 from unipelt.report.compare import (
-    RESAMPLES,
     Difference,
-    costs,
     gate_agreements,
     head_effects,
     marks,
@@ -17,8 +15,10 @@ from unipelt.report.compare import (
     upper_bounds,
     variant_effects,
 )
+from unipelt.report.costs import costs
 from unipelt.report.paper import paper_costs
 from unipelt.report.pictures import k_name
+from unipelt.report.significance import RESAMPLES
 
 
 def compare_with_upper_bounds(tables: Sequence[Table]) -> list[Block]:

@@ -1,0 +1,62 @@
+"""What methods cost: parameters, and time beside fine-tuning."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from unipelt.report.cells import Cell, Run, Table
+
+
+def costs(table: Table) -> list[dict[str, Any]]:
+    """A line for each row: parameters, seconds, and what they are relative to fine-tuning on the same tasks.
+
+    Runs end early at different epochs, so training is compared by the second a step; inference by the second an
+    evaluated example, on dev and test data.
+    """
+    lines = []
+    for row in table.rows:
+        cells = table.row(row)
+        runs = [run for cell in cells.values() for run in cell.runs]
+        base = table.named("fine-tuning", table.first(row).setting)
+        lines.append(
+            {
+                "row": row,
+                "method": runs[0].method,
+                **{
+                    name: sorted({run.record["parameters"][name] for run in runs})
+                    for name in ("trained", "deployed", "head")
+                },
+                "base": max(run.record["parameters"]["base"] for run in runs),
+                "seconds": statistics.fmean(run.record["seconds"]["total"] for run in runs),
+                "training": _relative(_seconds_a_step, cells, base),
+                "inference": _relative(_seconds_an_example, cells, base),
+            }
+        )
+    return lines
+
+
+def _relative(
+    value: Callable[[Run], float | None], cells: Mapping[str, Cell], base: Mapping[str, Cell]
+) -> float | None:
+    """Mean over common tasks of the ratio of two rows' mean values; None where there are none."""
+    ratios = []
+    for task in cells.keys() & base.keys():
+        ours, theirs = ([found for run in row[task].runs if (found := value(run))] for row in (cells, base))
+        if ours and theirs:
+            ratios.append(statistics.fmean(ours) / statistics.fmean(theirs))
+    return statistics.fmean(ratios) if ratios else None
+
+
+def _seconds_a_step(run: Run) -> float | None:
+    steps = run.record["evaluations"][-1]["step"]
+    return run.record["seconds"]["train"] / steps if steps > 0 else None
+
+
+def _seconds_an_example(run: Run) -> float | None:
+    parts = [run.record["data"].get(name) for name in ("dev", "test")]
+    dev, test = (part.get("rows") if isinstance(part, Mapping) else None for part in parts)
+    if not isinstance(dev, int) or not isinstance(test, int) or dev + test <= 0:
+        return None
+    return run.record["seconds"]["evaluation"] / (len(run.record["evaluations"]) * dev + test)
