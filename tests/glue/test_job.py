@@ -54,8 +54,30 @@ def test_a_model_without_padding_pads_with_its_end(home: Path) -> None:
     assert job.model.config.pad_token_id == job.tokenizer.pad_token_id == 3
 
 
+@pytest.mark.parametrize(("named", "token"), [(1, "[UNK]"), (-1, "[SEP]"), (10_000, "[SEP]")])
+@pytest.mark.parametrize("own", [None, "[MASK]"])
+def test_a_head_finds_the_last_token(home: Path, named: int, token: str, own: str | None) -> None:
+    """The tokenizer has no padding token, or another than the configuration, which may name none that there is."""
+    save_model(home / "model", "gpt2")
+    edit(home / "model" / "config.json", pad_token_id=named)
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    tokenizer.pad_token = own
+    tokenizer.save_pretrained(home / "model")
+    job = prepare(RunSettings(**quick(home, method="lora")))
+    assert job.tokenizer.pad_token == (own or token if named != 1 else token)
+    assert job.model.config.pad_token_id == job.tokenizer.pad_token_id
+    rows = job.splits["dev"].select(range(12)).select_columns(["input_ids", "attention_mask"])
+    assert len({len(ids) for ids in rows["input_ids"]}) > 2
+    model = job.model.eval()
+    with torch.no_grad():
+        together = model(**job.tokenizer.pad(rows[:], return_tensors="pt")).logits
+        alone = [model(**job.tokenizer.pad(rows[row : row + 1], return_tensors="pt")).logits for row in range(12)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
 def test_a_tokenizer_with_nothing_to_pad_with(home: Path) -> None:
     save_model(home / "model", "gpt2")
+    edit(home / "model" / "config.json", pad_token_id=None)
     tokenizer = AutoTokenizer.from_pretrained(home / "model")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(home / "model")

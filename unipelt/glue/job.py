@@ -302,15 +302,26 @@ def load_tokenizer(
     limit = min(limit for limit in limits if limit)
     if settings.max_length > limit:
         raise RunError(f"max_length is {settings.max_length}, and {settings.model} takes {limit} tokens; lower it")
-    if tokenizer.pad_token is None:  # GPT-2 and others were pretrained without one; padding is masked, so any will do
-        if tokenizer.eos_token is None:
-            raise RunError(
-                f"the tokenizer of {settings.model} has neither a padding token nor an end token to pad with"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+    _agree_on_padding(config, tokenizer, settings.model)
     return config, tokenizer
+
+
+def _agree_on_padding(config: Any, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Let the tokenizer pad with what the configuration calls padding, or the other way about if that is no token.
+
+    A decoder's head looks for the last token of a text by that id, and some models count positions by it. GPT-2 and
+    others were pretrained without one; padding is masked, so any will do. Raises `RunError`.
+    """
+    named = config.pad_token_id
+    if named is not None and 0 <= named < len(tokenizer):
+        if named != tokenizer.pad_token_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(named)
+        return
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise RunError(f"the tokenizer of {model} has neither a padding token nor an end token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def weights_sha256(settings: TrainingSettings, place: str, kept: Kept) -> tuple[str | None, State]:
