@@ -149,7 +149,7 @@ def test_bad_words(words: str, sentence: str) -> None:
     assert list(Path().iterdir()) == []
 
 
-ONE = ("epochs", "patience", "batch_size", "eval_batch_size", "train_samples", "dev_samples", "threads")
+ONE = ("epochs", "patience", "batch_size", "eval_batch_size", "train_samples", "dev_samples", "threads", "train_tokens")
 NONE = ("weight_decay", "max_grad_norm", "num_workers", "eval_tokens", "seed", "data_seed", "warmup_ratio")
 
 
@@ -282,7 +282,7 @@ def test_names_for_every_file_system() -> None:
 def test_defaults() -> None:
     expected = {
         **dict.fromkeys(("model_sha256", "glue_dir", "train_file", "dev_file", "test_file", "text_columns")),
-        **dict.fromkeys(("regression", "train_samples", "eval_tokens", "threads")),
+        **dict.fromkeys(("regression", "train_samples", "train_tokens", "eval_tokens", "threads")),
         **dict.fromkeys(("gradient_checkpointing", "overwrite", "do_predict", "keep_checkpoints"), False),
         "model": "bert-base-uncased",
         "task": "rte",
@@ -340,6 +340,7 @@ def test_digest_is_of_what_determines_the_outcome() -> None:
         RunSettings(task="rte", method={"lora": {"rank": 4}}),
         RunSettings(task="rte", learning_rate=1e-3),
         RunSettings(task="rte", do_predict=True),
+        RunSettings(task="rte", train_tokens=512),
     )
     assert {settings.digest() for settings in same} == {plain.digest()}
     assert len({settings.digest() for settings in (plain, *other)}) == 1 + len(other)

@@ -1,7 +1,7 @@
-"""Batches of evaluation: consecutive rows, as many as a budget of tokens holds, padded to the longest among them.
+"""Batches of evaluation and parts of a batch of training: as many rows as a budget of tokens holds.
 
-Rows sorted by length need little padding this way, and short texts come in few large batches. What is evaluated
-again and again is padded once.
+Each is padded to the longest among its rows. Rows sorted by length need little padding this way, and short texts come
+in few large batches. What is evaluated again and again is padded once.
 
 Shapes: N rows of a split, B rows of a batch, T tokens of its longest row.
 """
@@ -9,7 +9,7 @@ Shapes: N rows of a split, B rows of a batch, T tokens of its longest row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -67,6 +67,35 @@ def pack_rows(count: int, rows: int) -> list[range]:
     if rows < 1:
         raise ValueError(f"a batch needs 1 row or more, not {rows}")
     return [range(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def split_batch(batch: Mapping[str, Tensor], tokens: int) -> list[Batch]:
+    """Cut a batch into parts of texts that are alike in length, each padded to its own longest, longest texts first.
+
+    Args:
+        batch: with `attention_mask` (B, T), 0 where there is padding, on either side; what else has T columns is cut
+            along with it.
+        tokens: the budget of a part, as in `pack_tokens`.
+
+    Returns:
+        The parts, of b rows and t columns each, which together are the batch; the batch alone if it is one part.
+
+    Raises:
+        ValueError: the budget is below 1.
+    """
+    mask = batch["attention_mask"]
+    lengths = mask.sum(dim=1)
+    order = lengths.argsort(descending=True, stable=True)
+    packed = pack_tokens(lengths[order].tolist(), tokens)
+    if len(packed) == 1:
+        return [dict(batch)]
+    parts = []
+    for rows in packed:
+        chosen = order[rows.start : rows.stop]
+        columns = mask[chosen].any(dim=0).nonzero().flatten().tolist() or [0]  # a text may be empty
+        kept = slice(columns[0], columns[-1] + 1)
+        parts.append({name: whole[chosen] if whole.ndim == 1 else whole[chosen, kept] for name, whole in batch.items()})
+    return parts
 
 
 def padded_tokens(lengths: Sequence[int], batches: Iterable[range]) -> int:

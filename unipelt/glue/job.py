@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -113,6 +114,14 @@ def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
     model = load_model(settings, place, config, AutoModelForSequenceClassification)
     if weights and state_of(path for path, *_ in weights) == weights:
         kept.share_base(model, weights)
+    if settings.train_tokens is not None and not (
+        "attention_mask" in splits["train"].column_names
+        and "attention_mask" in inspect.signature(model.forward).parameters
+    ):
+        raise RunError(
+            f"train_tokens needs a model that can tell padding by an attention_mask, and {type(model).__name__} takes "
+            "none; leave it out"
+        )
     digest = hashlib.sha256(json.dumps([settings.digest(), data, sha256], sort_keys=True).encode()).hexdigest()
     return Job(settings, task, model, tokenizer, splits, order, data, majority, notes, device, sha256, digest)
 

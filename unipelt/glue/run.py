@@ -115,6 +115,7 @@ def make_trainer(job: Job, folder: Path, dev: Any, callbacks: Sequence[TrainerCa
         # some models return hidden states besides the logits, and those need not be kept
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
         callbacks=list(callbacks),
+        train_tokens=job.settings.train_tokens,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -242,6 +242,8 @@ def sit(
     folder = Path(str(settings.output_dir))
     if settings.gradient_checkpointing:
         raise PackError("gradient checkpointing and a pack exclude each other; pack fewer runs instead")
+    if settings.train_tokens is not None:
+        raise PackError("train_tokens and a pack exclude each other; a pack trains on whole batches")
     if (record := place.find_finished(settings, folder)) is not None:
         return record
     if settings.threads is not None:

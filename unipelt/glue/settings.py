@@ -33,12 +33,14 @@ CARRIED = ("device", "threads", "num_workers", "eval_tokens")
 """Fields that a rerun may change because they say how it is carried out; all but `num_workers` change roundings."""
 _POSITIVE = (
     *("epochs", "patience", "batch_size", "eval_batch_size", "train_samples", "dev_samples", "test_samples", "threads"),
+    "train_tokens",
     *("n_best", "max_answer_length", "beams", "max_target_length", "random_width", "random_layers", "vocabulary"),
 )
 _NOT_NEGATIVE = (
     *("learning_rate", "weight_decay", "max_grad_norm", "num_workers", "eval_tokens", "seed", "data_seed"),
     *("split_seed", "stride", "skip_samples"),
 )
+_LATER = ("test_samples", "train_tokens")
 _NAMES = ("label_column", "source", "target")
 _EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")  # what YAML 1.1 takes for a string
 
@@ -197,8 +199,9 @@ class TrainingSettings:
         for name in PATHS:
             if values.get(name) is not None:
                 values[name] = os.path.abspath(values[name])
-        if values["test_samples"] is None:  # runs from before there was this field stay the runs that they were
-            del values["test_samples"]
+        for name in _LATER:  # runs from before there were these fields stay the runs that they were
+            if values.get(name, MISSING) is None:
+                del values[name]
         values["method"] = self.config.to_dict()
         return values
 
@@ -241,6 +244,12 @@ class RunSettings(TrainingSettings):
         None, "K: train on the first K examples of the shuffled train data; by default on all of them"
     )
     dev_samples: int = option(1000, "with train_samples: the next that many examples are the dev set")
+    train_tokens: int | None = option(
+        None,
+        "tokens that are passed through the model at once in training, padding included: each batch is cut into parts "
+        "of texts of like length, and its step stays that of the whole; saves padding and memory, and draws other "
+        "dropout. By default whole batches",
+    )
     eval_tokens: int | None = option(
         None,
         "tokens a batch of evaluation, padding included; by default 1024 on a CPU and 8192 on a GPU; "
@@ -250,6 +259,14 @@ class RunSettings(TrainingSettings):
     do_predict: bool = option(
         False, "also write predictions on the unlabelled test data (GLUE: the leaderboard's files)"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_tokens is not None and self.config.gate.pooling == "mean":
+            raise SettingsError(
+                "train_tokens changes how texts are padded, and with gate.pooling mean a gate averages over padding; "
+                "leave train_tokens out, or take gate.pooling masked_mean"
+            )
 
     def _check_data(self) -> None:
         """Check that the fields which name data go together; the data themselves are not touched."""

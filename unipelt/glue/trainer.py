@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with batches of evaluation that are ready made and of different sizes."""
+"""`transformers.Trainer` with batches of evaluation that are ready made, and batches of training in parts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,48 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from unipelt.glue.batches import split_batch
+
 
 class BatchTrainer(Trainer):
-    """Trains as its parent does, and evaluates batches.
+    """Trains as its parent does, in parts of a batch if told so, and evaluates batches.
 
     `eval_dataset`, and what `predict` is given, are not rows but batches: made ones in a list, or `Batches`. The loss
     of an evaluation is the mean over examples, whatever the sizes of the batches. It is for one process.
+
+    Args:
+        train_tokens: the budget of a part, see `unipelt.glue.batches.split_batch`; None trains whole batches. The
+            gradient of a step is that of the mean loss over the whole batch, so the model must compute the mean over
+            examples, and no example may depend on its padding.
+        options: as of the parent.
     """
+
+    def __init__(self, *, train_tokens: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._train_tokens = train_tokens
+        self._share = 1.0  # of the batch, what is passed through the model
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The parent's step, or one for each part of the batch: gradients add up, and so does the loss."""
+        if self._train_tokens is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        parts = split_batch(inputs, self._train_tokens)
+        losses = []
+        try:
+            for part in parts:
+                self._share = len(part["attention_mask"]) / len(inputs["attention_mask"])
+                # None: the model takes the mean over its part, which the share makes a part of the batch's
+                losses.append(super().training_step(model, part, None))
+        finally:
+            self._share = 1.0
+        return torch.stack(losses).sum()
+
+    def compute_loss(self, *args: Any, **options: Any) -> Any:
+        """The parent's, weighted where it is that of a part."""
+        found: Any = super().compute_loss(*args, **options)
+        return found if self._share == 1.0 else found * self._share
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The batches as they are."""
