@@ -934,6 +934,19 @@ def test_where_the_numbers_come_from(tmp_path: Path) -> None:
         assert words in text, words
 
 
+def test_settings_that_differ_between_tasks_are_told(tmp_path: Path) -> None:
+    """They set no row apart, since each row has one of them for each task."""
+    tokens = {"cola": None, "sst2": None, "rte": 512}
+    records = [make_record(task, seed=seed, train_tokens=tokens[task]) for task in tokens for seed in (1, 2)]
+    for record in records[:2]:
+        del record["settings"]["train_tokens"]  # of a version that did not have it
+    save(tmp_path / "runs", *records)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "- Setting train_tokens: 512 (2 runs: rte); null (4 runs: cola, sst2)\n" in text
+    assert text.count("- Setting ") == 1, "seeds and folders are not worth a line"
+
+
 def test_nothing_to_report_on_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="there is no folder at"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from unipelt.glue.settings import FILES, INCIDENTAL
 from unipelt.report.blocks import NONE, Block, Entry, Grid, Heading, Items, Panels, Paragraph, percent, signed
-from unipelt.report.cells import Cell, Results, Table
+from unipelt.report.cells import Cell, Results, Run, Table
 from unipelt.report.compare import marks
 from unipelt.report.paper import TASKS
 from unipelt.report.pictures import Picture, k_name
@@ -24,6 +26,7 @@ SECTIONS = (
     *(compare_with_upper_bounds, compare_with_singles, compare_variants, compare_heads, compare_gates),
     compare_costs,
 )
+_APART = {"task", "seed", "data_seed", "method", "output_dir", "learning_rate", "model", "model_sha256"}
 PAPER = "https://aclanthology.org/2022.acl-long.433/"
 
 
@@ -193,6 +196,7 @@ def _provenance(results: Results) -> list[Block]:
     if results.plan:
         items.append(f"Plan: {results.plan}")
     items.append(f"Settings in all runs: {_common(records)}")
+    items += [f"Setting {key}: {found}" for key, found in _differing(results.runs).items()]
     blocks.append(Items(items))
     if any(record["code"]["dirty"] for record in records):
         blocks.append(Paragraph("Some runs were of code with changes that no commit holds.", True))
@@ -218,13 +222,28 @@ def _provenance(results: Results) -> list[Block]:
 
 def _common(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]["settings"]
-    apart = {"task", "seed", "data_seed", "method", "output_dir", "learning_rate", "model", "model_sha256"}
     same = [
         f"{key}={value}"
         for key, value in first.items()
-        if key not in apart and value is not None and all(r["settings"].get(key) == value for r in records)
+        if key not in _APART and value is not None and all(r["settings"].get(key) == value for r in records)
     ]
     return ", ".join(same) or "none"
+
+
+def _differing(runs: Sequence[Run]) -> dict[str, str]:
+    """What some runs have otherwise than others, by setting: the values, each with its runs and their tasks."""
+    known = {key for run in runs for key in run.record["settings"]} - {*_APART, *INCIDENTAL, *FILES, "train_samples"}
+    found: dict[str, str] = {}
+    for key in sorted(known):
+        values: dict[str, list[Run]] = defaultdict(list)
+        for run in runs:
+            values[json.dumps(run.record["settings"].get(key))].append(run)
+        if len(values) > 1:
+            found[key] = "; ".join(
+                f"{value} ({_count(len(group), 'run')}: {', '.join(sorted({run.task for run in group}))})"
+                for value, group in sorted(values.items())
+            )
+    return found
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:
