@@ -168,7 +168,10 @@ def against_single() -> list[str]:
     assert found.t is not None
     assert found.wilcoxon is not None
     below = sorted(((-100 * mean, task) for task, (mean, _) in found.by_task.items()), reverse=True)
-    parts = [f"{number(mean, 1)} {'below ' * (not index)}on {NAMES[task]}" for index, (mean, task) in enumerate(below)]
+    side = ["below ", *[""] * (len(below) - 1)]
+    if above := [index for index, (mean, _) in enumerate(below) if mean < 0]:
+        side[above[0]] = "above "
+    parts = [f"{abs(mean):.1f} {words}on {NAMES[task]}" for (mean, task), words in zip(below, side, strict=True)]
     alone = {task: f"{signed(mean)} ({span(*both)})" for task, (mean, both) in found.by_task.items() if both}
     return [
         f"it is {number(-100 * found.difference, 1)} below (95 % interval over the {found.pairs} pairs of task and "
