@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from unipelt.glue.settings import FILES, INCIDENTAL
 from unipelt.report.blocks import NONE, Block, Entry, Grid, Heading, Items, Panels, Paragraph, percent, signed
 from unipelt.report.cells import Cell, Results, Run, Table
 from unipelt.report.compare import marks
@@ -232,7 +231,7 @@ def _common(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _differing(runs: Sequence[Run]) -> dict[str, str]:
     """What some runs have otherwise than others, by setting: the values, each with its runs and their tasks."""
-    known = {key for run in runs for key in run.record["settings"]} - {*_APART, *INCIDENTAL, *FILES, "train_samples"}
+    known = {key for run in runs for key in run.record["settings"] if key in run.variant} - _APART
     found: dict[str, str] = {}
     for key in sorted(known):
         values: dict[str, list[Run]] = defaultdict(list)
