@@ -29,9 +29,8 @@ import unipelt
 from unipelt.checkpoint import write_whole
 from unipelt.command import main
 from unipelt.glue import packed
-from unipelt.glue.failure import RunFailed
+from unipelt.glue.failure import RunError, RunFailed
 from unipelt.glue.folder import CHECKPOINTS, begin
-from unipelt.glue.job import RunError
 from unipelt.glue.packed import run_packed
 from unipelt.glue.result import RESULT, read_result, write_result
 from unipelt.glue.run import run

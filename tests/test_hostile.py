@@ -20,7 +20,8 @@ from tiny_task import make_quick, quick, save_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 import unipelt
-from unipelt.glue.job import RunError, prepare
+from unipelt.glue.failure import RunError
+from unipelt.glue.job import prepare
 from unipelt.glue.result import read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings

@@ -32,8 +32,8 @@ from transformers import (
 import unipelt
 from unipelt import CheckpointError, ConfigError, InjectionError
 from unipelt.glue.data import DataError, load_files
+from unipelt.glue.failure import RunError
 from unipelt.glue.folder import begin
-from unipelt.glue.job import RunError
 from unipelt.glue.options import parse
 from unipelt.glue.result import ResultError, read_result
 from unipelt.glue.run import run

@@ -15,9 +15,9 @@ from tiny_task import PLAIN, save_model
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 import unipelt
+from unipelt.glue.failure import RunError
 from unipelt.glue.files import DataError
 from unipelt.glue.folding import fold_run
-from unipelt.glue.job import RunError
 from unipelt.glue.options import parse
 from unipelt.glue.rerun import rerun
 from unipelt.glue.result import ResultError

@@ -16,8 +16,8 @@ from tiny_task import save_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import unipelt
+from unipelt.glue.failure import RunError
 from unipelt.glue.files import DataError
-from unipelt.glue.job import RunError
 from unipelt.glue.options import parse
 from unipelt.glue.settings import SettingsError
 from unipelt.tasks.run import run

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from unipelt.glue import folder as place
+from unipelt.glue.failure import RunError
 from unipelt.glue.folder import CHECKPOINTS, FOLDED, MODEL, PICTURE, PREDICTIONS, LockedError, checkpoint_at
-from unipelt.glue.job import RunError
 from unipelt.glue.result import RESULT, ResultError
 from unipelt.glue.settings import RunSettings
 

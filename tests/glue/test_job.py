@@ -12,7 +12,8 @@ import torch
 from tiny_task import make_quick, quick, save_model
 from transformers import AutoTokenizer
 
-from unipelt.glue.job import RunError, prepare
+from unipelt.glue.failure import RunError
+from unipelt.glue.job import prepare
 from unipelt.glue.settings import RunSettings
 
 

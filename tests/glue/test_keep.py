@@ -19,7 +19,8 @@ from transformers import BertForSequenceClassification
 
 from unipelt.glue import job as jobs
 from unipelt.glue import keep, seat
-from unipelt.glue.job import Job, RunError, prepare
+from unipelt.glue.failure import RunError
+from unipelt.glue.job import Job, prepare
 from unipelt.glue.keep import Kept, Tokens, same_memory
 from unipelt.glue.settings import RunSettings
 from unipelt.parameters import injection_of, kept_names

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny_task import make_quick, quick, write_glue
 
 from unipelt.glue import packed, seat
+from unipelt.glue.failure import RunError
 from unipelt.glue.folder import CHECKPOINTS, locked
-from unipelt.glue.job import RunError
 from unipelt.glue.packed import pack_key, run_packed
 from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run

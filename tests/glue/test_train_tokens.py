@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel, DataCollatorWithPadding
 
 from unipelt.glue import run as runner
 from unipelt.glue.batches import split_batch
-from unipelt.glue.job import Job, RunError, prepare
+from unipelt.glue.failure import RunError
+from unipelt.glue.job import Job, prepare
 from unipelt.glue.packed import run_packed
 from unipelt.glue.settings import RunSettings, SettingsError
 

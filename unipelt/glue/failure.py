@@ -1,4 +1,4 @@
-"""What can go wrong with a run while it trains, each in one sentence that says what to do."""
+"""What can go wrong with a run, before and while it trains, each in one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ _DISK = {
 # What PyTorch's writer of archives says where a file cannot be written; it raises nothing but a RuntimeError.
 _ARCHIVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "File cannot be opened")
 _ON = "the same command goes on from the last finished epoch"
+
+
+class RunError(ValueError):
+    """A run that cannot start; the message says why and what to do. Nothing was trained."""
 
 
 class RunFailed(RuntimeError):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unipelt.checkpoint import write_whole
-from unipelt.glue.job import RunError
+from unipelt.glue.failure import RunError
 from unipelt.glue.result import RESULT, ResultError, mismatch, read_result
 from unipelt.glue.settings import TrainingSettings
 from unipelt.plain import PlainError, read_plain, show_path

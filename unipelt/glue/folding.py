@@ -21,8 +21,9 @@ from transformers import EvalPrediction, PreTrainedModel
 import unipelt
 from unipelt.checkpoint import write_whole
 from unipelt.glue.batches import Batch, hold
+from unipelt.glue.failure import RunError
 from unipelt.glue.folder import FOLDED, MODEL
-from unipelt.glue.job import Job, RunError, precision_of, prepare
+from unipelt.glue.job import Job, precision_of, prepare
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.result import check_of_glue, describe_code, describe_hardware, describe_packages, read_result
 from unipelt.glue.run import evaluated

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from unipelt.glue.batches import default_tokens, pack_rows, pack_tokens
-from unipelt.glue.failure import RunFailed, memory_named
-from unipelt.glue.job import RunError, precision_of
+from unipelt.glue.failure import RunError, RunFailed, memory_named
+from unipelt.glue.job import precision_of
 from unipelt.glue.keep import Kept
 from unipelt.glue.seat import Seat, sit
 from unipelt.glue.settings import RunSettings

@@ -22,8 +22,10 @@ import unipelt
 from unipelt.checkpoint import write_whole
 from unipelt.config import UniPELTConfig
 from unipelt.glue.compare import compare, model_pairs, sha256_of, surroundings, told
+from unipelt.glue.failure import RunError
 from unipelt.glue.folder import MODEL
-from unipelt.glue.job import Job, RunError, tokenizer_sha256
+from unipelt.glue.job import Job
+from unipelt.glue.pretrained import tokenizer_sha256
 from unipelt.glue.result import RESULT, check_of_glue, read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name

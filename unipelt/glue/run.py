@@ -29,9 +29,10 @@ from unipelt.gate import Gates
 from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
 from unipelt.glue.folder import MODEL, PICTURE, PREDICTIONS, Progress
-from unipelt.glue.job import Job, prepare, tokenizer_sha256
+from unipelt.glue.job import Job, prepare
 from unipelt.glue.leaderboard import write_predictions
 from unipelt.glue.metric import compute_metrics_for
+from unipelt.glue.pretrained import tokenizer_sha256
 from unipelt.glue.result import (
     read_result,
     write_result,

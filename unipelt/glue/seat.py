@@ -33,9 +33,9 @@ from transformers import (
 from unipelt.checkpoint import write_whole
 from unipelt.glue import folder as place
 from unipelt.glue.batches import Batches, text_lengths
-from unipelt.glue.failure import Diverged, check_losses
+from unipelt.glue.failure import Diverged, RunError, check_losses
 from unipelt.glue.folder import Progress
-from unipelt.glue.job import Job, RunError, prepare
+from unipelt.glue.job import Job, prepare
 from unipelt.glue.keep import Kept, same_memory
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.result import RESULT, summary

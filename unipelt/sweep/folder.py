@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from unipelt.checkpoint import write_whole
+from unipelt.glue.failure import RunError
 from unipelt.glue.folder import LockedError, find_finished, locked
-from unipelt.glue.job import RunError
 from unipelt.glue.result import mismatch
 from unipelt.glue.settings import RunSettings, SettingsError, clean_name, paper_learning_rate
 from unipelt.plain import PlainError, read_plain, show

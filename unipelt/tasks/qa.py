@@ -22,9 +22,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from unipelt.glue.failure import RunError
 from unipelt.glue.files import DataError
-from unipelt.glue.job import RunError, find_device, load_model, load_tokenizer, weights_sha256
+from unipelt.glue.job import find_device
 from unipelt.glue.keep import Kept
+from unipelt.glue.pretrained import load_model, load_tokenizer, weights_sha256
 from unipelt.glue.sampling import fixed_rows
 from unipelt.glue.settings import locate_model
 from unipelt.glue.training import training_arguments

@@ -20,7 +20,7 @@ import unipelt
 from unipelt.checkpoint import write_whole
 from unipelt.glue import folder as place
 from unipelt.glue.folder import MODEL, PREDICTIONS, Progress
-from unipelt.glue.job import tokenizer_sha256
+from unipelt.glue.pretrained import tokenizer_sha256
 from unipelt.glue.result import read_result, write_result
 from unipelt.glue.training import common_record, header, run_in_folder, train
 from unipelt.manifest import MANIFEST

@@ -29,9 +29,11 @@ from transformers import (
 from transformers.utils import logging
 
 import unipelt
+from unipelt.glue.failure import RunError
 from unipelt.glue.files import DataError, read_lines
-from unipelt.glue.job import RunError, find_device, load_model, load_tokenizer, weights_sha256
+from unipelt.glue.job import find_device
 from unipelt.glue.keep import Kept
+from unipelt.glue.pretrained import load_model, load_tokenizer, weights_sha256
 from unipelt.glue.sampling import few_shot_rows, fixed_rows
 from unipelt.glue.settings import SettingsError, locate_model
 from unipelt.glue.training import training_arguments
