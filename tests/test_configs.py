@@ -59,6 +59,7 @@ SIZES = {
     "evidence-gte-rates.yaml": (26, 26),
     "evidence-gte-k100.yaml": (320, 64),
     "evidence-gte-variants.yaml": (240, 48),
+    "evidence-gte-k500.yaml": (40, 8),
 }
 
 
