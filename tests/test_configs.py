@@ -60,6 +60,7 @@ SIZES = {
     "evidence-gte-k100.yaml": (320, 64),
     "evidence-gte-variants.yaml": (240, 48),
     "evidence-gte-k500.yaml": (40, 8),
+    "evidence-gte-epochs.yaml": (10, 2),
 }
 
 
