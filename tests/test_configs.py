@@ -257,9 +257,13 @@ def test_a_sweep_has_a_row_in_the_readme_with_its_number_of_runs(name: str) -> N
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_holds_only_what_differs(name: str) -> None:
     values = read_mapping(FOLDER / name)
-    assert (
-        repeated_defaults({key: value for key, value in values.items() if key not in ("base", "grid", "choose")}) == []
-    )
+    bases = values.get("base", [])
+    inherited: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        inherited |= read_config(FOLDER / base)
+    own = {key: value for key, value in values.items() if key not in ("base", "grid", "choose")}
+    assert [key for key, value in own.items() if key in inherited and value == inherited[key]] == []
+    assert repeated_defaults({key: value for key, value in own.items() if key not in inherited}) == []
     for block in values["grid"]:
         methods = block["method"] if isinstance(block["method"], list) else [block["method"]]
         for method in methods:
