@@ -15,6 +15,7 @@ from unipelt.report import read_results
 from unipelt.report.cells import Cell, Table
 from unipelt.report.compare import Difference, gate_agreements, head_effects, paired_tests, variant_effects
 from unipelt.report.paper import paper
+from unipelt.report.significance import paired_test
 
 HOME = Path(__file__).parent.parent
 RESULTS = HOME / "docs" / "results"
@@ -44,6 +45,7 @@ TASKS = {
 }
 NAMES = {task: name for name, task in TASKS.items()}
 HEADS = ("bitfit", "prefix", "lora")
+EPOCHS = "gte-small-epochs"
 WORDS = {5: "five", 6: "six", 7: "seven", 8: "eight"}
 VARIANTS = {
     "APL": "unipelt-apl",
@@ -56,8 +58,8 @@ VARIANTS = {
 
 
 @cache
-def table(folder: str) -> Table:
-    return read_results(RESULTS / folder / "records").table(100)
+def table(folder: str, k: int = 100) -> Table:
+    return read_results(RESULTS / folder / "records").table(k)
 
 
 @cache
@@ -96,8 +98,8 @@ def shown(cell: Cell | None) -> str:
     return f"{number(100 * cell.mean)} ± {100 * cell.std:.2f}"
 
 
-def cells(folder: str, method: str) -> dict[str, Cell]:
-    return table(folder).row(method) if method in table(folder).rows else {}
+def cells(folder: str, method: str, k: int = 100) -> dict[str, Cell]:
+    return table(folder, k).row(method) if method in table(folder, k).rows else {}
 
 
 def effect(found: list[Any], row: str) -> Difference:
@@ -146,16 +148,27 @@ def test_variants_on_stsb() -> None:
         assert against == f"{signed(mean)} ({span(*interval)})", label
 
 
+def test_more_examples_and_longer_training() -> None:
+    columns, found = rows("| 12 layers, STS-B |")
+    assert columns == ["K = 100", "K = 500", "K = 100, 50 epochs"]
+    assert [METHODS[label] for label in found] == ["lora", "unipelt-apl", OWN]
+    for label, entries in found.items():
+        method = METHODS[label]
+        there = (("gte-small", 100), ("gte-small", 500), (EPOCHS, 100))
+        wanted = [shown(cells(folder, method, k).get("stsb")) for folder, k in there]
+        assert [entry.replace("not run", "") for entry in entries] == wanted, label
+
+
 def test_runs_and_hours() -> None:
     _, found = rows("| | 6 layers | 12 layers |")
     told = []
-    for folder in ("minilm/records", "gte-small/records", "gte-small/rates"):
+    for folder in ("minilm/records", "gte-small/records", f"{EPOCHS}/records", "gte-small/rates"):
         records = [json.loads(path.read_text()) for path in (RESULTS / folder).glob("*/result.json")]
         told.append((len(records), number(sum(record["seconds"]["total"] for record in records) / 3600, 1)))
-    (small, small_hours), (large, hours), (rates, rate_hours) = told
+    (small, small_hours), (large, hours), (longer, longer_hours), (rates, rate_hours) = told
     assert found["runs, hours of computing"] == [
         f"{small}, {small_hours}",
-        f"{large}, {hours}; and {rates} for the rates, {rate_hours}",
+        f"{large}, {hours}; {longer} of 50 epochs, {longer_hours}; and {rates} for the rates, {rate_hours}",
     ]
 
 
@@ -245,7 +258,37 @@ def with_6_layers() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("words", [*against_single(), *against_apl(), *own_beside_lora(), *with_6_layers()])
+def with_500() -> list[str]:
+    """What K = 500 says, of STS-B alone."""
+    singles = {found.row: found for found in paired_tests(table("gte-small", 500))}
+    assert {found.single for found in singles.values()} == {"lora"}
+    apl, own = singles["unipelt-apl"], singles[OWN]
+    better = effect(variant_effects(table("gte-small", 500)), OWN)
+    assert better.t is not None
+    assert own.t is not None
+    return [
+        f"it is {signed(apl.difference)} against LoRA ({span(apl.low, apl.high)}; 5 pairs)",
+        f"{signed(better.difference)} against APL ({span(better.low, better.high)}; t-test p = {better.t:.3f})",
+        f"{signed(own.difference)} against LoRA ({span(own.low, own.high)}; p = {own.t:.3f})",
+    ]
+
+
+def with_50_epochs() -> list[str]:
+    """What training for longer gives APL, on the same examples, and what the variant has without."""
+    longer = cells(EPOCHS, "unipelt-apl")["stsb"].scores
+    words = []
+    for method in ("unipelt-apl", OWN):
+        before = cells("gte-small", method)["stsb"].scores
+        assert [*before] == [*longer]
+        mean, low, high, _, _ = paired_test([longer[seed] - before[seed] for seed in longer])
+        words.append(f"{signed(mean)} ({span(low, high)})")
+    return [f"scores {words[0]} against 15", f"{words[1]} against that variant's 15"]
+
+
+SAID = [*against_single(), *against_apl(), *own_beside_lora(), *with_6_layers(), *with_500(), *with_50_epochs()]
+
+
+@pytest.mark.parametrize("words", SAID)
 def test_differences(words: str) -> None:
     assert words in page()
 
@@ -260,3 +303,5 @@ def test_readme() -> None:
     assert sentence in page("README.md")
     for task, (mean, _) in found.by_task.items():
         assert f"{number(100 * mean, 1)} on {NAMES[task]}" in page("README.md")
+    apl, own = (effect(paired_tests(table("gte-small", 500)), row).difference for row in ("unipelt-apl", OWN))
+    assert f"LoRA by {number(-100 * apl, 1)} and above it by {number(100 * own, 1)}" in page("README.md")
