@@ -61,6 +61,7 @@ SIZES = {
     "evidence-gte-variants.yaml": (240, 48),
     "evidence-gte-k500.yaml": (40, 8),
     "evidence-gte-epochs.yaml": (10, 2),
+    "evidence-gte-frozen-heads.yaml": (30, 6),
 }
 
 
