@@ -292,7 +292,22 @@ def with_50_epochs() -> list[str]:
         assert [*before] == [*longer]
         mean, low, high, _, _ = paired_test([longer[seed] - before[seed] for seed in longer])
         words.append(f"{signed(mean)} ({span(low, high)})")
-    return [f"scores {words[0]} against 15", f"{words[1]} against that variant's 15"]
+    runs = cells(EPOCHS, "unipelt-apl")["stsb"].runs
+    first, second, third, fourth, fifth = (f"{run.record['best']['epoch']:g}" for run in runs)
+    gates = [
+        statistics.fmean(gate for run in cell["stsb"].runs for gate in run.record["gates"]["values"]["prefix"]["mean"])
+        for cell in (
+            cells("gte-small", "unipelt-apl"),
+            cells(EPOCHS, "unipelt-apl"),
+            cells("gte-small", "unipelt-apl", 500),
+        )
+    ]
+    return [
+        f"scores {words[0]} against 15",
+        f"{words[1]} against that variant's 15",
+        f"its best epochs are the {first}th, {second}st, {third}th, {fourth}th and {fifth}st",
+        "from {:.2f} to {:.2f} on average, as it does with 500 examples ({:.2f})".format(*gates),
+    ]
 
 
 SAID = [
