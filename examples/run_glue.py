@@ -11,9 +11,9 @@ def main(argv: Sequence[str]) -> int:
     """Run; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
 
-    from unipelt.glue.failure import exit_code
-    from unipelt.glue.options import parse
     from unipelt.glue.run import run
+    from unipelt.runs.errors import exit_code
+    from unipelt.runs.options import parse
 
     return exit_code("run_glue.py", lambda: run(parse(argv)))
 

@@ -11,10 +11,10 @@ def main(argv: Sequence[str]) -> int:
     """Run; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
 
-    from unipelt.glue.failure import exit_code
-    from unipelt.glue.options import parse
+    from unipelt.runs.errors import exit_code
+    from unipelt.runs.options import parse
+    from unipelt.runs.run import run
     from unipelt.tasks.qa import prepare
-    from unipelt.tasks.run import run
     from unipelt.tasks.settings import QASettings
 
     what = "Train one method on questions in SQuAD's format, test it once, and leave one result.json."

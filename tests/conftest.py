@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
-from unipelt.manifest import CheckpointError
+from unipelt.checkpoint.manifest import CheckpointError
 
 RUN_GLUE = Path(__file__).parents[1] / "examples" / "run_glue.py"
 SIZES = {

@@ -25,8 +25,8 @@ from tiny import ENCODER_DECODERS, ENCODERS, EOS, INSERTED, PAD, VOCABULARY, WIT
 from torch import Tensor
 
 import unipelt
-from unipelt.config import PROJECTIONS, Place
-from unipelt.families import FAMILIES
+from unipelt.config.methods import PROJECTIONS, Place
+from unipelt.hosts.families import FAMILIES
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 AS_DECODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text", "ernie")

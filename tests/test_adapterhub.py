@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertForTokenClassification, BertModel, PreTrainedModel
 
 import unipelt
-from unipelt.adapter import Adapter
-from unipelt.gate import Gates
-from unipelt.lora import LoRA
-from unipelt.parameters import injection_of
-from unipelt.prefix import Prefix
+from unipelt.injection.parameters import injection_of
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.prefix import Prefix
 
 SCRIPT = Path(__file__).with_name("scripts") / "adapterhub.py"
 METHODS = ("unipelt-apl", "unipelt-al", "unipelt-pl-nogate", "adapter", "prefix", "lora")

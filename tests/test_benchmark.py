@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 import unipelt
-from unipelt.presets import PRESETS
+from unipelt.config.presets import PRESETS
 
 SMALL = ["--random", "bert", "--layers", "2", "--hidden", "32", "--heads", "2", "--batch_size", "2", "--tokens", "8"]
 SMALL += ["--warmup", "1", "--repetitions", "2", "--device", "cpu", "--threads", "1"]

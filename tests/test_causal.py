@@ -26,10 +26,10 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.adapter import Adapter
-from unipelt.attention import ATTENTION, attend
-from unipelt.gate import Gates
-from unipelt.prefix import Prefix
+from unipelt.injection.attention_hooks import ATTENTION, attend
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.prefix import Prefix
 
 LENGTH = 4
 SMALL: dict[str, Any] = {"adapter": {"bottleneck": 8}, "lora": {"rank": 4}}

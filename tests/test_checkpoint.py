@@ -36,8 +36,9 @@ from transformers import (
 from transformers.utils import logging
 
 import unipelt
-import unipelt.checkpoint
 from unipelt import CheckpointError, InjectionError
+from unipelt.checkpoint import base_model
+from unipelt.checkpoint.checkpoint import write_whole
 
 WEIGHTS, MANIFEST, CARD = FILES = ("model.safetensors", "unipelt.json", "README.md")
 SMALL = {"adapter": {"bottleneck": 6}, "prefix": {"length": 4, "hidden": 10}, "lora": {"rank": 3, "alpha": 5.0}}
@@ -348,7 +349,7 @@ def test_a_base_in_another_dtype_is_loaded_with_a_warning(
     on_base: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(unipelt.origin.logger, "warning", said.append)
+    monkeypatch.setattr(base_model.logger, "warning", said.append)
     unipelt.from_pretrained(on_base)
     assert not said
     model = unipelt.from_pretrained(on_base, dtype=torch.bfloat16)
@@ -505,7 +506,7 @@ def test_a_file_is_on_the_disk_whole_before_it_takes_its_place(tmp_path: Path, m
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_replace)
-    unipelt.checkpoint.write_whole(tmp_path / "file", b"twelve bytes")
+    write_whole(tmp_path / "file", b"twelve bytes")
     assert done[:2] == [("synced", 12), ("placed", 12)]
     assert (tmp_path / "file").read_bytes() == b"twelve bytes"
 

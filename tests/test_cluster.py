@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from tiny_task import save_model, write_glue
 
-from unipelt.cluster import _run, capacity, connect, on_cluster
-from unipelt.command import main
-from unipelt.glue.result import RESULT, read_result
+from unipelt.cli import main
 from unipelt.glue.settings import RunSettings
+from unipelt.records.record import RESULT, read_result
 from unipelt.sweep import FAILURE, LOG, Busy
 from unipelt.sweep.folder import write_settings
+from unipelt.sweep.ray_backend import _run, capacity, connect, on_cluster
 
 SWEEP = """
 model: {home}/model
@@ -166,7 +166,7 @@ def test_a_worker_does_the_run_of_a_folder_from_where_the_sweep_was_started(
 
         return begin
 
-    monkeypatch.setattr("unipelt.cluster.in_process", in_process)
+    monkeypatch.setattr("unipelt.sweep.ray_backend.in_process", in_process)
     monkeypatch.chdir(Path(__file__).parent)
     assert _run(str(tmp_path / "run"), str(tmp_path if current else tmp_path / "gone")) == "no luck"
     assert done == [(settings, str(tmp_path if current else Path(__file__).parent))]
@@ -216,7 +216,7 @@ def test_a_real_cluster_goes_on_when_a_worker_is_killed(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     write_glue(tmp_path / "glue")
     (tmp_path / "sweep.yaml").write_text(SWEEP.format(home=tmp_path))
-    code = "import sys; from unipelt.command import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from unipelt.cli import main; sys.exit(main(sys.argv[1:]))"
     line = [sys.executable, "-c", code, "sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     sweep = subprocess.Popen(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_report import make_record, save
 
-from unipelt.command import main
-from unipelt.glue.result import read_result
+from unipelt.cli import main
+from unipelt.records.record import read_result
 from unipelt.report import ReportError, collect, read_results, write_report
 from unipelt.sweep import SweepError, read_sweep, run_folder, write_request
 

@@ -24,7 +24,7 @@ from unipelt import (
     UniPELTConfig,
     resolve,
 )
-from unipelt.typed import LARGEST, convert, flatten
+from unipelt.config.schema import LARGEST, convert, flatten
 
 PARTS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 48},

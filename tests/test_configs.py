@@ -18,17 +18,17 @@ from tiny_task import save_model, write_glue, write_sentences
 from transformers import AutoModelForSequenceClassification
 
 import unipelt
-from unipelt.config import UniPELTConfig
-from unipelt.glue.options import parse, read_config
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.presets import PRESETS
+from unipelt.config.schema import read_mapping
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings, TrainingSettings, paper_learning_rate
 from unipelt.glue.tasks import TASKS
-from unipelt.presets import PRESETS
+from unipelt.runs.options import parse, read_config
+from unipelt.runs.run import run as run_task
 from unipelt.sweep import Sweep, read_sweep
 from unipelt.tasks import qa, translation
-from unipelt.tasks.run import run as run_task
 from unipelt.tasks.settings import QASettings, TaskSettings, TranslationSettings
-from unipelt.typed import read_mapping
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".yaml", ".json"))

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast, pipeline
 
 import unipelt
-from unipelt.gate import Gates
-from unipelt.prefix import Prefix
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.prefix import Prefix
 
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
 MEAN = {"preset": "unipelt-apl", "gate": {"pooling": "mean"}}

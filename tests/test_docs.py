@@ -154,7 +154,7 @@ def test_the_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """By the command that the page names; and the page shows those that the command draws."""
     from glue.test_result import make_record
 
-    from unipelt.glue.result import write_result
+    from unipelt.records.record import write_result
 
     spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
     assert spec is not None

@@ -1,7 +1,7 @@
 """The equations of every architecture, computed by plain torch from what an untouched copy of the model computes.
 
 Where things are in each architecture is written down here a second time, from its code and not from the table in
-`unipelt.families`, so that a wrong place there shows.
+`unipelt.hosts.families`, so that a wrong place there shows.
 
 Shapes: B examples, H heads, T queries, S keys, d head size, L prefix length, N layers, D hidden size, W = H * d.
 """
@@ -30,11 +30,11 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.adapter import Adapter
-from unipelt.families import FAMILIES
-from unipelt.gate import Gates
-from unipelt.lora import LoRA
-from unipelt.prefix import Prefix
+from unipelt.hosts.families import FAMILIES
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.prefix import Prefix
 
 # Transformers 5.0 compiles parts of some models with TorchScript when it imports them
 

@@ -13,10 +13,11 @@ from datasets import Dataset
 from tiny_task import make_quick, quick
 from transformers import DataCollatorWithPadding
 
-from unipelt.glue import batches, job
+from unipelt.glue import job
 from unipelt.glue import run as runner
-from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, padded_tokens
 from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.runs import batches
+from unipelt.runs.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, padded_tokens
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,12 @@ from tiny import (
 from torch import Tensor, nn
 
 import unipelt
-from unipelt.adapter import Adapter
-from unipelt.families import FAMILIES
-from unipelt.gate import Gates, token_weights
-from unipelt.lora import LoRA
-from unipelt.parameters import injection_of, submodule_parameters
-from unipelt.prefix import Prefix, PrefixNetwork
+from unipelt.hosts.families import FAMILIES
+from unipelt.injection.parameters import injection_of, submodule_parameters
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates, token_weights
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.prefix import Prefix, PrefixNetwork
 
 PARTS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 6},

@@ -26,20 +26,21 @@ from conftest import shake, tiny_bert
 from tiny_task import make_quick, quick
 
 import unipelt
-from unipelt.checkpoint import write_whole
-from unipelt.command import main
-from unipelt.glue import packed
-from unipelt.glue.failure import RunError, RunFailed
-from unipelt.glue.folder import CHECKPOINTS, begin
-from unipelt.glue.packed import run_packed
-from unipelt.glue.result import RESULT, read_result, write_result
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.checkpoint.manifest import NEXT, WEIGHTS
+from unipelt.cli import main
+from unipelt.glue import pack_runs as packed
+from unipelt.glue.pack_runs import run_packed
+from unipelt.glue.packed_run import Seat
 from unipelt.glue.run import run
-from unipelt.glue.seat import Seat
 from unipelt.glue.settings import RunSettings
-from unipelt.glue.trainer import BatchTrainer
-from unipelt.manifest import NEXT, WEIGHTS
-from unipelt.sweep import FAILURE, LOG, look, packs, read_sweep
-from unipelt.sweep.packs import in_packs
+from unipelt.records.record import RESULT, read_result, write_result
+from unipelt.runs.errors import RunError, RunFailed
+from unipelt.runs.folder import CHECKPOINTS, begin
+from unipelt.runs.trainer import BatchTrainer
+from unipelt.sweep import FAILURE, LOG, look, read_sweep
+from unipelt.sweep import pack_workers as packs
+from unipelt.sweep.pack_workers import in_packs
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -449,7 +450,7 @@ def test_a_save_after_one_that_was_killed_keeps_its_weights(tmp_path: Path, monk
     new = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).rename(tmp_path / NEXT)
     (tmp_path / WEIGHTS).write_bytes(old)
-    monkeypatch.setattr("unipelt.checkpoint.write_whole", after_the_first(unipelt.checkpoint.write_whole))
+    monkeypatch.setattr("unipelt.checkpoint.checkpoint.write_whole", after_the_first(write_whole))
     with pytest.raises(KeyboardInterrupt):
         unipelt.save(unipelt.inject(tiny_bert(seed=1), "lora"), tmp_path)
     unipelt.load(tiny_bert(), tmp_path)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import unipelt
 from unipelt import CheckpointError, FoldError, InjectionError
-from unipelt.fold_constants import fold_constants
-from unipelt.gate import Gates
-from unipelt.lora import LoRA
-from unipelt.parameters import injection_of
-from unipelt.prefix import PrefixNetwork
-from unipelt.spread import find_gates
+from unipelt.gates.measure import find_gates
+from unipelt.gates.merge import fold_constants
+from unipelt.injection.parameters import injection_of
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.prefix import PrefixNetwork
 
 SMALL: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 6},

@@ -13,8 +13,8 @@ import torch
 from tiny_task import make_quick, quick, write_sentences
 
 import unipelt
-from unipelt.command import main
-from unipelt.glue import folding
+from unipelt.cli import main
+from unipelt.glue import fold_run as folding
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 

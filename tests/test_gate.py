@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unipelt.config import GateConfig
-from unipelt.gate import Gates, Slot, product, token_weights
+from unipelt.config.methods import GateConfig
+from unipelt.submodules.gate import Gates, Slot, product, token_weights
 
 NAMES = ("one", "two", "three")
 LIKE = torch.zeros(1)

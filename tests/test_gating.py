@@ -15,9 +15,9 @@ from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 
 import unipelt
-from unipelt.adapter import Adapter
-from unipelt.gate import Gates
-from unipelt.typed import ConfigError
+from unipelt.config.schema import ConfigError
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates
 
 GATES: dict[str, dict[str, Any]] = {
     "token": {"pooling": "token"},

@@ -20,12 +20,12 @@ from tiny_task import make_quick, quick, save_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 import unipelt
-from unipelt.glue.failure import RunError
+from unipelt.checkpoint.manifest import MANIFEST
 from unipelt.glue.job import prepare
-from unipelt.glue.result import read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
-from unipelt.manifest import MANIFEST
+from unipelt.records.record import read_result
+from unipelt.runs.errors import RunError
 from unipelt.sweep import read_sweep
 
 pytestmark = pytest.mark.usefixtures("alone")

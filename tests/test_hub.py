@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, TrainingArguments
 
 import unipelt
-from unipelt.card import model_card, task_of
-from unipelt.command import main
-from unipelt.glue.result import ResultError, read_result, write_result
+from unipelt.checkpoint.manifest import CheckpointError
+from unipelt.checkpoint.model_card import model_card, task_of
+from unipelt.cli import main
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
-from unipelt.manifest import CheckpointError
+from unipelt.records.record import ResultError, read_result, write_result
 
 BASE = "owner/tiny"
 NAME = "somebody/sentiment"

@@ -18,15 +18,15 @@ from transformers import (
 )
 
 import unipelt
-import unipelt.inject
-from unipelt.adapter import Adapter
-from unipelt.attention import Site
-from unipelt.gate import Gates, Slot, token_weights
-from unipelt.inject import inject_as
-from unipelt.lora import LoRA
-from unipelt.parameters import injection_of, submodule_parameters
-from unipelt.prefix import Prefix, PrefixNetwork
-from unipelt.presets import resolve
+import unipelt.api
+from unipelt.api import inject_as
+from unipelt.config.presets import resolve
+from unipelt.injection.attention_hooks import Site
+from unipelt.injection.parameters import injection_of, submodule_parameters
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates, Slot, token_weights
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.prefix import Prefix, PrefixNetwork
 
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
 

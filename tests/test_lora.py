@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unipelt.config import GateConfig, LoRAConfig
-from unipelt.gate import Gates
-from unipelt.lora import LoRA, Rows, add_low_rank
+from unipelt.config.methods import GateConfig, LoRAConfig
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LoRA, Rows, add_low_rank
 
 INPUTS, RANK, ALPHA = 5, 3, 7.0
 LIKE = torch.zeros(1)

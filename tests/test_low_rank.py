@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import unipelt
-from unipelt.config import PROJECTIONS
-from unipelt.gate import Gates
-from unipelt.lora import LoRA
-from unipelt.parameters import submodule_parameters
-from unipelt.term import Term
-from unipelt.typed import ConfigError
+from unipelt.config.methods import PROJECTIONS
+from unipelt.config.schema import ConfigError
+from unipelt.injection.parameters import submodule_parameters
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.term import Term
 
 ALL = list(PROJECTIONS)
 

@@ -32,13 +32,13 @@ from transformers import (
 import unipelt
 from unipelt import CheckpointError, ConfigError, InjectionError
 from unipelt.glue.data import DataError, load_files
-from unipelt.glue.failure import RunError
-from unipelt.glue.folder import begin
-from unipelt.glue.options import parse
-from unipelt.glue.result import ResultError, read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.records.record import ResultError, read_result
 from unipelt.report.read import read_results
+from unipelt.runs.errors import RunError
+from unipelt.runs.folder import begin
+from unipelt.runs.options import parse
 from unipelt.sweep import SweepError, read_failure, read_request, read_settings, read_sweep
 
 SECONDS = 20
@@ -480,7 +480,7 @@ def test_settings_left_for_a_process(tmp_path: Path) -> None:
 
 def test_what_an_unfinished_run_leaves(tmp_path: Path) -> None:
     """Progress that is damaged is no run's, and a damaged marker is no whole checkpoint's."""
-    from unipelt.glue import folder as place
+    from unipelt.runs import folder as place
 
     settings = RunSettings(task="rte", output_dir=str(tmp_path))
     refusals = Refusals((RunError,))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 import unipelt
-from unipelt.gate import once, token_weights
+from unipelt.submodules.gate import once, token_weights
 
 LABELS = torch.tensor([0, 1, 1])
 SCALE = "unipelt-apl"

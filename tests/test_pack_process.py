@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from unipelt.glue.folder import LockedError
 from unipelt.glue.settings import RunSettings
-from unipelt.sweep import LOG, SETTINGS, Busy, packs
+from unipelt.runs.folder import LockedError
+from unipelt.sweep import LOG, SETTINGS, Busy
+from unipelt.sweep import pack_workers as packs
 from unipelt.sweep.folder import write_settings
-from unipelt.sweep.packs import in_packs
+from unipelt.sweep.pack_workers import in_packs
 
 PROCESS = """
 import json, os, signal, sys, time

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from tiny_task import save_model, write_glue
 
-from unipelt.command import main
-from unipelt.glue.folder import locked
-from unipelt.glue.result import RESULT, read_result
+from unipelt.cli import main
 from unipelt.glue.settings import RunSettings
-from unipelt.sweep import FAILURE, LOG, SETTINGS, Busy, packs, read_sweep, run_folder
-from unipelt.sweep.packs import by_pack, in_packs
+from unipelt.records.record import RESULT, read_result
+from unipelt.runs.folder import locked
+from unipelt.sweep import FAILURE, LOG, SETTINGS, Busy, read_sweep, run_folder
+from unipelt.sweep import pack_workers as packs
+from unipelt.sweep.pack_workers import by_pack, in_packs
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -128,7 +129,7 @@ def children() -> set[int]:
             command = path.with_name("cmdline").read_bytes()
         except OSError:
             continue
-        if int(words[1]) == os.getpid() and b"unipelt.sweep.packs" in command:
+        if int(words[1]) == os.getpid() and b"unipelt.sweep.pack_workers" in command:
             found.add(int(path.parent.name))
     return found
 

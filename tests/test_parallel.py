@@ -14,7 +14,7 @@ import transformers
 from scripts.families_parallel import CHECKPOINTED, PROCESSES
 from tiny import WITH_PREFIX
 
-from unipelt.families import FAMILIES
+from unipelt.hosts.families import FAMILIES
 
 TESTS = Path(__file__).parent
 QUICK = ("bert", "bart", "t5", "gpt2", "llama")

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.parameters import head_names, kept_names, unfrozen_names
+from unipelt.injection.parameters import head_names, kept_names, unfrozen_names
 
 BASE = 109_482_240  # BERT-base with its pooler
 ADAPTER = 894_528

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import unipelt
-from unipelt.command import main
-from unipelt.config import PROJECTIONS
-from unipelt.families import FAMILIES
-from unipelt.gate import Gates
-from unipelt.lora import LoRA
-from unipelt.parameters import injection_of
+from unipelt.cli import main
+from unipelt.config.methods import PROJECTIONS
+from unipelt.hosts.families import FAMILIES
+from unipelt.injection.parameters import injection_of
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LoRA
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
@@ -357,7 +357,7 @@ def test_saving_wants_an_injected_model_and_a_folder(tmp_path: Path) -> None:
 def test_a_save_that_breaks_off_leaves_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New weights beside an old configuration would load, and be scaled otherwise."""
     unipelt.save_peft(with_lora(tiny_bert()), tmp_path)
-    import unipelt.peft.write as module
+    import unipelt.bridges.peft.write as module
 
     def broken(path: Path, content: bytes) -> None:
         if path.suffix == ".json":

@@ -16,9 +16,9 @@ from tiny import tiny_batch, tiny_model
 from torch import Tensor
 
 import unipelt
-from unipelt.config import PROJECTIONS
-from unipelt.families import FAMILIES
-from unipelt.parameters import injection_of
+from unipelt.config.methods import PROJECTIONS
+from unipelt.hosts.families import FAMILIES
+from unipelt.injection.parameters import injection_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from unipelt.plot import plot_gates
+from unipelt.gates.plot import plot_gates
 
 GATES: dict[str, Any] = {
     "adapter": torch.tensor([[0.1, 0.9], [0.3, 0.7]]),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unipelt.attention import Argument, _is_causal
-from unipelt.config import PrefixConfig
-from unipelt.prefix import Pass, Prefix, PrefixNetwork, enter_stack, leave_stack
+from unipelt.config.methods import PrefixConfig
+from unipelt.injection.attention_hooks import Argument, _is_causal
+from unipelt.submodules.prefix import Pass, Prefix, PrefixNetwork, enter_stack, leave_stack
 
 LENGTH, HIDDEN, WIDTH, LAYERS, TOKENS = 3, 6, 4, 2, 5
 LOWEST = torch.finfo(torch.float32).min

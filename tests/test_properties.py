@@ -14,8 +14,8 @@ from tiny import DECODERS, ENCODER_DECODERS, VOCABULARY, WITH_PREFIX
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from unipelt.adapter import Adapter
-from unipelt.gate import Gates
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates
 
 CAUSAL = (*DECODERS, *ENCODER_DECODERS)
 MASKED: Any = {"pooling": ["masked_mean"]}

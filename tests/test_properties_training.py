@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 import unipelt
-from unipelt.gate import Gates
-from unipelt.lora import LoRA
+from unipelt.injection.parameters import injection_of, kept_names
 from unipelt.pack import Pack, PackError, kept_values
-from unipelt.parameters import injection_of, kept_names
-from unipelt.prefix import PrefixNetwork
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.prefix import PrefixNetwork
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 READ = ("right", "none")

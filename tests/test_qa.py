@@ -15,16 +15,16 @@ from tiny_task import PLAIN, save_model
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 import unipelt
-from unipelt.glue.failure import RunError
-from unipelt.glue.files import DataError
-from unipelt.glue.folding import fold_run
-from unipelt.glue.options import parse
+from unipelt.glue.fold_run import fold_run
 from unipelt.glue.rerun import rerun
-from unipelt.glue.result import ResultError
 from unipelt.glue.settings import SettingsError, locate_model
+from unipelt.records.record import ResultError
 from unipelt.report import read_results
+from unipelt.runs.errors import RunError
+from unipelt.runs.options import parse
+from unipelt.runs.run import run
+from unipelt.runs.tables import DataError
 from unipelt.tasks.qa import load_questions, prepare
-from unipelt.tasks.run import run
 from unipelt.tasks.settings import QASettings
 from unipelt.tasks.squad import (
     Question,

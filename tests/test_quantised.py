@@ -26,9 +26,9 @@ from transformers import (
 from transformers.utils import logging
 
 import unipelt
-from unipelt.manifest import CheckpointError
-from unipelt.quantised import is_quantised
-from unipelt.spread import FoldError
+from unipelt.checkpoint.manifest import CheckpointError
+from unipelt.gates.measure import FoldError
+from unipelt.hosts.quantised import is_quantised
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
 APART = ("classifier", "pooler", "score", "lm_head")
@@ -204,7 +204,7 @@ def test_onto_a_plain_base(
     model = added(way(FAMILIES["bert"], folders["bert"]))
     unipelt.save(model, tmp_path)
     said: list[str] = []
-    monkeypatch.setattr(logging.get_logger("unipelt.origin"), "warning", said.append)
+    monkeypatch.setattr(logging.get_logger("unipelt.checkpoint.base_model"), "warning", said.append)
     plain = unipelt.from_pretrained(tmp_path)
     assert not any(map(is_quantised, plain.parameters()))
     assert ["cannot be checked that it is the same base" in line for line in said] == [True]

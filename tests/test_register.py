@@ -17,8 +17,8 @@ from conftest import shake
 from torch import Tensor, nn
 
 import unipelt
-from unipelt.families import FAMILIES
-from unipelt.prefix import Prefix
+from unipelt.hosts.families import FAMILIES
+from unipelt.submodules.prefix import Prefix
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_model.py"
 ATTENTION = unipelt.Attention("attention", "q", "v")

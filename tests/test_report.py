@@ -21,9 +21,9 @@ import pytest
 from scipy import stats
 from spoilt import BAD_FAILURES, BAD_REQUESTS
 
-from unipelt.command import main
-from unipelt.glue.result import write_result
-from unipelt.presets import resolve
+from unipelt.cli import main
+from unipelt.config.presets import resolve
+from unipelt.records.record import write_result
 from unipelt.report import ReportError, read_results, write_report
 from unipelt.report.blocks import NONE
 from unipelt.report.cells import Results, Run, kinds

@@ -20,12 +20,12 @@ import torch
 from tiny_task import SMALL_BERT, make_quick, quick, write_glue
 from transformers import BertConfig, BertModel
 
-from unipelt.command import main
-from unipelt.glue.compare import compare
-from unipelt.glue.folder import MODEL
-from unipelt.glue.result import read_result
+from unipelt.cli import main
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
+from unipelt.records.record import read_result
+from unipelt.runs.compare import compare
+from unipelt.runs.folder import MODEL
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -93,7 +93,7 @@ def test_whatever_ran_before_in_the_process(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_resumed_or_not(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     """Interrupted right after an epoch's checkpoint; the kills are in `test_run.py`."""
-    from unipelt.glue import folder as place
+    from unipelt.runs import folder as place
 
     mark = place.mark
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 import unipelt.sweep.__main__ as process
-from unipelt.glue.folder import CHECKPOINTS, LockedError
 from unipelt.glue.settings import RunSettings
-from unipelt.sweep import LOG, SETTINGS, Busy, work
+from unipelt.runs.folder import CHECKPOINTS, LockedError
+from unipelt.sweep import LOG, SETTINGS, Busy
+from unipelt.sweep import workers as work
 from unipelt.sweep.folder import alone, write_failure, write_settings
-from unipelt.sweep.work import BUSY, in_process
+from unipelt.sweep.workers import BUSY, in_process
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from transformers import Trainer, TrainingArguments
 
 import unipelt
 from unipelt import CheckpointError, InjectionError, Tasks
-from unipelt.inject import inject_as
-from unipelt.mixed import Layout, find_unmixable
-from unipelt.parameters import submodule_parameters
+from unipelt.api import inject_as
+from unipelt.injection.parameters import submodule_parameters
+from unipelt.multitask.mixed_batch import Layout, find_unmixable
 
 SMALL: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 6},

@@ -18,11 +18,11 @@ from scripts.killed_sweep import MOMENTS
 from spoilt import BAD_FAILURES, BAD_REQUESTS
 from tiny_task import save_model, write_glue
 
-from unipelt.command import main
-from unipelt.glue.folder import locked
-from unipelt.glue.result import RESULT, read_result, write_result
+from unipelt.cli import main
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
+from unipelt.records.record import RESULT, read_result, write_result
+from unipelt.runs.folder import locked
 from unipelt.sweep import (
     FAILURE,
     LOG,
@@ -65,7 +65,7 @@ grid:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unipelt.sweep.work._PAUSE", 0.05)
+    monkeypatch.setattr("unipelt.sweep.workers._PAUSE", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -593,7 +593,7 @@ def test_three_processes_in_one_folder_start_each_run_once(home: Path, killed: d
 def command(home: Path, out: Path, *options: str) -> list[str]:
     # a shell's background job, and all that it starts, would not be interrupted
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from unipelt.command import main; sys.exit(main(sys.argv[1:]))"
+    code += "from unipelt.cli import main; sys.exit(main(sys.argv[1:]))"
     return [sys.executable, "-c", code, "sweep", str(home / "sweep.yaml"), "--out", str(out), *options]
 
 

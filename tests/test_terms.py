@@ -17,11 +17,12 @@ from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 
 import unipelt
-from unipelt.config import SUBMODULES, Place
-from unipelt.gate import Gates
-from unipelt.parameters import submodule_parameters
-from unipelt.term import MODULES, Term, register_submodule
-from unipelt.typed import ConfigError
+from unipelt.config.methods import SUBMODULES, Place
+from unipelt.config.schema import ConfigError
+from unipelt.hosts.families import FAMILIES
+from unipelt.injection.parameters import submodule_parameters
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.term import MODULES, Term, register_submodule
 
 
 @dataclass(frozen=True)
@@ -296,16 +297,15 @@ def test_a_width_that_the_terms_do_not_divide_is_refused_and_nothing_is_left() -
 
 def test_a_description_that_does_not_say_where_is_named() -> None:
     own = unipelt.Stack("encoder.layer", unipelt.Attention("attention.self", "query", "value"), norm="output.LayerNorm")
-    families = unipelt.families.FAMILIES
-    bert = families["bert"]
+    bert = FAMILIES["bert"]
     try:
-        families["bert"] = unipelt.Family((own,))
+        FAMILIES["bert"] = unipelt.Family((own,))
         unipelt.remove(unipelt.inject(tiny_bert(), "unipelt-apl"))
         for method, missing in (("ia3", "key"), ("houlsby", "output"), ("parallel", "up")):
             with pytest.raises(unipelt.InjectionError, match=f"give it '{missing}'"):
                 unipelt.inject(tiny_bert(), method)
     finally:
-        families["bert"] = bert
+        FAMILIES["bert"] = bert
 
 
 @pytest.mark.parametrize("name", ["houlsby", "parallel", "compacter"])

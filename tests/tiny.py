@@ -10,8 +10,8 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from unipelt.families import FAMILIES
-from unipelt.presets import PRESETS
+from unipelt.config.presets import PRESETS
+from unipelt.hosts.families import FAMILIES
 
 VOCABULARY = 60
 PAD, EOS = 1, 2

@@ -1,10 +1,13 @@
 """UniPELT (Mao et al., ACL 2022) on Transformers: gated Adapter, Prefix and LoRA in a pretrained model."""
 
-from unipelt.adapterhub import load_adapterhub
-from unipelt.bottleneck import Houlsby, Parallel
-from unipelt.checkpoint import from_pretrained, load, save
-from unipelt.compacter import Compacter
-from unipelt.config import (
+from unipelt.api import InjectionError, inject, remove
+from unipelt.bridges.adapterhub import load_adapterhub
+from unipelt.bridges.peft import load_peft, save_peft
+from unipelt.bridges.release import load_release_state_dict, release_state_dict
+from unipelt.checkpoint.checkpoint import from_pretrained, load, save
+from unipelt.checkpoint.manifest import CheckpointError
+from unipelt.checkpoint.push import load_tokenizer, push_to_hub
+from unipelt.config.methods import (
     AdapterConfig,
     CompacterConfig,
     GateConfig,
@@ -18,26 +21,23 @@ from unipelt.config import (
     SubmoduleConfig,
     UniPELTConfig,
 )
-from unipelt.dora import DoRA
-from unipelt.families import Attention, Family, Stack, register_family
-from unipelt.fold import FoldedGate, FoldReport, fold
-from unipelt.hub import HubError
-from unipelt.ia3 import IA3
-from unipelt.inject import InjectionError, inject, remove
-from unipelt.manifest import CheckpointError
-from unipelt.parameters import ParameterCounts, parameter_counts
-from unipelt.peft import load_peft, save_peft
-from unipelt.presets import PRESETS, resolve
-from unipelt.prompt import Prompt
-from unipelt.publish import load_tokenizer, push_to_hub
-from unipelt.record import GateRecord, gate_penalty, record_gates
-from unipelt.red import RED
-from unipelt.release import load_release_state_dict, release_state_dict
-from unipelt.rows import MixedOutput
-from unipelt.several import Tasks
-from unipelt.spread import FoldError
-from unipelt.term import Spot, register_submodule
-from unipelt.typed import ConfigError
+from unipelt.config.presets import PRESETS, resolve
+from unipelt.config.schema import ConfigError
+from unipelt.files.hub import HubError
+from unipelt.gates.fold import FoldedGate, FoldReport, fold
+from unipelt.gates.measure import FoldError
+from unipelt.gates.record import GateRecord, gate_penalty, record_gates
+from unipelt.hosts.families import Attention, Family, Stack, register_family
+from unipelt.injection.parameters import ParameterCounts, parameter_counts
+from unipelt.multitask.batch_rows import MixedOutput
+from unipelt.multitask.tasks import Tasks
+from unipelt.submodules.bottleneck import Houlsby, Parallel
+from unipelt.submodules.compacter import Compacter
+from unipelt.submodules.dora import DoRA
+from unipelt.submodules.ia3 import IA3
+from unipelt.submodules.prompt import Prompt
+from unipelt.submodules.red import RED
+from unipelt.submodules.term import Spot, register_submodule
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from unipelt.glue import folder as place
-from unipelt.glue.failure import RunError
-from unipelt.glue.folder import CHECKPOINTS, FOLDED, MODEL, PICTURE, PREDICTIONS, LockedError, checkpoint_at
-from unipelt.glue.result import RESULT, ResultError
 from unipelt.glue.settings import RunSettings
+from unipelt.records.record import RESULT, ResultError
+from unipelt.runs import folder as place
+from unipelt.runs.errors import RunError
+from unipelt.runs.folder import CHECKPOINTS, FOLDED, MODEL, PICTURE, PREDICTIONS, LockedError, checkpoint_at
 
 PROGRESS = Path(CHECKPOINTS) / "progress.json"
 

@@ -12,9 +12,9 @@ import torch
 from tiny_task import make_quick, quick, save_model
 from transformers import AutoTokenizer
 
-from unipelt.glue.failure import RunError
 from unipelt.glue.job import prepare
 from unipelt.glue.settings import RunSettings
+from unipelt.runs.errors import RunError
 
 
 @pytest.fixture

@@ -18,12 +18,13 @@ from tiny_task import SMALL_BERT, make_quick, quick, save_model, write_glue, wri
 from transformers import BertForSequenceClassification
 
 from unipelt.glue import job as jobs
-from unipelt.glue import keep, seat
-from unipelt.glue.failure import RunError
+from unipelt.glue import packed_run as seat
 from unipelt.glue.job import Job, prepare
-from unipelt.glue.keep import Kept, Tokens, same_memory
 from unipelt.glue.settings import RunSettings
-from unipelt.parameters import injection_of, kept_names
+from unipelt.injection.parameters import injection_of, kept_names
+from unipelt.runs import cache as keep
+from unipelt.runs.cache import Kept, Tokens, same_memory
+from unipelt.runs.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("alone")
 

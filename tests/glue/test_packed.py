@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_task import make_quick, quick, write_glue
 
-from unipelt.glue import packed, seat
-from unipelt.glue.failure import RunError
-from unipelt.glue.folder import CHECKPOINTS, locked
-from unipelt.glue.packed import pack_key, run_packed
-from unipelt.glue.result import read_result, write_result
+from unipelt.glue import pack_runs as packed
+from unipelt.glue import packed_run as seat
+from unipelt.glue.pack_runs import pack_key, run_packed
+from unipelt.glue.packed_run import Seat
 from unipelt.glue.run import run
-from unipelt.glue.seat import Seat
 from unipelt.glue.settings import RunSettings
+from unipelt.records.record import read_result, write_result
+from unipelt.runs.errors import RunError
+from unipelt.runs.folder import CHECKPOINTS, locked
 
 pytestmark = pytest.mark.usefixtures("alone")
 

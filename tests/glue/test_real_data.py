@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from unipelt.glue.data import fingerprint, load_task, split_note
-from unipelt.glue.sampling import few_shot
 from unipelt.glue.tasks import TASKS, Task
+from unipelt.runs.sampling import few_shot
 
 
 @pytest.fixture(scope="module")

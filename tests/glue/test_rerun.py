@@ -13,14 +13,14 @@ import pytest
 from tiny_task import make_quick, quick, save_model, write_glue, write_sentences
 
 import unipelt
-from unipelt.command import main
-from unipelt.glue.compare import compare, surroundings, told
-from unipelt.glue.packed import run_packed
+from unipelt.cli import main
+from unipelt.glue.pack_runs import run_packed
 from unipelt.glue.rerun import rerun, settings_of
-from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
+from unipelt.records.record import read_result, write_result
 from unipelt.report import collect
+from unipelt.runs.compare import compare, surroundings, told
 
 pytestmark = pytest.mark.usefixtures("alone")
 

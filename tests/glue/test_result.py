@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import unipelt
-from unipelt.glue import result
-from unipelt.glue.result import ResultError, read_result, summary, write_result
+from unipelt.records import record as result
+from unipelt.records.record import ResultError, read_result, summary, write_result
 
 
 def make_record() -> dict[str, Any]:

@@ -22,13 +22,13 @@ from transformers import AutoTokenizer
 
 import unipelt
 from unipelt.glue import few_shot, fingerprint, load_files, load_task
-from unipelt.glue.failure import RunError
-from unipelt.glue.folder import CHECKPOINTS
 from unipelt.glue.job import prepare
-from unipelt.glue.result import read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
+from unipelt.records.record import read_result, write_result
+from unipelt.runs.errors import RunError
+from unipelt.runs.folder import CHECKPOINTS
 
 pytestmark = pytest.mark.usefixtures("alone")
 

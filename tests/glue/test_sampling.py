@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from unipelt.glue.sampling import few_shot
+from unipelt.runs.sampling import few_shot
 
 
 @pytest.fixture

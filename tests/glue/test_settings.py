@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from unipelt.glue.options import parse, read_config
+from unipelt.config.presets import PRESETS
 from unipelt.glue.settings import RunSettings, SettingsError, clean_name, locate_model, paper_learning_rate
-from unipelt.presets import PRESETS
+from unipelt.runs.options import parse, read_config
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, DataCollatorWithPadding
 
 from unipelt.glue import run as runner
-from unipelt.glue.batches import split_batch
-from unipelt.glue.failure import RunError
 from unipelt.glue.job import Job, prepare
-from unipelt.glue.packed import run_packed
+from unipelt.glue.pack_runs import run_packed
 from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.runs.batches import split_batch
+from unipelt.runs.errors import RunError
 
 
 @pytest.fixture(scope="module")

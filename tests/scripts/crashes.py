@@ -27,16 +27,16 @@ from tiny_task import make_quick, quick
 from transformers import BertConfig, BertForSequenceClassification, TrainerState
 
 import unipelt
+from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.glue import run as running
-from unipelt.glue import training
-from unipelt.glue.folder import CHECKPOINTS
 from unipelt.glue.job import prepare
-from unipelt.glue.result import RESULT, ResultError, read_result, write_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
-from unipelt.glue.trainer import BatchTrainer
-from unipelt.manifest import CheckpointError
-from unipelt.parameters import kept_names
+from unipelt.injection.parameters import kept_names
+from unipelt.records.record import RESULT, ResultError, read_result, write_result
+from unipelt.runs import training
+from unipelt.runs.folder import CHECKPOINTS
+from unipelt.runs.trainer import BatchTrainer
 from unipelt.sweep import FAILURE, REQUEST, carry_out, look, read_request, read_sweep, write_request
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # as audit events, whatever the function's name is

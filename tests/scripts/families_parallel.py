@@ -30,9 +30,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import unipelt
-from unipelt.families import FAMILIES
-from unipelt.parameters import injection_of
-from unipelt.places import layers_at
+from unipelt.hosts.families import FAMILIES
+from unipelt.hosts.locate import layers_at
+from unipelt.injection.parameters import injection_of
 
 LENGTHS = ((9, 5, 7, 7), (4, 6, 2, 8))
 """Of two batches: both halves have as many tokens, so that the mean of their losses is the loss of the whole."""

@@ -196,15 +196,15 @@ def make_targets(home: Path) -> dict[str, Target]:
     from tiny_task import make_quick, quick
 
     import unipelt
+    from unipelt.config.schema import ConfigError
+    from unipelt.files.strict import PlainError, parse_json, parse_yaml
     from unipelt.glue.data import DataError
-    from unipelt.glue.files import read_file
-    from unipelt.glue.result import ResultError, read_result
     from unipelt.glue.run import run
     from unipelt.glue.settings import RunSettings
-    from unipelt.plain import PlainError, parse_json, parse_yaml
+    from unipelt.records.record import ResultError, read_result
     from unipelt.report.read import read_results
+    from unipelt.runs.tables import read_file
     from unipelt.sweep import SweepError, read_failure, read_request, read_sweep, write_request
-    from unipelt.typed import ConfigError
 
     def bert() -> Any:
         return tiny_bert(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)

@@ -33,14 +33,14 @@ MOMENTS = {
         2,
         "before",
     ),
-    "checkpoint written, marker not": ("unipelt.glue.folder", "mark", 2, "before"),
-    "checkpoint marked, older ones not removed": ("unipelt.glue.folder", "mark", 3, "after"),
+    "checkpoint written, marker not": ("unipelt.runs.folder", "mark", 2, "before"),
+    "checkpoint marked, older ones not removed": ("unipelt.runs.folder", "mark", 3, "after"),
     "in the removal of an older one": ("shutil", "rmtree", 4, "before"),
-    "after a first evaluation that was not better": ("unipelt.glue.folder", "mark", 4, "after"),
+    "after a first evaluation that was not better": ("unipelt.runs.folder", "mark", 4, "after"),
     "trained, not tested": ("transformers.trainer.Trainer", "predict", 1, "before"),
     "picture half written": ("matplotlib.figure.Figure", "savefig", 1, "after"),
     "picture written, result not": ("unipelt.glue.run", "write_result", 1, "before"),
-    "result written, checkpoints there": ("unipelt.glue.folder", "clean", 1, "before"),
+    "result written, checkpoints there": ("unipelt.runs.folder", "clean", 1, "before"),
 }
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scripts.killed import kill_at
-from unipelt.glue import result
 from unipelt.glue.settings import RunSettings
+from unipelt.records import record as result
 from unipelt.sweep import carry_out, look, read_sweep, write_request
 
 # What is being called, and which call of it kills the process, before it does anything or after it has been done.
@@ -24,11 +24,11 @@ MOMENTS = {
     "before the request is written": ("unipelt.sweep.folder", "write_whole", 1, "before"),
     "request written, nothing begun": ("unipelt.sweep.folder", "write_whole", 1, "after"),
     "settings written, nothing started": ("unipelt.sweep.folder", "write_whole", 3, "after"),
-    "in a run": ("unipelt.glue.result", "write_result", 3, "before"),
-    "a result written": ("unipelt.glue.result", "write_result", 3, "after"),
+    "in a run": ("unipelt.records.record", "write_result", 3, "before"),
+    "a result written": ("unipelt.records.record", "write_result", 3, "after"),
     "a failure not written": ("unipelt.sweep.folder", "write_whole", 6, "before"),
     "a failure written": ("unipelt.sweep.folder", "write_whole", 6, "after"),
-    "the first line printed": ("unipelt.sweep.work", "_account", 1, "after"),
+    "the first line printed": ("unipelt.sweep.workers", "_account", 1, "after"),
 }
 
 

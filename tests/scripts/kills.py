@@ -29,14 +29,16 @@ from tiny_task import SMALL_BERT, make_quick, quick
 
 import unipelt
 from scripts.crashes import copy, fill, found_record, silent, tiny_model, version_in
-from unipelt.command import main as command
-from unipelt.glue import packed, training
-from unipelt.glue.result import RESULT, read_result
+from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.cli import main as command
+from unipelt.glue import pack_runs as packed
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
-from unipelt.manifest import WEIGHTS
+from unipelt.records.record import RESULT, read_result
+from unipelt.runs import training
 from unipelt.sweep import __main__ as run_process
-from unipelt.sweep import packs, work
+from unipelt.sweep import pack_workers as packs
+from unipelt.sweep import workers as work
 
 SAVES, RUNS, SWEEPS, PACKS = 30, 12, 7, 7
 """Processes that are killed, at least. What ends before it is killed does not count, and is started again."""

@@ -1,8 +1,8 @@
 """Mutation testing: change the code a little, and see whether a test notices.
 
-    python tests/scripts/mutate.py --modules unipelt/gate.py --tests tests/test_inject.py tests/test_record.py
-    python tests/scripts/mutate.py --modules unipelt/gate.py --tests ... --sample 40 --seed 1 --out gate.json
-    python tests/scripts/mutate.py --modules unipelt/gate.py --tests ... --again gate.json
+    python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests tests/test_inject.py
+    python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests ... --sample 40 --seed 1 --out gate.json
+    python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests ... --again gate.json
 
 The libraries take longer to import than most tests take to run, so they are imported once, and each mutant is a fork
 that imports `unipelt` anew with the mutated module in place. One run without mutants comes first: it must pass, and it

@@ -3,8 +3,8 @@
 from unipelt.glue.data import DataError, fingerprint, load_files, load_task, split_note
 from unipelt.glue.leaderboard import write_predictions
 from unipelt.glue.metric import GlueMetric, compute_metrics_for, glue_metric, majority_score, score
-from unipelt.glue.sampling import few_shot
 from unipelt.glue.tasks import TASKS, Task, get_task
+from unipelt.runs.sampling import few_shot
 
 __all__ = [
     "TASKS",

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value
 
-from unipelt.glue.files import DataError, Table
+from unipelt.files.strict import shorten, show
 from unipelt.glue.tasks import Task
-from unipelt.plain import shorten, show
+from unipelt.runs.tables import DataError, Table
 
 # Text columns that are found without being named; a single column counts only where it is not half of a pair.
 _KNOWN_COLUMNS = (

@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict, Value
 
+from unipelt.files.strict import shorten, show, show_path
 from unipelt.glue.columns import (
     are_scores,
     build,
@@ -28,9 +29,8 @@ from unipelt.glue.columns import (
     need_column,
     sort_classes,
 )
-from unipelt.glue.files import DataError, Table, read_file, read_lines, read_tsv
 from unipelt.glue.tasks import Task, shorten_name
-from unipelt.plain import shorten, show, show_path
+from unipelt.runs.tables import DataError, Table, read_file, read_lines, read_tsv
 
 __all__ = ["HUB_NAME", "DataError", "fingerprint", "load_files", "load_task", "split_note"]
 

@@ -18,15 +18,15 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from unipelt.glue.batches import text_lengths
 from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
-from unipelt.glue.failure import RunError, memory_named
-from unipelt.glue.keep import Corpus, Kept, Tokens, files_in, state_of
 from unipelt.glue.metric import majority_score
-from unipelt.glue.pretrained import load_model, load_tokenizer, weights_sha256
-from unipelt.glue.sampling import few_shot_rows, fixed_rows
 from unipelt.glue.settings import RunSettings, TrainingSettings, locate_model
 from unipelt.glue.tasks import Task, get_task
+from unipelt.runs.batches import text_lengths
+from unipelt.runs.cache import Corpus, Kept, Tokens, files_in, state_of
+from unipelt.runs.errors import RunError, memory_named
+from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
+from unipelt.runs.sampling import few_shot_rows, fixed_rows
 
 
 @dataclass

@@ -13,8 +13,8 @@ from scipy import stats
 from sklearn import metrics as sk
 from transformers import EvalPrediction
 
-from unipelt.glue.failure import Diverged
 from unipelt.glue.tasks import Task
+from unipelt.runs.errors import Diverged
 
 _CITATION = """\
 @inproceedings{wang2019glue,

@@ -19,20 +19,20 @@ from typing import Any
 import torch
 
 import unipelt
-from unipelt.checkpoint import write_whole
-from unipelt.config import UniPELTConfig
-from unipelt.glue.compare import compare, model_pairs, sha256_of, surroundings, told
-from unipelt.glue.failure import RunError
-from unipelt.glue.folder import MODEL
+from unipelt.checkpoint.base_model import describe_base
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.presets import resolve
+from unipelt.config.schema import ConfigError, flatten
 from unipelt.glue.job import Job
-from unipelt.glue.pretrained import tokenizer_sha256
-from unipelt.glue.result import RESULT, check_of_glue, read_result
 from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name
-from unipelt.manifest import WEIGHTS
-from unipelt.origin import describe_base
-from unipelt.presets import resolve
-from unipelt.typed import ConfigError, flatten
+from unipelt.records.record import RESULT, check_of_glue, read_result
+from unipelt.runs.compare import compare, model_pairs, sha256_of, surroundings, told
+from unipelt.runs.errors import RunError
+from unipelt.runs.folder import MODEL
+from unipelt.runs.pretrained import tokenizer_sha256
 
 RECORD = "rerun.json"
 FORMAT = 1

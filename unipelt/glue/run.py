@@ -24,24 +24,24 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.checkpoint import write_whole
-from unipelt.gate import Gates
-from unipelt.glue import folder as place
-from unipelt.glue.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
-from unipelt.glue.folder import MODEL, PICTURE, PREDICTIONS, Progress
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.checkpoint.manifest import MANIFEST
+from unipelt.gates.plot import plot_gates
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.leaderboard import write_predictions
 from unipelt.glue.metric import compute_metrics_for
-from unipelt.glue.pretrained import tokenizer_sha256
-from unipelt.glue.result import (
+from unipelt.glue.settings import RunSettings
+from unipelt.records.record import (
     read_result,
     write_result,
 )
-from unipelt.glue.settings import RunSettings
-from unipelt.glue.trainer import BatchTrainer
-from unipelt.glue.training import common_record, header, run_in_folder, train, training_arguments
-from unipelt.manifest import MANIFEST
-from unipelt.plot import plot_gates
+from unipelt.runs import folder as place
+from unipelt.runs.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
+from unipelt.runs.folder import MODEL, PICTURE, PREDICTIONS, Progress
+from unipelt.runs.pretrained import tokenizer_sha256
+from unipelt.runs.trainer import BatchTrainer
+from unipelt.runs.training import common_record, header, run_in_folder, train, training_arguments
+from unipelt.submodules.gate import Gates
 
 
 def run(

@@ -12,11 +12,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from unipelt.config import SUBMODULES, UniPELTConfig
+from unipelt.config.methods import SUBMODULES, UniPELTConfig
+from unipelt.config.presets import PRESETS, resolve
+from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
+from unipelt.files.strict import show
 from unipelt.glue.tasks import get_task
-from unipelt.plain import show
-from unipelt.presets import PRESETS, resolve
-from unipelt.typed import ConfigError, convert, flatten, read_mapping
 
 GLUE_DIR = "UNIPELT_GLUE_DIR"
 """Environment variable: the default of `glue_dir`."""

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from unipelt.config.schema import flatten
 from unipelt.report.cells import PARTS, Cell, Results, Table, k_order, kinds, largest
 from unipelt.report.paper import TASKS, paper_upper_bound
 from unipelt.report.significance import paired_test, task_test
-from unipelt.typed import flatten
 
 PAPERS = "unipelt-apl"
 """The combination that others are compared with."""

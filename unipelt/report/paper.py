@@ -50,4 +50,4 @@ def paper_costs() -> dict[tuple[str, str], str]:
 
 
 def _paper_rows() -> list[dict[str, str]]:
-    return list(csv.DictReader(files("unipelt").joinpath("paper.csv").read_text(encoding="utf-8").splitlines()))
+    return list(csv.DictReader(files("unipelt.report").joinpath("paper.csv").read_text(encoding="utf-8").splitlines()))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from unipelt.plot import _figure
+from unipelt.gates.plot import _figure
 from unipelt.report.cells import Cell, Results
 from unipelt.report.compare import Curve, curves
 

@@ -9,7 +9,7 @@ killed for want of memory, is a recorded failure and the others go on. The state
     OUT/RUN/result.json         it has finished
     OUT/RUN/failure.json        its last process failed: {"error": one line, "log": the tail, "time": when}
     OUT/RUN/.sweep/.lock        held by the sweep that starts the run's process
-    OUT/RUN/.lock               held by that process (`unipelt.glue.folder`)
+    OUT/RUN/.lock               held by that process (`unipelt.runs.folder`)
 
 A process that dies lets go of its locks, so nothing has to be cleaned up after a kill. `grid` says what there is to
 do, `folder` knows these files, and `work` does the runs.
@@ -31,7 +31,7 @@ from unipelt.sweep.folder import (
     write_request,
 )
 from unipelt.sweep.grid import Sweep, SweepError, read_sweep, split_list
-from unipelt.sweep.work import carry_out, in_process
+from unipelt.sweep.workers import carry_out, in_process
 
 __all__ = [
     "FAILURE",

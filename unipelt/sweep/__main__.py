@@ -8,9 +8,9 @@ import threading
 import traceback
 from pathlib import Path
 
-from unipelt.glue.folder import LockedError
+from unipelt.runs.folder import LockedError
 from unipelt.sweep.folder import read_settings
-from unipelt.sweep.work import BUSY
+from unipelt.sweep.workers import BUSY
 
 
 def _main(path: Path) -> int:

@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from unipelt.checkpoint import write_whole
-from unipelt.glue.failure import RunError
-from unipelt.glue.folder import LockedError, find_finished, locked
-from unipelt.glue.result import mismatch
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.config.schema import read_mapping
+from unipelt.files.strict import PlainError, read_plain, show
 from unipelt.glue.settings import RunSettings, SettingsError, clean_name, paper_learning_rate
-from unipelt.plain import PlainError, read_plain, show
+from unipelt.records.record import mismatch
+from unipelt.runs.errors import RunError
+from unipelt.runs.folder import LockedError, find_finished, locked
 from unipelt.sweep.grid import Sweep, SweepError
-from unipelt.typed import read_mapping
 
 REQUEST = "sweep.json"
 FAILURE = "failure.json"

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from unipelt.glue.options import locate_path, read_config, read_option
+from unipelt.files.strict import show
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import shorten_name
-from unipelt.plain import show
+from unipelt.runs.options import locate_path, read_config, read_option
 
 MOST_RUNS = 20_000
 """The most runs of one block; a longer product is a slip, and would take hours to be spelt out."""

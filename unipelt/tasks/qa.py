@@ -22,15 +22,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from unipelt.glue.failure import RunError
-from unipelt.glue.files import DataError
 from unipelt.glue.job import find_device
-from unipelt.glue.keep import Kept
-from unipelt.glue.pretrained import load_model, load_tokenizer, weights_sha256
-from unipelt.glue.sampling import fixed_rows
 from unipelt.glue.settings import locate_model
-from unipelt.glue.training import training_arguments
-from unipelt.tasks.run import Outcome, TaskJob
+from unipelt.runs.cache import Kept
+from unipelt.runs.errors import RunError
+from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
+from unipelt.runs.run import Outcome, TaskJob
+from unipelt.runs.sampling import fixed_rows
+from unipelt.runs.tables import DataError
+from unipelt.runs.training import training_arguments
 from unipelt.tasks.settings import QASettings
 from unipelt.tasks.squad import (
     Answer,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from unipelt.config.presets import resolve
+from unipelt.files.strict import show
 from unipelt.glue.settings import FILES, SettingsError, TrainingSettings, expand_method, option
-from unipelt.plain import show
-from unipelt.presets import resolve
 
 TASKS_DIR = "UNIPELT_TASKS_DIR"
 """Environment variable: the default of `tasks_dir`."""

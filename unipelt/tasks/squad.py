@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from unipelt.glue.files import DataError
-from unipelt.plain import PlainError, read_plain, show, show_path
+from unipelt.files.strict import PlainError, read_plain, show, show_path
+from unipelt.runs.tables import DataError
 
 
 @dataclass(frozen=True)

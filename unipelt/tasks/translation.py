@@ -29,15 +29,15 @@ from transformers import (
 from transformers.utils import logging
 
 import unipelt
-from unipelt.glue.failure import RunError
-from unipelt.glue.files import DataError, read_lines
 from unipelt.glue.job import find_device
-from unipelt.glue.keep import Kept
-from unipelt.glue.pretrained import load_model, load_tokenizer, weights_sha256
-from unipelt.glue.sampling import few_shot_rows, fixed_rows
 from unipelt.glue.settings import SettingsError, locate_model
-from unipelt.glue.training import training_arguments
-from unipelt.tasks.run import Outcome, TaskJob
+from unipelt.runs.cache import Kept
+from unipelt.runs.errors import RunError
+from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
+from unipelt.runs.run import Outcome, TaskJob
+from unipelt.runs.sampling import few_shot_rows, fixed_rows
+from unipelt.runs.tables import DataError, read_lines
+from unipelt.runs.training import training_arguments
 from unipelt.tasks.settings import TranslationSettings
 
 _MULTI30K = {"train": "multi30k/train", "dev": "multi30k/val", "test": "multi30k/test_2016_flickr"}

@@ -1,0 +1,1 @@
+"""Weights of other programs: PEFT, AdapterHub, the authors' release."""

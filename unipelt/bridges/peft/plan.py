@@ -1,0 +1,151 @@
+"""What a folder of PEFT's becomes: where its terms go in a model, and the configuration that means just those."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unipelt.api import InjectionError
+from unipelt.checkpoint.manifest import CheckpointError
+from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
+from unipelt.files.strict import show
+from unipelt.hosts.locate import Projection, find_stacks
+from unipelt.submodules.lora import ENTRY
+
+IGNORED = frozenset(
+    {
+        # where it came from, and which modules it is in, which the tensors' names say
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+        *("target_modules", "exclude_modules", "modules_to_save"),
+        # how the module keeps its own weight
+        "fan_in_fan_out",
+    }
+)
+"""Fields of PEFT's that change nothing of what is computed, whatever the method."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a folder becomes.
+
+    Attributes:
+        config: what is injected.
+        values: by the name of a parameter of a submodule, what goes into its first rows and columns.
+        saved: likewise the parameters of the model itself.
+    """
+
+    config: UniPELTConfig
+    values: Mapping[str, Tensor]
+    saved: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that a term can have.
+
+    Attributes:
+        path: of the module.
+        name: of the term in it.
+        projection: what of the module is meant.
+        part: `encoder`, `decoder` or `cross`.
+        layer: its index.
+    """
+
+    path: str
+    name: str
+    projection: Projection
+    part: str
+    layer: int
+
+
+def alone(part: LoRAConfig | SubmoduleConfig) -> UniPELTConfig:
+    """A configuration of this submodule and no other."""
+    lora, more = (part, ()) if isinstance(part, LoRAConfig) else (None, (part,))
+    return UniPELTConfig(adapter=None, prefix=None, lora=lora, more=more)
+
+
+def find_slots(model: PreTrainedModel, config: UniPELTConfig) -> list[Slot]:
+    """All places of terms that a configuration means."""
+    paths = {module: path for path, module in model.named_modules()}
+    plain = config.lora.places if config.lora is not None and not config.lora.decomposed else ()
+    found = []
+    for stack in find_stacks(model, config):
+        own = "decoder" if stack.causal else "encoder"
+        for index, layer in stack.layers.items():
+            for part, place in ((own, layer.attention), ("cross", layer.cross)):
+                for name, projection in zip(ENTRY, (place.query, place.value) if place else (), strict=False):
+                    if name.removeprefix("lora_") in plain:
+                        found.append(Slot(paths[projection.module], name, projection, part, index))
+            for term in (*layer.terms, *layer.low_rank):
+                part = "cross" if term.in_cross else own
+                found.append(Slot(paths[term.projection.module], term.name, term.projection, part, index))
+    return found
+
+
+def possible_slots(
+    model: PreTrainedModel, part: LoRAConfig | SubmoduleConfig, places: Iterable[Place], *, least: Collection[str] = ()
+) -> list[Slot]:
+    """All places of a submodule among those that the model's description names; it must name the `least`."""
+    there: list[Place] = []
+    for place in places:
+        try:
+            find_stacks(model, alone(replace(part, places=(place,))))
+        except InjectionError:
+            if place in least:
+                raise
+            continue
+        there.append(place)
+    return find_slots(model, alone(replace(part, places=tuple(there))))
+
+
+def place_exactly(
+    model: PreTrainedModel, part: LoRAConfig | SubmoduleConfig, terms: Collection[str], what: str
+) -> UniPELTConfig:
+    """The configuration that means exactly these terms, each by its path. Raises `CheckpointError` if there is none."""
+    whole = alone(part)
+    there: dict[str, set[int]] = {"encoder": set(), "decoder": set(), "cross": set()}
+    here: dict[str, set[int]] = {side: set() for side in there}  # of these layers, those with a term
+    for slot in find_slots(model, whole):
+        there[slot.part].add(slot.layer)
+        if f"{slot.path}.{slot.name}" in terms:
+            here[slot.part].add(slot.layer)
+    chosen = [side for side in there if here[side]]
+    layers = {index for side in chosen for index in here[side]}
+    config = replace(
+        whole,
+        layers=None if all(here[side] == there[side] for side in chosen) else tuple(sorted(layers)),
+        encoder=bool(here["encoder"]) or not there["encoder"],
+        decoder=bool(here["decoder"]) or not there["decoder"],
+        cross=bool(here["cross"]) or not there["cross"],
+    )
+    try:
+        meant = {f"{slot.path}.{slot.name}" for slot in find_slots(model, config)}
+    except InjectionError:
+        meant = set()
+    if odd := sorted(meant ^ set(terms)):
+        raise CheckpointError(
+            f"{what} goes to the same projections of all its layers here, and {show(odd[0])} stands out: it is one "
+            "without the others, or in a layer that another part of the model leaves out"
+        )
+    return config
+
+
+def check_saved(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for what was saved beside the terms and has no parameter in the model."""
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, tensor in saved.items():
+        if name not in parameters:
+            raise CheckpointError(f"this {type(model).__name__} has no parameter {show(name)}")
+        check_tensor(name, tensor, tuple(parameters[name].shape))
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `CheckpointError` for a tensor of another shape, or of other numbers."""
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{show(name)} is {tuple(tensor.shape)} there and should be {shape}")
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{show(name)} holds {tensor.dtype}, not floating-point numbers")

@@ -1,0 +1,75 @@
+"""A prompt into a folder of PEFT's and out of it, for causal language models: PEFT gives logits of the prompt too.
+
+PEFT's other models read the prompt's states in place of the text's (a pooler the prompt's first, say), so that their
+heads compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unipelt.bridges.peft.files import task_of
+from unipelt.bridges.peft.plan import IGNORED, Plan, check_tensor
+from unipelt.checkpoint.manifest import CheckpointError
+from unipelt.config.methods import PromptConfig, UniPELTConfig
+from unipelt.config.schema import ConfigError
+from unipelt.files.strict import show
+from unipelt.hosts.locate import find_stacks
+from unipelt.injection.attach import find_entry
+from unipelt.submodules.prompt import Prompt
+
+_NAME = "prompt_embeddings"
+_IGNORED = IGNORED | {
+    # how training starts, and the sizes of the model
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    *("token_dim", "num_attention_heads", "num_layers"),
+}
+
+
+def write_prompt(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's fields and tensors for a model's prompt. Raises `CheckpointError` where PEFT's means something else."""
+    _check_model(model)
+    prompt = next(module for module in model.modules() if isinstance(module, Prompt))
+    length, width = prompt.embedding.shape
+    fields = {
+        "num_virtual_tokens": length,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": model.config.num_attention_heads,
+        "num_layers": model.config.num_hidden_layers,
+        "prompt_tuning_init": "RANDOM",
+    }
+    return fields, {_NAME: prompt.embedding}
+
+
+def plan_prompt(model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+    """Find a place for a folder's prompt. Raises `CheckpointError`; `InjectionError` if there is none."""
+    _check_model(model)
+    for name, value in values.items():
+        known = name in _IGNORED or name in ("peft_type", "num_virtual_tokens")
+        if not known and value and (name, value) != ("num_transformer_submodules", 1):
+            raise CheckpointError(f"{show(name)} is {show(value)}, which is no plain prompt of one model")
+    if tensors.keys() != {_NAME}:
+        odd = sorted(tensors.keys() ^ {_NAME})[0]
+        raise CheckpointError(f"a prompt is one tensor, {_NAME}, and {show(odd)} is missing or beside it")
+    try:
+        config = UniPELTConfig(None, None, None, prompt=PromptConfig(values.get("num_virtual_tokens")))  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise CheckpointError(f"num_virtual_tokens cannot be meant: {error}") from error
+    entry = find_entry(model, find_stacks(model, config)[0])
+    path = next(path for path, module in model.named_modules() if module is entry)
+    assert config.prompt is not None
+    check_tensor(_NAME, tensors[_NAME], (config.prompt.length, entry.get_input_embeddings().weight.shape[1]))
+    return Plan(config, {f"{path}.prompt.embedding": tensors[_NAME]}, {})
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    if task_of(model) != "CAUSAL_LM":
+        raise CheckpointError(
+            f"PEFT lets the heads of {type(model).__name__} read a prompt's states too, and here they read the text's; "
+            "a prompt travels for causal language models alone, keep others whole with unipelt.save"
+        )

@@ -1,0 +1,267 @@
+"""LoRA, (IA)3 and prompts into a folder of PEFT's.
+
+Shapes: r rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from unipelt.api import inject_as
+from unipelt.bridges.peft.files import CONFIG, PREFIX, WEIGHTS, name_modules, outputs_of, scaled, task_of
+from unipelt.bridges.peft.ia3 import write_factors
+from unipelt.bridges.peft.prompts import write_prompt
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.checkpoint.manifest import CheckpointError
+from unipelt.config.methods import UniPELTConfig
+from unipelt.gates.measure import find_gates
+from unipelt.injection.parameters import Injection, injection_of, is_sharded, kept_names, submodule_parameters
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.lora import LoRA, Rows, whole
+from unipelt.submodules.prefix import Prefix
+from unipelt.submodules.prompt import Prompt
+from unipelt.submodules.term import Term
+
+_ALSO_SAVED = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT adds to `modules_to_save` by itself, by task."""
+
+
+def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
+    """Write a model's LoRA, DoRA, (IA)3 or prompt as a folder of PEFT's, for `PeftModel.from_pretrained` and others.
+
+    What has no gate goes as it is; with a start that is not zero, as a pair of twice the rank. A gate that
+    `unipelt.fold` made a constant c stands in for `alpha / r`: `c B` is written. The head, and parts of the base that
+    its checkpoint did not hold, go as `modules_to_save`.
+
+    Args:
+        model: an injected model, folded or not, that carries no other submodule.
+        folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
+            configuration last.
+        base: name or path of the base model, for PEFT to know; by default where the base was loaded from.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the model carries or trains what such a folder cannot hold; the message says what, and what
+            can be done. Nothing was written.
+        ValueError: nothing was injected.
+        OSError: the folder cannot be written.
+    """
+    injection = injection_of(model)
+    if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
+        raise CheckpointError(
+            f"each process holds only a part of {sharded[0]!r}; save it with unipelt.save, load that in one process, "
+            "and save_peft there"
+        )
+    method = _method(injection.config)
+    _check_travels(model, injection, method)
+    if method == "LORA":
+        fields, tensors = _pairs(model, _terms(model, injection))
+    else:
+        fields, tensors = write_factors(model) if method == "IA3" else write_prompt(model)
+    task = task_of(model)
+    saved = _saved_modules(model, injection.head, task)
+    for path in saved:
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in model.get_submodule(path).state_dict().items()}
+    config = {
+        "peft_type": method,
+        "task_type": task,
+        "base_model_name_or_path": base if base is not None else model.config._name_or_path or None,
+        "revision": None if base is not None else getattr(model.config, "_commit_hash", None),
+        "inference_mode": True,
+        **fields,
+        "modules_to_save": saved or None,
+    }
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; save_peft needs a folder")
+    weights = dump_tensors(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, {"format": "pt"}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # whatever breaks off, an old configuration meets no new weights
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / CONFIG, f"{json.dumps(config, indent=2)}\n".encode())
+    return folder
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A low-rank term to be written: `scale * B A`, onto `rows` of a projection; and the lengths of those, of DoRA."""
+
+    projection: str
+    rows: Rows
+    A: Tensor
+    B: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+
+def _method(config: UniPELTConfig) -> str:
+    """What is to be written, as PEFT calls it. Raises `CheckpointError` if that is nothing."""
+    if config.lora is not None:
+        return "LORA"
+    if config.part("ia3") is not None:
+        return "IA3"
+    if config.prompt is not None:
+        return "PROMPT_TUNING"
+    raise CheckpointError(
+        "this model carries no LoRA, no (IA)3 and no prompt, which is what a PEFT folder holds; see unipelt.save"
+    )
+
+
+def _check_travels(model: PreTrainedModel, injection: Injection, method: str) -> None:
+    """Raise `CheckpointError` for the first thing in a model that a folder of this method cannot hold."""
+    names = {"LORA": ("LoRA", "lora"), "IA3": ("(IA)3", "ia3"), "PROMPT_TUNING": ("a prompt", "prompt")}
+    called, kept = names[method]
+    parts = {Adapter: "an adapter", Prefix: "a prefix"} | ({} if kept == "prompt" else {Prompt: "a prompt"})
+    for path, module in model.named_modules():
+        what = module.name if isinstance(module, Term) else parts.get(type(module), kept)
+        if what != kept:
+            raise CheckpointError(
+                f"{path} is {what}, which a PEFT folder of {called} cannot hold; train without it (the preset "
+                f"{kept!r}), or keep the model whole with unipelt.save"
+            )
+        if isinstance(module, Prompt) and module.gates is not None:
+            raise CheckpointError(
+                f"{path} has a gate, and PEFT has none; unipelt.fold(model, batches) makes it a constant, which can "
+                "travel, or keep the model whole with unipelt.save"
+            )
+        if isinstance(module, Term) and (module.gates is not None or module.gate is not None):
+            raise CheckpointError(
+                f"the gate of {path} depends on the text, and PEFT has no gates; train without (gate: false), or keep "
+                "the model whole with unipelt.save"
+            )
+        if isinstance(module, LoRA) and (module.low or module.gates or module.gate):
+            advice = (
+                "unipelt.fold(model, batches) makes gates that hardly vary constants, which can travel"
+                if injection.folded is None
+                else "it varied by more than the tolerance of unipelt.fold; fold the model from before with a larger "
+                "one, which moves the logits, or keep it whole with unipelt.save"
+            )
+            raise CheckpointError(f"the gate of {path} depends on the text, and PEFT's LoRA has no gates: {advice}")
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    if others := [name for name in kept_names(model) if name not in ours and name not in injection.head]:
+        raise CheckpointError(
+            f"this model trains parameters of its base too ({others[0]} and {len(others) - 1} more), which a PEFT "
+            f"folder of {called} cannot hold; keep it whole with unipelt.save"
+        )
+
+
+def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
+    """Every low-rank term, with what scales it. In a folded model they are in the weights; it remembers them."""
+    folded = injection.folded
+    host: Any = model
+    scales: dict[Any, float | None] = {}
+    if folded is not None:
+        # where each term was and which gate was its: the model as it was before folding, of nothing but shapes
+        with torch.device("meta"):
+            host = type(model)(copy.deepcopy(model.config))
+        inject_as(host, injection.config, deployed=True, head=injection.head)
+        for gate in find_gates(host):
+            constant = folded.constants.get(gate.path, {}).get(gate.name)
+            if constant is not None and isinstance(gate.target, LoRA):
+                constant *= gate.target.gated_scale
+            scales[gate.target] = constant
+    found = []
+    for path, module in host.named_modules():
+        scale = scales.get(module, module.scale) if isinstance(module, LoRA) else None
+        if scale is None:
+            continue  # what was dropped, behind a closed gate, is no more
+        parts = dict(module.named_parameters(recurse=False))
+        low, high = whole(parts if folded is None else {part: folded.tensors[f"{path}.{part}"] for part in parts})
+        found.append(_Term(path.rpartition(".")[0], module.rows, low.detach().cpu(), high.detach().cpu(), scale))
+    for path, module in model.named_modules():
+        if isinstance(module, Term):  # decomposed, which folding leaves as it is
+            own: Any = module.function
+            low, high, length = (part.detach().cpu() for part in (own.A, own.B, own.magnitude))
+            found.append(_Term(path.rpartition(".")[0], module.rows, low, high, own.scale, length))
+    if not found:
+        raise CheckpointError("every gate of this model's LoRA was closed, and the terms dropped: none is left")
+    return found
+
+
+def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's fields and tensors for all terms: one rank and one scale for all, as other readers (vLLM) want it."""
+    decomposed = terms[0].magnitude is not None
+    by_projection: dict[str, list[_Term]] = {}
+    for term in terms:
+        by_projection.setdefault(term.projection, []).append(term)
+    rank = max(sum(len(term.A) for term in group) for group in by_projection.values())
+    alpha = terms[0].scale * rank
+    if any(term.scale != terms[0].scale for term in terms) or not alpha.is_integer():
+        terms = []  # PEFT's alpha is a whole number, and the same for all: the scales go into B
+        alpha = float(rank)
+        by_projection = {
+            path: [replace(term, B=scaled(term.B, term.scale)) for term in group]
+            for path, group in by_projection.items()
+        }
+    tensors: dict[str, Tensor] = {}
+    leaves: list[Any] = [model.get_submodule(path) for path in by_projection]
+    for (path, group), leaf in zip(by_projection.items(), leaves, strict=True):
+        inputs, outputs = (leaf.nx, leaf.nf) if isinstance(leaf, Conv1D) else (leaf.in_features, leaf.out_features)
+        low, high = group[0].A.new_zeros(rank, inputs), group[0].B.new_zeros(outputs, rank)
+        first = 0
+        for term in group:
+            ranks = len(term.A)
+            low[first : first + ranks] = term.A
+            outputs_of(high, term.rows)[..., first : first + ranks] = term.B.unflatten(
+                0, (term.rows.groups, term.rows.size)
+            )
+            first += ranks
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": low, f"{PREFIX}{path}.lora_B.weight": high}
+        if decomposed:
+            weight = leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight
+            length = weight.detach().cpu().norm(dim=1).to(high)  # of rows that no term is of, as they are
+            for term in group:
+                assert term.magnitude is not None
+                outputs_of(length, term.rows).copy_(term.magnitude.unflatten(0, (term.rows.groups, term.rows.size)))
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = length
+    fields = {
+        "r": rank,
+        "lora_alpha": int(alpha),
+        "target_modules": name_modules(model, by_projection),
+        "fan_in_fan_out": all(isinstance(leaf, Conv1D) for leaf in leaves),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        **({"use_dora": True} if decomposed else {}),
+    }
+    return fields, tensors
+
+
+def _saved_modules(model: PreTrainedModel, head: frozenset[str], task: str | None) -> list[str]:
+    """Paths of the largest modules that hold parameters of the head and no others: PEFT's `modules_to_save`."""
+    chosen: list[str] = []
+    held: set[str] = set()
+    for path, module in model.named_modules():
+        names = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        if path and names and names <= head and not names <= held:
+            chosen.append(path)
+            held |= names
+    if head - held:
+        raise CheckpointError(f"the head's parameter {sorted(head - held)[0]!r} is in no module that PEFT could save")
+    # PEFT looks for modules whose names end so, whatever stands before
+    ends = (*chosen, *_ALSO_SAVED.get(task or "", ()))
+    for path, _ in model.named_modules():
+        if path.endswith(ends) and not any(f"{path}.".startswith(f"{other}.") for other in chosen):
+            raise CheckpointError(
+                f"PEFT would take {path} for a part of the head, as its name ends like that of one; "
+                "it cannot save this head"
+            )
+    return chosen

@@ -1,0 +1,177 @@
+"""Weights of the authors' release, by their names, into and out of an injected BERT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unipelt.checkpoint.manifest import CheckpointError
+from unipelt.injection.attention_hooks import Site
+from unipelt.injection.parameters import injection_of, submodule_parameters
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.prefix import PrefixNetwork
+
+_ADAPTER = re.compile(r"\.adapters\.([^.]+)\.")
+_POSITION_IDS = re.compile(r"(^|\.)embeddings\.position_ids$")
+_PREFIX_GATE = re.compile(r"\.attention\.self\.prefix_gate\.(weight|bias)$")
+_CENTRAL_GATE = re.compile(r"\.attention\.self\.prefix_central_gate\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one of the release's tensors lives here: a parameter, or one gate's row of it."""
+
+    parameter: Tensor
+    row: int | None = None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        return tensor if self.row is None else tensor[self.row : self.row + 1]
+
+
+def load_release_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Load weights that the authors' release saved, by its names, into an injected BERT, in place.
+
+    Every tensor is accounted for: each goes to its place, or is one that the release never used (the gate of a
+    prefix that is not there, BERT's old `position_ids` buffer). The adapter's name in the keys may be anything.
+
+    Args:
+        model: a BERT injected with what the weights hold. The release averages gates over padding too, so its
+            logits need `GateConfig(pooling="mean")`.
+        state_dict: names to tensors, of the whole model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: a tensor is missing, has no place here or has another shape; the model is untouched.
+        ValueError: the model carries no submodules.
+    """
+    places = _places(model)
+    unknown, wrong = [], []
+    given: dict[str, Tensor] = {}
+    adapters = {match[1] for name in state_dict if (match := _ADAPTER.search(name))}
+    if len(adapters) > 1:
+        raise CheckpointError(
+            f"the state dict holds several adapters ({', '.join(sorted(adapters))}); keep one of them"
+        )
+    for name, tensor in state_dict.items():
+        key = _ADAPTER.sub(".adapters.*.", name)
+        if key in places:
+            given[key] = tensor
+            if tuple(tensor.shape) != tuple(places[key].view(places[key].parameter).shape):
+                wrong.append(f"{name} {tuple(tensor.shape)}")
+        elif not _never_used(name, state_dict):
+            unknown.append(name)
+    missing = sorted(places.keys() - given.keys())
+    for what, names in (
+        ("have no place in this model", unknown),
+        ("are missing", missing),
+        ("have another shape", wrong),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise CheckpointError(
+                f"{len(names)} of the release's tensors {what}: {shown}; inject what the weights were trained with"
+            )
+    with torch.no_grad():
+        for key, tensor in given.items():
+            places[key].view(places[key].parameter).copy_(tensor)
+    return model
+
+
+def release_state_dict(
+    model: PreTrainedModel, adapter: str = "adapter", *, gradients: bool = False
+) -> dict[str, Tensor]:
+    """An injected BERT's weights under the names of the authors' release.
+
+    Args:
+        model: an injected BERT.
+        adapter: the adapter's name, which the release puts into its keys.
+        gradients: give each parameter's gradient instead, and leave out parameters that have none.
+
+    Returns:
+        Names to tensors, detached copies. Raises `ValueError` if the model carries no submodules.
+    """
+    named = {}
+    for key, place in _places(model).items():
+        tensor = place.parameter.grad if gradients else place.parameter
+        if tensor is not None:
+            named[key.replace(".adapters.*.", f".adapters.{adapter}.")] = place.view(tensor).detach().clone()
+    return named
+
+
+def _places(model: PreTrainedModel) -> dict[str, _Place]:
+    """The release's name of every parameter of an injected BERT; an adapter's name is a star."""
+    if model.config.model_type != "bert":
+        raise CheckpointError(f"the release gates BERT only, and this is a {model.config.model_type!r} model")
+    if injection_of(model).folded is not None:
+        raise CheckpointError("this model is folded, and the release knows only gates and terms of their own")
+    if injection_of(model).deployed:
+        raise CheckpointError("the release saves the prefix's network, which this deployed model no longer has")
+    if more := injection_of(model).config.more:
+        raise CheckpointError(f"the release has adapter, prefix, LoRA and their gates, and this model {more[0].name!r}")
+    if injection_of(model).config.prompt is not None:
+        raise CheckpointError("the release has adapter, prefix, LoRA and their gates, and this model a prompt")
+    prefix, lora = injection_of(model).config.prefix, injection_of(model).config.lora
+    if prefix is not None and prefix.softmax != "shared":
+        raise CheckpointError("the release has a prefix in the text's softmax, and this model's has one of its own")
+    if lora is not None and not (
+        {*lora.places} <= {"query", "value"}
+        and lora.start == "zero"
+        and not lora.decomposed
+        and not (lora.gate and lora.gating != "replace")
+    ):
+        raise CheckpointError(
+            "the release has plain LoRA of queries and values that starts at zero and whose gate replaces the scale, "
+            "and this model's is another"
+        )
+    places: dict[str, _Place] = {}
+    for path, module in model.named_modules():
+        dot = f"{path}." if path else ""
+        if isinstance(module, PrefixNetwork):
+            owner = dot.removesuffix("prefix_network.")
+            places[f"{owner}prefix_enc_embed.weight"] = _Place(module.embedding)
+            for index, linear in (("0", module.w1), ("2", module.w2)):
+                places |= _linear(f"{owner}prefix_embed_MLP.{index}.", linear)
+        elif isinstance(module, LoRA):
+            projection = dot.rpartition(".lora_")[0]
+            places |= {f"{projection}.lora_A": _Place(module.A), f"{projection}.lora_B": _Place(module.B)}
+        elif isinstance(module, Adapter):
+            owner = f"{path.removesuffix('.LayerNorm.adapter')}.adapters.*."
+            places |= _linear(f"{owner}adapter_down.0.", module.down)
+            places |= _linear(f"{owner}adapter_up.", module.up)
+            if module.gates is not None:
+                places |= _gate(f"{owner}gate.", module.gates, 0)
+        elif isinstance(site := getattr(module, "unipelt_site", None), Site) and isinstance(module.gates, Gates):
+            for row, (name, target) in enumerate(zip(module.gates.names, site.targets, strict=True)):
+                gate = "prefix_gate." if name == "prefix" else f"{target[0]}.lora_gate."
+                places |= _gate(f"{dot}{gate}", module.gates, row)
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    places |= {name: _Place(parameter) for name, parameter in model.named_parameters() if name not in ours}
+    return places
+
+
+def _linear(prefix: str, linear: nn.Linear) -> dict[str, _Place]:
+    return {f"{prefix}weight": _Place(linear.weight), f"{prefix}bias": _Place(linear.bias)}
+
+
+def _gate(prefix: str, gates: Gates, row: int) -> dict[str, _Place]:
+    return {f"{prefix}weight": _Place(gates.weight, row), f"{prefix}bias": _Place(gates.bias, row)}
+
+
+def _never_used(name: str, state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether the release saved this tensor without ever reading it."""
+    has_prefix = any(".prefix_enc_embed." in other or other.startswith("prefix_enc_embed.") for other in state_dict)
+    has_lora = any(other.endswith(".lora_A") for other in state_dict)
+    if _PREFIX_GATE.search(name):
+        return not has_prefix
+    if _CENTRAL_GATE.search(name):
+        return not has_prefix and not has_lora
+    return bool(_POSITION_IDS.search(name))

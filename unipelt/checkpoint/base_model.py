@@ -1,0 +1,267 @@
+"""The base of a checkpoint: what is written down of it, whether a model is it, and how it is built again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from unipelt.checkpoint.manifest import MANIFEST, CheckpointError
+from unipelt.config.schema import flatten
+from unipelt.files.hub import cached_commit, may_be_base
+from unipelt.files.strict import shorten, show, show_path
+from unipelt.hosts.quantised import describe_numbers, is_quantised
+from unipelt.injection.parameters import injection_of, is_sharded, submodule_parameters, unfrozen_names
+
+MOST_MODULES = 1_000
+"""Layers, and whatever else a base has many of, that `from_pretrained` builds because a manifest says so."""
+
+NO_MATTER = frozenset(
+    {
+        # what it is called, and what it was written by and for
+        *("_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map", "tokenizer_class"),
+        *("id2label", "label2id", "finetuning_task", "task_specific_params", "problem_type"),
+        # the same numbers by another way; a dtype or a quantisation shows in the weights
+        *("dtype", "torch_dtype", "quantization_config", "use_cache", "chunk_size_feed_forward", "return_dict"),
+        *("output_attentions", "output_hidden_states", "deterministic_flash_attn", "pretraining_tp"),
+        # where training or generation starts
+        *("initializer_range", "initializer_factor", "initializer_cutoff_factor", "init_std"),
+        *("encoder_no_repeat_ngram_size", "no_repeat_ngram_size", "num_beams", "early_stopping", "max_length"),
+    }
+)
+"""Fields of a model's configuration that change no output of a given batch in evaluation mode."""
+_UNBUILDABLE = (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError)
+_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")  # positions, pooling and shifted labels need them
+
+logger = logging.get_logger(__name__)
+
+
+def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a manifest says of the base: class, origin, configuration, what it computes by, fingerprint of its weights.
+
+    Args:
+        model: an injected model.
+        whole: its parameters by name, gathered where each process holds a part.
+    """
+    injection = injection_of(model)
+    name = model.config._name_or_path
+    # FSDP2 puts a class of its own in front of the model's
+    cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
+    on_hub = bool(name) and not os.path.isdir(name) and may_be_base(name)
+    known: Mapping[str, Tensor] = injection.before
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        known = {**whole, **known}
+    return {
+        "class": cls.__name__,
+        "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
+        "revision": getattr(model.config, "_commit_hash", None) or (cached_commit(name) if on_hub else None),
+        "config": json.loads(model.config.to_json_string(use_diff=True)),
+        "computation": _computation(model),
+        "fingerprint": _fingerprint(model, injection.head | unfrozen_names(model), known),
+    }
+
+
+def whereabouts(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
+    """Where the base of a manifest is, if the caller knows better than the model."""
+    if base is None and revision is None:
+        return {}
+    return {"name_or_path": model.config._name_or_path if base is None else base, "revision": revision}
+
+
+def _computation(model: PreTrainedModel) -> dict[str, Any]:
+    """What of the configuration the numbers depend on, defaults included, nested fields with dots in their names.
+
+    All that is not known to be harmless counts: a field that nobody thought of is refused rather than missed.
+    """
+    values = json.loads(model.config.to_json_string(use_diff=False))
+    return {
+        name: value
+        for name, value in flatten({key: value for key, value in values.items() if key not in NO_MATTER}).items()
+        if "drop" not in name
+        and not name.endswith("_implementation")
+        and (name in _TOKENS or not name.endswith("_token_id"))
+    }
+
+
+def _other_computation(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first field in which two bases compute otherwise, or None.
+
+    Only fields that both have are compared, since versions of Transformers add some and drop others; and no token
+    that one of the two has not set, which a base is often given later.
+    """
+    for name in sorted(saved.keys() & here.keys()):
+        unset = name in _TOKENS and None in (saved[name], here[name])
+        if saved[name] != here[name] and not unset:
+            return f"its {name} was {show(saved[name])} and is {show(here[name])} here"
+    return None
+
+
+def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
+    """What identifies a pretrained base: a SHA-256 over a sample of every parameter.
+
+    Submodules and the names `apart` do not count; where a name has a value in `before`, that does. Of quantised
+    weights the names count alone: another device may round otherwise, and a quantiser packs them as it needs them.
+    """
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    digest = hashlib.sha256()
+    dtypes = set()
+    for name, parameter in sorted(model.named_parameters()):
+        if name in ours or name in apart:
+            continue
+        dtypes.add(describe_numbers(parameter))
+        if is_quantised(parameter):
+            digest.update(f"{name} quantised\n".encode())
+            continue
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        values = before.get(name, parameter).detach().flatten()
+        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
+        digest.update(sample.numpy().tobytes())
+    return {"sha256": digest.hexdigest(), "dtype": ", ".join(sorted(dtypes))}
+
+
+def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` if the base is not the one that was trained on."""
+    if getattr(model, "unipelt_injection", None) is not None:
+        return  # _inject says so
+    kind = base["config"].get("model_type")
+    if model.config.model_type != kind:
+        raise CheckpointError(
+            f"the checkpoint is for a {show(kind)} model, and this is a {model.config.model_type!r} model"
+        )
+    if problem := _other_computation(base["computation"], _computation(model)):
+        raise CheckpointError(
+            "this is not the base model that the checkpoint was trained on "
+            f"({_source(base)}): {problem}; build the base with the same configuration"
+        )
+    saved, here = base["fingerprint"], _fingerprint(model, base["apart"], {})
+    if saved["dtype"] != here["dtype"]:
+        logger.warning(
+            f"the checkpoint was trained on a base in {saved['dtype']} and this one is in {here['dtype']}, "
+            "so it cannot be checked that it is the same base"
+        )
+    elif saved["sha256"] != here["sha256"]:
+        raise CheckpointError(
+            f"this is not the base model that the checkpoint was trained on ({_source(base)}): its weights differ"
+        )
+
+
+def find_base(
+    source: str | Path, described: Mapping[str, Any], base: str | Path | None, base_revision: str | None
+) -> tuple[str, str | None]:
+    """Where a checkpoint's base is, and its revision.
+
+    Args:
+        source: of the checkpoint.
+        described: what its manifest says of its base.
+        base: where the caller says that it is.
+        base_revision: likewise.
+
+    Raises:
+        CheckpointError: nobody says where, or it was in a folder on another machine.
+    """
+    if base is not None:
+        return str(base), base_revision
+    name: str = described["name_or_path"]
+    if not name:
+        raise CheckpointError(
+            "the base model was built in memory, so it cannot be restored by name; say base=..., or build it and "
+            "call unipelt.load(model, folder)"
+        )
+    if not os.path.isdir(source) and not may_be_base(name):  # it came from the hub, perhaps from a stranger
+        raise CheckpointError(
+            f"{source}: its base was in a folder where it was trained ({show_path(name)}); say base=..., where it is "
+            "for you"
+        )
+    return name, base_revision or described["revision"]
+
+
+def build_base(
+    source: str | Path,
+    described: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    name: str,
+    revision: str | None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The base of a checkpoint, of its class and with its configuration.
+
+    Args:
+        source: of the checkpoint, for messages.
+        described: what its manifest says of its base.
+        tensors: of the checkpoint, whose sizes tell what can be meant.
+        name: where the base is.
+        revision: of a base on the hub.
+        options: passed on to its `from_pretrained`, which reads safetensors alone unless they say otherwise.
+
+    Raises:
+        CheckpointError: what is described is no model, or cannot be built.
+        As the base's `from_pretrained`, when the base is not to be had.
+    """
+    cls = getattr(transformers, described["class"], None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or cls.forward is nn.Module.forward:
+        raise CheckpointError(
+            f"{described['class']!r} is not a model class of transformers; build the base model and "
+            "call unipelt.load(model, folder)"
+        )
+    if problem := _endless(described["config"], tensors):
+        raise CheckpointError(f"{source}: the base that {MANIFEST} describes cannot be meant: {problem}")
+    config_class: Any = cls.config_class
+    values = _without_back_ends(described["config"])
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
+    try:
+        try:
+            config = config_class.from_dict(values)
+        except Exception as error:  # whatever a class of Transformers makes of values that it cannot mean
+            raise TypeError(" ".join(str(error).split())) from error
+        given = {"use_safetensors": True, "config": config, "revision": revision or "main", **options}
+        model: PreTrainedModel = cls.from_pretrained(name, **given)
+    except (*_UNBUILDABLE, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{source}: the base that {MANIFEST} describes cannot be built: {shorten(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    return model
+
+
+def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """What of a base's configuration would take hours or all memory to build, before its weights tell it is wrong.
+
+    Transformers builds a model of nothing but shapes first, so large matrices are no matter; many modules are, and
+    so are labels, which get a name each.
+    """
+    sizes = {size for tensor in tensors.values() if tensor.numel() for size in tensor.shape}
+    for name, value in flatten(config).items():
+        if type(value) is not int:
+            continue
+        if value > MOST_MODULES and any(word in name for word in ("layer", "group", "expert")):
+            return f"{show(name)} is {show(value)}, and at most {MOST_MODULES:,} are built"
+        if name == "num_labels" and not 0 <= value <= MOST_MODULES and value not in sizes:
+            return f"num_labels is {show(value)}, and no tensor has that size"
+    return None
+
+
+def _without_back_ends(values: Any) -> Any:
+    """A configuration less what back-ends are called, which may name code on the hub that Transformers would run.
+
+    Nor does a checkpoint say how its base is quantised: that the caller does, who knows what the machine can run.
+    """
+    if isinstance(values, dict):
+        kept = {key: value for key, value in values.items() if key != "quantization_config"}
+        return {key: _without_back_ends(value) for key, value in kept.items() if "_implementation" not in key}
+    return [_without_back_ends(value) for value in values] if isinstance(values, list) else values
+
+
+def _source(base: Mapping[str, Any]) -> str:
+    """Where a base came from, for a message."""
+    return show_path(base["name_or_path"]) or "built in memory"

@@ -1,0 +1,303 @@
+"""Save and load what was trained, and only that.
+
+A folder holds `model.safetensors` (submodules, gates, head, trained biases), `unipelt.json` (what they belong to) and
+`README.md` (a model card). It has no `config.json`, so Transformers cannot take it for a whole model by mistake; a
+Trainer's checkpoints are such folders too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from unipelt.api import InjectionError, inject_as, remove
+from unipelt.checkpoint.base_model import build_base, check_base, describe_base, find_base, whereabouts
+from unipelt.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    NEXT,
+    WEIGHTS,
+    CheckpointError,
+    find_checkpoint,
+    read_checkpoint,
+    settle,
+)
+from unipelt.checkpoint.model_card import model_card
+from unipelt.config.methods import UniPELTConfig
+from unipelt.files.strict import show
+from unipelt.gates.measure import FoldError
+from unipelt.gates.merge import fold_constants
+from unipelt.hosts.locate import find_stacks
+from unipelt.injection.attach_terms import count_term
+from unipelt.injection.parameters import injection_of, is_sharded, kept_names, parameter_counts, unfrozen_names
+from unipelt.submodules.prefix import Prefix, PrefixNetwork
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    deploy: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+) -> Path:
+    """Write what was trained: submodules, gates, head, trained biases; not the frozen base.
+
+    Args:
+        model: an injected model.
+        folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
+            manifest, which holds the weights' SHA-256, last.
+        deploy: fold the prefix's reparameterisation network away. The logits stay the same; the prefix is smaller
+            and, if it is trained further, it is trained directly. A folded model is saved as what it was folded
+            from, in this form, with the gates' constants: loading folds again.
+        state_dict: the model's whole state dict, where it had to be gathered from several processes.
+        base: what others know the base model by (`user/name` on the hub), in place of where it was loaded from here.
+        base_revision: a branch, a tag or a commit of `base`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: nothing was injected.
+        OSError: the folder cannot be written.
+    """
+    injection = injection_of(model)
+    whole: Mapping[str, Any] = dict(model.named_parameters()) if state_dict is None else state_dict
+    if sharded := [name for name, tensor in whole.items() if is_sharded(tensor)]:
+        raise ValueError(
+            f"each process holds only a part of {sharded[0]!r}; gather the state dict in all (get_model_state_dict of "
+            "torch.distributed.checkpoint.state_dict, with full_state_dict) and pass it on as state_dict"
+        )
+    tensors = _trained_tensors(model, whole, deploy=deploy)
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; save needs a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dump_tensors(tensors, metadata={"format": "pt"})
+    manifest = {
+        "format": FORMAT,
+        "unipelt": injection.config.to_dict(),
+        "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
+        "head": sorted(injection.head),
+        "unfrozen": sorted(unfrozen_names(model)),
+        "base": describe_base(model, whole) | whereabouts(model, base, base_revision),
+        "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
+    }
+    if injection.folded is not None:
+        manifest["folded"] = injection.folded.constants
+    text = json.dumps(manifest, indent=2) + "\n"
+    # The manifest decides: until it is replaced the old weights are the checkpoint, from then on the new ones are,
+    # under their first name or the last. So whatever breaks off in between, one of the two is there whole.
+    settle(folder)
+    write_whole(folder / NEXT, weights)
+    try:
+        write_whole(folder / MANIFEST, text.encode())
+    except OSError:
+        (folder / NEXT).unlink(missing_ok=True)
+        raise
+    os.replace(folder / NEXT, folder / WEIGHTS)
+    write_whole(folder / "README.md", model_card(injection.config, parameter_counts(model), manifest).encode())
+    return folder
+
+
+def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Put what `save` wrote onto a base model that the caller holds, in place.
+
+    Args:
+        model: the base model that it was trained on, with the same head class; nothing injected yet.
+        folder: what `save`, or a Trainer, wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        CheckpointError: the checkpoint is broken, or belongs to another model.
+        InjectionError: the model carries submodules already. After any error the model is as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InjectionError(f"load takes a PreTrainedModel of transformers, not {type(model).__name__}")
+    manifest, tensors = read_checkpoint(Path(folder))
+    check_base(model, manifest["base"])
+    if problem := _unknown_name(model, manifest):
+        raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {problem}")
+    if problem := _impossible_size(model, manifest["unipelt"], manifest["deployed"], tensors):
+        raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
+    try:
+        inject_as(model, manifest["unipelt"], deployed=manifest["deployed"], head=frozenset(manifest["head"]))
+    except InjectionError as error:
+        if getattr(model, "unipelt_injection", None) is not None:
+            raise
+        raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error
+    held = {*kept_names(model), *manifest["unfrozen"]}
+    places = {name: parameter for name, parameter in model.named_parameters() if name in held}
+    if problem := _mismatch(places, tensors):
+        remove(model)
+        raise CheckpointError(f"the checkpoint in {folder} does not fit this {type(model).__name__}: {problem}")
+    injection = injection_of(model)
+    unfrozen = set(manifest["unfrozen"])
+    injection.originals |= {name: p.detach().cpu().clone() for name, p in places.items() if name in unfrozen}
+    try:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                places[name].copy_(tensor)
+        if manifest["folded"] is not None:
+            fold_constants(model, manifest["folded"])
+    except BaseException as error:
+        remove(model)
+        if isinstance(error, FoldError):
+            raise CheckpointError(f"the checkpoint in {folder} cannot be folded again: {error}") from error
+        raise
+    return model
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    base_revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The whole model again: base model and head class restored, submodules loaded, in evaluation mode.
+
+    Args:
+        source: a folder that `save`, or a Trainer, wrote; or, as a text, what `push_to_hub` made, `user/name`. Of
+            that, only the manifest and the weights are read.
+        revision: of a checkpoint on the hub: a branch, a tag or a commit; by default `main`.
+        base: where the base model is, if it is not where the checkpoint says. It must be the same base.
+        base_revision: of a base on the hub; by default the commit that was trained on.
+        token: of the hub; by default that of the environment or of the last login.
+        cache_dir: where files of the hub are kept; by default the hub's own cache.
+        local_files_only: ask no hub, and take what is in the cache.
+        kwargs: passed on to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`,
+            `quantization_config`, …). The base is read from safetensors only; say `use_safetensors=False` to allow a
+            pickle.
+
+    Raises:
+        HubError: `source` is on no disk and cannot be had from the hub.
+        ValueError: a revision of a folder was asked for.
+        As `load`; and what the base's `from_pretrained` raises when the base is not to be had.
+    """
+    shared: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = find_checkpoint(source, (MANIFEST, WEIGHTS), revision, **shared)
+    manifest, tensors = read_checkpoint(folder)
+    name, commit = find_base(source, manifest["base"], base, base_revision)
+    return load(build_base(source, manifest["base"], tensors, name, commit, **shared, **kwargs), folder).eval()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it first, then in its place. Raises `OSError`, which names it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # the file, not its draft; where no space is left the system names none at all
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # where the folder has become read-only, say
+            beside.unlink()
+
+
+def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, deploy: bool) -> dict[str, Tensor]:
+    folded = injection_of(model).folded
+    tensors = {name: whole[name] for name in kept_names(model)} | dict(folded.tensors if folded else {})
+    if deploy:
+        networks = {module: path for path, module in model.named_modules() if isinstance(module, PrefixNetwork)}
+        prefixes = {}
+        for network, path in networks.items():
+            weights = {name: whole[f"{path}.{name}"] for name, _ in network.named_parameters()}
+            with torch.no_grad():
+                prefixes[network] = functional_call(network, weights)
+        for path, module in model.named_modules():
+            for network in module.network if isinstance(module, Prefix) else ():
+                tensors[f"{path}.keys_values"] = prefixes[network][module.index]
+        for path in networks.values():
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | None:
+    """A parameter that the manifest names and the model does not have."""
+    there = {name for name, _ in model.named_parameters()}
+    for key in ("head", "unfrozen"):
+        if unknown := sorted(set(manifest[key]) - there):
+            return f"{key} names {show(unknown[0])}, which this {type(model).__name__} does not have"
+    return None
+
+
+def _impossible_size(
+    model: PreTrainedModel, config: UniPELTConfig, deployed: bool, tensors: Mapping[str, Tensor]
+) -> str | None:
+    """A size in the configuration that no tensor has, or that all are too small for: found before memory is taken."""
+    try:
+        stacks = find_stacks(model, config)
+    except ValueError:
+        return None  # why it does not fit is said when it is injected
+    layers = [layer for stack in stacks for layer in stack.layers.values()]
+    width = min(place.query.inputs for layer in layers for place in (layer.attention, layer.cross) if place is not None)
+    there = {size for tensor in tensors.values() for size in tensor.shape}
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    sizes = {}
+    # attention to an encoder takes the other submodules alone
+    if config.adapter is not None and any(layer.adapted is not None for layer in layers):
+        sizes["adapter.bottleneck"] = config.adapter.bottleneck
+    if config.prefix is not None:
+        sizes["prefix.length"] = config.prefix.length
+        if not deployed:
+            sizes["prefix.hidden"] = config.prefix.hidden
+    if config.prompt is not None:
+        sizes["prompt.length"] = config.prompt.length
+        table: Any = model.get_input_embeddings()
+        width = min(width, table.weight.shape[1])  # ALBERT's embeddings are narrower than its states
+    if config.lora is not None:
+        sizes["lora.rank"] = config.lora.rank
+    parts = (config.adapter, config.prefix, config.lora, config.prompt, *config.more)
+    if config.gate.network != "linear" and any(part is not None and part.gate for part in parts):
+        sizes["gate.hidden"] = config.gate.hidden
+    for name, size in sizes.items():
+        if size not in there:
+            return f"{name} is {size}, and no tensor has that size"
+        if size * width > numbers:  # each is one side of a matrix that is as long as a state, or longer, on the other
+            return f"{name} is {size}, and its {numbers} numbers are too few for that"
+    for part in config.more:
+        found = next((place for layer in layers for place in layer.terms if place.config is part), None)
+        needed = 0 if found is None else count_term(found)
+        if needed > numbers:
+            return f"{part.name} needs {needed} numbers in one place, and it has {numbers} in all"
+    return None
+
+
+def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong between the parameters of a model and the tensors for them, or None."""
+    if missing := sorted(places.keys() - tensors.keys()):
+        return f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+    if extra := sorted(tensors.keys() - places.keys()):
+        return f"the model has no {show(extra[0])}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
+    for name, tensor in tensors.items():
+        if tensor.shape != places[name].shape:
+            return f"{name} is {tuple(tensor.shape)} there and {tuple(places[name].shape)} here"
+        if not tensor.is_floating_point():
+            return f"{name} holds {tensor.dtype}, not floating-point numbers"
+    return None

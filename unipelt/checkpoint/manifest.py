@@ -1,0 +1,156 @@
+"""What lies in the folder of a checkpoint, on the disk or the hub: read and checked, before any model is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.schema import ConfigError, read_mapping
+from unipelt.files.hub import HubError, download, is_repository
+from unipelt.files.strict import read_bytes, shorten, show, show_path
+from unipelt.gates.merge import Constants
+
+WEIGHTS = "model.safetensors"
+NEXT = f"{WEIGHTS}.next"
+MANIFEST = "unipelt.json"
+FORMAT = 1
+_KINDS: dict[type[Any], str] = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is broken, or belongs to another model; nothing was changed."""
+
+
+def find_checkpoint(source: str | Path, files: Sequence[str], revision: str | None, **options: Any) -> Path:
+    """The folder of a checkpoint: the one that was given, or that of the hub's cache that these files were put into.
+
+    Args:
+        source: a folder, or `user/name` on the hub; what is on the disk comes first.
+        files: to be brought from the hub, as far as they are there.
+        revision: as `unipelt.files.hub.download` takes it.
+        options: likewise `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and on the hub no checkpoint of ours.
+        HubError: as `unipelt.files.hub.download`.
+        ValueError: a revision of a folder was asked for.
+    """
+    if os.path.isdir(source) or not isinstance(source, str) or not is_repository(source):
+        if revision is not None:
+            raise ValueError(
+                f"{show_path(source)} is a folder, which has no revisions; base_revision is that of a base"
+            )
+        return Path(source)
+    try:
+        folder = download(source, files, revision=revision, **options)
+    except HubError as error:
+        raise HubError(f"there is no folder {source!r} here; {error}") from error.__cause__
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{source!r} on the hub is not a checkpoint of unipelt: it has no {MANIFEST}")
+    return folder
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Manifest and tensors of a checkpoint, checked. Raises `FileNotFoundError` or `CheckpointError`."""
+    if not os.path.isfile(folder / MANIFEST):  # which, unlike that of a Path, takes a name too long for one not there
+        raise FileNotFoundError(f"{show_path(folder)} is not a checkpoint of unipelt: it has no {MANIFEST}")
+    if not any((folder / name).is_file() for name in (WEIGHTS, NEXT)):
+        raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {WEIGHTS}")
+    try:
+        raw = read_mapping(folder / MANIFEST)
+        if type(raw.get("format")) is not int or raw["format"] != FORMAT:
+            raise ConfigError(f"format must be {FORMAT}, not {show(raw.get('format'))}; a newer unipelt may read it")
+        base = _typed(raw, "base", dict)
+        found = _typed(base, "fingerprint", dict)
+        _only(raw, ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "base", "weights"), "")
+        _only(base, ("class", "name_or_path", "revision", "config", "computation", "fingerprint"), "base.")
+        head, unfrozen = _names(raw, "head"), _names(raw, "unfrozen")
+        if base.get("revision") is not None:
+            _typed(base, "revision", str)
+        weights = _typed(raw, "weights", dict)
+        if weights.get("file") != WEIGHTS:
+            raise ConfigError(f"weights.file must be {WEIGHTS!r}, not {show(weights.get('file'))}")
+        manifest = {
+            "unipelt": UniPELTConfig.from_dict(_typed(raw, "unipelt", dict)),
+            "deployed": _typed(raw, "deployed", bool),
+            "folded": _constants(raw) if "folded" in raw else None,
+            "head": head,
+            "unfrozen": unfrozen,
+            "base": {
+                "class": _typed(base, "class", str),
+                "name_or_path": _typed(base, "name_or_path", str),
+                "revision": base.get("revision"),
+                "config": _typed(base, "config", dict),
+                # checkpoints of before it was kept are compared by their weights alone
+                "computation": _typed(base, "computation", dict) if "computation" in base else {},
+                "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")},
+                "apart": {*head, *unfrozen},
+            },
+        }
+        digest = _typed(weights, "sha256", str)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    contents = [read_bytes(path) for path in (folder / WEIGHTS, folder / NEXT) if path.is_file()]
+    content = next((content for content in contents if hashlib.sha256(content).hexdigest() == digest), None)
+    if content is None:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is not the file that {MANIFEST} describes (its SHA-256 differs): it is damaged, or "
+            "from another checkpoint"
+        )
+    try:
+        return manifest, load_tensors(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {shorten(error)}") from error
+
+
+def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    if key not in values or not isinstance(values[key], kind):
+        seen = show(values[key]) if key in values else "left out"
+        raise ConfigError(f"{key} must be {_KINDS[kind]}, not {seen}")
+    return values[key]
+
+
+def _names(values: Mapping[str, Any], key: str) -> list[str]:
+    names = _typed(values, key, list)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{key} must be a list of names, not {show(names)}")
+    return names
+
+
+def _constants(values: Mapping[str, Any]) -> Constants:
+    """The constants that gates were folded to; that the gates are there is checked on the model."""
+    folded: dict[str, Any] = _typed(values, "folded", dict)
+    for path in folded:
+        for name, constant in _typed(folded, path, dict).items():
+            if constant is not None and not (type(constant) in (int, float) and 0 < constant <= 1):
+                raise ConfigError(
+                    f"folded: {show(name)} at {show(path)} must be above 0 and at most 1, or null, not {show(constant)}"
+                )
+    return folded
+
+
+def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    for key in values:
+        if key not in keys:
+            raise ConfigError(f"unknown key {show(where + key)}; the keys here are {', '.join(keys)}")
+
+
+def settle(folder: Path) -> None:
+    """Finish a save that broke off after its manifest was written: its weights must not be taken for a draft."""
+    try:
+        weights = (folder / NEXT).read_bytes()
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest["weights"]["sha256"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return  # there is none, or no manifest that could name it
+    if hashlib.sha256(weights).hexdigest() == digest:
+        os.replace(folder / NEXT, folder / WEIGHTS)

@@ -1,0 +1,203 @@
+"""The model card that lies beside saved weights: what they are, how they were made, how well they did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from unipelt.config.methods import UniPELTConfig
+from unipelt.files.hub import may_be_base
+from unipelt.injection.parameters import ParameterCounts
+
+TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
+    "MTModel": "text2text-generation",
+}
+"""The hub's name of a task, by the end of the name of a class for it."""
+_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # the hub's names, where they are others
+
+
+def model_card(
+    config: UniPELTConfig,
+    counts: ParameterCounts,
+    manifest: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    license: str | None = None,
+    result: Mapping[str, Any] | None = None,
+    gates: Mapping[str, Any] | None = None,
+    has_tokenizer: bool = False,
+) -> str:
+    """A README in Markdown with the hub's metadata: method, parameter counts, base, how to load, scores, gates.
+
+    Args:
+        config: what was added.
+        counts: of the model.
+        manifest: what `unipelt.json` holds.
+        name: of the repository that it is for, `user/name`.
+        license: of these weights, as the hub calls it (`apache-2.0`). None says nothing: it is not for a library to
+            choose.
+        result: the record of the run that trained them (`unipelt.records.record.read_result`).
+        gates: means and standard deviations of gates, as a record holds them: `values` (by gate, `mean` and `std` by
+            layer), `layers` (their indices), `examples` (over how many). By default the record's.
+        has_tokenizer: the tokenizer is in the repository too.
+
+    Returns:
+        The text. No path of a machine is in it.
+    """
+    base = manifest["base"]
+    known = base["name_or_path"] if may_be_base(base["name_or_path"]) else None
+    task = task_of(base["class"])
+    title = f"{_method(config)} on {base['name_or_path'].rpartition('/')[2] or 'a model built in memory'}"
+    metadata: dict[str, Any] = {"library_name": "unipelt"}
+    if known:
+        metadata |= {"base_model": known, "base_model_relation": "finetune" if config.train_base else "adapter"}
+    if license:
+        metadata["license"] = license
+    if task:
+        metadata["pipeline_tag"] = task
+    metadata["tags"] = ["unipelt", "parameter-efficient-tuning"]
+    if result is not None and task:
+        metadata["model-index"] = [{"name": name or title, "results": [_evaluation(result, task)]}]
+    gates = gates or (result or {}).get("gates")
+    form = "folded" if "folded" in manifest else "deployed form" if manifest["deployed"] else "as trained"
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
+    return "\n".join(
+        [
+            f"---\n{front}---",
+            "",
+            f"# {title}",
+            "",
+            f"Weights trained with [UniPELT](https://aclanthology.org/2022.acl-long.433/) ({form}); the frozen "
+            f"base (`{base['class']}`) is not included.",
+            "",
+            *_loading(name, known, manifest, task, has_tokenizer),
+            "```text",
+            str(counts),
+            "```",
+            "",
+            "The whole configuration is in `unipelt.json`.",
+            "",
+            *(_scores(result) if result is not None else []),
+            *(_gate_table(gates) if gates is not None else []),
+        ]
+    )
+
+
+def task_of(class_name: str) -> str | None:
+    """What the hub calls the task of a model's class, or None where it has no name for it."""
+    return next((task for end, task in TASKS.items() if class_name.endswith(end)), None)
+
+
+def _method(config: UniPELTConfig) -> str:
+    if config.train_base:
+        return "Fine-tuning"
+    parts = []
+    for label, part in (
+        ("adapter", config.adapter),
+        ("prefix", config.prefix),
+        ("LoRA", config.lora),
+        ("prompt", config.prompt),
+    ):
+        if part is not None:
+            parts.append(f"gated {label}" if part.gate else label)
+    parts += [f"gated {part.name}" if part.gate else part.name for part in config.more]
+    if config.bitfit:
+        parts.append("BitFit")
+    return " + ".join(parts) or "Head only"
+
+
+def _loading(
+    name: str | None, known: str | None, manifest: Mapping[str, Any], task: str | None, has_tokenizer: bool
+) -> list[str]:
+    where = name or "path/to/this/folder"
+    lines = ["```python", "import unipelt", "", f'model = unipelt.from_pretrained("{where}")']
+    if has_tokenizer or known:
+        lines.append(f'tokenizer = unipelt.load_tokenizer("{where}")')
+        if task in ("text-classification", "token-classification", "fill-mask", "text-generation"):
+            lines[1:2] = ["import unipelt", "from transformers import pipeline"]
+            lines.append(f'pipe = pipeline("{task}", model=model, tokenizer=tokenizer)')
+    lines += ["```", ""]
+    if known:
+        revision = manifest["base"]["revision"]
+        exactly = f" (revision `{revision}`)" if revision else ""
+        lines += [f"That fetches the base, `{known}`{exactly}, and checks that it is the one that was trained on.", ""]
+    return lines
+
+
+def _dataset(result: Mapping[str, Any]) -> dict[str, str]:
+    """The hub's words for what a run was tested on."""
+    task, settings = result["task"]["name"], result["settings"]
+    if settings.get("task") is None:
+        return {"name": task, "type": "custom", "split": "test"}
+    split = "validation_matched" if task == "mnli" else "validation"
+    return {"name": f"GLUE {task.upper()}", "type": "nyu-mll/glue", "config": task, "split": split}
+
+
+def _evaluation(result: Mapping[str, Any], task: str) -> dict[str, Any]:
+    metrics = [
+        {"type": _METRICS.get(name, name), "value": round(value, 4), "name": name}
+        for name, value in result["test"]["metrics"].items()
+    ]
+    return {"task": {"type": task}, "dataset": _dataset(result), "metrics": metrics}
+
+
+def _scores(result: Mapping[str, Any]) -> list[str]:
+    settings, task, data = result["settings"], result["task"], result["data"]
+    rows = {split: data[split]["rows"] for split in ("train", "dev", "test")}
+    tested = _dataset(result)
+    what = f"`{tested['split']}` split of {tested['name']}" if settings.get("task") else "test set"
+    test, dev = result["test"]["metrics"], result["dev"]["metrics"]
+    packages, code = result["packages"], result["code"]["commit"]
+    versions = ", ".join(f"{package} {packages[package]}" for package in ("unipelt", "torch", "transformers"))
+    return [
+        "## Scores",
+        "",
+        f"One run with seed {settings['seed']}: {rows['train']:,} examples to train, {rows['dev']:,} (dev) to choose "
+        f"the epoch, and one test on {rows['test']:,}, the {what}.",
+        "",
+        "| | " + " | ".join(test) + " |",
+        "| --- |" + " ---: |" * len(test),
+        *(
+            f"| {split} | " + " | ".join(f"{values[name]:.3f}" for name in test) + " |"
+            for split, values in (("test", test), ("dev", dev))
+        ),
+        "",
+        f"(Always the most frequent answer: {task['primary']} {result['majority']:.3f}. `{result['method']['name']}`, "
+        f"learning rate {result['method']['learning_rate']:g}, batch {settings['batch_size']}, best epoch "
+        f"{result['best']['epoch']:g} of {result['evaluations'][-1]['epoch']:g}; {versions}"
+        f"{f', commit `{code[:7]}`' if code else ''}.)",
+        "",
+    ]
+
+
+def _gate_table(gates: Mapping[str, Any]) -> list[str]:
+    values: Mapping[str, Mapping[str, Sequence[float]]] = gates["values"]
+    depth = max(len(value["mean"]) for value in values.values())
+    layers = list(gates["layers"]) if len(gates["layers"]) == depth else list(range(depth))
+
+    def cell(value: Mapping[str, Sequence[float]], row: int) -> str:
+        return f"{value['mean'][row]:.2f} ± {value['std'][row]:.2f}" if row < len(value["mean"]) else ""
+
+    return [
+        "## Gates",
+        "",
+        "A gate is between 0 (its submodule is shut) and 1 (open). Mean and standard deviation over "
+        f"{gates['examples']:,} examples:",
+        "",
+        "| layer | " + " | ".join(values) + " |",
+        "| ---: |" + " ---: |" * len(values),
+        *(
+            f"| {layer} | " + " | ".join(cell(value, row) for value in values.values()) + " |"
+            for row, layer in enumerate(layers)
+        ),
+        "",
+    ]

@@ -1,0 +1,40 @@
+"""Configurations: methods as dataclasses, presets with a name, and the schema that checks both."""
+
+from unipelt.config.methods import (
+    SUBMODULES,
+    AdapterConfig,
+    CompacterConfig,
+    GateConfig,
+    HoulsbyConfig,
+    IA3Config,
+    LoRAConfig,
+    ParallelConfig,
+    Place,
+    PrefixConfig,
+    PromptConfig,
+    REDConfig,
+    SubmoduleConfig,
+    UniPELTConfig,
+)
+from unipelt.config.presets import PRESETS, resolve
+from unipelt.config.schema import ConfigError
+
+__all__ = [
+    "PRESETS",
+    "SUBMODULES",
+    "AdapterConfig",
+    "CompacterConfig",
+    "ConfigError",
+    "GateConfig",
+    "HoulsbyConfig",
+    "IA3Config",
+    "LoRAConfig",
+    "ParallelConfig",
+    "Place",
+    "PrefixConfig",
+    "PromptConfig",
+    "REDConfig",
+    "SubmoduleConfig",
+    "UniPELTConfig",
+    "resolve",
+]

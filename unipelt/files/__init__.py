@@ -1,0 +1,1 @@
+"""Reading, writing and fetching files, and how they are named in messages."""

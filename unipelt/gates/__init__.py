@@ -1,0 +1,1 @@
+"""Gates of an injected model: record, measure, fold, merge, plot."""

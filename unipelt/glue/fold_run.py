@@ -1,0 +1,222 @@
+"""Fold the model of a finished run, and say what it cost and what it gained: scores, logits and time side by side."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedModel
+
+import unipelt
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.glue.job import Job, precision_of, prepare
+from unipelt.glue.metric import compute_metrics_for
+from unipelt.glue.run import evaluated
+from unipelt.glue.settings import RunSettings
+from unipelt.records.record import check_of_glue, describe_code, describe_hardware, describe_packages, read_result
+from unipelt.runs.batches import Batch, hold
+from unipelt.runs.errors import RunError
+from unipelt.runs.folder import FOLDED, MODEL
+
+RECORD = "fold.json"
+FORMAT = 1
+FORMS = ("trained", "deployed", "folded", "base")
+"""As trained; with the prefix's network folded away; folded; and without submodules, whose time is the floor."""
+TIMED_BATCHES = 4
+"""At most so many of the test set's batches are timed: evenly spaced, so short texts and long ones are among them."""
+
+Batches = Sequence[Batch]
+
+
+def fold_run(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    tolerance: float | None = None,
+    closed: float | None = None,
+    rounds: int = 7,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Fold the model of a finished run on its dev set, and compare the forms of it on its test set.
+
+    Writes the folded model (what `unipelt.from_pretrained` reads) and `fold.json` (every figure) into one folder,
+    whole or not at all.
+
+    Args:
+        folder: of the run.
+        out: the new folder; by default `folded` in that of the run.
+        tolerance: as `unipelt.fold` takes it, and by default its own.
+        closed: likewise.
+        rounds: how often each form is timed on each timed batch, the forms by turns.
+        say: takes the lines for the reader.
+
+    Returns:
+        What `fold.json` holds: `gates` (each with its statistics and outcome), `outcomes`, `merged` (low-rank terms),
+        `parameters` (before and after), `test` (metrics by form), `changed` (by form, against the trained one: the
+        `largest` change of a logit, and how many `predictions` are others, None for a regression), `seconds` (by
+        form, of a batch, `rounds` times for each timed batch), `ratios` (by form, median of its time to the trained
+        form's for the same batch in the same round), the run, machine and versions.
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+        RunError: `out` is there already, or the data are not those of the run.
+        ValueError, OSError: what was given cannot be meant, or the model cannot be folded; nothing was written.
+    """
+    folder = Path(folder)
+    out = folder / FOLDED if out is None else Path(out)
+    if rounds < 1:
+        raise RunError(f"rounds must be 1 or more, not {rounds}")
+    if out.exists():
+        raise RunError(f"{out} is there already; remove it, or choose another --out")
+    record = read_result(folder)
+    check_of_glue(record, folder)
+    try:
+        settings = replace(RunSettings(**record["settings"]), output_dir=str(folder))
+    except TypeError as error:
+        raise RunError(f"the run in {folder} is of another version of unipelt: {error}") from error
+    threads = torch.get_num_threads()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        job = prepare(settings)
+        for split in ("dev", "test"):
+            if job.data[split] != record["data"][split]:
+                raise RunError(f"the {split} set is not the one of the run in {folder}: its rows differ")
+        options = {name: value for name, value in (("tolerance", tolerance), ("closed", closed)) if value is not None}
+        models, report = _forms(job, folder / MODEL, options)
+        for line in str(report).splitlines():
+            say(line)
+        figures = _compare(job, models, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    result = {
+        "format": FORMAT,
+        "run": {"digest": record["digest"], "test": record["test"]},
+        "tolerance": report.tolerance,
+        "closed": report.closed,
+        "examples": report.examples,
+        "gates": [asdict(gate) for gate in report.gates],
+        "outcomes": report.outcomes,
+        "merged": report.merged,
+        "parameters": {"before": asdict(report.before), "after": asdict(report.after)},
+        **figures,
+        "hardware": describe_hardware(job.device),
+        "packages": describe_packages(),
+        "code": describe_code(),
+    }
+    for line in _table(result, job.task.primary):
+        say(line)
+    _write(models["folded"], result, out)
+    say(f"-> {out}")
+    return result
+
+
+def _forms(
+    job: Job, checkpoint: Path, options: Mapping[str, float]
+) -> tuple[dict[str, PreTrainedModel], unipelt.FoldReport]:
+    """The model of the run in every form, on the device, in evaluation mode; and the report of the folding."""
+    trained: Any = unipelt.load(unipelt.remove(job.model), checkpoint)
+    trained.to(job.device).eval()
+    base = unipelt.remove(copy.deepcopy(trained))
+    with tempfile.TemporaryDirectory() as draft:
+        unipelt.save(trained, draft, deploy=True)
+        deployed = unipelt.load(copy.deepcopy(base), draft).eval()
+    folded = copy.deepcopy(trained)
+    with precision_of(job):
+        report = unipelt.fold(folded, _batches(job, "dev"), **options)
+    return dict(zip(FORMS, (trained, deployed, folded, base), strict=True)), report
+
+
+def _batches(job: Job, split: str) -> Batches:
+    """A split in the batches of its evaluation, on the device, without labels."""
+    return [
+        {name: tensor.to(job.device) for name, tensor in batch.items() if name != "labels"}
+        for batch in hold(evaluated(job, split), job.device)
+    ]
+
+
+def _compare(job: Job, models: Mapping[str, PreTrainedModel], rounds: int) -> dict[str, Any]:
+    """Scores, changes and times of the forms on the test set."""
+    batches = _batches(job, "test")
+    labels = job.splits["test"].with_format("numpy")["label"][:]
+    metrics, measure = {}, compute_metrics_for(job.task)
+    logits = {name: _logits(job, model, batches) for name, model in models.items() if name != "base"}
+    for name, values in logits.items():
+        metrics[name] = measure(EvalPrediction(values.numpy(), labels))
+    changed = {
+        name: {
+            "largest": float((values - logits["trained"]).abs().max()),
+            "predictions": None
+            if job.task.is_regression
+            else int((values.argmax(-1) != logits["trained"].argmax(-1)).sum()),
+        }
+        for name, values in logits.items()
+        if name != "trained"
+    }
+    seconds = _times(job, models, batches[:: -(-len(batches) // TIMED_BATCHES)], rounds)
+    ratios = {
+        name: statistics.median(own / first for own, first in zip(values, seconds["trained"], strict=True))
+        for name, values in seconds.items()
+    }
+    return {"test": metrics, "changed": changed, "seconds": seconds, "ratios": ratios}
+
+
+def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each form for each batch of each round, the forms by turns, each as often first as the others."""
+    names = list(models)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:  # the first pass of a model is slower
+        _logits(job, models[name], batches[:1])
+    for turn in range(rounds * len(batches)):
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            begun = time.perf_counter()
+            _logits(job, models[name], [batches[turn // rounds]])  # which brings them to the CPU: a GPU has finished
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def _logits(job: Job, model: PreTrainedModel, batches: Batches) -> Tensor:
+    with torch.no_grad(), precision_of(job):
+        found = [model(**batch).logits for batch in batches]
+    return torch.cat(found).float().cpu()
+
+
+def _table(result: Mapping[str, Any], primary: str) -> list[str]:
+    """The forms side by side."""
+    lines = [
+        f"{'form':<9} {primary:>10} {'seconds':>9} {'ratio':>7} {'largest change of a logit':>26} {'predictions':>12}"
+    ]
+    for name in FORMS:
+        score = f"{result['test'][name][primary]:.3f}" if name in result["test"] else ""
+        change = result["changed"].get(name)
+        told = (
+            f"{change['largest']:>26.2e} {'' if change['predictions'] is None else change['predictions']:>12}"
+            if change
+            else ""
+        )
+        seconds = statistics.median(result["seconds"][name])
+        lines.append(f"{name:<9} {score:>10} {seconds:>9.3f} {result['ratios'][name]:>7.3f} {told}".rstrip())
+    return lines
+
+
+def _write(model: PreTrainedModel, result: Mapping[str, Any], out: Path) -> None:
+    """Model and figures as one folder, whole or not at all."""
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        unipelt.save(model, draft)
+        write_whole(draft / RECORD, f"{json.dumps(result, indent=2, allow_nan=False)}\n".encode())
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

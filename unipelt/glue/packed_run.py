@@ -1,0 +1,326 @@
+"""One run in its place of a pack: what it has of its own, what it does with a gradient, and how it goes on.
+
+Shapes: R runs, T tokens, C outputs of the head, N numbers of a replica.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerState,
+    get_linear_schedule_with_warmup,
+)
+
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.glue.job import Job, prepare
+from unipelt.glue.metric import compute_metrics_for
+from unipelt.glue.run import evaluated, finish, make_trainer
+from unipelt.glue.settings import RunSettings
+from unipelt.pack import Pack, PackError, Replica, kept_values, losses
+from unipelt.records.record import RESULT, summary
+from unipelt.runs import folder as place
+from unipelt.runs.batches import Batches, text_lengths
+from unipelt.runs.cache import Kept, same_memory
+from unipelt.runs.errors import Diverged, RunError, check_losses
+from unipelt.runs.folder import Progress
+
+_FORMAT = 1  # of the checkpoints here, which the trainer's own runs leave alone
+_WEIGHTS, _STATE = "pack.safetensors", "pack.json"
+
+
+@dataclass(eq=False)
+class Seat:
+    """A run in its place.
+
+    Attributes:
+        places: of the pack, for the record.
+        best: what the replica was after the best epoch, (N,).
+        waited: evaluations since then.
+        losses: of the steps of this epoch, (R,) each, and which of them is this run's.
+        dev: the dev set, (rows, T) and `labels` (rows,), longest texts first, on the pack's device.
+        lengths: tokens of each of its rows.
+        saved: when the last checkpoint was written.
+    """
+
+    job: Job
+    folder: Path
+    progress: Progress
+    trainer: Trainer
+    loader: DataLoader[Any]
+    pack: Pack
+    replica: Replica
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    state: TrainerState
+    lock: contextlib.ExitStack
+    say: Callable[[str], None]
+    best: Tensor
+    waited: int = 0
+    losses: list[tuple[Tensor, int]] = field(default_factory=list)
+    dev: dict[str, Tensor] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    clock: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+    batches: Iterator[dict[str, Tensor]] | None = None
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """The last, which may be smaller, included."""
+        return len(self.loader)
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether an evaluation is due."""
+        return self.state.global_step % self.steps_an_epoch == 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether training is at its end, or stopped early."""
+        patience = self.job.settings.patience
+        stopped = patience is not None and self.waited >= patience
+        return self.state.global_step > 0 and (stopped or self.state.global_step == self.state.max_steps)
+
+    def spend(self, *kinds: str) -> None:
+        """Count the seconds since the last call as spent on `kinds`, and in total."""
+        now = time.monotonic()
+        for kind in (*kinds, "total"):
+            self.progress.seconds[kind] += now - self.clock
+        self.clock = now
+
+    def next_batch(self) -> dict[str, Tensor]:
+        """The examples of the next step, as the trainer would take them."""
+        if self.batches is None:
+            set_epoch = getattr(self.loader, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self.state.global_step // self.steps_an_epoch)
+            self.batches = iter(self.loader)
+        return dict(next(self.batches))
+
+    def update(self, loss: Tensor, index: int) -> None:
+        """A step, once the gradient is there."""
+        settings = self.job.settings
+        if settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.replica.parameters, settings.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.losses.append((loss, index))
+        self.state.global_step += 1
+
+    def judge(self, logits: Tensor, labels: Tensor) -> None:
+        """Enter an evaluation on the dev set: logits (rows, C). Raises `Diverged`."""
+        task, state = self.job.task, self.state
+        evaluation = EvalPrediction(predictions=logits.float().cpu().numpy(), label_ids=labels.cpu().numpy())
+        loss = losses(logits[None], labels[None], torch.ones_like(labels[None], dtype=torch.bool)).item()
+        train_loss = torch.stack([each[index] for each, index in self.losses]).mean().item()
+        state.epoch = state.global_step / self.steps_an_epoch
+        try:
+            metrics = compute_metrics_for(task)(evaluation)
+            check_losses(train=train_loss, dev=loss)
+        except Diverged as error:
+            rate = float(self.job.settings.learning_rate or 0.0)
+            raise error.at(state.epoch, state.global_step, rate) from error
+        at = {"epoch": state.epoch, "step": state.global_step}
+        state.log_history.append({"loss": train_loss, **at})
+        scores = {f"eval_{name}": value for name, value in metrics.items()}
+        state.log_history.append({"eval_loss": loss, **scores, **at})
+        value = metrics[task.primary]
+        better = state.best_metric is None or value > state.best_metric
+        if better:
+            state.best_metric, state.best_global_step = value, state.global_step
+            self.best = self.replica.row.clone()
+        self.waited = 0 if better else self.waited + 1
+        self.losses, self.batches = [], None
+        self.say(
+            f"epoch {state.epoch:>3.0f}  train loss {train_loss:.4f}  dev loss {loss:.4f}  "
+            f"{task.primary} {value:.3f}{'  best so far' if better else ''}"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint, which is complete once it is marked, and remove the one before."""
+        step = self.state.global_step
+        checkpoint = place.checkpoint_at(self.folder, step)
+        checkpoint.mkdir(exist_ok=True)
+        tensors = {"row": self.replica.row, "best": self.best}
+        for index, leaf in enumerate(self.replica.parameters):
+            for name, tensor in self.optimizer.state.get(leaf, {}).items():
+                tensors[f"{index}.{name}"] = tensor
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_whole(checkpoint / _WEIGHTS, dump_tensors(content))
+        self.state.save_to_json(str(checkpoint / "trainer_state.json"))
+        state = {"waited": self.waited, "scheduler": self.scheduler.state_dict()}
+        write_whole(checkpoint / _STATE, json.dumps(state).encode())
+        self.progress.write(self.folder)
+        place.mark(self.folder, step, _digest(self.job), finished=self.ended)
+        place.remove_checkpoints(self.folder, keep=(checkpoint,))
+        self.saved = time.monotonic()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint."""
+        tensors = load_file(checkpoint / _WEIGHTS, device=str(self.pack.device))
+        self.replica.row.copy_(tensors["row"])
+        self.best = tensors["best"]
+        for index, leaf in enumerate(self.replica.parameters):
+            # the count of steps stays on the CPU, where AdamW keeps it
+            found = {name: tensors[f"{index}.{name}"] for name in _ADAM if f"{index}.{name}" in tensors}
+            if found:
+                self.optimizer.state[leaf] = found | {"step": found["step"].cpu()}
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        self.waited = state["waited"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.say(f"going on from {checkpoint}")
+
+    def fail(self, error: Exception) -> None:
+        """Leave the pack with a run that cannot go on."""
+        self.pack.remove(self.replica)
+        self.lock.close()
+        self.say(f"{type(error).__name__}: {error}")
+
+    def finish(self, places: int) -> dict[str, Any]:
+        """Leave the pack, test the best epoch and write everything; returns the record."""
+        with self.lock:
+            self.pack.remove(self.replica)
+            own = dict(self.job.model.named_parameters())
+            with torch.no_grad():
+                for name, tensor in self.replica.tensors(self.best).items():
+                    own[name].copy_(tensor)
+            record = finish(
+                self.trainer,
+                self.job,
+                self.folder,
+                self.state,
+                self.progress,
+                self.spend,
+                self.say,
+                packed={"places": places},
+            )
+            self.say(summary(record, self.folder / RESULT))
+        return record
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _digest(job: Job) -> str:
+    return hashlib.sha256(f"pack {_FORMAT} {job.digest}".encode()).hexdigest()
+
+
+def sit(
+    settings: RunSettings, pack: Pack | None, kept: Kept, equal: dict[str, Tensor], say: Callable[[str], None]
+) -> Seat | dict[str, Any]:
+    """A run in a place of the pack, which is made if there is none; or the record, if it had finished before.
+
+    Args:
+        settings: of the run.
+        pack: if there is one.
+        kept: what the runs of this process share.
+        equal: parameters that are known to equal the pack's base, by name; more are entered.
+        say: takes the run's lines for the reader.
+    """
+    clock = time.monotonic()
+    folder = Path(str(settings.output_dir))
+    if settings.gradient_checkpointing:
+        raise PackError("gradient checkpointing and a pack exclude each other; pack fewer runs instead")
+    if settings.train_tokens is not None:
+        raise PackError("train_tokens and a pack exclude each other; a pack trains on whole batches")
+    if (record := place.find_finished(settings, folder)) is not None:
+        return record
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with contextlib.ExitStack() as lock, torch.random.fork_rng(devices):  # seeds are the run's, dropout is the pack's
+        job = prepare(settings, kept)
+        lock.enter_context(place.locked(folder))
+        if (record := place.find_finished(settings, folder)) is not None:  # another process may have been faster
+            return record
+        if pack is None:
+            host: Any = copy.deepcopy(job.model)
+            host.to(job.device)
+            pack = Pack(host, settings.max_length, _decayed(job.model))
+            host.train()
+        share_base(job.model, pack.model, equal)
+        progress = place.begin(settings, folder)
+        trainer = make_trainer(job, folder, evaluated(job, "dev"))
+        loader: Any = trainer.get_train_dataloader()
+        loader.device = None  # batches go to the GPU when they have been joined
+        replica = pack.add(kept_values(job.model))
+        try:
+            optimizer, scheduler, steps = _optimizer(replica, trainer, len(loader))
+            state = TrainerState(max_steps=steps, num_train_epochs=settings.epochs)
+            seat = Seat(
+                *(job, folder, progress, trainer, loader, pack, replica, optimizer, scheduler, state),
+                lock=lock,
+                say=say,
+                best=replica.row,
+                clock=clock,
+            )
+            last = place.newest_checkpoint(folder, _digest(job))
+            place.remove_checkpoints(folder, digest=_digest(job))
+            if last is not None:
+                seat.restore(last)
+            seat.dev, seat.lengths = _dev_set(job, pack.device)
+        except BaseException:
+            pack.remove(replica)
+            raise
+        seat.lock = lock.pop_all()
+    return seat
+
+
+def share_base(model: PreTrainedModel, host: PreTrainedModel, equal: dict[str, Tensor]) -> None:
+    """Let a model's base be the host's, which holds the same numbers, so that there is one for all runs.
+
+    What is in the memory of a tensor in `equal` is not compared again; what is found to be equal is entered there.
+    """
+    own, there = kept_values(model), dict(host.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in own:
+            base = there[name].data
+            if not same_memory(parameter.data, equal.get(name)):
+                if not torch.equal(parameter.data.to(base.device), base):
+                    raise RunError(f"the bases of runs in one pack must be the same, and {name} differs")
+                equal[name] = parameter.data
+            parameter.data = base
+
+
+def _decayed(model: PreTrainedModel) -> list[str]:
+    """The parameters that the trainer decays; it asks nothing else of itself."""
+    return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+
+
+def _optimizer(replica: Replica, trainer: Trainer, steps_an_epoch: int) -> tuple[torch.optim.Optimizer, Any, int]:
+    """The trainer's optimizer and schedule over a replica's leaves, and the number of all steps."""
+    arguments = trainer.args
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    decays = ((replica.decayed, arguments.weight_decay), (replica.plain, 0.0))
+    groups = [{"params": [leaf], "weight_decay": decay} for leaf, decay in decays if leaf.numel()]
+    optimizer = kind(groups, **options)
+    steps = math.ceil(arguments.num_train_epochs * steps_an_epoch)
+    return optimizer, get_linear_schedule_with_warmup(optimizer, arguments.get_warmup_steps(steps), steps), steps
+
+
+def _dev_set(job: Job, device: torch.device) -> tuple[dict[str, Tensor], list[int]]:
+    """The dev set, padded once to its longest text, and the tokens of each row."""
+    rows = job.splits["dev"]
+    whole = Batches(rows, [range(len(rows))], DataCollatorWithPadding(job.tokenizer), job.model)[0]
+    return {name: tensor.to(device) for name, tensor in whole.items()}, text_lengths(rows)

@@ -1,0 +1,1 @@
+"""What a host model looks like: families, places, quantised weights."""

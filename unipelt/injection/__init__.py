@@ -1,0 +1,1 @@
+"""Attaching submodules to a host, detaching them, and the state of an injected model."""

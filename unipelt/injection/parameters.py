@@ -1,0 +1,316 @@
+"""Which parameters are ours, which are the head, which train; and how many there are.
+
+Our parameters are found by the type of the module that holds them, never by a part of a name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unipelt.config.methods import UniPELTConfig
+from unipelt.hosts.families import FAMILIES
+from unipelt.hosts.quantised import is_quantised
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import START, LoRA
+from unipelt.submodules.prefix import Prefix, PrefixNetwork
+from unipelt.submodules.prompt import Prompt
+from unipelt.submodules.term import Shared, Term
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What `unipelt.fold` did to an injected model.
+
+    Attributes:
+        constants: path of a `Gates` module -> name of a gate -> the constant that it became; None where the gate was
+            closed and its submodule dropped.
+        tensors: what a checkpoint holds that folding changed or took away, as it was before, on the CPU.
+        weights: the pretrained weights that low-rank terms were merged into, by name, as they were before, on the CPU.
+        unfrozen: what `unfrozen_names` gave before everything was frozen.
+    """
+
+    constants: Mapping[str, Mapping[str, float | None]]
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    unfrozen: frozenset[str]
+
+
+@dataclass
+class Injection:
+    """What `unipelt.inject` did to a model, kept on it as `model.unipelt_injection`.
+
+    Attributes:
+        config: what was added.
+        deployed: whether prefixes are plain parameters, without the reparameterisation network.
+        head: names of the head's parameters, and of the parts of the base that its checkpoint did not hold.
+        required_grad: `requires_grad` of every parameter before.
+        replaced: attributes of the model itself that injection overwrote.
+        originals: what pretrained parameters that train were before, on the CPU.
+        folded: what folding did; None before.
+        shares: whether its base is other models' too (`unipelt.Tasks`).
+    """
+
+    config: UniPELTConfig
+    deployed: bool
+    head: frozenset[str]
+    required_grad: dict[str, bool]
+    replaced: dict[str, Any] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    folded: Folded | None = None
+    shares: bool = False
+
+    @property
+    def before(self) -> dict[str, Tensor]:
+        """What every pretrained parameter that training or folding changed was before, on the CPU, by name."""
+        return {**(self.folded.weights if self.folded else {}), **self.originals}
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters; `unipelt.parameter_counts` makes it.
+
+    Attributes:
+        trained: what the method trains, the head apart (as the paper's Table 4 counts).
+        deployed: what remains after training: the reparameterisation network becomes plain prefixes, and what LoRA
+            started at (`LoRAConfig.start`) counts too.
+        head: what trains of the head, parts of the base that its checkpoint did not hold included.
+        base: the pretrained model, without head and without submodules.
+        submodules: trained, by submodule (`adapter`, `prefix`, `lora`, …, `bitfit`, `base`), gates apart.
+        deployed_submodules: the same, after training.
+        gates: by gate (`adapter`, `prefix`, `lora_query`, `prompt`, …), over all layers; `network` is of those in
+            front of gates.
+    """
+
+    trained: int
+    deployed: int
+    head: int
+    base: int
+    submodules: dict[str, int]
+    deployed_submodules: dict[str, int]
+    gates: dict[str, int]
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.submodules.items())
+        gates = [f"{name} {count:,}" for name, count in self.gates.items()]
+        rows = [", ".join(gates[start : start + 4]) for start in range(0, len(gates), 4)]
+        share = 100 * self.trained / self.base if self.base else 0.0
+        return "\n".join(
+            [
+                f"trained   {self.trained:>12,}  ({share:.2f} % of the base's {self.base:,})",
+                *([f"            {parts}"] if parts else []),
+                *(f"            {'gates: ' if row == rows[0] else '       '}{row}" for row in rows),
+                f"deployed  {self.deployed:>12,}",
+                f"head      {self.head:>12,}",
+            ]
+        )
+
+
+def injection_of(model: nn.Module) -> Injection:
+    """The record of the injection into `model`. Raises `ValueError` if there is none."""
+    injection = getattr(model, "unipelt_injection", None)
+    if injection is None:
+        raise ValueError(f"this {type(model).__name__} carries no submodules; call unipelt.inject(model, ...) first")
+    return injection
+
+
+_KINDS: dict[type[nn.Module], str] = {
+    Adapter: "adapter",
+    Gates: "gate",
+    LoRA: "lora",
+    Prefix: "prefix",
+    PrefixNetwork: "prefix",
+    Prompt: "prompt",
+}
+
+
+def submodule_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Every parameter that injection added: (kind, name, parameter); kind is a submodule's name, or `gate`."""
+    for path, module in model.named_modules():
+        dot = f"{path}." if path else ""
+        kind = module.name if isinstance(module, (Shared, Term)) else None
+        kind = kind or next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), None)
+        if kind is not None:
+            for name, parameter in module.named_parameters():
+                if not name.startswith("gates."):  # gates are modules of their own
+                    yield kind, f"{dot}{name}", parameter
+
+
+def start_names(model: nn.Module) -> frozenset[str]:
+    """Names of those of our parameters that never train: what LoRA started at, where that is not zero."""
+    terms = ((path, module) for path, module in model.named_modules() if isinstance(module, LoRA))
+    return frozenset(f"{path}.{name}" for path, module in terms for name in START if hasattr(module, name))
+
+
+_WITHOUT_TASK = (
+    transformers.MODEL_MAPPING,
+    transformers.MODEL_FOR_PRETRAINING_MAPPING,
+    transformers.MODEL_FOR_MASKED_LM_MAPPING,
+    transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+"""Classes, by configuration, that are pretrained as a whole."""
+
+
+def head_names(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the parameters of the task's head, and of parts of the base that its checkpoint did not hold.
+
+    The head is what is outside the base model. The head of a language model was pretrained with the base, and its
+    weight is often the embeddings' own, so it is no head here.
+
+    Transformers marks every parameter that it loads; in a model of which some are marked, an unmarked one started
+    at random (a pooler, say). Embeddings are left out: resizing them makes a new parameter of old rows.
+    """
+    outside = _outside_base(model)
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)}
+    if loaded and not any(is_quantised(parameter) and id(parameter) in loaded for parameter in model.parameters()):
+        loaded |= _quantised_afterwards(model, loaded)
+    names = []
+    for name, parameter in model.named_parameters():
+        fresh = bool(loaded) and id(parameter) not in loaded and id(parameter) not in embeddings
+        if id(parameter) in outside or fresh:
+            names.append(name)
+    return frozenset(names)
+
+
+def _quantised_afterwards(model: nn.Module, loaded: set[int]) -> set[int]:
+    """Identities of weights that lost their marks by being quantised; what else their module has still tells."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if is_quantised(parameter)
+        and all(id(other) in loaded for other in module.parameters(recurse=False) if not is_quantised(other))
+    }
+
+
+def _outside_base(model: PreTrainedModel) -> set[int]:
+    """Identities of the parameters of a task's head."""
+    kind, base = type(model.config), model.base_model
+    known: tuple[Any, ...] = tuple(mapping[kind] for mapping in _WITHOUT_TASK if kind in mapping)
+    if isinstance(model, known):
+        return set()
+    if base is not model:
+        inside = list(base.parameters())
+    elif model.config.model_type in FAMILIES:
+        # a few classes hold the parts of their base themselves, beside the head
+        parts = {stack.layers.partition(".")[0] for stack in FAMILIES[model.config.model_type].stacks}
+        inside = [parameter for part in parts for parameter in getattr(model, part, nn.Module()).parameters()]
+        inside += model.get_input_embeddings().parameters()
+    else:
+        return set()
+    output = model.get_output_embeddings()
+    inside += [] if output is None else output.parameters()
+    there = {id(parameter) for parameter in inside}
+    return {id(parameter) for parameter in model.parameters()} - there
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of it (a `DTensor`)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def bias_names(model: nn.Module) -> frozenset[str]:
+    """Names of the model's own biases: what BitFit trains."""
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    return frozenset(
+        name
+        for name, _ in model.named_parameters()
+        if name not in ours and (name.rpartition(".")[2] == "bias" or name.endswith("_bias"))
+    )
+
+
+def set_trainable(model: PreTrainedModel, injection: Injection) -> None:
+    """Let train what the configuration says and freeze the rest."""
+    config = injection.config
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    starts = start_names(model)
+    biases = bias_names(model) if config.bitfit else frozenset()
+    for name, parameter in model.named_parameters():
+        if name in ours:
+            train = name not in starts
+        elif name in injection.head:
+            train = config.train_head or name in biases
+        else:
+            train = config.train_base or name in biases
+        parameter.requires_grad_(train)
+
+
+def kept_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that a checkpoint holds: ours, the head, and whatever else trains.
+
+    The head is kept even when it is frozen: the base's checkpoint does not hold it.
+    """
+    injection = injection_of(model)
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    also = {*injection.head, *injection.originals, *(injection.folded.unfrozen if injection.folded else ())}
+    return [
+        name for name, parameter in model.named_parameters() if name in ours or name in also or parameter.requires_grad
+    ]
+
+
+def unfrozen_names(model: nn.Module) -> set[str]:
+    """Names of pretrained parameters that train although the configuration does not say so: the caller's wish."""
+    injection = injection_of(model)
+    ours = {name for _, name, _ in submodule_parameters(model)}
+    return {name for name in kept_names(model) if name not in ours and name not in injection.originals}
+
+
+def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
+    """Count an injected model's parameters, trained and deployed. Raises `ValueError` if nothing was injected.
+
+    In a folded model nothing trains, and what is deployed is what is left beside the base.
+    """
+    injection = injection_of(model)
+    trained: Counter[str] = Counter()
+    deployed: Counter[str] = Counter()
+    gates: Counter[str] = Counter()
+    ours, starts = set(), start_names(model)
+    for kind, name, parameter in submodule_parameters(model):
+        ours.add(name)
+        if kind != "gate":
+            trained[kind] += parameter.numel() if name not in starts else 0
+            deployed[kind] += parameter.numel()
+    for module in model.modules():
+        if isinstance(module, Gates):
+            row = module.weight.shape[1] + 1 if module.has_input else 1
+            gates.update(dict.fromkeys(module.names, row))
+            if module.network is not None:
+                gates["network"] += sum(parameter.numel() for parameter in module.network.parameters())
+        elif isinstance(module, PrefixNetwork):
+            network = sum(parameter.numel() for parameter in module.parameters())
+            deployed["prefix"] += 2 * module.layers * module.embedding.shape[0] * module.width - network
+    head = base = 0
+    for name, parameter in model.named_parameters():
+        if name in ours:
+            continue
+        if name not in injection.head:
+            base += parameter.numel()
+        if not parameter.requires_grad:
+            continue
+        if name in injection.head and injection.config.train_head:
+            head += parameter.numel()
+        else:
+            part = "bitfit" if injection.config.bitfit else "base"
+            trained[part] += parameter.numel()
+            deployed[part] += parameter.numel()
+    in_gates = sum(gates.values())
+    if injection.folded is not None:
+        trained.clear()
+    return ParameterCounts(
+        trained=sum(trained.values()) + in_gates if injection.folded is None else 0,
+        deployed=sum(deployed.values()) + in_gates,
+        head=head,
+        base=base,
+        submodules=dict(trained),
+        deployed_submodules=dict(deployed),
+        gates=dict(gates),
+    )

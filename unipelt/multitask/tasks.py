@@ -1,0 +1,373 @@
+"""Several tasks on one frozen base: named sets of submodules, each with its own method, gates and head.
+
+Every task has a model of its own: an ordinary injected model, all of whose pretrained parameters are the base's, the
+same objects. A pass of one task is a pass of that model; a batch that mixes tasks goes through the base once
+(`unipelt.multitask.mixed_batch`) and then, by rows, through each task's head.
+
+Shapes: B rows of a batch, C labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unipelt.api import inject
+from unipelt.checkpoint.checkpoint import load, save
+from unipelt.checkpoint.manifest import CheckpointError, read_checkpoint
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.presets import resolve
+from unipelt.files.strict import show
+from unipelt.hosts.locate import InjectionError
+from unipelt.injection.parameters import head_names, injection_of, kept_names, submodule_parameters
+from unipelt.multitask.batch_rows import count_rows, gather, merge, reorder, split_batch, split_output
+from unipelt.multitask.heads import Answer, ask, fit_labels, relabel, saved_labels
+from unipelt.multitask.mixed_batch import Layout, Layouts, find_unmixable, seat
+
+
+class Tasks(nn.Module):
+    """Named sets of submodules on one base model in memory, each with gates and a head of its own.
+
+        tasks = unipelt.Tasks(model)
+        tasks.add("sst2", "unipelt-apl")
+        tasks.add("mnli", "lora", num_labels=3)
+        tasks.load("rte", "runs/rte/model")
+        tasks["mnli"](**batch)  # one task: an ordinary injected model
+        tasks(**batch, tasks=["sst2", "rte", "sst2"])  # row by row, in one pass of the base
+
+    The base is frozen and its numbers never change; `model` itself stays as it is and can be called all along. A task
+    costs its own parameters and head, and no copy of the base. `tasks.parameters()` that require gradients are those
+    of all tasks. `list(tasks)` are the names, in the order in which they came.
+
+    Attributes:
+        model: the base.
+        current: the task that a call without `tasks` is of; None at first (`use`).
+    """
+
+    accepts_loss_kwargs = False  # or Trainer divides the loss by a number of tokens, and a label here is a text's
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Freeze a model that nothing was injected into. Raises `InjectionError` for another."""
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise InjectionError(f"Tasks takes a PreTrainedModel of transformers, not {type(model).__name__}")
+        _check_bare(model)
+        self.model = model
+        self.current: str | None = None
+        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._layouts = Layouts()
+        self._unmixable: dict[str, str | None] = {}
+        self.shared: Any = None  # the base with hooks; made when a batch mixes tasks
+        self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_post_hook(_miss_no_base)
+        model.requires_grad_(False)
+        self.train(model.training)
+
+    def add(
+        self,
+        name: str,
+        config: str | Path | Mapping[str, Any] | UniPELTConfig = "unipelt-apl",
+        *,
+        num_labels: int | None = None,
+        problem_type: str | None = None,
+    ) -> PreTrainedModel:
+        """A new task, to be trained: submodules, and a head that starts as the base model's.
+
+        Args:
+            name: of letters, digits, `_` and `-`.
+            config: as `unipelt.inject` takes it; a method that adds submodules and leaves the base alone.
+            num_labels: of the head, if not the base model's; such a head starts at random, as its class starts it.
+            problem_type: as in a configuration of Transformers; the loss that the head computes.
+
+        Returns:
+            The task's model, `tasks[name]`.
+
+        Raises:
+            ValueError: the name is taken or cannot be one, or the problem type is none.
+            ConfigError: the configuration cannot be meant.
+            InjectionError: the method changes the base, or the model cannot take it or that many labels. After any
+                error the tasks are as they were.
+        """
+        self._check_new(name)
+        config = resolve(config)
+        if reason := _changes_base(config):
+            raise InjectionError(f"task {name!r} cannot share its base with others: {reason}")
+        model = self._share()
+        if num_labels is not None or problem_type is not None:
+            relabel(model, num_labels, problem_type)
+        return self._keep(name, inject(model, config))
+
+    def load(self, name: str, folder: str | Path) -> PreTrainedModel:
+        """A task from an ordinary checkpoint: what `save` of a task, `unipelt.save` or a Trainer wrote.
+
+        Returns:
+            The task's model, `tasks[name]`.
+
+        Raises:
+            ValueError: the name is taken or cannot be one.
+            FileNotFoundError: there is no such checkpoint.
+            CheckpointError: it is broken, belongs to another base, is folded, or holds a changed base. After any
+                error the tasks are as they were.
+        """
+        self._check_new(name)
+        manifest, tensors = read_checkpoint(Path(folder))
+        reason = _changes_base(manifest["unipelt"])
+        if manifest["unfrozen"]:
+            reason = (
+                f"it holds {show(manifest['unfrozen'][0])} of the base, which trained; load it as a model of its own"
+            )
+        if manifest["folded"] is not None:
+            reason = "it is folded: its terms are in the base's weights; load what it was folded from"
+        if reason:
+            raise CheckpointError(f"the checkpoint in {folder} cannot share its base with others: {reason}")
+        model = self._share(manifest["head"])
+        if manifest["head"]:
+            try:
+                labels = saved_labels(manifest["base"]["config"], tensors)
+                relabel(model, labels.count, labels.problem_type, labels.names)
+            except ValueError as error:
+                raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error
+        return self._keep(name, load(model, folder))
+
+    def save(self, name: str, folder: str | Path, *, deploy: bool = False) -> Path:
+        """Write one task as an ordinary checkpoint, which `unipelt.from_pretrained` reads; as `unipelt.save`."""
+        return save(self[name], folder, deploy=deploy)
+
+    def delete(self, name: str) -> None:
+        """Forget a task; its parameters are freed. Raises `KeyError` if there is none of that name."""
+        self._find(name)
+        del self._modules[_PREFIX + name]
+        self.shared = None
+        if self.current == name:
+            self.current = None
+
+    def remove(self) -> PreTrainedModel:
+        """Delete all tasks; gives the base model, bit for bit as it came, with the flags that its parameters had."""
+        for name in list(self):
+            self.delete(name)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad[name])
+        return self.model
+
+    def use(self, name: str) -> ExitStack:
+        """Make a task the one that calls without `tasks` are of, for good or for a `with` block.
+
+        It copies nothing, and touches no parameter. Threads that serve different tasks call `tasks[name]` instead.
+        Raises `KeyError` if there is none of that name.
+        """
+        before = self.current
+        self._find(name)
+        self.current = name
+        leaving = ExitStack()
+        leaving.callback(self._return_to, before)
+        return leaving
+
+    def __getitem__(self, name: str) -> PreTrainedModel:
+        """A task's model. Raises `KeyError` if there is none of that name."""
+        return self._find(name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and _PREFIX + name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([key.removeprefix(_PREFIX) for key in self._modules if key.startswith(_PREFIX)])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def forward(self, tasks: str | Sequence[str | int] | Tensor | None = None, **batch: Any) -> Any:
+        """A batch of one task or, row by row, of several.
+
+        Args:
+            tasks: of every row: names, or places in `list(tasks)`, as a list or a tensor (of a GPU's tensor the
+                numbers are fetched, once a pass); or one name, which all rows have. By default all rows are the
+                current task's, and its model gives what it always gives.
+            batch: as the model takes it by keyword; every tensor as long as `tasks` has a row for each. Labels of
+                classes may come as floating-point numbers, beside a regression's, and labels of a regression whole.
+
+        Returns:
+            A `MixedOutput`.
+
+        Raises:
+            ValueError: `tasks` does not fit the batch or cannot be meant, or the batch asks for what a mixed one does
+                not have (a cache, attention weights, gradient checkpointing).
+            KeyError: there is no such task.
+            InjectionError: a task's rows cannot stand in one batch with others'.
+        """
+        if tasks is None:
+            if self.current is None:
+                raise ValueError(
+                    f"say which tasks the rows are of, tasks=[...], or call use(name); there are {self._told()}"
+                )
+            return self[self.current](**batch)
+        names, size = list(self), count_rows(batch)
+        given = self._resolve(tasks, size)
+        if len(given) != size:
+            raise ValueError(f"tasks names {len(given)} rows, and the batch has {size}")
+        rows = {name: [row for row, other in enumerate(given) if other == name] for name in names if name in given}
+        batch = {name: value for name, value in batch.items() if value is not None}
+        order = [row for own in rows.values() for row in own]
+        back: Tensor | None = None
+        if order != sorted(order):
+            device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+            index = torch.tensor(order, device=device)
+            batch = {name: reorder(value, size, index) for name, value in batch.items()}
+            back = torch.argsort(index)
+        parts = split_batch(batch, size, {name: len(own) for name, own in rows.items()})
+        for name, part in parts.items():
+            if "labels" in part:
+                part["labels"] = fit_labels(self[name], part["labels"])
+        outputs = {name: self[name](**part) for name, part in parts.items()} if len(parts) == 1 else self._mix(parts)
+        return gather(outputs, rows, back)
+
+    def extra_repr(self) -> str:
+        """What `print(tasks)` shows."""
+        return self._told()
+
+    def _mix(self, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """What each task's model gives for its rows, with one pass of the base for all."""
+        models = {name: self[name] for name in parts}
+        _check_mixed(next(iter(models.values())), next(iter(parts.values())))
+        if self.shared is None:
+            shared, base = self._share(), self.model.base_model
+            self._unmixable = {name: find_unmixable(base, self[name].base_model) for name in self}
+            mixable = {name: self[name].base_model for name in self if self._unmixable[name] is None}
+            seat(shared.base_model, mixable, self._layouts)
+            self.shared = shared.train(self.training)
+        for name in parts:
+            if reason := self._unmixable[name]:
+                raise InjectionError(f"task {name!r} cannot share a batch with others: {reason}; run it by itself")
+        asked = {name: ask(models[name], part) for name, part in parts.items()}
+        counts = [count_rows(question) for question in asked.values()]
+        question = merge(list(asked.values()), counts)
+        with self._layouts.hold(Layout(tuple(parts), tuple(counts))):
+            whole = self.shared.base_model(**question)
+        pieces = dict(zip(parts, split_output(whole, counts), strict=True))
+        return {name: Answer.of(models[name], part, pieces[name]) for name, part in parts.items()}
+
+    def _share(self, head: Iterable[str] = ()) -> PreTrainedModel:
+        """A model with modules and a head of its own, whose other parameters are the base's.
+
+        What a checkpoint calls its head belongs to that, whether or not it is one here: a pooler, say, that the
+        base's own checkpoint holds now.
+        """
+        _check_bare(self.model)
+        self.model.requires_grad_(False)
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(self.model.parameters(), self.model.buffers())}
+        model = copy.deepcopy(self.model, memo)
+        head = head_names(model) | set(head)
+        own = {
+            id(parameter): nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            for name, parameter in model.named_parameters()
+            if name in head and parameter.is_floating_point()
+        }
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = own.get(id(parameter), parameter)
+        return model
+
+    def _keep(self, name: str, model: PreTrainedModel) -> PreTrainedModel:
+        base = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) in base for parameter in model.parameters() if parameter.requires_grad):
+            raise InjectionError(f"task {name!r} would train parameters of the base")
+        injection_of(model).shares = True
+        self._modules[_PREFIX + name] = model.train(self.training)
+        self.shared = None
+        return model
+
+    def _find(self, name: str) -> PreTrainedModel:
+        if name not in self:
+            raise KeyError(f"there is no task {show(name)}; there are {self._told()}")
+        model: Any = self._modules[_PREFIX + name]
+        return model
+
+    def _told(self) -> str:
+        return ", ".join(self) or "none yet"
+
+    def _return_to(self, name: str | None) -> None:
+        self.current = name if name is None or name in self else None
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"a task's name has letters, digits, _ and -, not {show(name)}")
+        if name in self:
+            raise ValueError(f"there is a task {name!r} already; delete it first, or take another name")
+
+    def _resolve(self, tasks: Any, size: int) -> list[str]:
+        """The name of each row's task."""
+        if isinstance(tasks, str):
+            tasks = [tasks] * size
+        if isinstance(tasks, Tensor):
+            if tasks.dim() != 1 or tasks.is_floating_point() or tasks.dtype == torch.bool:
+                raise ValueError(
+                    f"tasks as a tensor are whole numbers, one a row, not {tasks.dtype} of shape {tuple(tasks.shape)}"
+                )
+            tasks = tasks.tolist()
+        names, given = list(self), []
+        for task in tasks:
+            if isinstance(task, int) and not isinstance(task, bool):
+                if not 0 <= task < len(names):
+                    raise KeyError(f"there is no task number {task}; there are {len(names)}: {self._told()}")
+                task = names[task]
+            self._find(task)
+            given.append(task)
+        return given
+
+
+_PREFIX = "task_"  # of the names of children, beside `model` and `shared`
+
+
+def _own_names(tasks: nn.Module) -> set[str]:
+    """What a state dict holds: what the tasks have of their own, and not the base."""
+    assert isinstance(tasks, Tasks)
+    return {f"{_PREFIX}{name}.{own}" for name in tasks for own in kept_names(tasks[name])}
+
+
+def _drop_base(tasks: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """State-dict hook: so a Trainer's checkpoints do not hold the base."""
+    kept = {prefix + name for name in _own_names(tasks)}
+    for key in [key for key in state if key.startswith(prefix) and key not in kept]:
+        del state[key]
+
+
+def _miss_no_base(tasks: nn.Module, incompatible: Any) -> None:
+    """Hook of loading one: and do not miss it."""
+    own = _own_names(tasks)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key in own]
+
+
+def _check_bare(model: PreTrainedModel) -> None:
+    if getattr(model, "unipelt_injection", None) is not None or any(True for _ in submodule_parameters(model)):
+        raise InjectionError(
+            "this model carries submodules already; save them (unipelt.save), call unipelt.remove(model), and load "
+            "them as a task"
+        )
+
+
+def _changes_base(config: UniPELTConfig) -> str | None:
+    method = "train_base (fine-tuning)" if config.train_base else "bitfit" if config.bitfit else ""
+    if method:
+        return f"{method} changes parameters of the base; inject it into a model of its own"
+    return None if config.has_submodules else "it adds no submodules; name some, or call the base model itself"
+
+
+def _check_mixed(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    for name in ("past_key_values", "use_cache", "output_attentions", "encoder_outputs", "cache_position"):
+        if batch.get(name) is not None and batch[name] is not False:
+            raise ValueError(f"a batch that mixes tasks takes no {name}; run one task at a time, tasks[name](...)")
+    if batch.get("return_dict") is False or getattr(model.config, "return_dict", True) is False:
+        raise ValueError("a batch that mixes tasks gives a MixedOutput; leave return_dict=False out")
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "gradient checkpointing computes layers again when rows' tasks are no longer known; switch it off "
+            "(gradient_checkpointing_disable), or train with one task a batch"
+        )

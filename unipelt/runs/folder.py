@@ -1,0 +1,247 @@
+"""The folder of a run: its lock, whether it finished, what was spent, which checkpoints are complete.
+
+A process may be killed at any moment. A checkpoint counts only once it holds a marker, which is written last and
+removed first, so that no half of one is ever taken for a whole; the result is written after everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.runs.errors import RunError
+from unipelt.records.record import RESULT, ResultError, mismatch, read_result
+from unipelt.glue.settings import TrainingSettings
+from unipelt.files.strict import PlainError, read_plain, show_path
+
+try:
+    import fcntl
+except ImportError:  # not on every system; there, two runs in one folder are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+MODEL = "model"
+FOLDED = "folded"
+PICTURE = "gates.png"
+PREDICTIONS = "predictions"
+CHECKPOINTS = "checkpoints"
+_PROGRESS = "progress.json"
+_MARKER = "complete.json"
+_LOCK = ".lock"
+_NUMBER = (int, float)
+_PROGRESS_SHAPE: dict[str, Any] = {
+    "settings": str,
+    "attempts": int,
+    "seconds": dict.fromkeys(("train", "evaluation", "total"), _NUMBER),
+}
+
+
+class LockedError(RunError):
+    """Another process is running in the folder."""
+
+
+@dataclass
+class Progress:
+    """What has been spent on a run so far, over all attempts, each up to its last complete checkpoint.
+
+    Attributes:
+        settings: digest of the run's settings.
+        attempts: how often the run was started.
+        seconds: spent on `train`, on `evaluation`, and in `total`.
+    """
+
+    settings: str
+    attempts: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluation": 0.0, "total": 0.0})
+
+    def write(self, folder: Path) -> None:
+        """Keep it in the folder of the run."""
+        _write_json(folder / CHECKPOINTS / _PROGRESS, asdict(self))
+
+
+def find_finished(settings: TrainingSettings, folder: Path) -> dict[str, Any] | None:
+    """The record of this very run, if it has finished and is not to be repeated.
+
+    Raises:
+        RunError: the folder holds the result of another run, or a damaged one.
+    """
+    if settings.overwrite:
+        return None
+    if os.path.isfile(folder):  # it may be some run's result, which `read_result` would take
+        raise RunError(f"{show_path(folder)} is a file; output_dir is a folder")
+    try:
+        record = read_result(folder)
+    except FileNotFoundError:
+        return None
+    except ResultError as error:
+        raise RunError(f"{error}; choose another output_dir, or --overwrite it") from error
+    if record["digest"] != settings.digest():
+        raise RunError(
+            f"{folder} holds the result of other settings ({_difference(record['settings'], settings)}); "
+            "choose another output_dir, or --overwrite it"
+        )
+    return record
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other runs out of it. Raises `LockedError`, or `RunError` if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / _LOCK, "w")  # noqa: SIM115  (closed below, which unlocks)
+    except OSError as error:
+        raise RunError(f"cannot write to {show_path(folder)}: {error.strerror}; choose another output_dir") from error
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LockedError(
+                    f"another process is running in {folder}; wait for it, or choose another output_dir"
+                ) from error
+        yield
+
+
+def begin(settings: TrainingSettings, folder: Path) -> Progress:
+    """Count an attempt, and clear away what it replaces: an earlier run's files, if that is asked for.
+
+    Raises:
+        RunError: the folder holds an unfinished run of other settings, or things that are of no run.
+    """
+    try:
+        progress = _read_progress(folder / CHECKPOINTS / _PROGRESS)
+    except PlainError as error:
+        if not settings.overwrite:
+            raise RunError(
+                f"{folder / CHECKPOINTS / _PROGRESS} is damaged: {error}; choose another output_dir, or --overwrite it"
+            ) from error
+        progress = Progress("")  # of no settings, so that what is there is cleared away
+    finished = (folder / RESULT).exists()
+    if progress is None and not finished:
+        for name in (MODEL, PREDICTIONS, CHECKPOINTS, PICTURE):
+            # a run that was killed as it began leaves no more than a folder for its progress
+            if (folder / name).exists() and not (name == CHECKPOINTS and _is_bare(folder / name)):
+                raise RunError(f"{folder / name} is there and is of no run; choose another output_dir")
+    if progress is not None and progress.settings != settings.digest() and not settings.overwrite:
+        raise RunError(
+            f"{folder} holds an unfinished run of other settings; choose another output_dir, or --overwrite it"
+        )
+    again = progress is None or progress.settings != settings.digest() or finished
+    if progress is None or again:
+        progress = Progress(settings.digest())
+    progress.attempts += 1
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    progress.write(folder)  # before anything is removed: it says whose folder this is
+    if again:
+        (folder / RESULT).unlink(missing_ok=True)
+        for checkpoint in _checkpoints(folder):
+            _remove_checkpoint(checkpoint)
+    for name in (MODEL, PREDICTIONS, FOLDED):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # drafts of an attempt that was killed
+        for path in folder.glob(name):
+            path.unlink()
+    return progress
+
+
+def mark(folder: Path, step: int, digest: str, *, finished: bool) -> None:
+    """Say that the checkpoint of `step` is complete.
+
+    Args:
+        folder: of the run.
+        step: that the checkpoint was written after.
+        digest: of everything that determines the outcome.
+        finished: whether training ended with it.
+    """
+    checkpoint = checkpoint_at(folder, step)
+    for path in checkpoint.iterdir():  # the marker must not reach the disk before what it vouches for
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    _write_json(checkpoint / _MARKER, {"digest": digest, "finished": finished})
+
+
+def newest_checkpoint(folder: Path, digest: str) -> Path | None:
+    """The last complete checkpoint of the run with that digest; None if there is none."""
+    found = (checkpoint for checkpoint in _checkpoints(folder) if _read_marker(checkpoint).get("digest") == digest)
+    return next(found, None)
+
+
+def is_final(checkpoint: Path) -> bool:
+    """Whether training ended with this checkpoint."""
+    return bool(_read_marker(checkpoint).get("finished"))
+
+
+def checkpoint_at(folder: Path, step: int | None) -> Path:
+    """Where the checkpoint of a step is, in the words of Transformers."""
+    return folder / CHECKPOINTS / f"checkpoint-{step}"
+
+
+def remove_checkpoints(folder: Path, keep: tuple[Path, ...] = (), digest: str | None = None) -> None:
+    """Remove the checkpoints but for those of `keep` and, with `digest`, the complete ones of that run."""
+    for checkpoint in _checkpoints(folder):
+        ours = digest is not None and _read_marker(checkpoint).get("digest") == digest
+        if checkpoint not in keep and not ours:
+            _remove_checkpoint(checkpoint)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a finished run does not need: checkpoints and progress."""
+    remove_checkpoints(folder)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _is_bare(checkpoints: Path) -> bool:
+    """Whether there is nothing in the folder of checkpoints but, at most, drafts of the progress."""
+    return checkpoints.is_dir() and set(checkpoints.iterdir()) == set(checkpoints.glob(f".{_PROGRESS}.*.tmp"))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first; also the order of removal, since a checkpoint needs the best one, which is never newer."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in (folder / CHECKPOINTS).glob("checkpoint-*")}
+    found = [path for path, step in steps.items() if re.fullmatch(r"[0-9]{1,18}", step)]
+    return sorted(found, key=lambda path: int(steps[path]), reverse=True)
+
+
+def _remove_checkpoint(checkpoint: Path) -> None:
+    (checkpoint / _MARKER).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _read_marker(checkpoint: Path) -> dict[str, Any]:
+    """What a marker says; nothing if it is damaged, so that the checkpoint does not count."""
+    try:
+        marker = read_plain(checkpoint / _MARKER)
+    except (FileNotFoundError, NotADirectoryError, PlainError):
+        return {}
+    return marker if isinstance(marker, dict) else {}
+
+
+def _read_progress(path: Path) -> Progress | None:
+    """What was spent so far; None if there is nothing. Raises `PlainError` if it is damaged."""
+    try:
+        values = read_plain(path)
+    except FileNotFoundError:
+        return None
+    if problem := mismatch(values, _PROGRESS_SHAPE, ""):
+        raise PlainError(problem)
+    return Progress(**{name: values[name] for name in _PROGRESS_SHAPE})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value).encode())
+
+
+def _difference(theirs: Mapping[str, Any], settings: TrainingSettings) -> str:
+    """What differs between the settings of a record and these, in words."""
+    ours = settings.to_dict()
+    names = [name for name in settings.identity() if theirs.get(name) != ours[name]]
+    shown = [f"{name} is {theirs.get(name)!r:.60} there and {ours[name]!r:.60} here" for name in names[:2]]
+    more = f", and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(shown) + more if shown else "paths that lead elsewhere"

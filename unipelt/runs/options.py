@@ -1,0 +1,249 @@
+"""Settings of a run from configuration files and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
+
+from unipelt.glue.settings import (
+    INCIDENTAL,
+    PATHS,
+    RunSettings,
+    SettingsError,
+    TrainingSettings,
+    clean_name,
+    expand_method,
+    with_numbers,
+)
+from unipelt.files.strict import PlainError, parse_yaml, show, show_path
+from unipelt.config.presets import PRESETS
+from unipelt.config.schema import read_mapping
+
+_ALIASES = ("none", "null", "~")
+_MOST_ABOVE = 50
+_WHAT = "Train one method on one task, test it once, and leave one result.json."
+
+Kind = TypeVar("Kind", bound=TrainingSettings)
+
+
+@overload
+def parse(argv: Sequence[str]) -> RunSettings: ...
+@overload
+def parse(argv: Sequence[str], kind: type[Kind], what: str = ...) -> Kind: ...
+def parse(argv: Sequence[str], kind: type[Any] = RunSettings, what: str = _WHAT) -> Any:
+    """Read settings from a command line.
+
+    Args:
+        argv: optionally a YAML or JSON file, which holds only what differs from the defaults and may name others as
+            `base` (a path or a list of them, relative to the file; later ones win, and the file itself wins over
+            all); then `--field value` for any field, and `--method.part.field value` for any field of the method.
+        kind: the settings to read, a dataclass.
+        what: the program does, for `--help`.
+
+    Raises:
+        SettingsError, ConfigError, FileNotFoundError: something is unknown or cannot be meant.
+        SystemExit: `--help` was asked for, and printed.
+    """
+    words = list(argv)
+    config = words.pop(0) if words and not words[0].startswith("-") else None
+    words, overrides = _split_method(words)
+    namespace, unknown = _parser(kind, what).parse_known_args(words)
+    for word in unknown:
+        if word.startswith("--"):
+            raise SettingsError(_unknown("option", word, [f"--{item.name}" for item in fields(kind)]))
+        raise SettingsError(
+            f"cannot tell what {show(word)} belongs to: a configuration file comes first, then options as --field value"
+        )
+    given = {name: read_option(name, value, kind) for name, value in vars(namespace).items() if value is not None}
+    values = {} if config is None else read_config(config, kind=kind)
+    if config is not None and given.get("output_dir") is None and values.get("output_dir") is None:
+        given["output_dir"] = _default_folder(config, given, overrides)
+    values.update(given)
+    values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
+    return kind(**values)
+
+
+def read_config(
+    path: str | Path, also: Sequence[str] = (), kind: type[TrainingSettings] = RunSettings
+) -> dict[str, Any]:
+    """The fields that a configuration file sets, its bases included.
+
+    Relative paths of data and of the method are looked for from the current folder and then from the root of the
+    repository that the file lies in (the nearest folder above with a `pyproject.toml` or `.git`).
+
+    Args:
+        path: the file.
+        also: keys of the file itself, not of its bases, that are no fields.
+        kind: the settings that it is to set fields of.
+
+    Raises:
+        SettingsError: a field is unknown, or files name each other as base in a circle.
+        ConfigError, FileNotFoundError: a file cannot be read.
+    """
+    return _read_config(Path(path), kind, (), {}, also)
+
+
+def read_option(name: str, value: Any, kind: type[TrainingSettings] = RunSettings) -> Any:
+    """A value from the command line, where everything is text."""
+    hint = get_type_hints(kind)[name]
+    if isinstance(value, list):
+        return None if [item.lower() for item in value] in (["none"], ["null"]) else value
+    if type(None) in get_args(hint) and value.lower() in _ALIASES:
+        return None
+    if hint is str or str in get_args(hint):
+        return value
+    return _read_scalar(value, name)
+
+
+def locate_path(name: str, config: Path) -> str:
+    """A path from a configuration file: from the current folder, else from the root of the file's repository."""
+    if os.path.isabs(name) or os.path.exists(name):
+        return name
+    for folder in Path(os.path.realpath(config)).parents:
+        if any((folder / mark).exists() for mark in ("pyproject.toml", ".git")):
+            return str(folder / name) if os.path.exists(folder / name) else name
+    return name
+
+
+def _read_config(
+    path: Path,
+    kind: type[TrainingSettings],
+    above: tuple[str, ...],
+    known_bases: dict[str, dict[str, Any]],
+    also: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`read_config`, below the files `above`; a file that several name as base is read once."""
+    try:
+        place = os.path.realpath(path)
+    except ValueError:
+        place = str(path)  # a NUL, of which `read_mapping` says that no file has it
+    if place in above:
+        raise SettingsError(f"{show_path(path)} names itself as its base, through {show_path(above[-1])}")
+    if len(above) > _MOST_ABOVE:
+        raise SettingsError(f"{show_path(path)} is the base of the base of more than {_MOST_ABOVE} files; name fewer")
+    if place in known_bases:
+        return known_bases[place]
+    own = read_mapping(path)
+    bases = own.pop("base", [])
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise SettingsError(f"{show_path(path)}: base must be a path or a list of paths, not {show(bases)}")
+    values: dict[str, Any] = {}
+    for base in bases:
+        values |= _read_config(path.parent / base, kind, (*above, place), known_bases)
+    known = [item.name for item in fields(kind)]
+    overrides = {}
+    for key in list(own):
+        if key.startswith("method."):
+            overrides[key.removeprefix("method.")] = with_numbers(own.pop(key))
+        elif key not in (*known, *also):
+            raise SettingsError(f"{show_path(path)}: {_unknown('field', key, known)}")
+    for name in (*PATHS, "method"):
+        if isinstance(own.get(name), str):
+            own[name] = locate_path(own[name], path)
+    values |= own
+    if overrides:
+        values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
+    known_bases[place] = values
+    return values
+
+
+def _read_scalar(text: str, name: str) -> Any:
+    try:
+        value = parse_yaml(text)
+    except PlainError as error:
+        raise SettingsError(f"{name}: cannot read the value {show(text)}") from error
+    if text.lower() in _ALIASES:
+        return None
+    return with_numbers(value)
+
+
+def _override_method(method: Any, overrides: Mapping[str, Any]) -> Any:
+    """Lay dotted overrides over a method: `{"lora.rank": 4}`."""
+    if not overrides:
+        return method
+    method = expand_method(method)
+    merged: dict[str, Any] = {"preset": method} if isinstance(method, str) else dict(method)
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split(".")
+        place = merged
+        for parent in parents:
+            below = place.get(parent)
+            place[parent] = dict(below) if isinstance(below, Mapping) else {}
+            place = place[parent]
+        place[last] = value
+    return merged
+
+
+def _split_method(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--method.part.field value` (or `=value`) out of a command line."""
+    rest: list[str] = []
+    overrides: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--method."):
+            rest.append(word)
+            continue
+        key, equals, text = word.partition("=")
+        if not equals:
+            text = next(words, "")
+        if not text or text.startswith("--"):
+            raise SettingsError(f"{key} needs a value")
+        overrides[key.removeprefix("--method.").replace("-", "_")] = _read_scalar(text, key)
+    return rest, overrides
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    return f"unknown {kind} {show(name)}; {guess}known are {', '.join(known)}"
+
+
+def _default_folder(config: str, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
+    """`runs/` and a name that tells runs apart: the configuration file's, and the options that change the outcome."""
+    options = {name: value for name, value in given.items() if name not in (*INCIDENTAL, "glue_dir", "tasks_dir")}
+    options |= {f"method.{key}": value for key, value in overrides.items()}
+    parts = [Path(config).stem, *(f"{name}={_plain(value)}" for name, value in options.items())]
+    return str(Path("runs") / clean_name("-".join(parts)))
+
+
+def _plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise SettingsError(message)
+
+
+def _parser(kind: type[TrainingSettings], what: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [CONFIG] [--FIELD VALUE ...] [--method.PART.FIELD VALUE ...]",
+        description=f"{what} CONFIG is a YAML or JSON file\n(see configs/); options win over it.",
+        epilog=f"presets: {', '.join(PRESETS)}",
+    )
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        default = (
+            "" if item.default is None else f" [{str(item.default).lower() if item.type == 'bool' else item.default}]"
+        )
+        options: dict[str, Any] = {"help": (item.metadata["help"] + default).replace("%", "%%")}
+        if bool in (hints[item.name], *get_args(hints[item.name])):
+            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        elif get_origin(hints[item.name]) is Literal:
+            options |= {"metavar": "|".join(get_args(hints[item.name]))}
+        elif item.name == "text_columns":
+            options |= {"nargs": "+", "metavar": "COLUMN"}
+        else:
+            options |= {"metavar": "VALUE"}
+        names = dict.fromkeys((f"--{item.name}", f"--{item.name.replace('_', '-')}"))
+        parser.add_argument(*names, dest=item.name, **options)
+    return parser

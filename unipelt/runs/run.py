@@ -1,0 +1,185 @@
+"""One run of a task beside GLUE, from settings to record.
+
+What is loaded is a `TaskJob`, which knows how to make its trainer and how to be tested; all else, from the lock on the
+folder to the going on after a kill, is that of `unipelt.glue`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+
+import unipelt
+from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.runs import folder as place
+from unipelt.runs.folder import MODEL, PREDICTIONS, Progress
+from unipelt.runs.pretrained import tokenizer_sha256
+from unipelt.records.record import read_result, write_result
+from unipelt.runs.training import common_record, header, run_in_folder, train
+from unipelt.checkpoint.manifest import MANIFEST
+from unipelt.tasks.settings import TaskSettings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the one test at the end gave.
+
+    Attributes:
+        loss: mean over examples.
+        metrics: as fractions.
+        files: what was predicted, as contents by name of a file.
+        notes: further entries of the record.
+        lines: for the reader.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    files: Mapping[str, bytes]
+    notes: Mapping[str, Any]
+    lines: tuple[str, ...] = ()
+
+
+@dataclass
+class TaskJob(ABC):
+    """Everything that training needs, loaded and checked; nothing is written yet.
+
+    Attributes:
+        settings: of the run.
+        model: with the method injected.
+        tokenizer: of the model.
+        data: rows and fingerprint of each split.
+        notes: what a reader of the score must know.
+        floor: what a prediction without any model would score, and what that is called.
+        device: `cpu` or `cuda`.
+        model_sha256: of the file with the base's weights.
+    """
+
+    settings: TaskSettings
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: dict[str, dict[str, Any]]
+    notes: list[str]
+    floor: tuple[float, str]
+    device: str
+    model_sha256: str | None
+
+    metrics: ClassVar[tuple[str, ...]]
+
+    @property
+    def primary(self) -> str:
+        """The metric that chooses the best checkpoint."""
+        return self.metrics[0]
+
+    @property
+    def base(self) -> str:
+        """What the base is called."""
+        return self.settings.model
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that determines the outcome, data and weights included."""
+        everything = [self.settings.digest(), self.data, self.model_sha256]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+    @abstractmethod
+    def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        """The trainer, which evaluates on the dev set."""
+
+    @abstractmethod
+    def test(self, trainer: Trainer) -> Outcome:
+        """Test the model as it is."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write what was trained; returns what the base is, for the record."""
+        unipelt.save(self.model, folder)
+        base = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["base"]
+        return {"fingerprint": base["fingerprint"], "config": base["config"]}
+
+
+Settings = TypeVar("Settings", bound=TaskSettings)
+
+
+def run(
+    settings: Settings, prepare: Callable[[Settings], TaskJob], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Do a run, or go on with one that was killed, or return the record of one that has finished.
+
+    Args:
+        settings: what to run, and where.
+        prepare: loads and checks everything; nothing is written yet.
+        say: takes the lines for the reader.
+
+    Returns:
+        The record, as `unipelt.records.record.read_result` returns it.
+
+    Raises:
+        ValueError, OSError: bad input; nothing was trained and nothing of an earlier run was touched.
+        RunFailed: the run failed after it had begun; its checkpoints are kept.
+    """
+
+    def execute(job: TaskJob, folder: Path, progress: Progress, begun: float) -> dict[str, Any]:
+        return _execute(job, folder, progress, begun, say)
+
+    return run_in_folder(settings, lambda: prepare(settings), execute, say)
+
+
+def _execute(
+    job: TaskJob, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    for line in header(job, job.base, job.settings.task or "custom"):
+        say(line)
+
+    def make(callbacks: list[TrainerCallback]) -> Trainer:
+        trainer = job.make_trainer(folder, callbacks)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    trainer, state, spend = train(job, folder, progress, begun, say, make)
+    spend()
+    test = job.test(trainer)
+    spend("evaluation")
+    for line in test.lines:
+        say(line)
+    described = job.save(folder / MODEL)
+    (folder / PREDICTIONS).mkdir(exist_ok=True)
+    for name, content in test.files.items():
+        write_whole(folder / PREDICTIONS / name, content)
+    spend()
+
+    settings = job.settings
+    record = {
+        **common_record(job, state, job.metrics, progress),
+        "task": {
+            "name": settings.task or "custom",
+            "columns": [],
+            "labels": [],
+            "metrics": list(job.metrics),
+            "primary": job.primary,
+            "notes": job.notes,
+        },
+        "test": {"loss": test.loss, "metrics": test.metrics},
+        "majority": job.floor[0],
+        "floor": job.floor[1],
+        "data": job.data,
+        "model": {
+            "name": job.base,
+            "class": type(job.model).__name__,
+            "sha256": job.model_sha256,
+            "tokenizer": tokenizer_sha256(job.tokenizer),
+            **described,
+        },
+        "gates": None,
+        "files": {"model": MODEL, "gates": None, "predictions": [f"{PREDICTIONS}/{name}" for name in test.files]},
+        **test.notes,
+    }
+    write_result(record, folder)
+    if not settings.keep_checkpoints:
+        place.clean(folder)
+    return read_result(folder)

@@ -1,0 +1,378 @@
+"""Training with `transformers.Trainer` in the folder of a run, whatever the task: resumed, watched, reported.
+
+A run may be killed at any moment and started again: it goes on from its last complete checkpoint and ends as if
+nothing had happened. A checkpoint is complete once it holds a marker, which is written last.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+import unipelt
+from unipelt.runs import folder as place
+from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
+from unipelt.runs.folder import CHECKPOINTS, Progress
+from unipelt.records.record import (
+    FORMAT,
+    RESULT,
+    describe_code,
+    describe_hardware,
+    describe_packages,
+    peak_memory,
+    summary,
+)
+from unipelt.glue.settings import TrainingSettings
+from unipelt.checkpoint.manifest import WEIGHTS
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Job = TypeVar("Job")
+MakeTrainer = Callable[[list[TrainerCallback]], Trainer]
+
+
+class Training(Protocol):
+    """What was loaded for a run, as far as it matters to training."""
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """Of the run."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What trains."""
+
+    @property
+    def primary(self) -> str:
+        """The metric that chooses the best checkpoint; larger is better."""
+
+    @property
+    def data(self) -> dict[str, dict[str, Any]]:
+        """Rows and fingerprint of each split."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the score must know."""
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that determines the outcome, data and weights included."""
+
+
+def run_in_folder(
+    settings: TrainingSettings,
+    load: Callable[[], Job],
+    execute: Callable[[Job, Path, Progress, float], dict[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Do a run in its folder, or go on with one that was killed, or return the record of one that has finished.
+
+    Args:
+        settings: of the run.
+        load: loads and checks all that is needed; nothing is written yet.
+        execute: takes what was loaded, the folder, what was spent before, and the time (`time.monotonic`) at which
+            this attempt began; trains, tests, writes and returns the record.
+        say: takes the lines for the reader.
+
+    Raises:
+        ValueError, OSError, RunFailed: as `unipelt.glue.run.run`.
+    """
+    begun = time.monotonic()
+    folder = Path(str(settings.output_dir))
+    record = place.find_finished(settings, folder)
+    if record is not None:
+        if not record["settings"]["keep_checkpoints"]:
+            place.clean(folder)  # in case it was killed while it did so
+        say(summary(record, folder / RESULT))
+        say("(this run had finished before; --overwrite runs it again)")
+        return record
+    threads = torch.get_num_threads()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        job = load()
+        with place.locked(folder):
+            record = place.find_finished(settings, folder)  # another process may have been faster
+            if record is None:
+                progress = place.begin(settings, folder)
+                try:
+                    record = execute(job, folder, progress, begun)
+                except Exception as error:
+                    if (reason := explain(error)) is None:
+                        raise
+                    raise RunFailed(f"the run failed after it had begun: {reason}") from error
+    finally:
+        torch.set_num_threads(threads)
+    say(summary(record, folder / RESULT))
+    return record
+
+
+class _Marker(TrainerCallback):
+    """Marks each checkpoint once it is complete, then removes those that are no longer needed; keeps time."""
+
+    def __init__(self, folder: Path, digest: str, progress: Progress, begun: float) -> None:
+        self.folder = folder
+        self.digest = digest
+        self.progress = progress
+        self.clock = begun
+
+    def spend(self, *kinds: str) -> None:
+        """Count the seconds since the last call as spent on `kinds`."""
+        now = time.monotonic()
+        for kind in (*kinds, "total"):
+            self.progress.seconds[kind] += now - self.clock
+        self.clock = now
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.best_global_step:  # the folder may have moved since the checkpoint was written
+            state.best_model_checkpoint = str(place.checkpoint_at(self.folder, state.best_global_step))
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.spend()
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.spend("train")
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.spend("evaluation")
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.spend()
+        self.progress.write(self.folder)
+        place.mark(self.folder, state.global_step, self.digest, finished=control.should_training_stop)
+        steps = (state.global_step, state.best_global_step)
+        place.remove_checkpoints(self.folder, keep=tuple(place.checkpoint_at(self.folder, step) for step in steps))
+
+
+class _Watch(TrainerCallback):
+    """Stops training once a loss is not finite, before a checkpoint is written of it."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        check_losses(train=event["logs"].get("loss", 0.0))
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        check_losses(dev=event["metrics"].get("eval_loss", 0.0))
+
+
+class _Reporter(TrainerCallback):
+    """A bar over the steps, and a line for each evaluation."""
+
+    def __init__(self, primary: str, say: Callable[[str], None]) -> None:
+        self.primary = primary
+        self.say = say
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # disable=None: no bar where nobody watches, in a log file, say
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.update()
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        metrics = event["metrics"]
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        value = metrics[f"eval_{self.primary}"]
+        better = state.best_metric is None or value > state.best_metric
+        line = (
+            f"epoch {state.epoch:>3.0f}  train loss {losses[-1]:.4f}  dev loss {metrics['eval_loss']:.4f}  "
+            f"{self.primary} {value:.3f}{'  best so far' if better else ''}"
+        )
+        with tqdm.external_write_mode():
+            self.say(line)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.close()
+
+
+def training_arguments(job: Training, folder: Path, kind: type[Arguments], **options: Any) -> Arguments:
+    """What Trainer is to do in a run.
+
+    Args:
+        job: what was loaded.
+        folder: of the run.
+        kind: of Trainer's arguments.
+        options: further arguments.
+    """
+    settings = job.settings
+    if settings.gradient_checkpointing:
+        known = {item.name for item in fields(kind)}  # the option got a new name in 5.x
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        options |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    arguments = kind(
+        output_dir=str(folder / CHECKPOINTS),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=float(settings.learning_rate or 0.0),
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup_ratio,  # below 1 it is a fraction of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch",  # the default depends on PyTorch's version
+        seed=settings.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # it would put the mean of the others in the place of a loss that is NaN
+        save_total_limit=None,  # _Marker removes checkpoints, and only after the next one is complete
+        load_best_model_at_end=True,
+        metric_for_best_model=job.primary,
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        bf16=settings.precision == "bf16",
+        use_cpu=job.device == "cpu",
+        dataloader_num_workers=settings.num_workers,
+        dataloader_pin_memory=job.device == "cuda",
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # batch_size is that of a step: no DataParallel over whatever GPUs there are
+    return arguments
+
+
+def train(
+    job: Training, folder: Path, progress: Progress, begun: float, say: Callable[[str], None], make: MakeTrainer
+) -> tuple[Trainer, TrainerState, Callable[..., None]]:
+    """Train to the end, from the last complete checkpoint if there is one, and take the weights of the best epoch.
+
+    Args:
+        job: what was loaded.
+        folder: of the run.
+        progress: of the run.
+        begun: when this attempt began, in seconds of `time.monotonic`.
+        say: takes the lines for the reader.
+        make: makes the trainer, with the callbacks that it is given.
+
+    Returns:
+        The trainer; the state of the training that has ended; and a function that, called with kinds of seconds,
+        counts what has passed since the last call as spent on them.
+
+    Raises:
+        Diverged: a loss is no longer finite.
+    """
+    settings = job.settings
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if settings.num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or every worker that is forked warns
+    marker = _Marker(folder, job.digest, progress, begun)
+    callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(job.primary, say)]
+    if settings.patience is not None:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    trainer = make(callbacks)
+    last = _train(trainer, job.digest, folder, say)
+
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
+    return trainer, state, marker.spend
+
+
+def header(job: Training, model: str, task: str) -> list[str]:
+    """What is about to be done, for the reader.
+
+    Args:
+        job: what was loaded.
+        model: what the base is called.
+        task: what the task is called.
+    """
+    settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
+    stop = f", patience {settings.patience}" if settings.patience is not None else ""
+    return [
+        f"model   {model} ({type(job.model).__name__})",
+        f"task    {task}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
+        *(f"        {note}" for note in job.notes),
+        f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
+        f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
+        *str(unipelt.parameter_counts(job.model)).splitlines(),
+    ]
+
+
+def common_record(job: Training, state: TrainerState, metrics: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """The parts of a record that are the same for every task."""
+    settings = job.settings
+    evaluations = _evaluations(state, metrics)
+    best = next(item for item in evaluations if item["step"] == state.best_global_step)
+    return {
+        "format": FORMAT,
+        "status": "finished",
+        "settings": settings.to_dict(),
+        "digest": settings.digest(),
+        "method": {
+            "name": settings.method_name,
+            "config": settings.config.to_dict(),
+            "learning_rate": settings.learning_rate,
+        },
+        "evaluations": evaluations,
+        "best": {"epoch": best["epoch"], "step": best["step"]},
+        "dev": {"loss": best["loss"], "metrics": best["metrics"]},
+        "seeds": {"run": settings.seed, "data": settings.data_seed},
+        "parameters": asdict(unipelt.parameter_counts(job.model)),
+        "seconds": dict(progress.seconds),
+        "memory": peak_memory(job.device),
+        "hardware": describe_hardware(job.device),
+        "packages": describe_packages(),
+        "code": describe_code(),
+        "attempts": progress.attempts,
+    }
+
+
+def _train(trainer: Trainer, digest: str, folder: Path, say: Callable[[str], None]) -> Path:
+    """Train, or go on training; returns the final checkpoint."""
+    last = place.newest_checkpoint(folder, digest)
+    place.remove_checkpoints(folder, digest=digest)
+    if last is not None:
+        say(f"going on from {last}")
+    # Trainer takes at least one step when it resumes, so a run that had stopped must not be resumed
+    if last is None or not place.is_final(last):
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except Diverged as error:
+            now = trainer.state
+            raise error.at(now.epoch or 0.0, now.global_step, trainer.args.learning_rate) from error
+        last = place.newest_checkpoint(folder, digest)
+    assert last is not None, "training ends with a marked checkpoint"
+    return last
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Put what a checkpoint of this run holds onto the model."""
+    found = model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)
+    assert not found.unexpected_keys, f"{checkpoint} is of another model"
+
+
+def _evaluations(state: TrainerState, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Every evaluation on the dev set, in order, with the train loss of its epoch."""
+    train = {entry["step"]: entry for entry in state.log_history if "loss" in entry}
+    return [
+        {
+            "epoch": entry["epoch"],
+            "step": entry["step"],
+            "loss": entry["eval_loss"],
+            "train_loss": train[entry["step"]]["loss"],
+            "metrics": {name: entry[f"eval_{name}"] for name in metrics},
+        }
+        for entry in state.log_history
+        if "eval_loss" in entry
+    ]

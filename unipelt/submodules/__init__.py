@@ -1,0 +1,1 @@
+"""The equations: submodules and gates, one kind a file."""

@@ -1,0 +1,73 @@
+"""Bottleneck adapters in other places and of other form than the paper's.
+
+Shapes: B examples, T tokens, I what the place is given, O what it gives, M bottleneck.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from unipelt.config.methods import HoulsbyConfig, ParallelConfig
+from unipelt.submodules.gate import INITIAL_STD
+from unipelt.submodules.term import Spot, register_submodule
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Houlsby(nn.Module):
+    """`y + up(f(down(y)))`: an adapter of what a sublayer adds to its residual (Houlsby et al., 2019, section 2.1).
+
+    down: O -> M and up: M -> O, both with bias; normal(0, 0.02) weights, zero biases.
+    """
+
+    def __init__(self, config: HoulsbyConfig, spot: Spot) -> None:
+        super().__init__()
+        self.down, self.up = _linears(spot.outputs, config.bottleneck, spot.outputs, spot.weight)
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=INITIAL_STD)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The term, (B, T, O)."""
+        return self.up(ACTIVATIONS[self.activation](self.down(y)))
+
+
+class Parallel(nn.Module):
+    """`y + s up(f(down(x)))`: an adapter beside the feed-forward network (He et al., 2022, sections 3.2 and 4.6).
+
+    x is what the network reads, y what it gives. down: I -> M and up: M -> O, both with bias; as in LoRA, `down` starts
+    Kaiming-uniform with a = sqrt(5) and `up` at zero, so the term starts at zero.
+    """
+
+    def __init__(self, config: ParallelConfig, spot: Spot) -> None:
+        super().__init__()
+        self.down, self.up = _linears(spot.inputs, config.bottleneck, spot.outputs, spot.weight)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.up.weight)
+        self.activation = config.activation
+        self.scale = config.scale
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The term, (B, T, O)."""
+        return self.scale * self.up(ACTIVATIONS[self.activation](self.down(x)))
+
+
+def _linears(inputs: int, bottleneck: int, outputs: int, like: Tensor) -> tuple[nn.Linear, nn.Linear]:
+    down = nn.Linear(inputs, bottleneck, dtype=like.dtype, device=like.device)
+    up = nn.Linear(bottleneck, outputs, dtype=like.dtype, device=like.device)
+    for linear in (down, up):
+        nn.init.zeros_(linear.bias)
+    return down, up
+
+
+register_submodule("houlsby", HoulsbyConfig, Houlsby)
+register_submodule("parallel", ParallelConfig, Parallel)

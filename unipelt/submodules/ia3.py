@@ -1,0 +1,33 @@
+"""Learned factors of what a part of a layer gives.
+
+Shapes: B examples, T tokens, O width of the place.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from unipelt.config.methods import IA3Config
+from unipelt.submodules.term import Spot, register_submodule
+
+
+class IA3(nn.Module):
+    """`y + (l - 1) y = l y`, a factor for each of a place's numbers: (IA)3 (Liu et al., 2022, section 3.3).
+
+    Keys and values are multiplied, and what the feed-forward network's last projection is given. With a gate:
+    `(1 + g (l - 1)) y`.
+
+    Attributes:
+        offset: (O,), `l - 1`, which starts at 0; so weight decay draws to the model without factors.
+    """
+
+    def __init__(self, config: IA3Config, spot: Spot) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(spot.weight.new_zeros(spot.outputs))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The term, (B, T, O)."""
+        return y * self.offset
+
+
+register_submodule("ia3", IA3Config, IA3)

@@ -1,0 +1,194 @@
+"""Doing the runs of a sweep, each in a process of its own, beside whoever else is at work in the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from unipelt.glue.settings import RunSettings
+from unipelt.records.record import RESULT, summary
+from unipelt.runs.folder import CHECKPOINTS, clean
+from unipelt.sweep.folder import (
+    LOG,
+    SETTINGS,
+    Busy,
+    State,
+    alone,
+    duration,
+    finished,
+    folder_of,
+    read_failure,
+    remove_drafts,
+    remove_failure,
+    write_failure,
+    write_settings,
+)
+
+BUSY = 75  # exit code of a run's process that found another one at it; EX_TEMPFAIL of sysexits.h
+_CLAIM = ".sweep"
+_PAUSE = 2.0  # seconds between two looks at runs that other processes do
+_TAIL = 20  # lines of the log kept with a failure
+
+
+def carry_out(
+    state: State,
+    start: Callable[[RunSettings, threading.Event], str | None] | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, str]:
+    """Do the runs that are left, wait for those that other processes do, and do those that these leave unfinished.
+
+    Args:
+        state: of the folder, as `look` sees it; kept up to date.
+        start: does one run and returns None, or in one line why it failed; once the event is set, it gives up.
+            Raises `Busy` where another process does the run. By default in a process of its own.
+        say: takes the lines for the reader.
+
+    Returns:
+        By folder, the failures, each in one line.
+    """
+    start = start or in_process(state.workers)
+    earlier, state.failures = state.failures, {}
+    for settings in state.sweep.runs:
+        if folder_of(settings) in state.seconds:
+            _tidy(settings)
+    left, announced = state.left, 0
+    while left:
+        busy: list[RunSettings] = []
+        stop = threading.Event()
+        with ThreadPoolExecutor(min(state.workers, len(left))) as pool:
+            futures = {pool.submit(_attempt, settings, start, stop, earlier): settings for settings in left}
+            waiting = list(left)
+            try:
+                for future in as_completed(futures):
+                    settings = futures[future]
+                    waiting.remove(settings)
+                    if not (outcome := future.result()):
+                        busy.append(settings)
+                    else:
+                        say(_account(state, settings, outcome, [*waiting, *busy]))
+            finally:
+                stop.set()  # for an interruption; otherwise nothing is running any more
+        if busy:
+            if len(busy) != announced:
+                say(f"waiting for other processes, which do {len(busy)} of the runs")
+            announced = len(busy)
+            time.sleep(_PAUSE)
+        left = busy
+    return {folder: failure["error"] for folder, failure in state.failures.items()}
+
+
+def _account(state: State, settings: RunSettings, outcome: dict[str, Any], left: Sequence[RunSettings]) -> str:
+    """Enter a record or a failure into the state; returns the line for it."""
+    folder = folder_of(settings)
+    if "error" in outcome:
+        state.failures[folder] = outcome
+        line = f"{Path(folder).name} FAILED: {outcome['error']} -> {Path(folder) / LOG}"
+    else:
+        state.seconds[folder] = outcome["seconds"]["total"]
+        line = summary(outcome, Path(folder) / RESULT)
+    rest = state.seconds_left(left)
+    ended = len(state.seconds) + len(state.failures)
+    time_left = f", {duration(rest)} left" if left and rest is not None else ""
+    return f"[{ended} of {len(state.sweep.runs)}{time_left}] {line}"
+
+
+def _attempt(
+    settings: RunSettings,
+    start: Callable[[RunSettings, threading.Event], str | None],
+    stop: threading.Event,
+    earlier: Mapping[str, dict[str, Any]],
+) -> dict[str, Any] | None:
+    """A run's record, or its failure; None if another process is at it, or it was stopped."""
+    folder = Path(folder_of(settings))
+    if stop.is_set():
+        return None
+    try:
+        with alone(folder / _CLAIM):
+            with alone(folder):  # the process of a sweep that was killed may not be gone yet
+                remove_drafts(folder)
+            if (record := finished(settings)) is not None:
+                return record
+            failure = read_failure(folder)
+            if failure is not None and failure != earlier.get(str(folder)):
+                return failure  # another sweep has just tried
+            write_settings(settings)
+            printed = _size(folder / LOG)
+            error = start(settings, stop)
+            record = finished(settings)
+            if record is None:
+                log = _lines(folder / LOG, printed)[-_TAIL:]
+                return write_failure(settings, error or "it ended without a result", log)
+            remove_failure(settings)
+            return record
+    except Busy:
+        return None
+
+
+def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | None]:
+    """What does a run in a process of its own, which ends when this one does; cores are shared by `workers`."""
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+    defaults |= {"OMP_NUM_THREADS": threads} if workers > 1 else {}  # or each takes all cores
+
+    def start(settings: RunSettings, stop: threading.Event) -> str | None:
+        folder = Path(folder_of(settings))
+        printed = _size(folder / LOG)
+        command = [sys.executable, "-m", "unipelt.sweep", str(folder / SETTINGS)]
+        with (
+            open(folder / LOG, "ab") as log,
+            # the pipe is how it learns of this process's end; a session of its own keeps Ctrl-C from it
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**defaults, **os.environ},
+                start_new_session=True,
+            ) as process,
+        ):
+            while (code := _wait(process, seconds=0.5)) is None:
+                if stop.is_set():
+                    process.kill()
+        if stop.is_set() or code == BUSY:
+            raise Busy
+        if code < 0:
+            kill = " (for want of memory?)" if code == -signal.SIGKILL else ""
+            return f"killed by {signal.Signals(-code).name}{kill}"
+        return None if code == 0 else next(reversed(_lines(folder / LOG, printed)), f"exit code {code}")
+
+    return start
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _tidy(settings: RunSettings) -> None:
+    """Remove what a process that was killed after it had written the result still had to remove."""
+    folder = Path(folder_of(settings))
+    if (folder / CHECKPOINTS).exists() and not settings.keep_checkpoints:
+        with contextlib.suppress(Busy), alone(folder):
+            clean(folder)
+    remove_failure(settings)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _lines(path: Path, start: int) -> list[str]:
+    """The lines of a file from a byte on, those that hold something."""
+    text = path.read_bytes()[start:].decode("utf-8", "replace") if path.exists() else ""
+    return [line for line in text.splitlines() if line.strip()]
