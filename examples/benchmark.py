@@ -329,7 +329,7 @@ def _rows(config: Any, settings: argparse.Namespace, notes: list[str]) -> Iterat
 def benchmark(settings: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measure, and write the record; it is returned. Raises `ValueError` or `OSError`."""
     from unipelt import UniPELTConfig
-    from unipelt.checkpoint.checkpoint import write_whole
+    from unipelt.files.atomic import write_whole
     from unipelt.hosts.locate import find_stacks
     from unipelt.records.record import describe_code, describe_hardware, describe_packages
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertForTokenClassification, BertModel, PreTrainedModel
 
 import unipelt
-from unipelt.injection.parameters import injection_of
+from unipelt.injection.state import injection_of
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.injection.attention_hooks import ATTENTION, attend
+from unipelt.hosts.attention_interface import ATTENTION
+from unipelt.injection.attention_hooks import attend
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.prefix import Prefix

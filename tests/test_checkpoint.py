@@ -38,7 +38,7 @@ from transformers.utils import logging
 import unipelt
 from unipelt import CheckpointError, InjectionError
 from unipelt.checkpoint import base_model
-from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.files.atomic import write_whole
 
 WEIGHTS, MANIFEST, CARD = FILES = ("model.safetensors", "unipelt.json", "README.md")
 SMALL = {"adapter": {"bottleneck": 6}, "prefix": {"length": 4, "hidden": 10}, "lora": {"rank": 3, "alpha": 5.0}}

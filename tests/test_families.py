@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import unipelt
 from unipelt.hosts.families import FAMILIES
-from unipelt.injection.parameters import injection_of, submodule_parameters
+from unipelt.injection.parameters import submodule_parameters
+from unipelt.injection.state import injection_of
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.gate import Gates, token_weights
 from unipelt.submodules.lora import LoRA

@@ -26,9 +26,9 @@ from conftest import shake, tiny_bert
 from tiny_task import make_quick, quick
 
 import unipelt
-from unipelt.checkpoint.checkpoint import write_whole
 from unipelt.checkpoint.manifest import NEXT, WEIGHTS
 from unipelt.cli import main
+from unipelt.files.atomic import write_whole
 from unipelt.glue import pack_runs as packed
 from unipelt.glue.pack_runs import run_packed
 from unipelt.glue.packed_run import Seat
@@ -450,7 +450,7 @@ def test_a_save_after_one_that_was_killed_keeps_its_weights(tmp_path: Path, monk
     new = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).rename(tmp_path / NEXT)
     (tmp_path / WEIGHTS).write_bytes(old)
-    monkeypatch.setattr("unipelt.checkpoint.checkpoint.write_whole", after_the_first(write_whole))
+    monkeypatch.setattr("unipelt.checkpoint.save.write_whole", after_the_first(write_whole))
     with pytest.raises(KeyboardInterrupt):
         unipelt.save(unipelt.inject(tiny_bert(seed=1), "lora"), tmp_path)
     unipelt.load(tiny_bert(), tmp_path)

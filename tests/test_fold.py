@@ -19,7 +19,7 @@ import unipelt
 from unipelt import CheckpointError, FoldError, InjectionError
 from unipelt.gates.measure import find_gates
 from unipelt.gates.merge import fold_constants
-from unipelt.injection.parameters import injection_of
+from unipelt.injection.state import injection_of
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config.methods import GateConfig
-from unipelt.submodules.gate import Gates, Slot, product, token_weights
+from unipelt.submodules.forward_pass import Slot
+from unipelt.submodules.gate import Gates, product, token_weights
 
 NAMES = ("one", "two", "three")
 LIKE = torch.zeros(1)

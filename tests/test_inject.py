@@ -19,12 +19,14 @@ from transformers import (
 
 import unipelt
 import unipelt.api
-from unipelt.api import inject_as
 from unipelt.config.presets import resolve
 from unipelt.injection.attention_hooks import Site
-from unipelt.injection.parameters import injection_of, submodule_parameters
+from unipelt.injection.inject import inject_as
+from unipelt.injection.parameters import submodule_parameters
+from unipelt.injection.state import injection_of
 from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.gate import Gates, Slot, token_weights
+from unipelt.submodules.forward_pass import Slot
+from unipelt.submodules.gate import Gates, token_weights
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
 

@@ -10,23 +10,24 @@ from torch import Tensor, nn
 
 from unipelt.config.methods import GateConfig, LoRAConfig
 from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import LoRA, Rows, add_low_rank
+from unipelt.submodules.lora import LoRA, add_low_rank
+from unipelt.submodules.outputs import OutputSlice
 
 INPUTS, RANK, ALPHA = 5, 3, 7.0
 LIKE = torch.zeros(1)
 # the outputs of a module with 12, and which of them are meant
 ROWS = {
-    "all": (Rows(1, 0, 12), range(12)),
-    "in front": (Rows(1, 0, 4), range(4)),
-    "at the end": (Rows(1, 8, 4), range(8, 12)),
-    "of each head, in front": (Rows(2, 0, 2), (0, 1, 6, 7)),
-    "of each head, inside": (Rows(3, 1, 2), (1, 2, 5, 6, 9, 10)),
+    "all": (OutputSlice(1, 0, 12), range(12)),
+    "in front": (OutputSlice(1, 0, 4), range(4)),
+    "at the end": (OutputSlice(1, 8, 4), range(8, 12)),
+    "of each head, in front": (OutputSlice(2, 0, 2), (0, 1, 6, 7)),
+    "of each head, inside": (OutputSlice(3, 1, 2), (1, 2, 5, 6, 9, 10)),
 }
 SHAPES = ((2, 6), (2, 12, 6), (2, 6, 4), (2, 3, 4, 6))
 """One with as many tokens as outputs, to tell the two apart."""
 
 
-def make(rows: Rows, gate: bool = False, gates: Gates | None = None) -> LoRA:
+def make(rows: OutputSlice, gate: bool = False, gates: Gates | None = None) -> LoRA:
     torch.manual_seed(0)
     term = LoRA(INPUTS, rows, LoRAConfig(RANK, ALPHA, gate), LIKE, gates)
     assert not term.B.any()
@@ -68,7 +69,7 @@ def test_a_gate_replaces_the_scale(rows: str) -> None:
 
 def test_a_call_that_no_gate_belongs_to_is_refused() -> None:
     """Or it would be silently another model."""
-    term, x, out = make(Rows(1, 0, 12), True), torch.randn(2, INPUTS), torch.randn(2, 12)
+    term, x, out = make(OutputSlice(1, 0, 12), True), torch.randn(2, INPUTS), torch.randn(2, 12)
     with pytest.raises(KeyError):
         term(x, out)
     term.skips_ungated_calls = True  # DeBERTa-v2's projection of positions
@@ -80,7 +81,7 @@ def test_a_call_that_no_gate_belongs_to_is_refused() -> None:
 
 def test_a_start_is_kaiming_uniform_and_zero() -> None:
     torch.manual_seed(0)
-    term = LoRA(400, Rows(1, 0, 8), LoRAConfig(50), LIKE, None)
+    term = LoRA(400, OutputSlice(1, 0, 8), LoRAConfig(50), LIKE, None)
     bound = 1 / math.sqrt(400)
     assert bound * 0.99 < term.A.abs().max() <= bound
     assert term.A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
@@ -89,7 +90,7 @@ def test_a_start_is_kaiming_uniform_and_zero() -> None:
 
 def test_terms_that_share_a_projection_are_added_one_after_the_other() -> None:
     projection = nn.Linear(INPUTS, 12)
-    query, value = make(Rows(1, 0, 4)), make(Rows(1, 8, 4))
+    query, value = make(OutputSlice(1, 0, 4)), make(OutputSlice(1, 8, 4))
     x = torch.randn(2, INPUTS)
     plain = projection(x)
     projection.register_forward_hook(add_low_rank)

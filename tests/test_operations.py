@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 import unipelt
-from unipelt.submodules.gate import once, token_weights
+from unipelt.submodules.forward_pass import cached_on
+from unipelt.submodules.gate import token_weights
 
 LABELS = torch.tensor([0, 1, 1])
 SCALE = "unipelt-apl"
@@ -258,11 +259,11 @@ def test_once() -> None:
         made.append(1)
         return tensor * 2
 
-    assert once(tensor, "twice", make_it) is once(tensor, "twice", make_it)
+    assert cached_on(tensor, "twice", make_it) is cached_on(tensor, "twice", make_it)
     assert len(made) == 1
     tensor += 1
-    assert torch.equal(once(tensor, "twice", make_it), torch.full((3,), 4.0))
-    once(tensor, "other", make_it)
+    assert torch.equal(cached_on(tensor, "twice", make_it), torch.full((3,), 4.0))
+    cached_on(tensor, "other", make_it)
     assert len(made) == 3
 
 

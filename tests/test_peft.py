@@ -20,7 +20,7 @@ import unipelt
 from unipelt.cli import main
 from unipelt.config.methods import PROJECTIONS
 from unipelt.hosts.families import FAMILIES
-from unipelt.injection.parameters import injection_of
+from unipelt.injection.state import injection_of
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA
 

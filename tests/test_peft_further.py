@@ -18,7 +18,7 @@ from torch import Tensor
 import unipelt
 from unipelt.config.methods import PROJECTIONS
 from unipelt.hosts.families import FAMILIES
-from unipelt.injection.parameters import injection_of
+from unipelt.injection.state import injection_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config.methods import PrefixConfig
-from unipelt.injection.attention_hooks import Argument, _is_causal
-from unipelt.submodules.prefix import Pass, Prefix, PrefixNetwork, enter_stack, leave_stack
+from unipelt.hosts.attention_interface import is_causal
+from unipelt.injection.attention_hooks import ForwardArgument
+from unipelt.submodules.forward_pass import Pass
+from unipelt.submodules.prefix import Prefix, PrefixNetwork, enter_stack, leave_stack
 
 LENGTH, HIDDEN, WIDTH, LAYERS, TOKENS = 3, 6, 4, 2, 5
 LOWEST = torch.finfo(torch.float32).min
@@ -294,7 +296,7 @@ def test_its_form_shows() -> None:
 
 
 def test_an_argument_is_found_wherever_it_was_given() -> None:
-    named, passed = Argument("mask", 1), Argument("mask", None)
+    named, passed = ForwardArgument("mask", 1), ForwardArgument("mask", None)
     assert named.read(("x", "m"), {}) == "m"
     assert named.read(("x",), {"mask": "m"}) == "m"
     assert named.read(("x",), {}) is None
@@ -314,8 +316,8 @@ def test_an_argument_is_found_wherever_it_was_given() -> None:
 def test_attention_is_causal_as_transformers_decides() -> None:
     plain, looks_both_ways = nn.Module(), nn.Module()
     looks_both_ways.is_causal = False  # type: ignore[assignment]
-    assert _is_causal(plain, {})
-    assert not _is_causal(looks_both_ways, {})
-    assert not _is_causal(looks_both_ways, {"is_causal": None})
-    assert _is_causal(looks_both_ways, {"is_causal": True})
-    assert not _is_causal(plain, {"is_causal": False})
+    assert is_causal(plain, {})
+    assert not is_causal(looks_both_ways, {})
+    assert not is_causal(looks_both_ways, {"is_causal": None})
+    assert is_causal(looks_both_ways, {"is_causal": True})
+    assert not is_causal(plain, {"is_causal": False})

@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 import unipelt
-from unipelt.injection.parameters import injection_of, kept_names
+from unipelt.injection.parameters import kept_names
+from unipelt.injection.state import injection_of
 from unipelt.pack import Pack, PackError, kept_values
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 import unipelt
 from unipelt import CheckpointError, InjectionError, Tasks
-from unipelt.api import inject_as
+from unipelt.injection.inject import inject_as
 from unipelt.injection.parameters import submodule_parameters
 from unipelt.multitask.mixed_batch import Layout, find_unmixable
 

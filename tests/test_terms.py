@@ -22,7 +22,8 @@ from unipelt.config.schema import ConfigError
 from unipelt.hosts.families import FAMILIES
 from unipelt.injection.parameters import submodule_parameters
 from unipelt.submodules.gate import Gates
-from unipelt.submodules.term import MODULES, Term, register_submodule
+from unipelt.submodules.register import MODULES, register_submodule
+from unipelt.submodules.term import Term
 
 
 @dataclass(frozen=True)

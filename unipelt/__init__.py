@@ -1,12 +1,13 @@
 """UniPELT (Mao et al., ACL 2022) on Transformers: gated Adapter, Prefix and LoRA in a pretrained model."""
 
-from unipelt.api import InjectionError, inject, remove
+from unipelt.api import inject
 from unipelt.bridges.adapterhub import load_adapterhub
 from unipelt.bridges.peft import load_peft, save_peft
 from unipelt.bridges.release import load_release_state_dict, release_state_dict
-from unipelt.checkpoint.checkpoint import from_pretrained, load, save
+from unipelt.checkpoint.load import from_pretrained, load
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.checkpoint.push import load_tokenizer, push_to_hub
+from unipelt.checkpoint.save import save
 from unipelt.config.methods import (
     AdapterConfig,
     CompacterConfig,
@@ -28,6 +29,8 @@ from unipelt.gates.fold import FoldedGate, FoldReport, fold
 from unipelt.gates.measure import FoldError
 from unipelt.gates.record import GateRecord, gate_penalty, record_gates
 from unipelt.hosts.families import Attention, Family, Stack, register_family
+from unipelt.hosts.locate import InjectionError
+from unipelt.injection.inject import remove
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
 from unipelt.multitask.batch_rows import MixedOutput
 from unipelt.multitask.tasks import Tasks
@@ -37,7 +40,8 @@ from unipelt.submodules.dora import DoRA
 from unipelt.submodules.ia3 import IA3
 from unipelt.submodules.prompt import Prompt
 from unipelt.submodules.red import RED
-from unipelt.submodules.term import Spot, register_submodule
+from unipelt.submodules.register import Spot as Spot
+from unipelt.submodules.register import TargetInfo, register_submodule
 
 __version__ = "0.1.0"
 
@@ -72,9 +76,9 @@ __all__ = [
     "Prompt",
     "PromptConfig",
     "REDConfig",
-    "Spot",
     "Stack",
     "SubmoduleConfig",
+    "TargetInfo",
     "Tasks",
     "UniPELTConfig",
     "fold",

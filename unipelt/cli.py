@@ -126,7 +126,7 @@ def _rerun(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from unipelt.checkpoint.checkpoint import from_pretrained
+    from unipelt.checkpoint.load import from_pretrained
     from unipelt.checkpoint.manifest import MANIFEST
     from unipelt.checkpoint.push import load_tokenizer, push_to_hub
     from unipelt.records.record import RESULT

@@ -19,9 +19,10 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from unipelt.hosts.attention_interface import BACK_ENDS
 from unipelt.hosts.families import FAMILIES
-from unipelt.injection.attention_hooks import BACK_ENDS
-from unipelt.injection.parameters import injection_of, kept_names
+from unipelt.injection.parameters import kept_names
+from unipelt.injection.state import injection_of
 
 _ALIGNMENT = 64  # numbers; kernels read vectors, and a parameter may start anywhere in its row
 _PROBE = 0.05  # how far the replicas of the probe are from each other

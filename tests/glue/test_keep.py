@@ -21,7 +21,8 @@ from unipelt.glue import job as jobs
 from unipelt.glue import packed_run as seat
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.settings import RunSettings
-from unipelt.injection.parameters import injection_of, kept_names
+from unipelt.injection.parameters import kept_names
+from unipelt.injection.state import injection_of
 from unipelt.runs import cache as keep
 from unipelt.runs.cache import Kept, Tokens, same_memory
 from unipelt.runs.errors import RunError

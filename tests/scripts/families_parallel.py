@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import unipelt
 from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.locate import layers_at
-from unipelt.injection.parameters import injection_of
+from unipelt.injection.state import injection_of
 
 LENGTHS = ((9, 5, 7, 7), (4, 6, 2, 8))
 """Of two batches: both halves have as many tokens, so that the mean of their losses is the loss of the whole."""

@@ -19,14 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from unipelt.api import InjectionError, inject_as, remove
 from unipelt.bridges.adapterhub_config import read_configuration
+from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.schema import ConfigError, read_mapping
 from unipelt.files.strict import read_bytes, shorten, show, show_path
 from unipelt.hosts.families import FAMILIES
+from unipelt.hosts.locate import InjectionError
 from unipelt.injection.attention_hooks import Site
-from unipelt.injection.parameters import head_names, injection_of
+from unipelt.injection.inject import inject_as, remove
+from unipelt.injection.parameters import head_names
+from unipelt.injection.state import injection_of
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA
@@ -96,7 +99,7 @@ def load_adapterhub(model: PreTrainedModel, folder: str | Path, *, head: bool = 
         name, given = _own(model, values, tensors)
         config, deployed, scaling = read_configuration(model, name, values, given)
         saved = _read_head(model, folder) if head else {}
-        injected = inject_as(model, config, deployed=deployed, head=head_names(model) | saved.keys())
+        injected = bind(inject_as(model, config, deployed=deployed, head=head_names(model) | saved.keys()))
         try:
             ours = {**_sort(injected, name, given, scaling), **saved}
             for path, tensor in ours.items():

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.injection.attention_hooks import Site
-from unipelt.injection.parameters import injection_of, submodule_parameters
+from unipelt.injection.parameters import submodule_parameters
+from unipelt.injection.state import injection_of
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA

@@ -20,7 +20,8 @@ from unipelt.config.schema import flatten
 from unipelt.files.hub import cached_commit, may_be_base
 from unipelt.files.strict import shorten, show, show_path
 from unipelt.hosts.quantised import describe_numbers, is_quantised
-from unipelt.injection.parameters import injection_of, is_sharded, submodule_parameters, unfrozen_names
+from unipelt.injection.parameters import is_sharded, submodule_parameters, unfrozen_names
+from unipelt.injection.state import injection_of
 
 MOST_MODULES = 1_000
 """Layers, and whatever else a base has many of, that `from_pretrained` builds because a manifest says so."""

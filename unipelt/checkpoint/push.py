@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unipelt.checkpoint.base_model import find_base
-from unipelt.checkpoint.checkpoint import save, write_whole
 from unipelt.checkpoint.manifest import MANIFEST, WEIGHTS, CheckpointError, find_checkpoint, read_checkpoint
 from unipelt.checkpoint.model_card import model_card
+from unipelt.checkpoint.save import save
+from unipelt.files.atomic import write_whole
 from unipelt.files.hub import is_repository, may_be_base, upload
 from unipelt.files.strict import show, show_path
-from unipelt.injection.parameters import injection_of, parameter_counts
+from unipelt.injection.parameters import parameter_counts
+from unipelt.injection.state import injection_of
+from unipelt.records.record import ResultError, mismatch, read_result
 
 CARD = "README.md"
 _TOKENIZER = "tokenizer_config.json"
@@ -179,8 +182,6 @@ def summarise_gates(gates: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _record_of(result: str | Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run, if it is one that made this model. Raises `ValueError`."""
-    from unipelt.records.record import ResultError, mismatch, read_result  # a package of its own, above this one
-
     record = read_result(result)
     if problem := mismatch(record, _TOLD, ""):
         raise ResultError(f"{show_path(result)} does not hold what a card tells: {problem}")

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from unipelt.gates.measure import FoldError, GatePlace, find_gates, measure_gates
 from unipelt.gates.merge import check_gates, fold_constants, serves_positions, takes_attention
-from unipelt.injection.parameters import ParameterCounts, injection_of, parameter_counts
+from unipelt.injection.parameters import ParameterCounts, parameter_counts
+from unipelt.injection.state import injection_of
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.term import Term

@@ -20,17 +20,11 @@ from unipelt.files.strict import show
 from unipelt.gates.measure import FoldError, GatePlace, find_gates
 from unipelt.injection.attention_hooks import Site, enter_attention, insert_prefix, leave_attention
 from unipelt.injection.detach import drop_hooks, refuse_training
-from unipelt.injection.parameters import (
-    Folded,
-    Injection,
-    injection_of,
-    kept_names,
-    submodule_parameters,
-    unfrozen_names,
-)
+from unipelt.injection.parameters import kept_names, submodule_parameters, unfrozen_names
+from unipelt.injection.state import Folded, Injection, injection_of
 from unipelt.submodules.adapter import Adapter, adapt_norm, adapt_output
 from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import NAMES, LoRA, add_low_rank
+from unipelt.submodules.lora import LORA_ATTRIBUTES, LoRA, add_low_rank
 from unipelt.submodules.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
 from unipelt.submodules.prompt import Prompt
 from unipelt.submodules.term import Term
@@ -158,7 +152,7 @@ def _check_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) 
 
 def _constant_terms(leaf: nn.Module, settled: Mapping[nn.Module, float | None]) -> list[tuple[LoRA, float]]:
     """The low-rank terms of a projection that are to be merged, each with its constant."""
-    terms = [term for name in NAMES if isinstance(term := getattr(leaf, name, None), LoRA)]
+    terms = [term for name in LORA_ATTRIBUTES if isinstance(term := getattr(leaf, name, None), LoRA)]
     return [(term, constant) for term in terms if (constant := settled.get(term)) is not None]
 
 
@@ -252,10 +246,12 @@ def _shrink_gates(
 
 def _fold_host(host: Any, settled: Mapping[nn.Module, float | None]) -> None:
     """Fold what one module of the host carries."""
-    terms = [name for name in NAMES if isinstance(term := getattr(host, name, None), LoRA) and term in settled]
+    terms = [
+        name for name in LORA_ATTRIBUTES if isinstance(term := getattr(host, name, None), LoRA) and term in settled
+    ]
     for name in terms:
         delattr(host, name)
-    if terms and not any(isinstance(getattr(host, name, None), LoRA) for name in NAMES):
+    if terms and not any(isinstance(getattr(host, name, None), LoRA) for name in LORA_ATTRIBUTES):
         drop_hooks(host, (add_low_rank,))
     adapter = getattr(host, "adapter", None)
     if isinstance(adapter, Adapter) and adapter in settled:

@@ -48,7 +48,7 @@ def plot_gates(
     if len(rows) != len(values):
         raise ValueError(f"the gates have {len(values)} layers, and layers names {len(rows)}")
     path = Path(path)
-    figure = _figure(width=1.6 + 1.1 * len(names), height=1.4 + 0.42 * len(values))
+    figure = new_figure(width=1.6 + 1.1 * len(names), height=1.4 + 0.42 * len(values))
     known = figure.canvas.get_supported_filetypes()
     kind = path.suffix.removeprefix(".")
     if kind not in known:
@@ -103,7 +103,7 @@ def _label(name: str) -> str:
     return f"{stack}\n{_LABELS.get(gate, gate)}".strip()
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure that belongs to no window system and to none of pyplot's lists."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

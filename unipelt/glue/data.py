@@ -96,7 +96,7 @@ def load_files(
     Args:
         train_file: Labelled rows.
         dev_file: Labelled rows.
-        test_file: Rows, labelled or not.
+        test_file: OutputSlice, labelled or not.
         text_columns: One or two columns. None: `sentence` or `text`, or a pair such as `sentence1`,
             `sentence2`.
         label_column: The column to predict.

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
 
 import unipelt
-from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.files.atomic import write_whole
 from unipelt.glue.job import Job, precision_of, prepare
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.run import evaluated

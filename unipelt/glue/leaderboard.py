@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.files.atomic import write_whole
 from unipelt.glue.data import split_note
 from unipelt.glue.tasks import TASKS, Task
 

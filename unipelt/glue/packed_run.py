@@ -30,7 +30,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.files.atomic import write_whole
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.run import evaluated, finish, make_trainer

@@ -20,11 +20,11 @@ import torch
 
 import unipelt
 from unipelt.checkpoint.base_model import describe_base
-from unipelt.checkpoint.checkpoint import write_whole
 from unipelt.checkpoint.manifest import WEIGHTS
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
 from unipelt.config.schema import ConfigError, flatten
+from unipelt.files.atomic import write_whole
 from unipelt.glue.job import Job
 from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.checkpoint.checkpoint import write_whole
 from unipelt.checkpoint.manifest import MANIFEST
+from unipelt.files.atomic import write_whole
 from unipelt.gates.plot import plot_gates
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.leaderboard import write_predictions

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
+from unipelt.hosts.attention_interface import check_back_end, uses_interface
 from unipelt.hosts.families import FAMILIES, Attention, Stack, describe_unknown
-from unipelt.injection.attention_hooks import check_back_end, uses_interface
-from unipelt.submodules.lora import ENTRY, NAMES, Rows
+from unipelt.submodules.lora import FUSED_WITH_GATES, LORA_ATTRIBUTES
+from unipelt.submodules.outputs import OutputSlice
 
 
 class InjectionError(ValueError):
@@ -28,11 +29,11 @@ class Projection:
     module: Any
     path: str
     inputs: int
-    rows: Rows
+    rows: OutputSlice
 
 
 @dataclass(frozen=True)
-class TermPlace:
+class TermTarget:
     """Where a further submodule adds a term.
 
     Attributes:
@@ -62,7 +63,7 @@ class TermPlace:
 
 
 @dataclass(frozen=True)
-class AttentionPlace:
+class AttentionTargets:
     """One attention's places, found and checked before anything is changed."""
 
     module: Any
@@ -73,7 +74,7 @@ class AttentionPlace:
 
 
 @dataclass(frozen=True)
-class LayerPlaces:
+class LayerTargets:
     """One layer's places, found and checked before anything is changed; None for what the configuration leaves out.
 
     `terms` are of further submodules, `low_rank` those of LoRA beyond plain ones of queries and values. `adapted` is
@@ -81,15 +82,15 @@ class LayerPlaces:
     """
 
     module: Any
-    attention: AttentionPlace | None
-    cross: AttentionPlace | None
+    attention: AttentionTargets | None
+    cross: AttentionTargets | None
     adapted: Any
-    terms: tuple[TermPlace, ...] = ()
-    low_rank: tuple[TermPlace, ...] = ()
+    terms: tuple[TermTarget, ...] = ()
+    low_rank: tuple[TermTarget, ...] = ()
 
 
 @dataclass(frozen=True)
-class StackPlaces:
+class StackTargets:
     """A stack, as it was found in a model.
 
     Attributes:
@@ -101,7 +102,7 @@ class StackPlaces:
 
     stack: Stack
     owner: Any
-    layers: Mapping[int, LayerPlaces]
+    layers: Mapping[int, LayerTargets]
     causal: bool
     label: str
     cross_label: str = "cross."
@@ -112,7 +113,7 @@ IN_ATTENTION = ("query", "key", "value", "attention")
 """Places of terms that an attention, one to an encoder too, has."""
 
 
-def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlaces]:
+def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTargets]:
     """The chosen layers of each stack, every place checked. Raises `InjectionError`."""
     kind = model.config.model_type
     if kind not in FAMILIES:
@@ -162,7 +163,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlac
             raise _built_otherwise(model, str(error)) from error
         if any(layer.attention or layer.cross for layer in found.values()):
             owner = model.base_model.get_submodule(stack.layers.partition(".*")[0].rpartition(".")[0])
-            chosen.append(StackPlaces(stack, owner, found, causal, label))
+            chosen.append(StackTargets(stack, owner, found, causal, label))
     if not chosen:
         raise InjectionError(
             f"encoder={config.encoder}, decoder={config.decoder}, cross={config.cross} leave nothing of this "
@@ -193,7 +194,7 @@ def _built_otherwise(model: PreTrainedModel, what: str) -> InjectionError:
 
 def _find_layer(
     layer: nn.Module, stack: Stack, model: PreTrainedModel, config: UniPELTConfig, own: bool, cross: bool
-) -> LayerPlaces:
+) -> LayerTargets:
     attention = crossing = None
     if own:
         attention = _find_attention(layer, stack.attention, model, config)
@@ -207,13 +208,13 @@ def _find_layer(
         )
     if hasattr(adapted, "adapter"):
         raise InjectionError(f"{type(adapted).__name__} has an attribute 'adapter' of its own")
-    found: list[tuple[TermPlace, ...]] = []
+    found: list[tuple[TermTarget, ...]] = []
     for wanted in (_wanted_terms(config), _wanted_low_rank(config.lora)):
         terms = list(_find_terms(layer, stack, stack.attention, model, wanted)) if own else []
         if crossing and stack.cross:
             terms += _find_terms(layer, stack, stack.cross, model, wanted, in_cross=True)
         found.append(tuple(terms))
-    return LayerPlaces(layer, attention, crossing, adapted, *found)
+    return LayerTargets(layer, attention, crossing, adapted, *found)
 
 
 Wanted = Sequence[tuple[SubmoduleConfig | LoRAConfig, Sequence[Place]]]
@@ -227,7 +228,7 @@ def _wanted_low_rank(lora: LoRAConfig | None) -> Wanted:
     """All of DoRA's; of others, what is not of queries and values, which the attention itself serves."""
     if lora is None:
         return []
-    return [(lora, [place for place in lora.places if lora.decomposed or f"lora_{place}" not in ENTRY])]
+    return [(lora, [place for place in lora.places if lora.decomposed or f"lora_{place}" not in FUSED_WITH_GATES])]
 
 
 def _find_terms(
@@ -237,7 +238,7 @@ def _find_terms(
     model: PreTrainedModel,
     wanted: Wanted,
     in_cross: bool = False,
-) -> Iterator[TermPlace]:
+) -> Iterator[TermTarget]:
     """The places of submodules in one attention of a layer and, but for cross-attention, behind it."""
     for part, places in wanted:
         for place in places:
@@ -245,7 +246,7 @@ def _find_terms(
                 found = _find_in_attention(layer, described, place, model)
                 crosses = in_cross and place in ("key", "value")
                 positions = described.query_serves_positions and place in ("query", "key")
-                term = TermPlace(
+                term = TermTarget(
                     part, place, found, found.inputs, crosses=crosses, in_cross=in_cross, serves_positions=positions
                 )
             elif in_cross:
@@ -272,17 +273,17 @@ def _find_in_attention(layer: nn.Module, described: Attention, place: str, model
 
 def _find_in_feed_forward(
     layer: nn.Module, stack: Stack, part: SubmoduleConfig | LoRAConfig, place: Place
-) -> TermPlace:
+) -> TermTarget:
     told = "projection of the feed-forward network"
     up = _projection(layer, _alternative(layer, _told(stack.up, "up", f"first {told}")))
     down = _projection(layer, _alternative(layer, _told(stack.down, "down", f"last {told}")))
     if place == "up":
-        return TermPlace(part, place, up, up.inputs)
+        return TermTarget(part, place, up, up.inputs)
     if place == "activation":
-        return TermPlace(part, place, replace(down, rows=Rows(1, 0, down.inputs)), down.inputs)
+        return TermTarget(part, place, replace(down, rows=OutputSlice(1, 0, down.inputs)), down.inputs)
     if place == "feed_forward":
-        return TermPlace(part, place, down, up.inputs, reader=up.module)
-    return TermPlace(part, place, down, down.inputs)
+        return TermTarget(part, place, down, up.inputs, reader=up.module)
+    return TermTarget(part, place, down, down.inputs)
 
 
 def _told(path: str, name: str, what: str) -> str:
@@ -299,7 +300,7 @@ def _alternative(layer: nn.Module, paths: str) -> str:
 
 def _find_attention(
     layer: nn.Module, described: Attention, model: PreTrainedModel, config: UniPELTConfig
-) -> AttentionPlace:
+) -> AttentionTargets:
     attention = layer.get_submodule(described.path)
     if taken := [name for name in ("gates", "prefix", "unipelt_site") if hasattr(attention, name)]:
         raise InjectionError(f"{type(attention).__name__} has an attribute {taken[0]!r} of its own")
@@ -308,7 +309,7 @@ def _find_attention(
             f"a prefix cannot enter {type(attention).__name__}: in transformers {transformers.__version__} it does not "
             "go through the attention interface (ALL_ATTENTION_FUNCTIONS, by the name in its own config)"
         )
-    return AttentionPlace(
+    return AttentionTargets(
         attention,
         described,
         _find_projection(attention, described, "query", model),
@@ -319,7 +320,7 @@ def _find_attention(
 
 def _find_projection(attention: Any, described: Attention, place: str, model: PreTrainedModel) -> Projection:
     found = _projection(attention, described.query if place == "query" else described.value)
-    if taken := [name for name in (*NAMES, "unipelt_rows") if hasattr(found.module, name)]:
+    if taken := [name for name in (*LORA_ATTRIBUTES, "unipelt_rows") if hasattr(found.module, name)]:
         raise InjectionError(f"{found.path} has an attribute {taken[0]!r} of its own")
     return replace(found, rows=_rows(described, place, found.rows.count, model))
 
@@ -328,29 +329,29 @@ def _projection(owner: nn.Module, path: str) -> Projection:
     """A module of the host's with all its outputs. Raises `InjectionError` if it is no projection."""
     leaf: Any = owner.get_submodule(path)
     if isinstance(leaf, nn.Linear):
-        return Projection(leaf, path, leaf.in_features, Rows(1, 0, leaf.out_features))
+        return Projection(leaf, path, leaf.in_features, OutputSlice(1, 0, leaf.out_features))
     if isinstance(leaf, Conv1D):
-        return Projection(leaf, path, leaf.nx, Rows(1, 0, leaf.nf))
+        return Projection(leaf, path, leaf.nx, OutputSlice(1, 0, leaf.nf))
     raise InjectionError(f"{path} is a {type(leaf).__name__}; submodules attach to a Linear or Conv1D")
 
 
-def _rows(described: Attention, place: str, outputs: int, model: PreTrainedModel) -> Rows:
+def _rows(described: Attention, place: str, outputs: int, model: PreTrainedModel) -> OutputSlice:
     """Which outputs of a module are the queries, the keys or the values."""
     path = {"query": described.query, "value": described.value, "key": described.key or described.value}[place]
     if not described.fused or path != described.value:
-        return Rows(1, 0, outputs)
+        return OutputSlice(1, 0, outputs)
     heads = model.config.num_attention_heads
     of_keys = getattr(model.config, "num_key_value_heads", None) or heads
     order = ("query", "key", "value").index(place)
     if described.fused == "heads":
         size = outputs // (3 * heads)
-        return Rows(heads, order * size, size)
+        return OutputSlice(heads, order * size, size)
     # side by side: as many heads of queries (if they are there at all), of keys and of values as the model has
     before = heads if described.fused == "qkv" else 0
     size = outputs // (before + 2 * of_keys)
     if place == "query":
-        return Rows(1, 0, heads * size)
-    return Rows(1, (before + (order - 1) * of_keys) * size, of_keys * size)
+        return OutputSlice(1, 0, heads * size)
+    return OutputSlice(1, (before + (order - 1) * of_keys) * size, of_keys * size)
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -31,7 +31,7 @@ def describe_numbers(parameter: Tensor) -> str:
     return str(parameter.dtype).removeprefix("torch.")
 
 
-def like_beside(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def template_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of the type and on the device that submodules beside a weight are made in.
 
     Args:

@@ -15,35 +15,30 @@ import torch
 from transformers import PreTrainedModel
 
 from unipelt.config.methods import GateConfig, LoRAConfig, PromptConfig, UniPELTConfig
+from unipelt.hosts.attention_interface import redirect
 from unipelt.hosts.locate import (
     IN_ATTENTION,
-    AttentionPlace,
+    AttentionTargets,
     InjectionError,
-    LayerPlaces,
-    StackPlaces,
-    TermPlace,
+    LayerTargets,
+    StackTargets,
+    TermTarget,
 )
-from unipelt.hosts.quantised import is_quantised, like_beside
+from unipelt.hosts.quantised import is_quantised, template_for
 from unipelt.injection.attach_terms import add_term, check_start, hold, make_low_rank, make_term
-from unipelt.injection.attention_hooks import (
-    Argument,
-    Site,
-    enter_attention,
-    insert_prefix,
-    leave_attention,
-    redirect,
-)
+from unipelt.injection.attention_hooks import ForwardArgument, Site, enter_attention, insert_prefix, leave_attention
 from unipelt.injection.detach import OURS
 from unipelt.injection.gradient_checkpointing import watch_checkpointing
 from unipelt.submodules.adapter import Adapter, adapt_norm, adapt_output
-from unipelt.submodules.gate import Gates, Slot
-from unipelt.submodules.lora import ENTRY, LoRA
+from unipelt.submodules.forward_pass import Shared, Slot, enter_shared, leave_shared
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import FUSED_WITH_GATES, LoRA
 from unipelt.submodules.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
 from unipelt.submodules.prompt import Prompt, embeds_text, enter_prompt, leave_prompt
-from unipelt.submodules.term import Shared, Term, enter_shared, leave_shared
+from unipelt.submodules.term import Term
 
 
-def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, deployed: bool) -> None:
+def attach(model: PreTrainedModel, found: StackTargets, config: UniPELTConfig, deployed: bool) -> None:
     """Add everything to one stack."""
     owner, layers = found.owner, found.layers.values()
     own = [layer.attention for layer in layers if layer.attention is not None]
@@ -64,7 +59,7 @@ def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, de
                 widths.pop(),
                 len(attentions),
                 config.prefix,
-                like_beside(first.module.weight, model.dtype),
+                template_for(first.module.weight, model.dtype),
             )
             setattr(owner, source, networks[source])
     shared = {part.name: Shared(part.name) for part in config.more}
@@ -75,7 +70,7 @@ def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, de
         masked = config.gate.pooling == "masked_mean" and not found.causal
         adapted = layer.adapted is not None and config.adapter is not None and config.adapter.gate
         tokens = Slot() if masked and adapted and not config.gate.shared else None
-        terms: list[tuple[TermPlace, Term | LoRA]] = [
+        terms: list[tuple[TermTarget, Term | LoRA]] = [
             (spot, make_term(spot, config, found, shared, model.dtype)) for spot in layer.terms
         ]
         terms += [(spot, make_low_rank(spot, config, found, model.dtype)) for spot in layer.low_rank]
@@ -125,7 +120,7 @@ def attach(model: PreTrainedModel, found: StackPlaces, config: UniPELTConfig, de
 
 
 def _central(
-    layer: LayerPlaces, found: StackPlaces, config: UniPELTConfig, terms: Sequence[tuple[TermPlace, Term | LoRA]]
+    layer: LayerTargets, found: StackTargets, config: UniPELTConfig, terms: Sequence[tuple[TermTarget, Term | LoRA]]
 ) -> dict[str, tuple[Slot, bool]]:
     """What takes the gates of a layer's central network to submodules that have none of their own, by their names.
 
@@ -148,7 +143,7 @@ def _slots(*slots: Slot | None) -> tuple[Slot, ...]:
 
 
 def _add_to_attention(
-    place: AttentionPlace,
+    place: AttentionTargets,
     config: UniPELTConfig,
     label: str,
     make_prefix: Callable[..., Prefix],
@@ -161,7 +156,7 @@ def _add_to_attention(
     dtype: torch.dtype,
     crosses: bool,
 ) -> None:
-    attention, like = place.module, like_beside(place.value.module.weight, dtype)
+    attention, like = place.module, template_for(place.value.module.weight, dtype)
     gated: dict[str, tuple[str, ...]] = {}  # gate -> path to what it scales
     if config.prefix is not None:
         by_query = causal or config.gate.pooling == "token"
@@ -174,7 +169,7 @@ def _add_to_attention(
         if config.prefix.gate:
             gated[f"{label}prefix"] = ("prefix",)
     if config.lora is not None and not config.lora.decomposed:
-        for name, projection in zip(ENTRY, (place.query, place.value), strict=True):
+        for name, projection in zip(FUSED_WITH_GATES, (place.query, place.value), strict=True):
             if name.removeprefix("lora_") not in config.lora.places:
                 continue
             leaf = projection.module
@@ -185,7 +180,7 @@ def _add_to_attention(
                 gates = Gates(projection.inputs, (f"{label}{name}",), config.gate, like, causal=True)
             elif config.lora.gate:
                 gated[f"{label}{name}"] = (*projection.path.split("."), name)
-            term = LoRA(projection.inputs, projection.rows, config.lora, like_beside(leaf.weight, dtype), gates)
+            term = LoRA(projection.inputs, projection.rows, config.lora, template_for(leaf.weight, dtype), gates)
             term.crosses = gates is not None
             term.skips_ungated_calls = place.described.query_serves_positions and name == "lora_query"
             hold(leaf, name, term)
@@ -193,11 +188,11 @@ def _add_to_attention(
         return
     signature = inspect.signature(attention.forward).parameters
 
-    def argument(name: str) -> Argument:
+    def argument(name: str) -> ForwardArgument:
         if name in signature:
-            return Argument(name, list(signature).index(name))
+            return ForwardArgument(name, list(signature).index(name))
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
-            return Argument(name, None)  # where it is passed through, that it is there is checked at every call
+            return ForwardArgument(name, None)  # where it is passed through, that it is there is checked at every call
         raise InjectionError(f"the forward of {type(attention).__name__} has no argument {name!r}")
 
     inserts = (Slot(), Slot()) if place.key is not None and config.prefix is not None else ()
@@ -232,8 +227,8 @@ def _add_to_attention(
 
 
 def _add_adapter(
-    layer: LayerPlaces,
-    found: StackPlaces,
+    layer: LayerTargets,
+    found: StackTargets,
     config: UniPELTConfig,
     tokens: Slot | None,
     central: Slot | None,
@@ -241,7 +236,7 @@ def _add_adapter(
 ) -> None:
     assert config.adapter is not None
     assert layer.attention is not None
-    hidden, like = layer.attention.query.inputs, like_beside(layer.attention.value.module.weight, dtype)
+    hidden, like = layer.attention.query.inputs, template_for(layer.attention.value.module.weight, dtype)
     gates = None
     if config.adapter.gate and central is None:
         gates = Gates(hidden, (f"{found.label}adapter",), config.gate, like, causal=found.causal)
@@ -251,14 +246,14 @@ def _add_adapter(
     layer.adapted.register_forward_hook(adapt_norm if found.stack.norm else adapt_output)
 
 
-def _keep_whole(layer: LayerPlaces) -> None:
+def _keep_whole(layer: LayerTargets) -> None:
     """A gate averages over all of a text, so its feed-forward block is not cut; that changes no other number."""
     if getattr(layer.module, "chunk_size_feed_forward", None):
         layer.module.unipelt_chunk_size = layer.module.chunk_size_feed_forward
         layer.module.chunk_size_feed_forward = 0
 
 
-def find_entry(model: PreTrainedModel, found: StackPlaces) -> Any:
+def find_entry(model: PreTrainedModel, found: StackTargets) -> Any:
     """What embeds a model's text, which a prompt enters; a head may pass by the base model (OPT's does), but not by it.
 
     Raises `InjectionError` if there is none.
@@ -269,7 +264,7 @@ def find_entry(model: PreTrainedModel, found: StackPlaces) -> Any:
     return entry
 
 
-def attach_prompt(model: PreTrainedModel, found: StackPlaces, config: PromptConfig, gate: GateConfig) -> None:
+def attach_prompt(model: PreTrainedModel, found: StackTargets, config: PromptConfig, gate: GateConfig) -> None:
     """Put a prompt in front of all that the base model reads."""
     entry = find_entry(model, found)
     if hasattr(entry, "prompt"):
@@ -292,7 +287,7 @@ def attach_prompt(model: PreTrainedModel, found: StackPlaces, config: PromptConf
         end.register_forward_hook(leave_prompt)
 
 
-def check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[StackPlaces]) -> None:
+def check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[StackTargets]) -> None:
     """Count what was added, and fail if it is wrong."""
     found = Counter(type(module) for module in model.modules())
     layers = [layer for stack in stacks for layer in stack.layers.values()]
@@ -301,12 +296,14 @@ def check_counts(model: PreTrainedModel, config: UniPELTConfig, stacks: list[Sta
     terms = [place for layer in layers for place in (*layer.terms, *layer.low_rank)]
     plain = sum(isinstance(place.config, LoRAConfig) and not place.config.decomposed for place in terms)
     entry = [] if config.lora is None or config.lora.decomposed else [f"lora_{place}" for place in config.lora.places]
-    entry = [name for name in entry if name in ENTRY]
+    entry = [name for name in entry if name in FUSED_WITH_GATES]
     lora_gate = bool(config.lora and config.lora.gate)
     prefix_gate = bool(config.prefix and config.prefix.gate)
     attention_gates = prefix_gate or (lora_gate and bool(entry))
     # in cross-attention the values' have one of their own
-    crossing_gates = (prefix_gate or (lora_gate and ENTRY[0] in entry)) + (lora_gate and ENTRY[1] in entry)
+    crossing_gates = (prefix_gate or (lora_gate and FUSED_WITH_GATES[0] in entry)) + (
+        lora_gate and FUSED_WITH_GATES[1] in entry
+    )
     adapter_gate = bool(config.adapter and config.adapter.gate)
     own_gates = attention_gates + adapter_gate
     gated = [place for place in terms if place.config.gate]

@@ -8,22 +8,24 @@ from typing import Any
 import torch
 
 from unipelt.config.methods import LoRAConfig, UniPELTConfig
-from unipelt.hosts.locate import InjectionError, Projection, StackPlaces, TermPlace
-from unipelt.hosts.quantised import is_quantised, like_beside
-from unipelt.submodules.gate import Gates, Slot
-from unipelt.submodules.lora import NAMES, LoRA, add_low_rank
-from unipelt.submodules.term import MODULES, Shared, Spot, Term, add_terms, add_to_input, hand_on
+from unipelt.hosts.locate import InjectionError, Projection, StackTargets, TermTarget
+from unipelt.hosts.quantised import is_quantised, template_for
+from unipelt.submodules.forward_pass import Shared, Slot
+from unipelt.submodules.gate import Gates
+from unipelt.submodules.lora import LORA_ATTRIBUTES, LoRA, add_low_rank
+from unipelt.submodules.register import MODULES, TargetInfo
+from unipelt.submodules.term import Term, add_terms, add_to_input, hand_on
 
 
-def count_term(place: TermPlace) -> int:
+def count_term(place: TermTarget) -> int:
     """How many parameters a term needs there, those that it shares with others included, found without memory."""
     weight = place.projection.module.weight
     shared = Shared(place.config.name)
-    spot = Spot(
+    spot = TargetInfo(
         place.place,
         place.inputs,
         place.projection.rows.count,
-        torch.empty(weight.shape, dtype=like_beside(weight, torch.float32).dtype, device="meta"),
+        torch.empty(weight.shape, dtype=template_for(weight, torch.float32).dtype, device="meta"),
         shared,
         place.projection.module,
         place.projection.rows,
@@ -32,12 +34,12 @@ def count_term(place: TermPlace) -> int:
     return sum(parameter.numel() for module in (function, shared) for parameter in module.parameters())
 
 
-def _own_gates(place: TermPlace, config: UniPELTConfig, found: StackPlaces, dtype: torch.dtype) -> Gates | None:
+def _own_gates(place: TermTarget, config: UniPELTConfig, found: StackTargets, dtype: torch.dtype) -> Gates | None:
     """The gate of a term that computes it from what it reads."""
     if not place.config.gate or (config.gate.shared and not place.in_cross):
         return None
     label = found.cross_label if place.in_cross else found.label
-    like = like_beside(place.projection.module.weight, dtype)
+    like = template_for(place.projection.module.weight, dtype)
     causal = found.causal or place.crosses
     return Gates(place.inputs, (f"{label}{place.name}",), config.gate, like, causal=causal)
 
@@ -47,12 +49,12 @@ def _own_tokens(gates: Gates | None) -> Slot | None:
 
 
 def make_term(
-    place: TermPlace, config: UniPELTConfig, found: StackPlaces, shared: Mapping[str, Shared], dtype: torch.dtype
+    place: TermTarget, config: UniPELTConfig, found: StackTargets, shared: Mapping[str, Shared], dtype: torch.dtype
 ) -> Term:
     """A term and, if it has one of its own, its gate; `shared` holds what terms of one name share, by their names."""
     part, projection = place.config, place.projection
-    weight = like_beside(projection.module.weight, dtype).detach()
-    spot = Spot(
+    weight = template_for(projection.module.weight, dtype).detach()
+    spot = TargetInfo(
         place.place,
         place.inputs,
         projection.rows.count,
@@ -75,7 +77,7 @@ def make_term(
     return term
 
 
-def make_low_rank(place: TermPlace, config: UniPELTConfig, found: StackPlaces, dtype: torch.dtype) -> Term | LoRA:
+def make_low_rank(place: TermTarget, config: UniPELTConfig, found: StackTargets, dtype: torch.dtype) -> Term | LoRA:
     """A low-rank term and its gate; a decomposed one (DoRA) is a `Term`. Raises `InjectionError` where it cannot be."""
     lora = place.config
     assert isinstance(lora, LoRAConfig)
@@ -87,7 +89,7 @@ def make_low_rank(place: TermPlace, config: UniPELTConfig, found: StackPlaces, d
         return make_term(place, config, found, {"lora": Shared("lora")}, dtype)
     check_start(place.projection, lora)
     projection, gates = place.projection, _own_gates(place, config, found, dtype)
-    term = LoRA(projection.inputs, projection.rows, lora, like_beside(projection.module.weight, dtype), gates)
+    term = LoRA(projection.inputs, projection.rows, lora, template_for(projection.module.weight, dtype), gates)
     term.tokens = _own_tokens(gates)
     term.crosses = place.crosses
     term.skips_ungated_calls = place.serves_positions
@@ -109,13 +111,13 @@ def check_start(projection: Projection, lora: LoRAConfig) -> None:
 
 def hold(leaf: Any, name: str, term: LoRA) -> None:
     """Put a low-rank term into its projection."""
-    if not any(hasattr(leaf, other) for other in NAMES):
+    if not any(hasattr(leaf, other) for other in LORA_ATTRIBUTES):
         # before all other terms, which so read the same when this one is merged into the weight
         leaf.register_forward_hook(add_low_rank, prepend=True)
     setattr(leaf, name, term)
 
 
-def add_term(place: TermPlace, term: Term | LoRA) -> None:
+def add_term(place: TermTarget, term: Term | LoRA) -> None:
     """Put a term into its host: hosts hold the names of their terms, and the slots of those who read what they read."""
     host = place.projection.module
     if isinstance(term, LoRA):

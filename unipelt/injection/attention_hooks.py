@@ -13,9 +13,6 @@ Shapes: B examples, H heads (of queries, or of keys and values), T queries, S ke
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from unipelt.submodules.gate import Gates, Slot, product, token_weights
+from unipelt.hosts.attention_interface import ATTENTION, attention_function, is_causal
+from unipelt.submodules.forward_pass import Slot
+from unipelt.submodules.gate import Gates, product, token_weights
 from unipelt.submodules.lora import LoRA
-
-ATTENTION = "unipelt"
-BACK_ENDS = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)
-class Argument:
+class ForwardArgument:
     """One argument of an attention's forward: its name, and its place in the signature if it is named there."""
 
     name: str
@@ -71,14 +67,14 @@ class Site:
     """
 
     targets: tuple[tuple[str, ...], ...]
-    hidden: Argument
-    mask: Argument
+    hidden: ForwardArgument
+    mask: ForwardArgument
     masked: bool
     tokens: tuple[Slot, ...]
     inside: tuple[Slot, ...] = ()
     others: tuple[tuple[Slot, bool], ...] = ()
     config: PreTrainedConfig | None = None
-    bias: Argument | None = None
+    bias: ForwardArgument | None = None
     inserts: tuple[Slot, ...] = ()
 
 
@@ -135,7 +131,7 @@ def attend(
         return output + prefix.attention(query, key.shape[1], gate, **kwargs), weights
     bias: Tensor | None = kwargs.get("position_bias")
     tokens = query.shape[2]
-    if attention_mask is None and name == "sdpa" and tokens > 1 and _is_causal(module, kwargs):
+    if attention_mask is None and name == "sdpa" and tokens > 1 and is_causal(module, kwargs):
         # sdpa would take it for granted that keys start where queries do, and cut off what is longer (the unused
         # end of a static cache). With a prefix in front that is no longer so, and the mask has to be said.
         key, value = key[:, :, :tokens], value[:, :, :tokens]
@@ -168,19 +164,6 @@ def leave_attention(attention: Any, args: tuple[Any, ...], outputs: tuple[Any, .
     return (outputs[0][:, length:], *weights)
 
 
-def redirect(attention: Any, name: str = ATTENTION) -> PreTrainedConfig:
-    """Send one module's attention through `attend`, or what has that name; returns the configuration to put back.
-
-    The module reads the name of its attention function from its configuration, so it gets a copy that names ours.
-    The model's own configuration is untouched: masks are still built for the model's own back-end.
-    """
-    host: PreTrainedConfig = attention.config
-    own = copy.copy(host)
-    own._attn_implementation = name
-    attention.config = own
-    return host
-
-
 def _open(attention: Any, site: Site, gates: Gates, hidden: Tensor, weights: Tensor | None) -> None:
     """Hand the prefix its gate, and each low-rank term its input behind A and gate."""
     scaled = []
@@ -208,45 +191,6 @@ def _open(attention: Any, site: Site, gates: Gates, hidden: Tensor, weights: Ten
         for term, gated in zip(terms, lows.unbind(dim=-2), strict=True):
             assert term.low is not None
             term.low.put(gated)
-
-
-def uses_interface(attention: Any) -> bool:
-    """Whether a module's code goes through Transformers' attention interface, where a prefix can enter."""
-    names = vars(sys.modules[type(attention).__module__]).values()
-    known = any(value is AttentionInterface or isinstance(value, AttentionInterface) for value in names)
-    return known and isinstance(getattr(attention, "config", None), PreTrainedConfig)
-
-
-def check_back_end(name: str | None) -> None:
-    """Raise `ValueError` for an attention back-end that a prefix does not support."""
-    if name not in BACK_ENDS:
-        raise ValueError(
-            f"a prefix works with the attention back-ends {' and '.join(BACK_ENDS)}, not {name!r}; "
-            "call model.set_attn_implementation('sdpa')"
-        )
-
-
-def attention_function(module: Any, config: PreTrainedConfig) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
-    """A module's own attention back-end, by its own configuration: name and function."""
-    name = config._attn_implementation
-    check_back_end(name)
-    if name == "eager":
-        # FSDP2 puts a class of its own, from a module of its own, in front of the attention's
-        for cls in type(module).__mro__:
-            function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-            if function is not None:
-                return name, function
-        raise ValueError(
-            f"there is no eager_attention_forward beside {type(module).__name__}; "
-            "call model.set_attn_implementation('sdpa')"
-        )
-    return name, AttentionInterface()[name]
-
-
-def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
-    """As Transformers' sdpa decides it."""
-    said = kwargs.get("is_causal")
-    return getattr(module, "is_causal", True) if said is None else said
 
 
 def _of_longer(weights: Tensor | None, hidden: Tensor, length: int) -> Tensor:

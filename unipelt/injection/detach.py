@@ -11,11 +11,12 @@ from torch import nn
 from unipelt.injection.attention_hooks import Site, enter_attention, insert_prefix, leave_attention
 from unipelt.injection.gradient_checkpointing import wake_input
 from unipelt.submodules.adapter import Adapter, adapt_norm, adapt_output
+from unipelt.submodules.forward_pass import Shared, enter_shared, leave_shared
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA, add_low_rank
 from unipelt.submodules.prefix import Prefix, PrefixNetwork, enter_stack, leave_stack
 from unipelt.submodules.prompt import Prompt, enter_prompt, leave_prompt
-from unipelt.submodules.term import Shared, Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
+from unipelt.submodules.term import Term, add_terms, add_to_input, hand_on
 
 
 def refuse_training(model: Any, args: tuple[Any, ...]) -> None:

@@ -6,71 +6,24 @@ Our parameters are found by the type of the module that holds them, never by a p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unipelt.config.methods import UniPELTConfig
 from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.quantised import is_quantised
+from unipelt.injection.state import Injection, injection_of
 from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.forward_pass import Shared
 from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import START, LoRA
+from unipelt.submodules.lora import FROZEN_FACTORS, LoRA
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
 from unipelt.submodules.prompt import Prompt
-from unipelt.submodules.term import Shared, Term
-
-
-@dataclass(frozen=True)
-class Folded:
-    """What `unipelt.fold` did to an injected model.
-
-    Attributes:
-        constants: path of a `Gates` module -> name of a gate -> the constant that it became; None where the gate was
-            closed and its submodule dropped.
-        tensors: what a checkpoint holds that folding changed or took away, as it was before, on the CPU.
-        weights: the pretrained weights that low-rank terms were merged into, by name, as they were before, on the CPU.
-        unfrozen: what `unfrozen_names` gave before everything was frozen.
-    """
-
-    constants: Mapping[str, Mapping[str, float | None]]
-    tensors: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
-    unfrozen: frozenset[str]
-
-
-@dataclass
-class Injection:
-    """What `unipelt.inject` did to a model, kept on it as `model.unipelt_injection`.
-
-    Attributes:
-        config: what was added.
-        deployed: whether prefixes are plain parameters, without the reparameterisation network.
-        head: names of the head's parameters, and of the parts of the base that its checkpoint did not hold.
-        required_grad: `requires_grad` of every parameter before.
-        replaced: attributes of the model itself that injection overwrote.
-        originals: what pretrained parameters that train were before, on the CPU.
-        folded: what folding did; None before.
-        shares: whether its base is other models' too (`unipelt.Tasks`).
-    """
-
-    config: UniPELTConfig
-    deployed: bool
-    head: frozenset[str]
-    required_grad: dict[str, bool]
-    replaced: dict[str, Any] = field(default_factory=dict)
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    folded: Folded | None = None
-    shares: bool = False
-
-    @property
-    def before(self) -> dict[str, Tensor]:
-        """What every pretrained parameter that training or folding changed was before, on the CPU, by name."""
-        return {**(self.folded.weights if self.folded else {}), **self.originals}
+from unipelt.submodules.term import Term
 
 
 @dataclass(frozen=True)
@@ -113,14 +66,6 @@ class ParameterCounts:
         )
 
 
-def injection_of(model: nn.Module) -> Injection:
-    """The record of the injection into `model`. Raises `ValueError` if there is none."""
-    injection = getattr(model, "unipelt_injection", None)
-    if injection is None:
-        raise ValueError(f"this {type(model).__name__} carries no submodules; call unipelt.inject(model, ...) first")
-    return injection
-
-
 _KINDS: dict[type[nn.Module], str] = {
     Adapter: "adapter",
     Gates: "gate",
@@ -146,7 +91,7 @@ def submodule_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parame
 def start_names(model: nn.Module) -> frozenset[str]:
     """Names of those of our parameters that never train: what LoRA started at, where that is not zero."""
     terms = ((path, module) for path, module in model.named_modules() if isinstance(module, LoRA))
-    return frozenset(f"{path}.{name}" for path, module in terms for name in START if hasattr(module, name))
+    return frozenset(f"{path}.{name}" for path, module in terms for name in FROZEN_FACTORS if hasattr(module, name))
 
 
 _WITHOUT_TASK = (

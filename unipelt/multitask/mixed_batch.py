@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from unipelt.injection.attention_hooks import ATTENTION, attend, attention_function, enter_attention, redirect
+from unipelt.hosts.attention_interface import ATTENTION, attention_function, redirect
+from unipelt.injection.attention_hooks import attend, enter_attention
 from unipelt.submodules.adapter import adapt_norm, adapt_output
+from unipelt.submodules.forward_pass import enter_shared, leave_shared
 from unipelt.submodules.lora import LoRA, add_low_rank
 from unipelt.submodules.prefix import enter_stack, leave_stack
 from unipelt.submodules.prompt import Prompt
-from unipelt.submodules.term import Term, add_terms, add_to_input, enter_shared, hand_on, leave_shared
+from unipelt.submodules.term import Term, add_terms, add_to_input, hand_on
 
 BY_ROWS = "unipelt_by_rows"
 INPUTS = (add_to_input, hand_on)

@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unipelt.api import inject
-from unipelt.checkpoint.checkpoint import load, save
+from unipelt.checkpoint.load import load
 from unipelt.checkpoint.manifest import CheckpointError, read_checkpoint
+from unipelt.checkpoint.save import save
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
 from unipelt.files.strict import show
 from unipelt.hosts.locate import InjectionError
-from unipelt.injection.parameters import head_names, injection_of, kept_names, submodule_parameters
+from unipelt.injection.parameters import head_names, kept_names, submodule_parameters
+from unipelt.injection.state import injection_of
 from unipelt.multitask.batch_rows import count_rows, gather, merge, reorder, split_batch, split_output
 from unipelt.multitask.heads import Answer, ask, fit_labels, relabel, saved_labels
 from unipelt.multitask.mixed_batch import Layout, Layouts, find_unmixable, seat

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import unipelt
-from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.files.atomic import write_whole
 from unipelt.files.strict import PlainError, read_plain, show, show_path
 
 RESULT = "result.json"

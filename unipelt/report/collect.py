@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.files.atomic import write_whole
 from unipelt.records.record import write_result
 from unipelt.report.read import ReportError, read_results
 from unipelt.sweep import FAILURE, REQUEST, read_failure, read_request

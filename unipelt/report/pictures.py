@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from unipelt.gates.plot import _figure
+from unipelt.gates.plot import new_figure
 from unipelt.report.cells import Cell, Results
 from unipelt.report.compare import Curve, curves
 
@@ -50,7 +50,7 @@ class Picture:
 
 def check_matplotlib() -> None:
     """Raise `ImportError`, naming the extra, where matplotlib is not installed."""
-    _figure(width=1.0, height=1.0)
+    new_figure(width=1.0, height=1.0)
 
 
 def draw(results: Results) -> list[Picture]:
@@ -224,7 +224,7 @@ def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray
 
 
 def _svg(paint: Callable[[Any], None], title: str, size: tuple[float, float]) -> bytes:
-    figure = _figure(*size)
+    figure = new_figure(*size)
     axes = figure.subplots()
     paint(axes)
     axes.set_title(_plain(title))

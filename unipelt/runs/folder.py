@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.files.atomic import write_whole
 from unipelt.runs.errors import RunError
 from unipelt.records.record import RESULT, ResultError, mismatch, read_result
 from unipelt.glue.settings import TrainingSettings

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 import unipelt
-from unipelt.checkpoint.checkpoint import write_whole
+from unipelt.files.atomic import write_whole
 from unipelt.runs import folder as place
 from unipelt.runs.folder import MODEL, PREDICTIONS, Progress
 from unipelt.runs.pretrained import tokenizer_sha256

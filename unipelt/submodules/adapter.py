@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config.methods import AdapterConfig
-from unipelt.submodules.gate import INITIAL_STD, Gates, Slot, as_many_rows, product
+from unipelt.submodules.forward_pass import Slot
+from unipelt.submodules.gate import INITIAL_STD, Gates, as_many_rows, product
 
 
 class Adapter(nn.Module):

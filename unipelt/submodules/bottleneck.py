@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unipelt.config.methods import HoulsbyConfig, ParallelConfig
 from unipelt.submodules.gate import INITIAL_STD
-from unipelt.submodules.term import Spot, register_submodule
+from unipelt.submodules.register import TargetInfo, register_submodule
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -29,7 +29,7 @@ class Houlsby(nn.Module):
     down: O -> M and up: M -> O, both with bias; normal(0, 0.02) weights, zero biases.
     """
 
-    def __init__(self, config: HoulsbyConfig, spot: Spot) -> None:
+    def __init__(self, config: HoulsbyConfig, spot: TargetInfo) -> None:
         super().__init__()
         self.down, self.up = _linears(spot.outputs, config.bottleneck, spot.outputs, spot.weight)
         for linear in (self.down, self.up):
@@ -48,7 +48,7 @@ class Parallel(nn.Module):
     Kaiming-uniform with a = sqrt(5) and `up` at zero, so the term starts at zero.
     """
 
-    def __init__(self, config: ParallelConfig, spot: Spot) -> None:
+    def __init__(self, config: ParallelConfig, spot: TargetInfo) -> None:
         super().__init__()
         self.down, self.up = _linears(spot.inputs, config.bottleneck, spot.outputs, spot.weight)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))

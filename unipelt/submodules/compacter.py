@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unipelt.config.methods import CompacterConfig
 from unipelt.config.schema import ConfigError
 from unipelt.submodules.bottleneck import ACTIVATIONS
-from unipelt.submodules.term import Spot, register_submodule
+from unipelt.submodules.register import TargetInfo, register_submodule
 
 LEFT_STD = 0.01
 """Standard deviation of the left factors' start, as in the authors' release of Compacter."""
@@ -54,7 +54,7 @@ class KroneckerLinear(nn.Module):
 class Compacter(nn.Module):
     """`y + up(f(down(y)))` with both projections sums of Kronecker products (the same, section 3.3)."""
 
-    def __init__(self, config: CompacterConfig, spot: Spot) -> None:
+    def __init__(self, config: CompacterConfig, spot: TargetInfo) -> None:
         super().__init__()
         if spot.outputs % config.terms:
             raise ConfigError(f"compacter.terms must divide the width of its place, {spot.outputs}: {config.terms} not")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config.methods import LoRAConfig
-from unipelt.submodules.term import MODULES, Spot
+from unipelt.submodules.register import MODULES, TargetInfo
 
 
 class DoRA(nn.Module):
@@ -28,7 +28,7 @@ class DoRA(nn.Module):
         spot: where W is.
     """
 
-    def __init__(self, config: LoRAConfig, spot: Spot) -> None:
+    def __init__(self, config: LoRAConfig, spot: TargetInfo) -> None:
         super().__init__()
         like = spot.weight
         self.A = nn.Parameter(like.new_empty(config.rank, spot.inputs))

@@ -6,8 +6,7 @@ Shapes: B examples, T tokens, D hidden size, G gates that read the same input.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,121 +15,11 @@ from torch import Tensor, nn
 
 from unipelt.config.methods import GateConfig
 from unipelt.config.schema import ConfigError
+from unipelt.submodules.forward_pass import cached_on
+from unipelt.submodules.gate_networks import NETWORKS
 
 INITIAL_STD = 0.02
 """Standard deviation of every normal start, as in the authors' release: gates begin near 0.5."""
-
-
-class Slot:
-    """One tensor on its way from the module that computes it to the one that uses it, within a pass of a layer.
-
-    Attention is the one place that sees the layer's mask and input on every pass, the recomputation of gradient
-    checkpointing included, so what depends on them is put here there and taken where it is used. Each thread has its
-    own: a model may serve several at once, and the replicas of `nn.DataParallel` share this object. (A model of which
-    a part alone is compiled serves one at a time.)
-    """
-
-    def __init__(self) -> None:
-        self._values: dict[int, Tensor | None] = {}
-
-    def put(self, value: Tensor | None) -> None:
-        """Leave a value for `take` in the same thread."""
-        self._values[_thread()] = value
-
-    def take(self) -> Tensor | None:
-        """The value that was put, once. Raises `KeyError` outside a pass of the layer."""
-        thread = _thread()
-        if thread not in self._values and self._values:
-            # of attention and what uses its values, one is compiled and the other is not
-            thread = next(iter(self._values))
-        return self._values.pop(thread)
-
-    def is_empty(self) -> bool:
-        """Whether there is nothing to take."""
-        return not self._values
-
-    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
-        return Slot, ()  # a copy is empty
-
-
-def _thread() -> int:
-    # torch.compile traces one thread and cannot ask which
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
-
-
-class Mlp(nn.Module):
-    """Two layers, `W2 tanh(W1 x + b1)`: a gating network that looks at each token.
-
-    (..., D) -> (..., h).
-    """
-
-    def __init__(self, inputs: int, hidden: int, kind: dict[str, Any]) -> None:
-        super().__init__()
-        self.inner = _linear(inputs, hidden, kind)
-
-    def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """What is in front of the last layer; `weights` is not looked at."""
-        return torch.tanh(self.inner(x))
-
-
-class Recurrent(nn.Module):
-    """A minimal gated recurrence (Feng et al., 2024): `h_t = (1 - z_t) h_(t-1) + z_t (V x_t)`, `z_t = sigmoid(U x_t)`.
-
-    z depends on x_t alone, so the last state is a sum over tokens that needs no loop; a padded token has z = 0 and
-    leaves the state as it is, on whichever side it stands. (B, T, D) -> (B, 1, h).
-    """
-
-    def __init__(self, inputs: int, hidden: int, kind: dict[str, Any]) -> None:
-        super().__init__()
-        self.update = _linear(inputs, hidden, kind)
-        self.candidate = _linear(inputs, hidden, kind)
-
-    def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """The state behind the last token."""
-        scores = self.update(x)
-        kept = -nn.functional.softplus(scores)  # log(1 - z)
-        update = torch.sigmoid(scores)
-        if weights is not None:
-            real = (weights > 0).unsqueeze(-1)
-            kept, update = kept * real, update * real
-        after = kept.flip(1).cumsum(1).flip(1) - kept  # what later tokens leave of this one's share
-        return (after.exp() * update * self.candidate(x)).sum(1, keepdim=True)
-
-
-class Transformer(nn.Module):
-    """One head of attention over the text, `e = E x`, `mean_t(e_t + softmax(q_t k / sqrt(h)) v)`.
-
-    It knows no positions. (B, T, D) -> (B, 1, h).
-    """
-
-    def __init__(self, inputs: int, hidden: int, kind: dict[str, Any]) -> None:
-        super().__init__()
-        self.embed = _linear(inputs, hidden, kind)
-        self.attend = _linear(hidden, 3 * hidden, kind)
-
-    def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """The mean state over real tokens."""
-        embedded = self.embed(x)
-        query, key, value = self.attend(embedded).chunk(3, dim=-1)
-        mask = None if weights is None else (weights > 0).unsqueeze(1)
-        mixed = embedded + nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        if weights is None:
-            return mixed.mean(1, keepdim=True)
-        return torch.bmm(weights.to(mixed.dtype).unsqueeze(1), mixed)
-
-
-def _linear(inputs: int, outputs: int, kind: dict[str, Any]) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, **kind)
-    nn.init.normal_(linear.weight, std=1 / math.sqrt(inputs))  # or two layers would begin as one that is closed to x
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-NETWORKS: dict[str, Callable[[int, int, dict[str, Any]], nn.Module]] = {
-    "mlp": Mlp,
-    "recurrent": Recurrent,
-    "transformer": Transformer,
-}
 
 
 class Gates(nn.Module):
@@ -216,7 +105,7 @@ class Gates(nn.Module):
             return open_
         if weights is None:
             return open_.mean(dim=1, keepdim=True)
-        return torch.bmm(once(weights, open_.dtype, partial(weights.to, open_.dtype)).unsqueeze(1), open_)
+        return torch.bmm(cached_on(weights, open_.dtype, partial(weights.to, open_.dtype)).unsqueeze(1), open_)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -270,20 +159,6 @@ def product(
     return logits, low
 
 
-def once(tensor: Tensor, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` derives from a tensor (without gradients), made once for all layers that are given that tensor.
-
-    It is kept with the tensor, and made again if the tensor was changed in place.
-    """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or tensor.is_inference():
-        return make()  # a compiler sees the repetition itself; inference tensors can neither be followed nor train
-    made: dict[Hashable, tuple[int, Tensor]] = vars(tensor).setdefault("unipelt", {})
-    version = tensor._version
-    if name not in made or made[name][0] != version:
-        made[name] = (version, make())
-    return made[name][1]
-
-
 def token_weights(attention_mask: Tensor | None, batch: int) -> Tensor | None:
     """Weights of the masked mean, from the mask that a layer's attention is given.
 
@@ -308,7 +183,7 @@ def token_weights(attention_mask: Tensor | None, batch: int) -> Tensor | None:
             f"gates that average over a text cannot read a {type(attention_mask).__name__} (flex attention); "
             "call model.set_attn_implementation('sdpa')"
         )
-    return once(attention_mask, ("token weights", batch), lambda: _token_weights(attention_mask, batch))
+    return cached_on(attention_mask, ("token weights", batch), lambda: _token_weights(attention_mask, batch))
 
 
 def _token_weights(mask: Tensor, batch: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from unipelt.config.methods import IA3Config
-from unipelt.submodules.term import Spot, register_submodule
+from unipelt.submodules.register import TargetInfo, register_submodule
 
 
 class IA3(nn.Module):
@@ -21,7 +21,7 @@ class IA3(nn.Module):
         offset: (O,), `l - 1`, which starts at 0; so weight decay draws to the model without factors.
     """
 
-    def __init__(self, config: IA3Config, spot: Spot) -> None:
+    def __init__(self, config: IA3Config, spot: TargetInfo) -> None:
         super().__init__()
         self.offset = nn.Parameter(spot.weight.new_zeros(spot.outputs))
 

@@ -7,43 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from unipelt.config.methods import PROJECTIONS, LoRAConfig
-from unipelt.submodules.gate import Gates, Slot, as_many_rows, product
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which of a module's outputs are the projection's, where one module computes several.
-
-    The outputs are cut into `groups` of equal size; in each, `size` of them from `start` on are meant.
-    """
-
-    groups: int
-    start: int
-    size: int
-
-    @property
-    def count(self) -> int:
-        """How many outputs are meant."""
-        return self.groups * self.size
-
-
-def own_rows(outputs: Tensor, rows: Rows) -> Tensor:
-    """Those of all outputs of a module, (O, ...), that are the projection's."""
-    groups = outputs.unflatten(0, (rows.groups, -1))
-    return groups.narrow(1, rows.start, rows.size).flatten(0, 1)
-
-
-def matrix_of(host: Any, rows: Rows) -> Tensor:
-    """A projection's weight as it is now, the rows that are meant: (O, I)."""
-    return own_rows(host.weight.t() if isinstance(host, Conv1D) else host.weight, rows)
+from unipelt.submodules.forward_pass import Slot
+from unipelt.submodules.gate import Gates, as_many_rows, product
+from unipelt.submodules.outputs import OutputSlice
 
 
 class LoRA(nn.Module):
@@ -72,7 +44,7 @@ class LoRA(nn.Module):
         skips_ungated_calls: the projection is also called for something that no gate belongs to; leave that alone.
     """
 
-    def __init__(self, inputs: int, rows: Rows, config: LoRAConfig, like: Tensor, gates: Gates | None) -> None:
+    def __init__(self, inputs: int, rows: OutputSlice, config: LoRAConfig, like: Tensor, gates: Gates | None) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(config.rank, inputs, dtype=like.dtype, device=like.device))
         self.B = nn.Parameter(torch.zeros(rows.count, config.rank, dtype=like.dtype, device=like.device))
@@ -95,7 +67,7 @@ class LoRA(nn.Module):
         """All that is added, as one product: (R, in_features) and (rows.count, R); R is r, or 2 r with a start."""
         if not self.starts:
             return self.A, self.B
-        return whole({"A": self.A, "B": self.B, "A0": self.A0, "B0": self.B0})
+        return low_rank_factors({"A": self.A, "B": self.B, "A0": self.A0, "B0": self.B0})
 
     @torch.no_grad()
     def start(self, weight: Tensor, gated: bool) -> None:
@@ -154,26 +126,26 @@ class LoRA(nn.Module):
         return torch.add(out, nn.functional.pad(groups, (self.rows.start, rest)).flatten(-2), alpha=scale)
 
 
-START = ("A0", "B0")
+FROZEN_FACTORS = ("A0", "B0")
 """A term's parameters that never train."""
 
 
-def whole(parts: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def low_rank_factors(parts: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """A and B of all that a term adds, from its parameters by their names: `B A - B0 A0 = [B, -B0] [A; A0]`."""
     if "A0" not in parts:
         return parts["A"], parts["B"]
     return torch.cat([parts["A"], parts["A0"]]), torch.cat([parts["B"], -parts["B0"]], dim=1)
 
 
-NAMES = tuple(f"lora_{place}" for place in PROJECTIONS)
+LORA_ATTRIBUTES = tuple(f"lora_{place}" for place in PROJECTIONS)
 """The attributes of a projection that hold its terms."""
-ENTRY = NAMES[:2]
+FUSED_WITH_GATES = LORA_ATTRIBUTES[:2]
 """Those of queries and values, which read what the attention reads and take part in its one product."""
 
 
 def add_low_rank(projection: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """Forward hook of a projection."""
-    for name in NAMES:
+    for name in LORA_ATTRIBUTES:
         term = getattr(projection, name, None)
         if term is not None:
             out = term(args[0], out)

@@ -7,65 +7,14 @@ network, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unipelt.config.methods import PrefixConfig
-from unipelt.submodules.gate import INITIAL_STD, Slot, once
-
-
-class Pass:
-    """The prefixes of one pass of a stack, computed once at its entry instead of once in each layer.
-
-    A layer finds them during the pass and, when gradient checkpointing computes it again, in the backward pass. A
-    layer that is called without its stack finds none and computes its own; so does one that runs without gradients
-    although the stack has them, and every later one of that pass: that is reentrant checkpointing, whose second
-    computation needs inside the layer all that trains there. Each thread has its own.
-    """
-
-    def __init__(self) -> None:
-        self._prefixes: dict[int, tuple[Tensor, ...]] = {}
-        self._inside: set[int] = set()
-        self._traced: tuple[Tensor, ...] | None = None  # torch.compile's, who should not see the tensors of others
-
-    def enter(self, prefixes: tuple[Tensor, ...]) -> None:
-        """Begin a pass with the prefixes of all attentions, each (2, L, W)."""
-        if torch.compiler.is_compiling():
-            self._traced = prefixes
-            return
-        self._prefixes[get_ident()] = prefixes
-        self._inside.add(get_ident())
-
-    def leave(self) -> None:
-        """End it. What the backward pass may want stays until the next one begins."""
-        if torch.compiler.is_compiling():
-            self._traced = None
-            return
-        self._inside.discard(get_ident())
-        if not torch.is_grad_enabled():
-            self._prefixes.pop(get_ident(), None)
-
-    def look(self) -> tuple[Tensor, ...] | None:
-        """The prefixes of the pass, or None."""
-        if torch.compiler.is_compiling():
-            return self._traced
-        thread = get_ident()
-        if thread not in self._inside:
-            if torch._C._current_graph_task_id() < 0:
-                return None
-            if thread not in self._prefixes and len(self._prefixes) == 1:  # on a GPU the backward pass has a thread
-                thread = next(iter(self._prefixes))
-        prefixes = self._prefixes.get(thread)
-        if prefixes is not None and prefixes[0].requires_grad and not torch.is_grad_enabled():
-            self._prefixes.pop(thread)
-            return None
-        return prefixes
-
-    def __reduce__(self) -> tuple[type[Pass], tuple[()]]:
-        return Pass, ()  # a copy is in no pass
+from unipelt.submodules.forward_pass import Pass, Slot, cached_on
+from unipelt.submodules.gate import INITIAL_STD
 
 
 class PrefixNetwork(nn.Module):
@@ -214,7 +163,7 @@ class Prefix(nn.Module):
             return _with_columns(mask, dtype, self.length, self.mass)
         if mask is None:
             return None
-        return once(mask, ("prefix", self.length, dtype), lambda: _with_columns(mask, dtype, self.length))
+        return cached_on(mask, ("prefix", self.length, dtype), lambda: _with_columns(mask, dtype, self.length))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

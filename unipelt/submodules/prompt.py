@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from unipelt.config.methods import PromptConfig
-from unipelt.submodules.gate import Gates, Slot, product, token_weights
+from unipelt.submodules.forward_pass import Slot
+from unipelt.submodules.gate import Gates, product, token_weights
 
 
 class Prompt(nn.Module):

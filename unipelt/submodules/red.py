@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from unipelt.config.methods import REDConfig
-from unipelt.submodules.term import Spot, register_submodule
+from unipelt.submodules.register import TargetInfo, register_submodule
 
 
 class RED(nn.Module):
@@ -22,7 +22,7 @@ class RED(nn.Module):
         shift: (O,), b, which starts at 0.
     """
 
-    def __init__(self, config: REDConfig, spot: Spot) -> None:
+    def __init__(self, config: REDConfig, spot: TargetInfo) -> None:
         super().__init__()
         self.offset = nn.Parameter(spot.weight.new_zeros(spot.outputs))
         self.shift = nn.Parameter(spot.weight.new_zeros(spot.outputs))

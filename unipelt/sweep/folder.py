@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from unipelt.checkpoint.checkpoint import write_whole
 from unipelt.config.schema import read_mapping
+from unipelt.files.atomic import write_whole
 from unipelt.files.strict import PlainError, read_plain, show
 from unipelt.glue.settings import RunSettings, SettingsError, clean_name, paper_learning_rate
 from unipelt.records.record import mismatch

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unipelt.submodules.lora import Rows
+from unipelt.submodules.outputs import OutputSlice
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -33,7 +33,7 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
     return (tensor.to(kind) * scale).to(tensor.dtype)
 
 
-def outputs_of(tensor: Tensor, rows: Rows) -> Tensor:
+def outputs_of(tensor: Tensor, rows: OutputSlice) -> Tensor:
     """A view of a projection's rows among those of its module, (groups, size, ...)."""
     return tensor.unflatten(0, (rows.groups, -1)).narrow(1, rows.start, rows.size)
 

@@ -19,7 +19,7 @@ from unipelt.bridges.peft.plan import IGNORED, Plan, Slot, check_saved, check_te
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import IA3Config, Place
 from unipelt.files.strict import show
-from unipelt.submodules.lora import own_rows
+from unipelt.submodules.outputs import own_rows
 from unipelt.submodules.term import Term
 
 _FACTOR = re.compile(r"(.+)\.ia3_l")

@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unipelt.api import InjectionError
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
 from unipelt.files.strict import show
-from unipelt.hosts.locate import Projection, find_stacks
-from unipelt.submodules.lora import ENTRY
+from unipelt.hosts.locate import InjectionError, Projection, find_stacks
+from unipelt.submodules.lora import FUSED_WITH_GATES
 
 IGNORED = frozenset(
     {
@@ -77,7 +76,9 @@ def find_slots(model: PreTrainedModel, config: UniPELTConfig) -> list[Slot]:
         own = "decoder" if stack.causal else "encoder"
         for index, layer in stack.layers.items():
             for part, place in ((own, layer.attention), ("cross", layer.cross)):
-                for name, projection in zip(ENTRY, (place.query, place.value) if place else (), strict=False):
+                for name, projection in zip(
+                    FUSED_WITH_GATES, (place.query, place.value) if place else (), strict=False
+                ):
                     if name.removeprefix("lora_") in plain:
                         found.append(Slot(paths[projection.module], name, projection, part, index))
             for term in (*layer.terms, *layer.low_rank):

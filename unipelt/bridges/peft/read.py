@@ -19,19 +19,21 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from unipelt.api import InjectionError, inject_as, remove
 from unipelt.bridges.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, outputs_of, scaled
 from unipelt.bridges.peft.ia3 import plan_factors
 from unipelt.bridges.peft.plan import IGNORED, Plan, check_saved, check_tensor, place_exactly, possible_slots
 from unipelt.bridges.peft.prompts import plan_prompt
+from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import PROJECTIONS, LoRAConfig
 from unipelt.config.schema import LARGEST, ConfigError, read_mapping
 from unipelt.files.strict import read_bytes, shorten, show, show_path
-from unipelt.hosts.locate import Projection
+from unipelt.hosts.locate import InjectionError, Projection
 from unipelt.hosts.quantised import is_quantised
-from unipelt.injection.parameters import head_names, injection_of
-from unipelt.submodules.lora import own_rows
+from unipelt.injection.inject import inject_as, remove
+from unipelt.injection.parameters import head_names
+from unipelt.injection.state import injection_of
+from unipelt.submodules.outputs import own_rows
 
 _PAIR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _NAME = re.compile(r"[\w.]+")
@@ -86,7 +88,7 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         plan = _PLANS[kind](model, values, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{show_path(folder)} cannot be loaded: {error}") from error
-    inject_as(model, plan.config, deployed=False, head=head_names(model) | plan.saved.keys())
+    bind(inject_as(model, plan.config, deployed=False, head=head_names(model) | plan.saved.keys()))
     try:
         with torch.no_grad():
             for name, tensor in plan.values.items():

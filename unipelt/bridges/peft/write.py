@@ -17,17 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from unipelt.api import inject_as
 from unipelt.bridges.peft.files import CONFIG, PREFIX, WEIGHTS, name_modules, outputs_of, scaled, task_of
 from unipelt.bridges.peft.ia3 import write_factors
 from unipelt.bridges.peft.prompts import write_prompt
-from unipelt.checkpoint.checkpoint import write_whole
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import UniPELTConfig
+from unipelt.files.atomic import write_whole
 from unipelt.gates.measure import find_gates
-from unipelt.injection.parameters import Injection, injection_of, is_sharded, kept_names, submodule_parameters
+from unipelt.injection.inject import inject_as
+from unipelt.injection.parameters import is_sharded, kept_names, submodule_parameters
+from unipelt.injection.state import Injection, injection_of
 from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.lora import LoRA, Rows, whole
+from unipelt.submodules.lora import LoRA, low_rank_factors
+from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.prefix import Prefix
 from unipelt.submodules.prompt import Prompt
 from unipelt.submodules.term import Term
@@ -105,7 +107,7 @@ class _Term:
     """A low-rank term to be written: `scale * B A`, onto `rows` of a projection; and the lengths of those, of DoRA."""
 
     projection: str
-    rows: Rows
+    rows: OutputSlice
     A: Tensor
     B: Tensor
     scale: float
@@ -184,7 +186,9 @@ def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
         if scale is None:
             continue  # what was dropped, behind a closed gate, is no more
         parts = dict(module.named_parameters(recurse=False))
-        low, high = whole(parts if folded is None else {part: folded.tensors[f"{path}.{part}"] for part in parts})
+        low, high = low_rank_factors(
+            parts if folded is None else {part: folded.tensors[f"{path}.{part}"] for part in parts}
+        )
         found.append(_Term(path.rpartition(".")[0], module.rows, low.detach().cpu(), high.detach().cpu(), scale))
     for path, module in model.named_modules():
         if isinstance(module, Term):  # decomposed, which folding leaves as it is

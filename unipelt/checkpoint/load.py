@@ -1,115 +1,33 @@
-"""Save and load what was trained, and only that.
-
-A folder holds `model.safetensors` (submodules, gates, head, trained biases), `unipelt.json` (what they belong to) and
-`README.md` (a model card). It has no `config.json`, so Transformers cannot take it for a whole model by mistake; a
-Trainer's checkpoints are such folders too.
-"""
+"""Load what was trained onto its base model, or the base model with it."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as dump_tensors
 from torch import Tensor
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from unipelt.api import InjectionError, inject_as, remove
-from unipelt.checkpoint.base_model import build_base, check_base, describe_base, find_base, whereabouts
+from unipelt.checkpoint.base_model import build_base, check_base, find_base
+from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import (
-    FORMAT,
     MANIFEST,
-    NEXT,
     WEIGHTS,
     CheckpointError,
     find_checkpoint,
     read_checkpoint,
-    settle,
 )
-from unipelt.checkpoint.model_card import model_card
 from unipelt.config.methods import UniPELTConfig
 from unipelt.files.strict import show
 from unipelt.gates.measure import FoldError
 from unipelt.gates.merge import fold_constants
-from unipelt.hosts.locate import find_stacks
+from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.injection.attach_terms import count_term
-from unipelt.injection.parameters import injection_of, is_sharded, kept_names, parameter_counts, unfrozen_names
-from unipelt.submodules.prefix import Prefix, PrefixNetwork
-
-
-def save(
-    model: PreTrainedModel,
-    folder: str | Path,
-    *,
-    deploy: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-    base: str | None = None,
-    base_revision: str | None = None,
-) -> Path:
-    """Write what was trained: submodules, gates, head, trained biases; not the frozen base.
-
-    Args:
-        model: an injected model.
-        folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
-            manifest, which holds the weights' SHA-256, last.
-        deploy: fold the prefix's reparameterisation network away. The logits stay the same; the prefix is smaller
-            and, if it is trained further, it is trained directly. A folded model is saved as what it was folded
-            from, in this form, with the gates' constants: loading folds again.
-        state_dict: the model's whole state dict, where it had to be gathered from several processes.
-        base: what others know the base model by (`user/name` on the hub), in place of where it was loaded from here.
-        base_revision: a branch, a tag or a commit of `base`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: nothing was injected.
-        OSError: the folder cannot be written.
-    """
-    injection = injection_of(model)
-    whole: Mapping[str, Any] = dict(model.named_parameters()) if state_dict is None else state_dict
-    if sharded := [name for name, tensor in whole.items() if is_sharded(tensor)]:
-        raise ValueError(
-            f"each process holds only a part of {sharded[0]!r}; gather the state dict in all (get_model_state_dict of "
-            "torch.distributed.checkpoint.state_dict, with full_state_dict) and pass it on as state_dict"
-        )
-    tensors = _trained_tensors(model, whole, deploy=deploy)
-    folder = Path(folder)
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file; save needs a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = dump_tensors(tensors, metadata={"format": "pt"})
-    manifest = {
-        "format": FORMAT,
-        "unipelt": injection.config.to_dict(),
-        "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
-        "head": sorted(injection.head),
-        "unfrozen": sorted(unfrozen_names(model)),
-        "base": describe_base(model, whole) | whereabouts(model, base, base_revision),
-        "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
-    }
-    if injection.folded is not None:
-        manifest["folded"] = injection.folded.constants
-    text = json.dumps(manifest, indent=2) + "\n"
-    # The manifest decides: until it is replaced the old weights are the checkpoint, from then on the new ones are,
-    # under their first name or the last. So whatever breaks off in between, one of the two is there whole.
-    settle(folder)
-    write_whole(folder / NEXT, weights)
-    try:
-        write_whole(folder / MANIFEST, text.encode())
-    except OSError:
-        (folder / NEXT).unlink(missing_ok=True)
-        raise
-    os.replace(folder / NEXT, folder / WEIGHTS)
-    write_whole(folder / "README.md", model_card(injection.config, parameter_counts(model), manifest).encode())
-    return folder
+from unipelt.injection.inject import inject_as, remove
+from unipelt.injection.parameters import kept_names
+from unipelt.injection.state import injection_of
 
 
 def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
@@ -141,6 +59,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         if getattr(model, "unipelt_injection", None) is not None:
             raise
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error
+    bind(model)
     held = {*kept_names(model), *manifest["unfrozen"]}
     places = {name: parameter for name, parameter in model.named_parameters() if name in held}
     if problem := _mismatch(places, tensors):
@@ -199,43 +118,6 @@ def from_pretrained(
     manifest, tensors = read_checkpoint(folder)
     name, commit = find_base(source, manifest["base"], base, base_revision)
     return load(build_base(source, manifest["base"], tensors, name, commit, **shared, **kwargs), folder).eval()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then in its place. Raises `OSError`, which names it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        # the file, not its draft; where no space is left the system names none at all
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):  # where the folder has become read-only, say
-            beside.unlink()
-
-
-def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, deploy: bool) -> dict[str, Tensor]:
-    folded = injection_of(model).folded
-    tensors = {name: whole[name] for name in kept_names(model)} | dict(folded.tensors if folded else {})
-    if deploy:
-        networks = {module: path for path, module in model.named_modules() if isinstance(module, PrefixNetwork)}
-        prefixes = {}
-        for network, path in networks.items():
-            weights = {name: whole[f"{path}.{name}"] for name, _ in network.named_parameters()}
-            with torch.no_grad():
-                prefixes[network] = functional_call(network, weights)
-        for path, module in model.named_modules():
-            for network in module.network if isinstance(module, Prefix) else ():
-                tensors[f"{path}.keys_values"] = prefixes[network][module.index]
-        for path in networks.values():
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | None:

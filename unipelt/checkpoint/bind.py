@@ -1,0 +1,45 @@
+"""What makes an injected model save and upload itself: `save_pretrained` and `push_to_hub` of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unipelt.checkpoint.push import push_to_hub
+from unipelt.checkpoint.save import save
+
+
+def bind(model: PreTrainedModel) -> PreTrainedModel:
+    """Give an injected model `save_pretrained` and `push_to_hub` that write what was trained; `remove` undoes it.
+
+    Returns the same model.
+    """
+    bound: Any = model
+    bound.save_pretrained = partial(_save_pretrained, model)
+    bound.push_to_hub = partial(_push_to_hub, model)
+    return model
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **_: Any,
+) -> None:
+    """An injected model's `save_pretrained`: what `unipelt.save` writes, so that a Trainer's checkpoints are ours."""
+    if push_to_hub:
+        raise ValueError("push_to_hub is no option of an injected model's save_pretrained; call unipelt.push_to_hub")
+    if is_main_process:
+        save(model, save_directory, state_dict=state_dict)
+
+
+def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:
+    """An injected model's `push_to_hub`: what `unipelt.push_to_hub` does."""
+    return push_to_hub(model, repo_id, **options)

@@ -1,0 +1,122 @@
+"""Add submodules to a model by a checked configuration, and take them out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from unipelt.config.methods import LoRAConfig, UniPELTConfig
+from unipelt.files.strict import show
+from unipelt.hosts.locate import InjectionError, find_stacks
+from unipelt.hosts.quantised import find_obstacle
+from unipelt.injection.attach import attach, attach_prompt, check_counts
+from unipelt.injection.detach import detach
+from unipelt.injection.parameters import bias_names, head_names, kept_names, set_trainable, submodule_parameters
+from unipelt.injection.state import Injection, injection_of
+from unipelt.submodules.lora import LORA_ATTRIBUTES, LoRA
+from unipelt.submodules.outputs import matrix_of
+
+
+def inject_as(
+    model: PreTrainedModel, config: UniPELTConfig, *, deployed: bool, head: frozenset[str] | None
+) -> PreTrainedModel:
+    """`inject`, with two things that a checkpoint knows: the prefix's form, and which parameters are the head."""
+    if not isinstance(model, PreTrainedModel):
+        raise InjectionError(f"inject takes a PreTrainedModel of transformers, not {type(model).__name__}")
+    if getattr(model, "unipelt_injection", None) is not None or any(True for _ in submodule_parameters(model)):
+        raise InjectionError("this model carries submodules already; call unipelt.remove(model) first")
+    stacks = find_stacks(model, config) if config.has_submodules else []
+    injection = Injection(
+        config=config,
+        deployed=deployed,
+        head=head_names(model) if head is None else head,
+        required_grad={name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        replaced={name: vars(model)[name] for name in REPLACED if name in vars(model)},
+    )
+    if unknown := injection.head - injection.required_grad.keys():
+        raise InjectionError(f"this {type(model).__name__} has no head parameter {show(sorted(unknown)[0])}")
+    if obstacle := find_obstacle(model, config, injection.head):
+        raise InjectionError(obstacle)
+    record: Any = model
+    record.unipelt_injection = injection
+    try:
+        for found in stacks:
+            attach(model, found, config, deployed)
+        if config.prompt is not None:
+            attach_prompt(model, stacks[0], config.prompt, config.gate)
+        check_counts(model, config, stacks)
+        set_trainable(model, injection)
+        if config.bitfit and not bias_names(model) - injection.head:
+            raise InjectionError(f"bitfit trains biases, and this {type(model).__name__} has none")
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        injection.originals = {
+            name: parameter.detach().to("meta" if parameter.is_meta else "cpu", copy=True)
+            for name, parameter in model.named_parameters()
+            if name in injection.required_grad and (name in trained or name in injection.head)
+        }
+        # Transformers drops these names when it saves, and Trainer expects just them to be missing when it loads
+        kept = set(kept_names(model))
+        record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
+        if getattr(model, "is_quantized", False):
+            record._hf_peft_config_loaded = True  # or Trainer takes it for a quantised model that nothing was added to
+    except BaseException:
+        _strip(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(injection.required_grad[name])
+        raise
+    return model
+
+
+def remove(model: PreTrainedModel) -> PreTrainedModel:
+    """Take everything out again: the model as it was before `inject`, bit for bit, in place.
+
+    Parameters of the model's own that trained (the head, biases, with `train_base` every weight), or that low-rank
+    terms were merged into (`unipelt.fold`), get back the values that they had. Raises `ValueError` if nothing was
+    injected, and for a task of `unipelt.Tasks`, which is deleted there.
+    """
+    injection = injection_of(model)
+    if injection.shares:
+        raise ValueError("this model is one of several tasks on one base; call delete(name) of their unipelt.Tasks")
+    before = injection.before
+    _strip(model)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data.copy_(before[name])
+        parameter.grad = None
+        parameter.requires_grad_(injection.required_grad[name])
+    return model
+
+
+def start_from_weights(model: PreTrainedModel, lora: LoRAConfig) -> None:
+    """Start low-rank terms as the principal parts of their weights (`lora.start: pissa`).
+
+    `inject_as` does not do so: a checkpoint holds the start of what is loaded.
+    """
+    try:
+        for path, host in model.named_modules():
+            for term in (getattr(host, name, None) for name in LORA_ATTRIBUTES):
+                if not isinstance(term, LoRA):
+                    continue
+                weight = matrix_of(host, term.rows)
+                if not weight.is_meta and not weight.isfinite().all():
+                    raise InjectionError(f"{path}.weight is not finite, and has no singular values to start from")
+                term.start(weight, gated=lora.gate)
+    except BaseException:
+        remove(model)
+        raise
+
+
+def _strip(model: nn.Module) -> None:
+    """Take out everything, and the record; the parameters' values and flags are the caller's."""
+    detach(model)
+    injection: Injection | None = model.__dict__.pop("unipelt_injection", None)
+    if injection is not None:
+        for name in REPLACED:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(injection.replaced)
+
+
+REPLACED = ("_keys_to_ignore_on_save", "save_pretrained", "push_to_hub", "_hf_peft_config_loaded")
+"""Attributes of the model that injecting sets (`checkpoint.bind` two of them), and removing puts back."""
