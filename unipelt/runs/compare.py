@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unipelt.runs.folder import MODEL
-from unipelt.runs.cache import Kept
 from unipelt.checkpoint.manifest import WEIGHTS
 from unipelt.config.schema import flatten
+from unipelt.runs.cache import Kept
+from unipelt.runs.folder import MODEL
 
 OUTCOME = ("evaluations", "best", "dev", "test", "majority", "gates", "parameters")
 """The parts of a record that are compared."""

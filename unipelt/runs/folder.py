@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from unipelt.files.atomic import write_whole
-from unipelt.runs.errors import RunError
-from unipelt.records.record import RESULT, ResultError, mismatch, read_result
-from unipelt.glue.settings import TrainingSettings
 from unipelt.files.strict import PlainError, read_plain, show_path
+from unipelt.glue.settings import TrainingSettings
+from unipelt.records.record import RESULT, ResultError, mismatch, read_result
+from unipelt.runs.errors import RunError
 
 try:
     import fcntl

@@ -10,6 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
+from unipelt.config.presets import PRESETS
+from unipelt.config.schema import read_mapping
+from unipelt.files.strict import PlainError, parse_yaml, show, show_path
 from unipelt.glue.settings import (
     INCIDENTAL,
     PATHS,
@@ -20,9 +23,6 @@ from unipelt.glue.settings import (
     expand_method,
     with_numbers,
 )
-from unipelt.files.strict import PlainError, parse_yaml, show, show_path
-from unipelt.config.presets import PRESETS
-from unipelt.config.schema import read_mapping
 
 _ALIASES = ("none", "null", "~")
 _MOST_ABOVE = 50

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import cached_file, logging
 
 import unipelt
-from unipelt.runs.errors import RunError
-from unipelt.runs.cache import Kept, State, files_in, state_of
-from unipelt.glue.settings import TrainingSettings
 from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.glue.settings import TrainingSettings
+from unipelt.runs.cache import Kept, State, files_in, state_of
+from unipelt.runs.errors import RunError
 
 
 def load_tokenizer(

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 import unipelt
+from unipelt.checkpoint.manifest import MANIFEST
 from unipelt.files.atomic import write_whole
+from unipelt.records.record import read_result, write_result
 from unipelt.runs import folder as place
 from unipelt.runs.folder import MODEL, PREDICTIONS, Progress
 from unipelt.runs.pretrained import tokenizer_sha256
-from unipelt.records.record import read_result, write_result
 from unipelt.runs.training import common_record, header, run_in_folder, train
-from unipelt.checkpoint.manifest import MANIFEST
 from unipelt.tasks.settings import TaskSettings
 
 

@@ -27,9 +27,8 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.runs import folder as place
-from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
-from unipelt.runs.folder import CHECKPOINTS, Progress
+from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.glue.settings import TrainingSettings
 from unipelt.records.record import (
     FORMAT,
     RESULT,
@@ -39,8 +38,9 @@ from unipelt.records.record import (
     peak_memory,
     summary,
 )
-from unipelt.glue.settings import TrainingSettings
-from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.runs import folder as place
+from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
+from unipelt.runs.folder import CHECKPOINTS, Progress
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Job = TypeVar("Job")

@@ -1,0 +1,1 @@
+"""One run of any task: settings, training, folder, errors, cache, batches."""
