@@ -7,17 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.injection.attention_hooks import Site
-from unipelt.injection.parameters import submodule_parameters
 from unipelt.injection.state import injection_of
-from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import LoRA
-from unipelt.submodules.prefix import PrefixNetwork
+from unipelt.submodules.entry import Part
+from unipelt.submodules.room import OwnPart, own_parameters, own_parts
 
 _ADAPTER = re.compile(r"\.adapters\.([^.]+)\.")
 _POSITION_IDS = re.compile(r"(^|\.)embeddings\.position_ids$")
@@ -27,13 +23,13 @@ _CENTRAL_GATE = re.compile(r"\.attention\.self\.prefix_central_gate\.(weight|bia
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one of the release's tensors lives here: a parameter, or one gate's row of it."""
+    """Where one of the release's tensors lives here: in a parameter, or in some rows of it."""
 
     parameter: Tensor
-    row: int | None = None
+    part: Part | None = None
 
     def view(self, tensor: Tensor) -> Tensor:
-        return tensor if self.row is None else tensor[self.row : self.row + 1]
+        return tensor if self.part is None else self.part.of(tensor)
 
 
 def load_release_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -133,38 +129,31 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
             "the release has plain LoRA of queries and values that starts at zero and whose gate replaces the scale, "
             "and this model's is another"
         )
-    places: dict[str, _Place] = {}
-    for path, module in model.named_modules():
-        dot = f"{path}." if path else ""
-        if isinstance(module, PrefixNetwork):
-            owner = dot.removesuffix("prefix_network.")
-            places[f"{owner}prefix_enc_embed.weight"] = _Place(module.embedding)
-            for index, linear in (("0", module.w1), ("2", module.w2)):
-                places |= _linear(f"{owner}prefix_embed_MLP.{index}.", linear)
-        elif isinstance(module, LoRA):
-            projection = dot.rpartition(".lora_")[0]
-            places |= {f"{projection}.lora_A": _Place(module.A), f"{projection}.lora_B": _Place(module.B)}
-        elif isinstance(module, Adapter):
-            owner = f"{path.removesuffix('.LayerNorm.adapter')}.adapters.*."
-            places |= _linear(f"{owner}adapter_down.0.", module.down)
-            places |= _linear(f"{owner}adapter_up.", module.up)
-            if module.gates is not None:
-                places |= _gate(f"{owner}gate.", module.gates, 0)
-        elif isinstance(site := getattr(module, "unipelt_site", None), Site) and isinstance(module.gates, Gates):
-            for row, (name, target) in enumerate(zip(module.gates.names, site.targets, strict=True)):
-                gate = "prefix_gate." if name == "prefix" else f"{target[0]}.lora_gate."
-                places |= _gate(f"{dot}{gate}", module.gates, row)
-    ours = {name for _, name, _ in submodule_parameters(model)}
+    places = {_release_name(own): _Place(own.parameter, own.part) for own in own_parts(model)}
+    ours = own_parameters(model).keys()
     places |= {name: _Place(parameter) for name, parameter in model.named_parameters() if name not in ours}
     return places
 
 
-def _linear(prefix: str, linear: nn.Linear) -> dict[str, _Place]:
-    return {f"{prefix}weight": _Place(linear.weight), f"{prefix}bias": _Place(linear.bias)}
+_NETWORK = {"embedding": "prefix_enc_embed.weight", "w1": "prefix_embed_MLP.0", "w2": "prefix_embed_MLP.2"}
 
 
-def _gate(prefix: str, gates: Gates, row: int) -> dict[str, _Place]:
-    return {f"{prefix}weight": _Place(gates.weight, row), f"{prefix}bias": _Place(gates.bias, row)}
+def _release_name(own: OwnPart) -> str:
+    """The release's name of a part of what was added."""
+    host = own.room.rpartition(".")[0]  # the layer, or the stack of a network
+    first, _, rest = own.part.name.partition(".")
+    end = own.part.name.rpartition(".")[2]
+    if first == "prefix_network":
+        module, _, parameter = rest.partition(".")
+        return f"{host}.{_NETWORK[module]}" + (f".{parameter}" if parameter else "")
+    if first == "adapter":
+        return f"{host}.output.adapters.*.{'adapter_down.0' if 'down' in rest else 'adapter_up'}.{end}"
+    if first == "gate":
+        gate = own.part.gate
+        if gate == "adapter":
+            return f"{host}.output.adapters.*.gate.{end}"
+        return f"{host}.attention.self.{'prefix_gate' if gate == 'prefix' else f'{gate[5:]}.lora_gate'}.{end}"
+    return f"{host}.attention.self.{first.removeprefix('lora_')}.lora_{end}"
 
 
 def _never_used(name: str, state_dict: Mapping[str, Tensor]) -> bool:

@@ -20,8 +20,9 @@ from unipelt.config.schema import flatten
 from unipelt.files.hub import cached_commit, may_be_base
 from unipelt.files.strict import shorten, show, show_path
 from unipelt.hosts.quantised import describe_numbers, is_quantised
-from unipelt.injection.parameters import is_sharded, submodule_parameters, unfrozen_names
+from unipelt.injection.parameters import is_sharded, unfrozen_names
 from unipelt.injection.state import injection_of
+from unipelt.submodules.room import own_parameters
 
 MOST_MODULES = 1_000
 """Layers, and whatever else a base has many of, that `from_pretrained` builds because a manifest says so."""
@@ -112,7 +113,7 @@ def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping
     Submodules and the names `apart` do not count; where a name has a value in `before`, that does. Of quantised
     weights the names count alone: another device may round otherwise, and a quantiser packs them as it needs them.
     """
-    ours = {name for _, name, _ in submodule_parameters(model)}
+    ours = own_parameters(model).keys()
     digest = hashlib.sha256()
     dtypes = set()
     for name, parameter in sorted(model.named_parameters()):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from unipelt.checkpoint.base_model import build_base, check_base, find_base
 from unipelt.checkpoint.bind import bind
+from unipelt.checkpoint.format_1 import renamed
 from unipelt.checkpoint.manifest import (
     MANIFEST,
     WEIGHTS,
@@ -19,15 +20,14 @@ from unipelt.checkpoint.manifest import (
     find_checkpoint,
     read_checkpoint,
 )
-from unipelt.config.methods import UniPELTConfig
 from unipelt.files.strict import show
 from unipelt.gates.measure import FoldError
 from unipelt.gates.merge import fold_constants
-from unipelt.hosts.locate import InjectionError, find_stacks
-from unipelt.injection.attach_terms import count_term
+from unipelt.hosts.locate import InjectionError
+from unipelt.injection.draft import draft, shapes
 from unipelt.injection.inject import inject_as, remove
 from unipelt.injection.parameters import kept_names
-from unipelt.injection.state import injection_of
+from unipelt.injection.state import injection_of, is_injected
 
 
 def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
@@ -51,12 +51,16 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     check_base(model, manifest["base"])
     if problem := _unknown_name(model, manifest):
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {problem}")
-    if problem := _impossible_size(model, manifest["unipelt"], manifest["deployed"], tensors):
-        raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
     try:
+        if not is_injected(model):
+            drafts = draft(model, manifest["unipelt"], manifest["deployed"])
+            if manifest["format"] == 1:
+                tensors, manifest["folded"] = renamed(drafts, tensors, manifest["folded"])
+            if problem := _mismatch(shapes(drafts), tensors, also=False):
+                raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
         inject_as(model, manifest["unipelt"], deployed=manifest["deployed"], head=frozenset(manifest["head"]))
     except InjectionError as error:
-        if getattr(model, "unipelt_injection", None) is not None:
+        if is_injected(model):
             raise
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error
     bind(model)
@@ -129,55 +133,19 @@ def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | 
     return None
 
 
-def _impossible_size(
-    model: PreTrainedModel, config: UniPELTConfig, deployed: bool, tensors: Mapping[str, Tensor]
-) -> str | None:
-    """A size in the configuration that no tensor has, or that all are too small for: found before memory is taken."""
-    try:
-        stacks = find_stacks(model, config)
-    except ValueError:
-        return None  # why it does not fit is said when it is injected
-    layers = [layer for stack in stacks for layer in stack.layers.values()]
-    width = min(place.query.inputs for layer in layers for place in (layer.attention, layer.cross) if place is not None)
-    there = {size for tensor in tensors.values() for size in tensor.shape}
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    sizes = {}
-    # attention to an encoder takes the other submodules alone
-    if config.adapter is not None and any(layer.adapted is not None for layer in layers):
-        sizes["adapter.bottleneck"] = config.adapter.bottleneck
-    if config.prefix is not None:
-        sizes["prefix.length"] = config.prefix.length
-        if not deployed:
-            sizes["prefix.hidden"] = config.prefix.hidden
-    if config.prompt is not None:
-        sizes["prompt.length"] = config.prompt.length
-        table: Any = model.get_input_embeddings()
-        width = min(width, table.weight.shape[1])  # ALBERT's embeddings are narrower than its states
-    if config.lora is not None:
-        sizes["lora.rank"] = config.lora.rank
-    parts = (config.adapter, config.prefix, config.lora, config.prompt, *config.more)
-    if config.gate.network != "linear" and any(part is not None and part.gate for part in parts):
-        sizes["gate.hidden"] = config.gate.hidden
-    for name, size in sizes.items():
-        if size not in there:
-            return f"{name} is {size}, and no tensor has that size"
-        if size * width > numbers:  # each is one side of a matrix that is as long as a state, or longer, on the other
-            return f"{name} is {size}, and its {numbers} numbers are too few for that"
-    for part in config.more:
-        found = next((place for layer in layers for place in layer.terms if place.config is part), None)
-        needed = 0 if found is None else count_term(found)
-        if needed > numbers:
-            return f"{part.name} needs {needed} numbers in one place, and it has {numbers} in all"
-    return None
+def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], also: bool = True) -> str | None:
+    """Return what is wrong between parameters and the tensors for them, or None.
 
-
-def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong between the parameters of a model and the tensors for them, or None."""
+    Args:
+        places: the parameters by name.
+        tensors: the tensors by name.
+        also: whether there must be no other tensors.
+    """
     if missing := sorted(places.keys() - tensors.keys()):
         return f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-    if extra := sorted(tensors.keys() - places.keys()):
+    if also and (extra := sorted(tensors.keys() - places.keys())):
         return f"the model has no {show(extra[0])}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
-    for name, tensor in tensors.items():
+    for name, tensor in ((name, tensor) for name, tensor in tensors.items() if name in places):
         if tensor.shape != places[name].shape:
             return f"{name} is {tuple(tensor.shape)} there and {tuple(places[name].shape)} here"
         if not tensor.is_floating_point():

@@ -22,7 +22,8 @@ from unipelt.gates.merge import Constants
 WEIGHTS = "model.safetensors"
 NEXT = f"{WEIGHTS}.next"
 MANIFEST = "unipelt.json"
-FORMAT = 1
+FORMAT = 2
+"""The version that is written; 1, whose parameters have other names (`format_1`), is read too."""
 _KINDS: dict[type[Any], str] = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
 
 
@@ -67,8 +68,10 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {WEIGHTS}")
     try:
         raw = read_mapping(folder / MANIFEST)
-        if type(raw.get("format")) is not int or raw["format"] != FORMAT:
-            raise ConfigError(f"format must be {FORMAT}, not {show(raw.get('format'))}; a newer unipelt may read it")
+        if type(raw.get("format")) is not int or raw["format"] not in (1, FORMAT):
+            raise ConfigError(
+                f"format must be 1 or {FORMAT}, not {show(raw.get('format'))}; a newer unipelt may read it"
+            )
         base = _typed(raw, "base", dict)
         found = _typed(base, "fingerprint", dict)
         _only(raw, ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "base", "weights"), "")
@@ -80,6 +83,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if weights.get("file") != WEIGHTS:
             raise ConfigError(f"weights.file must be {WEIGHTS!r}, not {show(weights.get('file'))}")
         manifest = {
+            "format": raw["format"],
             "unipelt": UniPELTConfig.from_dict(_typed(raw, "unipelt", dict)),
             "deployed": _typed(raw, "deployed", bool),
             "folded": _constants(raw) if "folded" in raw else None,

@@ -325,6 +325,8 @@ class UniPELTConfig:
         cross: whether a decoder's attention to the encoder carries what has a place there: a prefix, LoRA, and terms
             of its projections.
         prompt: learned vectors before the text, in models of one stack; whatever `layers` says.
+        dtype: the type of what is added. `float32` keeps it in at least float32 over a base in half precision, where
+            small steps would be rounded away; `base` follows the base.
         more: further submodules, at most one of a kind. In a dict or a file each is a key of its own, by its name:
             `{"preset": "lora", "ia3": {"gate": false}}`; null leaves it out.
     """
@@ -342,6 +344,7 @@ class UniPELTConfig:
     cross: bool = True
     more: tuple[SubmoduleConfig, ...] = ()
     prompt: PromptConfig | None = later(None)  # noqa: RUF009 - a field, as elsewhere
+    dtype: Literal["float32", "base"] = later("float32")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "more", _checked_more(self.more))

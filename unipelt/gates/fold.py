@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from unipelt.gates.measure import FoldError, GatePlace, find_gates, measure_gates
-from unipelt.gates.merge import check_gates, fold_constants, serves_positions, takes_attention
+from unipelt.gates.measure import FoldError, GateTarget, find_gates, measure_gates
+from unipelt.gates.merge import check_gates, fold_constants
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
 from unipelt.injection.state import injection_of
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork
-from unipelt.submodules.term import Term
 
 Outcome = Literal["merged", "constant", "dropped", "kept"]
 
@@ -170,21 +169,21 @@ def _check_arguments(tolerance: float, closed: float) -> None:
 
 
 def _constant(
-    gate: GatePlace, mean: float, std: float, tolerance: float, closed: float
+    gate: GateTarget, mean: float, std: float, tolerance: float, closed: float
 ) -> float | Literal["kept"] | None:
     """What a gate becomes: a constant, None (its submodule is dropped), or that it is kept."""
-    if std > tolerance or isinstance(gate.target, Term):
+    if std > tolerance or not gate.target.folds_to:
         return "kept"
-    if (mean < closed or mean == 0) and not takes_attention(gate.target):
+    if (mean < closed or mean == 0) and not gate.target.takes_attention:
         return None
-    if mean == 0 or serves_positions(gate.target):
+    if mean == 0 or getattr(gate.target, "once", False):
         return "kept"
     return min(mean, 1.0)  # a mean of token weights in float32 may be a rounding above 1
 
 
-def _outcome(gate: GatePlace, constant: float | Literal["kept"] | None) -> Outcome:
+def _outcome(gate: GateTarget, constant: float | Literal["kept"] | None) -> Outcome:
     if constant == "kept":
         return "kept"
     if constant is None:
         return "dropped"
-    return "merged" if isinstance(gate.target, LoRA) else "constant"
+    return gate.target.folds_to

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unipelt.injection.attention_hooks import Site
-from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import LoRA
+from unipelt.submodules.entry import Entry
 from unipelt.submodules.prompt import Prompt
-from unipelt.submodules.term import Term
+from unipelt.submodules.room import layer_sets, rooms
 
 
 class FoldError(ValueError):
@@ -28,49 +25,58 @@ class FoldError(ValueError):
 
 
 @dataclass(frozen=True)
-class GatePlace:
-    """A gate, and where it is.
+class GateTarget:
+    """A gate, and the submodule that it scales.
 
     Attributes:
-        path: of its `Gates` module.
-        row: its place there.
-        target: the submodule that it scales.
-        mask: the model's input that tells real tokens from padding in what it reads.
+        path: of the entry that computes it.
+        name: as `unipelt.record_gates` calls it.
+        entry: the entry.
+        target: the submodule.
+        mask: the model's input that tells real tokens from padding in what the gate reads.
     """
 
     path: str
     name: str
-    row: int
-    module: Gates
+    entry: Entry
     target: Any
     mask: str
 
+    @property
+    def row(self) -> int:
+        """The gate's place among those of its entry."""
+        return self.entry.gates.names.index(self.name)
 
-def find_gates(model: PreTrainedModel) -> list[GatePlace]:
-    """Every gate of an injected model, in the order of its modules."""
+
+def find_gates(model: PreTrainedModel) -> list[GateTarget]:
+    """Find every gate of an injected model, in the order of its layers."""
     behind_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    paths = {module: path for path, module in model.named_modules() if isinstance(module, Entry)}
     found = []
-    for path, module in model.named_modules():
-        site: Site | None = vars(module).get("unipelt_site")
-        host: Any = module
-        if site is not None and host.gates is not None:
-            targets = [host.get_submodule(".".join(target)) for target in site.targets]
-        elif isinstance(module, (Adapter, LoRA, Prompt, Term)) and module.gates is not None:
-            targets = [module]
-        else:
-            continue
-        for row, (name, target) in enumerate(zip(host.gates.names, targets, strict=True)):
-            mask = "attention_mask"
-            if isinstance(module, (LoRA, Term)) and module.crosses:  # it reads the other text
-                mask = "attention_mask" if behind_encoder else "encoder_attention_mask"
-            elif behind_encoder and name.startswith(("decoder.", "cross.")):
-                mask = "decoder_attention_mask"
-            found.append(GatePlace(f"{path}.gates", name, row, host.gates, target, mask))
+    for _, _, part in layer_sets(model):
+        scaled: dict[str, Any] = {term.gate_name: term for term in part.terms.values() if term.gate_name}
+        if part.prefix is not None and part.prefix.gate_name:
+            scaled[part.prefix.gate_name] = part.prefix
+        for entry in (part.entry, *(term.entry for term in part.terms.values())):
+            if entry is None:
+                continue
+            for name in entry.gates.names:
+                target = scaled[name]
+                mask = "attention_mask"
+                if getattr(target, "crosses", False):  # it reads the other text
+                    mask = "attention_mask" if behind_encoder else "encoder_attention_mask"
+                elif behind_encoder and name.startswith(("decoder.", "cross.")):
+                    mask = "decoder_attention_mask"
+                found.append(GateTarget(paths[entry], name, entry, target, mask))
+    for _, room in rooms(model):
+        for module in room.modules():
+            if isinstance(module, Prompt) and module.entry is not None:
+                found.append(GateTarget(paths[module.entry], "prompt", module.entry, module, "attention_mask"))
     return found
 
 
 def measure_gates(
-    model: PreTrainedModel, gates: list[GatePlace], batches: Iterable[Mapping[str, Any]]
+    model: PreTrainedModel, gates: list[GateTarget], batches: Iterable[Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], int]:
     """Run the model over the data, in evaluation mode, and look at its gates.
 
@@ -92,7 +98,7 @@ def measure_gates(
     examples = 0
     in_front = sum(len(module.embedding) for module in model.modules() if isinstance(module, Prompt))
 
-    def keep(gate: GatePlace, module: Any, args: Any, output: Tensor) -> None:
+    def keep(gate: GateTarget, module: Any, args: Any, output: Tensor) -> None:
         values = output if output.dim() == 3 else output.unflatten(0, (_batch_size(inputs), -1))
         mask = inputs.get(gate.mask)
         if in_front and isinstance(mask, Tensor):
@@ -101,7 +107,7 @@ def measure_gates(
             values = values[mask.to(values.device).bool()]
         parts[gate.path].append(_sums(values.flatten(0, -2).cpu().double()))
 
-    hooks = {gate.path: (gate.module, partial(keep, gate)) for gate in gates}
+    hooks = {gate.path: (gate.entry.gates, partial(keep, gate)) for gate in gates}
     with _evaluating(model), _hooked(hooks.values()), torch.no_grad():
         for batch in batches:
             if not isinstance(batch, Mapping):

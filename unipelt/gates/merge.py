@@ -5,7 +5,6 @@ Shapes: W prefix width, L prefix length.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,17 +16,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unipelt.files.strict import show
-from unipelt.gates.measure import FoldError, GatePlace, find_gates
-from unipelt.injection.attention_hooks import Site, enter_attention, insert_prefix, leave_attention
-from unipelt.injection.detach import drop_hooks, refuse_training
-from unipelt.injection.parameters import kept_names, submodule_parameters, unfrozen_names
+from unipelt.gates.measure import FoldError, GateTarget, find_gates
+from unipelt.injection.hooks import hook, put
+from unipelt.injection.parameters import kept_names, unfrozen_names
 from unipelt.injection.state import Folded, Injection, injection_of
-from unipelt.submodules.adapter import Adapter, adapt_norm, adapt_output
+from unipelt.injection.wire import rewire_layer
 from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import LORA_ATTRIBUTES, LoRA, add_low_rank
-from unipelt.submodules.prefix import NETWORKS, Prefix, PrefixNetwork, enter_stack, leave_stack
+from unipelt.submodules.lora import LoRA, low_rank_factors
+from unipelt.submodules.prefix import NETWORK_NAMES, Prefix, PrefixNetwork
 from unipelt.submodules.prompt import Prompt
-from unipelt.submodules.term import Term
+from unipelt.submodules.room import PlacedTerm, SubmoduleSet, layer_sets, own_parameters, placed_terms, rooms
 
 Constants = Mapping[str, Mapping[str, float | None]]
 """Path of a `Gates` module -> name of one of its gates -> its constant, or None where its submodule is dropped."""
@@ -60,20 +58,32 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
         for name, weight in merged.items():
             model.get_parameter(name).copy_(weight)
         for path, both in prefixes.items():
-            _deploy(model.get_submodule(path), both)
+            prefix: Any = model.get_submodule(path)
+            prefix.deploy(both)
         _drop_networks(model)
-        for attention, site in _sites(model):
-            _shrink_gates(attention, site, [gate for gate in gates if gate.module is attention.gates], settled)
-        for host in list(model.modules()):
-            _fold_host(host, settled)
-        _tidy_sites(model)
+        for module in model.modules():
+            if isinstance(module, Prompt) and settled.get(module) is not None:
+                module.scale_by(settled[module])
+        for _, layer, part in list(layer_sets(model)):
+            _fold_set(part, settled)
+            rewire_layer(layer)
     injection.deployed = True
     for parameter in model.parameters():
         parameter.grad = None
         parameter.requires_grad_(False)
-    model.register_forward_pre_hook(refuse_training)
+    put(model, refuse_training)
     model.eval()
     return count
+
+
+@hook("input")
+def refuse_training(model: Any, args: tuple[Any, ...]) -> None:
+    """Refuse to train a folded model."""
+    if model.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a folded model does not train: its gates are constants and its low-rank terms are in the weights; call "
+            "model.eval() to use it, or train the model that it was folded from"
+        )
 
 
 def check_gates(model: nn.Module) -> None:
@@ -82,16 +92,6 @@ def check_gates(model: nn.Module) -> None:
     has_gates = any(isinstance(module, Gates) for module in model.modules())
     if has_gates and (gate.shared or gate.activation != "sigmoid"):
         raise FoldError("shared gates, and gates that are not between 0 and 1, are not folded")
-
-
-def takes_attention(target: Any) -> bool:
-    """Whether it is a prefix or a prompt that takes attention even when its gate is closed."""
-    return isinstance(target, Prompt) or (isinstance(target, Prefix) and target.gating == "scale")
-
-
-def serves_positions(target: Any) -> bool:
-    """Whether it is a low-rank term that its weight is sometimes used without, so that it cannot be merged."""
-    return isinstance(target, LoRA) and target.skips_ungated_calls
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _settle(model: nn.Module, gates: list[GatePlace], constants: Constants) -> dict[nn.Module, float | None]:
+def _settle(model: nn.Module, gates: list[GateTarget], constants: Constants) -> dict[nn.Module, float | None]:
     """The constant of every submodule that loses its gate, None if it is dropped; low-rank terms without one too."""
     known = {(gate.path, gate.name): gate.target for gate in gates}
     settled: dict[nn.Module, float | None] = {}
@@ -112,30 +112,28 @@ def _settle(model: nn.Module, gates: list[GatePlace], constants: Constants) -> d
             if (path, name) not in known:
                 raise FoldError(f"the model has no gate {show(name)} at {show(path)}")
             target = known[path, name]
-            if isinstance(target, Term):
+            if not target.folds_to:
                 raise FoldError(f"{name!r} at {path!r}: only adapters, prefixes, prompts and LoRA are folded")
-            if constant is None and takes_attention(target):
+            if constant is None and target.takes_attention:
                 what = "a prompt" if isinstance(target, Prompt) else "a prefix under scale gating"
                 raise FoldError(f"{name!r} at {path!r}: {what} takes attention and is not dropped")
             if constant is not None and not 0 < constant <= 1:
                 raise FoldError(f"{name!r} at {path!r}: a gate is above 0 and at most 1, not {constant!r}")
-            if constant is not None and serves_positions(target):
+            if constant is not None and getattr(target, "once", False):
                 raise FoldError(f"{name!r} at {path!r}: this term serves one of two uses of a weight: it is not merged")
             scale = target.gated_scale if isinstance(target, LoRA) else 1.0
             settled[target] = None if constant is None else constant * scale
-    for module in model.modules():
-        if isinstance(module, LoRA) and module.gates is None and module.low is None and module.gate is None:
-            settled[module] = module.scale
+    for placed in placed_terms(model):
+        if isinstance(placed.term, LoRA) and not placed.term.gate_name:
+            settled[placed.term] = placed.term.scale
     return settled
 
 
 def _check_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) -> None:
     """Raise `FoldError` if nothing can be merged into a weight that a low-rank term is to be merged into."""
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    for path, leaf in model.named_modules():
-        if not _constant_terms(leaf, settled):
-            continue
-        weight: Any = leaf._parameters.get("weight")
+    for path, terms in _merged_terms(model, settled).items():
+        weight: Any = terms[0][0].host._parameters.get("weight")
         if weight is None:
             problem = "is no parameter of its own (a parametrization, perhaps)"
         elif weight.is_meta:
@@ -150,31 +148,35 @@ def _check_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) 
         raise FoldError(f"nothing can be merged into {path}.weight: it {problem}; fold a model of plain weights")
 
 
-def _constant_terms(leaf: nn.Module, settled: Mapping[nn.Module, float | None]) -> list[tuple[LoRA, float]]:
-    """The low-rank terms of a projection that are to be merged, each with its constant."""
-    terms = [term for name in LORA_ATTRIBUTES if isinstance(term := getattr(leaf, name, None), LoRA)]
-    return [(term, constant) for term in terms if (constant := settled.get(term)) is not None]
+def _merged_terms(
+    model: nn.Module, settled: Mapping[nn.Module, float | None]
+) -> dict[str, list[tuple[PlacedTerm, float]]]:
+    """The low-rank terms that are to be merged, each with its constant, by the path of their projection."""
+    found: dict[str, list[tuple[PlacedTerm, float]]] = {}
+    for placed in placed_terms(model):
+        constant = settled.get(placed.term)
+        if isinstance(placed.term, LoRA) and constant is not None:
+            found.setdefault(placed.path, []).append((placed, constant))
+    return found
 
 
 def _merged_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) -> tuple[dict[str, Tensor], int]:
     """`W + sum of c B A`, by the weight's name, on the CPU so that every machine rounds alike; and how many terms."""
     merged = {}
     count = 0
-    for path, leaf in model.named_modules():
-        constants = _constant_terms(leaf, settled)
-        if not constants:
-            continue
+    for path, terms in _merged_terms(model, settled).items():
+        leaf = terms[0][0].host
         old: Any = leaf.weight
         kind = torch.promote_types(old.dtype, torch.float32)
         weight = old.detach().to("cpu", kind, copy=True)
-        for term, constant in constants:
-            low, high = (side.detach().to("cpu", kind) for side in term.pair())
+        for placed, constant in terms:
+            low, high = (side.detach().to("cpu", kind) for side in low_rank_factors(placed.factors()))
             update = constant * (high @ low)
-            outputs = weight.t() if isinstance(leaf, Conv1D) else weight
-            rows = outputs.unflatten(0, (term.rows.groups, -1)).narrow(1, term.rows.start, term.rows.size)
-            rows += update.unflatten(0, (term.rows.groups, term.rows.size))
+            outputs, meant = weight.t() if isinstance(leaf, Conv1D) else weight, placed.term.outputs
+            rows = outputs.unflatten(0, (meant.groups, -1)).narrow(1, meant.start, meant.size)
+            rows += update.unflatten(0, (meant.groups, meant.size))
         merged[f"{path}.weight"] = weight.to(old.dtype)
-        count += len(constants)
+        count += len(terms)
     return merged, count
 
 
@@ -197,7 +199,7 @@ def _remember(
 ) -> Folded:
     """What saving, loading and removing need of a model that is about to be folded."""
     networks = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, PrefixNetwork))
-    ours = {name for _, name, _ in submodule_parameters(model) if not name.startswith(networks)}
+    ours = {name for name in own_parameters(model) if not name.startswith(networks)}
     trained = merged.keys() & set(kept_names(model))
     tensors = {name: weight for name, weight in model.named_parameters() if name in ours or name in trained}
     tensors |= {f"{path}.keys_values": nn.Parameter(both) for path, both in prefixes.items()}
@@ -209,108 +211,37 @@ def _remember(
     )
 
 
-def _deploy(prefix: Any, both: Tensor) -> None:
-    prefix.keys_values = nn.Parameter(both)
-    prefix.network = ()
-
-
 def _drop_networks(model: nn.Module) -> None:
-    for owner in list(model.modules()):
-        for name in NETWORKS:
-            if isinstance(getattr(owner, name, None), PrefixNetwork):
-                delattr(owner, name)
-                drop_hooks(owner, (enter_stack, leave_stack))
+    for _, room in rooms(model):
+        for name in room:
+            for source in NETWORK_NAMES:
+                room[name]._modules.pop(source, None)
 
 
-def _sites(model: nn.Module) -> list[tuple[Any, Site]]:
-    return [(module, vars(module)["unipelt_site"]) for module in model.modules() if "unipelt_site" in vars(module)]
-
-
-def _shrink_gates(
-    attention: Any, site: Site, gates: list[GatePlace], settled: Mapping[nn.Module, float | None]
-) -> None:
-    """Keep the rows of an attention's gates whose submodules are not settled."""
-    rows = [gate.row for gate in gates if gate.target not in settled]
-    if len(rows) == len(gates):
-        return
-    site.targets = tuple(site.targets[row] for row in rows)
-    if not rows:
-        attention.gates = None
-        return
-    left: Gates = attention.gates
-    left.names = tuple(left.names[row] for row in rows)
-    left.bias = nn.Parameter(left.bias[rows])
-    if left.has_input:
-        left.weight = nn.Parameter(left.weight[rows])
-
-
-def _fold_host(host: Any, settled: Mapping[nn.Module, float | None]) -> None:
-    """Fold what one module of the host carries."""
-    terms = [
-        name for name in LORA_ATTRIBUTES if isinstance(term := getattr(host, name, None), LoRA) and term in settled
-    ]
-    for name in terms:
-        delattr(host, name)
-    if terms and not any(isinstance(getattr(host, name, None), LoRA) for name in LORA_ATTRIBUTES):
-        drop_hooks(host, (add_low_rank,))
-    adapter = getattr(host, "adapter", None)
-    if isinstance(adapter, Adapter) and adapter in settled:
-        constant = settled[adapter]
-        if constant is None:
-            del host.adapter
-            drop_hooks(host, (adapt_norm, adapt_output))
-        else:
-            adapter.up.weight.mul_(constant)
-            adapter.up.bias.mul_(constant)
-            adapter.gates = adapter.tokens = None
-    prompt = getattr(host, "prompt", None)
-    if isinstance(prompt, Prompt) and prompt in settled:
-        constant = settled[prompt]
-        assert constant is not None  # it takes attention, and is not dropped
-        prompt.embedding.mul_(constant)
-        prompt.gates = None
-    prefix = getattr(host, "prefix", None)
-    if isinstance(prefix, Prefix) and prefix in settled:
-        constant = settled[prefix]
-        if constant is None:
-            _drop_prefix(host)
-            return
-        prefix.gate = None
-        if prefix.gating == "scale":
-            assert prefix.keys_values is not None
-            prefix.keys_values.mul_(constant)
-        elif prefix.gating == "added":
-            assert prefix.keys_values is not None
-            prefix.keys_values[1].mul_(constant)
-        else:
-            prefix.mass = math.log(constant)
-
-
-def _drop_prefix(attention: Any) -> None:
-    """Take a prefix out of an attention."""
-    del attention.prefix
-    site: Site = attention.unipelt_site
-    if site.config is not None:
-        attention.config = site.config
-        site.config = None
-    if site.inserts:
-        site.inserts = ()
-        drop_hooks(attention, (leave_attention,))
-        for leaf in attention.modules():
-            if vars(leaf).pop("unipelt_rows", None) is not None:
-                drop_hooks(leaf, (insert_prefix,))
-
-
-def _tidy_sites(model: nn.Module) -> None:
-    """Let attentions do no more than what is left to do."""
-    wanted = {id(module.tokens) for module in model.modules() if isinstance(module, (Adapter, LoRA, Term))}
-    for attention, site in _sites(model):
-        site.tokens = tuple(slot for slot in site.tokens if id(slot) in wanted)
-        site.inside = tuple(slot for slot in site.inside if id(slot) in wanted)
-        left = bool(attention.gates is not None or site.tokens or site.inside)
-        site.masked = site.masked and left
-        if left or site.inserts:
+def _fold_set(part: SubmoduleSet, settled: Mapping[nn.Module, float | None]) -> None:
+    """Fold what one attention, and what follows it, carries."""
+    gone = set()
+    left = {term.gate_name for term in part.terms.values() if term.gate_name and term not in settled}
+    prefix = part.prefix
+    if prefix is not None and prefix.gate_name and prefix not in settled:
+        left.add(prefix.gate_name)
+    if part.entry is not None and not left.issuperset(part.entry.gates.names):
+        part.entry.keep(left)
+        if not part.entry.gates.names:
+            part.entry = None
+    for name, term in part.terms.items():
+        if term not in settled:
             continue
-        drop_hooks(attention, (enter_attention,))
-        if not hasattr(attention, "prefix"):
-            del attention.unipelt_site, attention.gates
+        constant = settled[term]
+        if constant is None or term.folds_to == "merged":
+            gone.add(name)
+            del part._modules[name]
+        else:
+            scaled: Any = term
+            scaled.scale_by(constant)
+    if prefix is not None and prefix in settled:
+        if settled[prefix] is None:
+            part.prefix = None
+        else:
+            prefix.scale_by(settled[prefix])
+    part.wiring = part.wiring.without(gone, lengthens=part.prefix is not None)

@@ -28,6 +28,7 @@ class Attention:
             given: the argument that is added to them besides the mask. A prefix then makes its text longer.
         hidden: name of the argument with the states.
         mask: name of the argument with the mask.
+        mask_is_truth_values: the attention reads a floating-point mask as truth values, and adds it to nothing.
         query_serves_positions: the projections of queries and keys are called again in a pass, on relative positions;
             what is gated, which belongs to a text, keeps out of that.
     """
@@ -42,6 +43,7 @@ class Attention:
     hidden: str = "hidden_states"
     mask: str = "attention_mask"
     query_serves_positions: bool = False
+    mask_is_truth_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,14 @@ FAMILIES: dict[str, Family] = {
         (
             Stack(
                 "encoder.layer",
-                Attention("attention.self", "in_proj", "in_proj", fused="heads", output="attention.output.dense"),
+                Attention(
+                    "attention.self",
+                    "in_proj",
+                    "in_proj",
+                    fused="heads",
+                    output="attention.output.dense",
+                    mask_is_truth_values=True,
+                ),
                 norm="output.LayerNorm",
                 up="intermediate.dense",
                 down="output.dense",
@@ -255,6 +264,7 @@ FAMILIES: dict[str, Family] = {
                     key="key_proj",
                     output="attention.output.dense",
                     query_serves_positions=True,
+                    mask_is_truth_values=True,
                 ),
                 norm="output.LayerNorm",
                 up="intermediate.dense",

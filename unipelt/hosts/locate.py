@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
 from unipelt.hosts.families import FAMILIES, Attention, Stack, describe_unknown
-from unipelt.submodules.lora import FUSED_WITH_GATES, LORA_ATTRIBUTES
 from unipelt.submodules.outputs import OutputSlice
+from unipelt.submodules.room import ROOM
 
 
 class InjectionError(ValueError):
@@ -24,7 +24,7 @@ class InjectionError(ValueError):
 
 @dataclass(frozen=True)
 class Projection:
-    """A projection: the module, and which of its outputs are meant. Host modules take attributes, hence `Any`."""
+    """A projection of a layer: the module, its path from the layer, and which of its outputs are meant."""
 
     module: Any
     path: str
@@ -41,7 +41,7 @@ class TermTarget:
         place: its name.
         projection: whose output the term is added to; at `activation`, whose input.
         inputs: width of what the term reads.
-        reader: where that is what another projection reads, that projection; else None.
+        reader: where another projection is given what the term reads, the path of that; else empty.
         crosses: whether it reads the other stack's output in an attention whose own input says nothing about it.
         in_cross: whether it is in a decoder's attention to the encoder.
         serves_positions: whether the projection is also called on relative positions.
@@ -51,31 +51,57 @@ class TermTarget:
     place: Place
     projection: Projection
     inputs: int
-    reader: Any = None
+    reader: str = ""
     crosses: bool = False
     in_cross: bool = False
     serves_positions: bool = False
 
     @property
     def name(self) -> str:
-        """The attribute of the projection that holds the term; with a prefix, the name of its gate."""
+        """The name of the term in its set; behind a stack's label, the name of its gate."""
         return f"{self.config.name}_{self.place}"
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether the term stands inside an attention."""
+        return self.place in IN_ATTENTION
 
 
 @dataclass(frozen=True)
 class AttentionTargets:
-    """One attention's places, found and checked before anything is changed."""
+    """One attention's targets, found and checked before anything is changed.
+
+    Attributes:
+        module: the attention.
+        described: where an attention of this architecture keeps its parts.
+        query, value: the projections.
+        readers: paths of the projections that read the attention's input; that of the query comes first.
+        key_path: path of the projection of keys, where a prefix lengthens the text; else empty.
+    """
 
     module: Any
     described: Attention
     query: Projection
     value: Projection
-    key: Any = None
+    readers: tuple[str, ...]
+    key_path: str = ""
+
+    def term(self, lora: LoRAConfig, place: Place, projection: Projection, *, in_cross: bool) -> TermTarget:
+        """Return the target of a low-rank term of queries or values."""
+        return TermTarget(
+            lora,
+            place,
+            projection,
+            projection.inputs,
+            crosses=in_cross and place == "value",
+            in_cross=in_cross,
+            serves_positions=self.described.query_serves_positions and place == "query",
+        )
 
 
 @dataclass(frozen=True)
 class LayerTargets:
-    """One layer's places, found and checked before anything is changed; None for what the configuration leaves out.
+    """One layer's targets, found and checked before anything is changed; None for what the configuration leaves out.
 
     `terms` are of further submodules, `low_rank` those of LoRA beyond plain ones of queries and values. `adapted` is
     the norm after the feed-forward network (post-LN) or what the network adds to its residual (pre-LN).
@@ -85,6 +111,7 @@ class LayerTargets:
     attention: AttentionTargets | None
     cross: AttentionTargets | None
     adapted: Any
+    adapted_path: str
     terms: tuple[TermTarget, ...] = ()
     low_rank: tuple[TermTarget, ...] = ()
 
@@ -109,6 +136,8 @@ class StackTargets:
 
 
 _NAMED = {"adapter": "an adapter", "prefix": "a prefix", "lora": "LoRA"}
+ENTRY_PLACES = ("query", "value")
+"""Places whose plain low-rank terms read the attention's input, and share the product of its entry."""
 IN_ATTENTION = ("query", "key", "value", "attention")
 """Places of terms that an attention, one to an encoder too, has."""
 
@@ -137,6 +166,9 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
     present = [(stack, layers) for stack, layers in stacks if layers]
     if not present:
         raise _built_otherwise(model, f"it has no layers at {family.stacks[0].layers!r}")
+    deepest = max(len(layers) for _, layers in present)
+    if outside := [index for index in config.layers or () if index >= deepest]:
+        raise InjectionError(f"layers names {outside[0]}, but the model's {deepest} layers are 0 to {deepest - 1}")
     chosen = []
     for stack, layers in present:
         if len(family.stacks) == 1:
@@ -151,12 +183,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
             raise InjectionError(
                 "a stack that looks both ways cannot take submodules in cross-attention; say cross=False"
             )
-        indices = range(len(layers)) if config.layers is None else config.layers
-        if outside := [index for index in indices if index >= len(layers)]:
-            raise InjectionError(
-                f"layers names {outside[0]}, but the {label.rstrip('.') or 'model'}'s {len(layers)} layers are "
-                f"0 to {len(layers) - 1}"
-            )
+        indices = [index for index in range(len(layers)) if config.layers is None or index in config.layers]
         try:
             found = {index: _find_layer(layers[index], stack, model, config, own, cross) for index in indices}
         except AttributeError as error:
@@ -199,22 +226,22 @@ def _find_layer(
     if own:
         attention = _find_attention(layer, stack.attention, model, config)
     if cross and stack.cross is not None and _has(layer, stack.cross.path):
-        crossing = _find_attention(layer, stack.cross, model, config)
+        crossing = _find_attention(layer, stack.cross, model, config, crosses=True)
+    if ROOM in layer._modules or hasattr(layer, ROOM):
+        raise InjectionError(f"{type(layer).__name__} has an attribute {ROOM!r} of its own")
     adapted = layer.get_submodule(stack.norm or stack.output) if own else None
     if isinstance(adapted, nn.Sequential):
         raise InjectionError(
             f"{stack.norm or stack.output} is a Sequential, which would run an adapter as one more of its steps; "
             f"describe its last one instead: '{stack.norm or stack.output}.{len(adapted) - 1}'"
         )
-    if hasattr(adapted, "adapter"):
-        raise InjectionError(f"{type(adapted).__name__} has an attribute 'adapter' of its own")
     found: list[tuple[TermTarget, ...]] = []
     for wanted in (_wanted_terms(config), _wanted_low_rank(config.lora)):
         terms = list(_find_terms(layer, stack, stack.attention, model, wanted)) if own else []
         if crossing and stack.cross:
             terms += _find_terms(layer, stack, stack.cross, model, wanted, in_cross=True)
         found.append(tuple(terms))
-    return LayerTargets(layer, attention, crossing, adapted, *found)
+    return LayerTargets(layer, attention, crossing, adapted, stack.norm or stack.output, *found)
 
 
 Wanted = Sequence[tuple[SubmoduleConfig | LoRAConfig, Sequence[Place]]]
@@ -228,7 +255,7 @@ def _wanted_low_rank(lora: LoRAConfig | None) -> Wanted:
     """All of DoRA's; of others, what is not of queries and values, which the attention itself serves."""
     if lora is None:
         return []
-    return [(lora, [place for place in lora.places if lora.decomposed or f"lora_{place}" not in FUSED_WITH_GATES])]
+    return [(lora, [place for place in lora.places if lora.decomposed or place not in ENTRY_PLACES])]
 
 
 def _find_terms(
@@ -253,21 +280,16 @@ def _find_terms(
                 continue
             else:
                 term = _find_in_feed_forward(layer, stack, part, place)
-            if hasattr(term.projection.module, term.name):
-                raise InjectionError(
-                    f"{term.projection.path} has an attribute {term.name!r} of its own, which a submodule would replace"
-                )
             yield term
 
 
 def _find_in_attention(layer: nn.Module, described: Attention, place: str, model: PreTrainedModel) -> Projection:
     if place == "attention":
         return _projection(layer, _told(described.output, "output", "projection that ends the attention"))
-    attention = layer.get_submodule(described.path)
     path = {"query": described.query, "value": described.value, "key": described.key}[place]
     if place == "key" and not path and described.fused:
         path = described.value
-    found = _projection(attention, _told(path, "key", "projection of keys"))
+    found = _projection(layer, _inside(described, _told(path, "key", "projection of keys")))
     return replace(found, rows=_rows(described, place, found.rows.count, model))
 
 
@@ -282,7 +304,7 @@ def _find_in_feed_forward(
     if place == "activation":
         return TermTarget(part, place, replace(down, rows=OutputSlice(1, 0, down.inputs)), down.inputs)
     if place == "feed_forward":
-        return TermTarget(part, place, down, up.inputs, reader=up.module)
+        return TermTarget(part, place, down, up.inputs, reader=up.path)
     return TermTarget(part, place, down, down.inputs)
 
 
@@ -299,30 +321,34 @@ def _alternative(layer: nn.Module, paths: str) -> str:
 
 
 def _find_attention(
-    layer: nn.Module, described: Attention, model: PreTrainedModel, config: UniPELTConfig
+    layer: nn.Module, described: Attention, model: PreTrainedModel, config: UniPELTConfig, *, crosses: bool = False
 ) -> AttentionTargets:
     attention = layer.get_submodule(described.path)
-    if taken := [name for name in ("gates", "prefix", "unipelt_site") if hasattr(attention, name)]:
-        raise InjectionError(f"{type(attention).__name__} has an attribute {taken[0]!r} of its own")
     if config.prefix is not None and not described.bias and not uses_interface(attention):
         raise InjectionError(
             f"a prefix cannot enter {type(attention).__name__}: in transformers {transformers.__version__} it does not "
             "go through the attention interface (ALL_ATTENTION_FUNCTIONS, by the name in its own config)"
         )
-    return AttentionTargets(
-        attention,
-        described,
-        _find_projection(attention, described, "query", model),
-        _find_projection(attention, described, "value", model),
-        attention.get_submodule(described.key) if described.bias else None,
-    )
+    query = _find_projection(layer, described, "query", model)
+    value = _find_projection(layer, described, "value", model)
+    readers = [query.path] if crosses else [query.path, value.path]
+    if described.key and not crosses:
+        readers.append(_inside(described, described.key))
+    if described.bias:
+        layer.get_submodule(_inside(described, described.key))
+    key_path = _inside(described, described.key) if described.bias else ""
+    return AttentionTargets(attention, described, query, value, tuple(dict.fromkeys(readers)), key_path)
 
 
-def _find_projection(attention: Any, described: Attention, place: str, model: PreTrainedModel) -> Projection:
-    found = _projection(attention, described.query if place == "query" else described.value)
-    if taken := [name for name in (*LORA_ATTRIBUTES, "unipelt_rows") if hasattr(found.module, name)]:
-        raise InjectionError(f"{found.path} has an attribute {taken[0]!r} of its own")
+def _find_projection(layer: nn.Module, described: Attention, place: str, model: PreTrainedModel) -> Projection:
+    path = described.query if place == "query" else described.value
+    found = _projection(layer, _inside(described, path))
     return replace(found, rows=_rows(described, place, found.rows.count, model))
+
+
+def _inside(described: Attention, path: str) -> str:
+    """Return a path from the layer, for one from its attention."""
+    return f"{described.path}.{path}" if described.path else path
 
 
 def _projection(owner: nn.Module, path: str) -> Projection:

@@ -7,6 +7,7 @@ Submodules add to what a projection gives, and that is in ordinary numbers whate
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,18 @@ def describe_numbers(parameter: Tensor) -> str:
     return str(parameter.dtype).removeprefix("torch.")
 
 
-def template_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the type and on the device that submodules beside a weight are made in.
+def template_for(weight: Tensor, dtype: torch.dtype, wanted: Literal["float32", "base"] = "float32") -> Tensor:
+    """Return a tensor of the type and on the device that submodules beside a weight are made in.
 
     Args:
         weight: of a projection.
-        dtype: what the model computes in.
+        dtype: the type that the model computes in.
+        wanted: `float32` for at least float32, so that small steps are not rounded away; `base` for the model's type.
     """
-    return torch.empty(0, dtype=dtype, device=weight.device) if is_quantised(weight) else weight
+    kind = dtype if is_quantised(weight) else weight.dtype
+    if wanted == "float32" and kind in (torch.float16, torch.bfloat16):
+        kind = torch.float32
+    return weight if kind == weight.dtype else torch.empty(0, dtype=kind, device=weight.device)
 
 
 def find_obstacle(model: nn.Module, config: UniPELTConfig, head: Collection[str]) -> str | None:

@@ -1,102 +1,173 @@
-"""One term in one projection: made for its place, put into it, and counted without being made."""
+"""Build one term for its target: its parameters, and its gate if it has one of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from unipelt.config.methods import LoRAConfig, UniPELTConfig
-from unipelt.hosts.locate import InjectionError, Projection, StackTargets, TermTarget
+from unipelt.hosts.locate import AttentionTargets, InjectionError, LayerTargets, Projection, StackTargets, TermTarget
 from unipelt.hosts.quantised import is_quantised, template_for
-from unipelt.submodules.forward_pass import Shared, Slot
-from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import LORA_ATTRIBUTES, LoRA, add_low_rank
+from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.entry import Entry, Rows, shares_product
+from unipelt.submodules.lora import LoRA
+from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.register import MODULES, TargetInfo
-from unipelt.submodules.term import Term, add_terms, add_to_input, hand_on
+from unipelt.submodules.term import FunctionTerm, SharedParameters, Term
 
 
-def count_term(place: TermTarget) -> int:
-    """How many parameters a term needs there, those that it shares with others included, found without memory."""
-    weight = place.projection.module.weight
-    shared = Shared(place.config.name)
-    spot = TargetInfo(
-        place.place,
-        place.inputs,
-        place.projection.rows.count,
-        torch.empty(weight.shape, dtype=template_for(weight, torch.float32).dtype, device="meta"),
-        shared,
-        place.projection.module,
-        place.projection.rows,
-    )
-    function = MODULES[type(place.config)](place.config, spot)
-    return sum(parameter.numel() for module in (function, shared) for parameter in module.parameters())
+@dataclass(frozen=True)
+class Plan:
+    """What the sets of one stack are built from.
+
+    Attributes:
+        found: the stack's targets.
+        config: what is added.
+        dtype: the type that the model computes in.
+        networks: the prefix networks by name; none once deployed.
+        shared: what all terms of one submodule share, by its name.
+        device: where parameters are made, if not beside the projections.
+    """
+
+    found: StackTargets
+    config: UniPELTConfig
+    dtype: torch.dtype
+    networks: Mapping[str, PrefixNetwork]
+    shared: Mapping[str, SharedParameters]
+    device: str | None = None
+
+    def like(self, projection: Projection) -> Tensor:
+        """Return a tensor of the type and on the device of the submodules at this projection."""
+        like = template_for(projection.module.weight, self.dtype, self.config.dtype)
+        return like if self.device is None else torch.empty(like.shape, dtype=like.dtype, device=self.device)
 
 
-def _own_gates(place: TermTarget, config: UniPELTConfig, found: StackTargets, dtype: torch.dtype) -> Gates | None:
-    """The gate of a term that computes it from what it reads."""
-    if not place.config.gate or (config.gate.shared and not place.in_cross):
-        return None
-    label = found.cross_label if place.in_cross else found.label
-    like = template_for(place.projection.module.weight, dtype)
-    causal = found.causal or place.crosses
-    return Gates(place.inputs, (f"{label}{place.name}",), config.gate, like, causal=causal)
-
-
-def _own_tokens(gates: Gates | None) -> Slot | None:
-    return Slot() if gates is not None and gates.pooling in ("masked_mean", "mean", "text") else None
-
-
-def make_term(
-    place: TermTarget, config: UniPELTConfig, found: StackTargets, shared: Mapping[str, Shared], dtype: torch.dtype
-) -> Term:
-    """A term and, if it has one of its own, its gate; `shared` holds what terms of one name share, by their names."""
-    part, projection = place.config, place.projection
-    weight = template_for(projection.module.weight, dtype).detach()
-    spot = TargetInfo(
-        place.place,
-        place.inputs,
+def build_term(target: TermTarget, plan: Plan) -> FunctionTerm:
+    """Build the term of a further submodule, or of decomposed LoRA."""
+    part, projection = target.config, target.projection
+    info = TargetInfo(
+        target.place,
+        target.inputs,
         projection.rows.count,
-        weight,
-        shared[part.name],
+        plan.like(projection).detach(),
+        plan.shared.get(part.name) or SharedParameters(part.name),
         projection.module,
         projection.rows,
     )
-    gates = _own_gates(place, config, found, dtype)
-    term = Term(
-        part.name,
-        MODULES[type(part)](part, spot),
-        projection.rows,
-        gates,
-        tokens=_own_tokens(gates),
-        source=None if place.reader is None else Slot(),
-    )
-    term.crosses = place.crosses
-    term.skips_ungated_calls = place.serves_positions
-    return term
+    entry = _own_entry(target, plan)
+    term = FunctionTerm(target.name, part.name, projection.rows, MODULES[type(part)](part, info))
+    return _settle(term, target, plan, entry)
 
 
-def make_low_rank(place: TermTarget, config: UniPELTConfig, found: StackTargets, dtype: torch.dtype) -> Term | LoRA:
-    """A low-rank term and its gate; a decomposed one (DoRA) is a `Term`. Raises `InjectionError` where it cannot be."""
-    lora = place.config
+def build_low_rank(target: TermTarget, plan: Plan) -> LoRA | FunctionTerm:
+    """Build a low-rank term that reads another input than the attention's. Raises `InjectionError`."""
+    lora, projection = target.config, target.projection
     assert isinstance(lora, LoRAConfig)
     if lora.decomposed:
-        if is_quantised(place.projection.module.weight):
-            raise InjectionError(
-                f"{place.projection.path} is quantised, and decomposed LoRA needs its weight's numbers"
-            )
-        return make_term(place, config, found, {"lora": Shared("lora")}, dtype)
-    check_start(place.projection, lora)
-    projection, gates = place.projection, _own_gates(place, config, found, dtype)
-    term = LoRA(projection.inputs, projection.rows, lora, template_for(projection.module.weight, dtype), gates)
-    term.tokens = _own_tokens(gates)
-    term.crosses = place.crosses
-    term.skips_ungated_calls = place.serves_positions
+        if is_quantised(projection.module.weight):
+            raise InjectionError(f"{projection.path} is quantised, and decomposed LoRA needs its weight's numbers")
+        return build_term(target, plan)
+    _check_start(projection, lora)
+    like = plan.like(projection)
+    fused = shares_product(plan.config.gate) and lora.start == "zero"
+    entry = _own_entry(target, plan, rows=lora.rank if fused else 0)
+    term = LoRA(target.name, projection.rows, lora)
+    down = LoRA.initial_down(target.inputs, lora, like)
+    keep = entry is None or not entry.row_names
+    term.set_up(down, like, has_start=lora.start != "zero", keep_down=keep)
+    if entry is not None and not keep:
+        entry.start_rows(entry.row_names[0], down)
+    return _settle(term, target, plan, entry)
+
+
+def build_entry_low_rank(
+    target: AttentionTargets, plan: Plan, label: str, *, in_cross: bool
+) -> tuple[list[tuple[TermTarget, LoRA]], tuple[Rows, ...]]:
+    """Build the low-rank terms of queries and values, and the rows that they have in the attention's entry."""
+    config = plan.config
+    lora = config.lora
+    if lora is None or lora.decomposed:
+        return [], ()
+    built: list[tuple[TermTarget, LoRA]] = []
+    rows: list[Rows] = []
+    fused = lora.gate and lora.start == "zero" and shares_product(config.gate)
+    for place, projection in (("query", target.query), ("value", target.value)):
+        if place not in lora.places:
+            continue
+        _check_start(projection, lora)
+        where = target.term(lora, place, projection, in_cross=in_cross)
+        # an attention to another stack reads its values from that stack's output, of which its own input says nothing
+        entry = _own_entry(where, plan, rows=lora.rank if fused else 0) if lora.gate and where.crosses else None
+        term = LoRA(where.name, projection.rows, lora)
+        like = plan.like(projection)
+        down = LoRA.initial_down(projection.inputs, lora, like)
+        in_entry = fused and entry is None
+        keep = not in_entry and (entry is None or not entry.row_names)
+        term.set_up(down, like, has_start=lora.start != "zero", keep_down=keep)
+        term.gate_name = f"{label}{where.name}" if lora.gate else ""
+        term.in_attention = True
+        term.in_entry = in_entry
+        term.entry = entry
+        term.crosses = where.crosses
+        term.once = where.serves_positions
+        if in_entry:
+            rows.append(Rows(term.gate_name, f"{term.name}.A", "lora", down))
+        elif entry is not None and entry.row_names:
+            entry.start_rows(entry.row_names[0], down)
+        built.append((where, term))
+    return built, tuple(rows)
+
+
+def build_adapter(layer: LayerTargets, plan: Plan) -> Adapter:
+    """Build a layer's adapter."""
+    config, found = plan.config, plan.found
+    assert config.adapter is not None
+    assert layer.attention is not None
+    hidden, like = layer.attention.query.inputs, plan.like(layer.attention.value)
+    adapter = Adapter("adapter", hidden)
+    name = f"{found.label}adapter"
+    if config.adapter.gate:
+        adapter.gate_name = name
+        if not config.gate.shared:
+            rows = _blank_rows(name, "adapter.down", "adapter", config.adapter.bottleneck, hidden, like, bias=True)
+            fused = rows if shares_product(config.gate) else ()
+            adapter.entry = Entry(hidden, (name,), config.gate, like, causal=found.causal, rows=fused)
+    adapter.set_up(config.adapter.bottleneck, like)
+    return adapter
+
+
+def _settle(term: Term, target: TermTarget, plan: Plan, entry: Entry | None) -> Term:
+    label = plan.found.cross_label if target.in_cross else plan.found.label
+    term.gate_name = f"{label}{target.name}" if target.config.gate else ""
+    term.entry = entry
+    term.in_attention = target.in_attention
+    term.crosses = target.crosses
+    term.once = target.serves_positions
     return term
 
 
-def check_start(projection: Projection, lora: LoRAConfig) -> None:
+def _own_entry(target: TermTarget, plan: Plan, rows: int = 0) -> Entry | None:
+    """Build the entry of a term whose gate reads what the term reads; with the rows of its first projection."""
+    if not target.config.gate or (plan.config.gate.shared and not target.in_cross):
+        return None
+    name = f"{plan.found.cross_label if target.in_cross else plan.found.label}{target.name}"
+    like = plan.like(target.projection)
+    fused = _blank_rows(name, f"{target.name}.A", "lora", rows, target.inputs, like) if rows else ()
+    causal = plan.found.causal or target.crosses
+    return Entry(target.inputs, (name,), plan.config.gate, like, causal=causal, rows=fused)
+
+
+def _blank_rows(
+    name: str, part: str, kind: str, count: int, inputs: int, like: Tensor, *, bias: bool = False
+) -> tuple[Rows, ...]:
+    weight = torch.zeros(count, inputs, dtype=like.dtype, device=like.device)
+    return (Rows(name, part, kind, weight, weight.new_zeros(count) if bias else None),)
+
+
+def _check_start(projection: Projection, lora: LoRAConfig) -> None:
     """Raise `InjectionError` where a low-rank term cannot start from the projection's weight."""
     if lora.start == "zero":
         return
@@ -107,34 +178,3 @@ def check_start(projection: Projection, lora: LoRAConfig) -> None:
             f"{projection.path} has {most} singular values, and the start {lora.start} takes {lora.rank} of them; "
             "take a smaller lora.rank"
         )
-
-
-def hold(leaf: Any, name: str, term: LoRA) -> None:
-    """Put a low-rank term into its projection."""
-    if not any(hasattr(leaf, other) for other in LORA_ATTRIBUTES):
-        # before all other terms, which so read the same when this one is merged into the weight
-        leaf.register_forward_hook(add_low_rank, prepend=True)
-    setattr(leaf, name, term)
-
-
-def add_term(place: TermTarget, term: Term | LoRA) -> None:
-    """Put a term into its host: hosts hold the names of their terms, and the slots of those who read what they read."""
-    host = place.projection.module
-    if isinstance(term, LoRA):
-        hold(host, place.name, term)
-        return
-    names, hook = ("unipelt_inputs", add_to_input) if place.place == "activation" else ("unipelt_terms", add_terms)
-    if names not in vars(host):
-        setattr(host, names, ())
-        if hook is add_terms:
-            host.register_forward_hook(add_terms)
-        else:
-            host.register_forward_pre_hook(add_to_input)
-    setattr(host, names, (*getattr(host, names), place.name))
-    setattr(host, place.name, term)
-    if place.reader is not None:
-        assert term.source is not None
-        if "unipelt_readers" not in vars(place.reader):
-            place.reader.unipelt_readers = ()
-            place.reader.register_forward_pre_hook(hand_on)
-        place.reader.unipelt_readers = (*place.reader.unipelt_readers, term.source)

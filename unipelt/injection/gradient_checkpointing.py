@@ -5,23 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from unipelt.injection.hooks import hook
 
 
-def watch_checkpointing(owner: Any, layer: nn.Module) -> None:
-    """Reentrant gradient checkpointing needs an input that requires a gradient, and frozen embeddings give none.
-
-    A stack is given states, embeddings, or token ids that it embeds itself. What embeds them is woken by Transformers,
-    when checkpointing is switched on; the first two are seen by a hook of the stack.
-    """
-    owner.unipelt_layer = (layer,)  # a reference, not a part
-    owner.register_forward_pre_hook(wake_input, with_kwargs=True)
-
-
+@hook("enter")
 def wake_input(
     owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a stack that layers under reentrant checkpointing belong to."""
+    """Let the input of a stack require a gradient, which reentrant gradient checkpointing needs.
+
+    Frozen embeddings give none. A stack is given states, embeddings, or token ids that it embeds itself; Transformers
+    wakes the embedding module when checkpointing is switched on, and this hook sees the first two.
+    """
     if not _checkpoints_reentrantly(owner):
         return None
     return (

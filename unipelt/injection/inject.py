@@ -11,12 +11,13 @@ from unipelt.config.methods import LoRAConfig, UniPELTConfig
 from unipelt.files.strict import show
 from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.hosts.quantised import find_obstacle
-from unipelt.injection.attach import attach, attach_prompt, check_counts
-from unipelt.injection.detach import detach
-from unipelt.injection.parameters import bias_names, head_names, kept_names, set_trainable, submodule_parameters
+from unipelt.injection.attach import build, build_prompt, install, install_prompt
+from unipelt.injection.parameters import bias_names, head_names, kept_names, set_trainable
 from unipelt.injection.state import Injection, injection_of
-from unipelt.submodules.lora import LORA_ATTRIBUTES, LoRA
+from unipelt.injection.wire import detach
+from unipelt.submodules.lora import LoRA
 from unipelt.submodules.outputs import matrix_of
+from unipelt.submodules.room import placed_terms, rooms
 
 
 def inject_as(
@@ -25,7 +26,7 @@ def inject_as(
     """`inject`, with two things that a checkpoint knows: the prefix's form, and which parameters are the head."""
     if not isinstance(model, PreTrainedModel):
         raise InjectionError(f"inject takes a PreTrainedModel of transformers, not {type(model).__name__}")
-    if getattr(model, "unipelt_injection", None) is not None or any(True for _ in submodule_parameters(model)):
+    if getattr(model, "unipelt_injection", None) is not None or any(True for _ in rooms(model)):
         raise InjectionError("this model carries submodules already; call unipelt.remove(model) first")
     stacks = find_stacks(model, config) if config.has_submodules else []
     injection = Injection(
@@ -43,10 +44,9 @@ def inject_as(
     record.unipelt_injection = injection
     try:
         for found in stacks:
-            attach(model, found, config, deployed)
+            install(model, build(model, found, config, deployed), config)
         if config.prompt is not None:
-            attach_prompt(model, stacks[0], config.prompt, config.gate)
-        check_counts(model, config, stacks)
+            install_prompt(model, stacks[0], *build_prompt(model, stacks[0], config))
         set_trainable(model, injection)
         if config.bitfit and not bias_names(model) - injection.head:
             raise InjectionError(f"bitfit trains biases, and this {type(model).__name__} has none")
@@ -95,14 +95,13 @@ def start_from_weights(model: PreTrainedModel, lora: LoRAConfig) -> None:
     `inject_as` does not do so: a checkpoint holds the start of what is loaded.
     """
     try:
-        for path, host in model.named_modules():
-            for term in (getattr(host, name, None) for name in LORA_ATTRIBUTES):
-                if not isinstance(term, LoRA):
-                    continue
-                weight = matrix_of(host, term.rows)
-                if not weight.is_meta and not weight.isfinite().all():
-                    raise InjectionError(f"{path}.weight is not finite, and has no singular values to start from")
-                term.start(weight, gated=lora.gate)
+        for placed in placed_terms(model):
+            if not isinstance(placed.term, LoRA):
+                continue
+            weight = matrix_of(placed.host, placed.term.outputs)
+            if not weight.is_meta and not weight.isfinite().all():
+                raise InjectionError(f"{placed.path}.weight is not finite, and has no singular values to start from")
+            placed.term.start(weight, gated=lora.gate)
     except BaseException:
         remove(model)
         raise

@@ -1,12 +1,11 @@
 """Which parameters are ours, which are the head, which train; and how many there are.
 
-Our parameters are found by the type of the module that holds them, never by a part of a name.
+Our parameters are those in rooms, never found by a part of a name.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,8 @@ from transformers import PreTrainedModel
 from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.quantised import is_quantised
 from unipelt.injection.state import Injection, injection_of
-from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.forward_pass import Shared
-from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import FROZEN_FACTORS, LoRA
-from unipelt.submodules.prefix import Prefix, PrefixNetwork
-from unipelt.submodules.prompt import Prompt
-from unipelt.submodules.term import Term
+from unipelt.submodules.prefix import PrefixNetwork
+from unipelt.submodules.room import own_parameters, own_parts, rooms
 
 
 @dataclass(frozen=True)
@@ -64,34 +58,6 @@ class ParameterCounts:
                 f"head      {self.head:>12,}",
             ]
         )
-
-
-_KINDS: dict[type[nn.Module], str] = {
-    Adapter: "adapter",
-    Gates: "gate",
-    LoRA: "lora",
-    Prefix: "prefix",
-    PrefixNetwork: "prefix",
-    Prompt: "prompt",
-}
-
-
-def submodule_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Every parameter that injection added: (kind, name, parameter); kind is a submodule's name, or `gate`."""
-    for path, module in model.named_modules():
-        dot = f"{path}." if path else ""
-        kind = module.name if isinstance(module, (Shared, Term)) else None
-        kind = kind or next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), None)
-        if kind is not None:
-            for name, parameter in module.named_parameters():
-                if not name.startswith("gates."):  # gates are modules of their own
-                    yield kind, f"{dot}{name}", parameter
-
-
-def start_names(model: nn.Module) -> frozenset[str]:
-    """Names of those of our parameters that never train: what LoRA started at, where that is not zero."""
-    terms = ((path, module) for path, module in model.named_modules() if isinstance(module, LoRA))
-    return frozenset(f"{path}.{name}" for path, module in terms for name in FROZEN_FACTORS if hasattr(module, name))
 
 
 _WITHOUT_TASK = (
@@ -165,7 +131,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def bias_names(model: nn.Module) -> frozenset[str]:
     """Names of the model's own biases: what BitFit trains."""
-    ours = {name for _, name, _ in submodule_parameters(model)}
+    ours = own_parameters(model).keys()
     return frozenset(
         name
         for name, _ in model.named_parameters()
@@ -176,12 +142,12 @@ def bias_names(model: nn.Module) -> frozenset[str]:
 def set_trainable(model: PreTrainedModel, injection: Injection) -> None:
     """Let train what the configuration says and freeze the rest."""
     config = injection.config
-    ours = {name for _, name, _ in submodule_parameters(model)}
-    starts = start_names(model)
+    ours = own_parameters(model).keys()
+    frozen = {own.full_name for own in own_parts(model) if own.part.frozen}
     biases = bias_names(model) if config.bitfit else frozenset()
     for name, parameter in model.named_parameters():
         if name in ours:
-            train = name not in starts
+            train = name not in frozen
         elif name in injection.head:
             train = config.train_head or name in biases
         else:
@@ -195,7 +161,7 @@ def kept_names(model: nn.Module) -> list[str]:
     The head is kept even when it is frozen: the base's checkpoint does not hold it.
     """
     injection = injection_of(model)
-    ours = {name for _, name, _ in submodule_parameters(model)}
+    ours = own_parameters(model).keys()
     also = {*injection.head, *injection.originals, *(injection.folded.unfrozen if injection.folded else ())}
     return [
         name for name, parameter in model.named_parameters() if name in ours or name in also or parameter.requires_grad
@@ -205,7 +171,7 @@ def kept_names(model: nn.Module) -> list[str]:
 def unfrozen_names(model: nn.Module) -> set[str]:
     """Names of pretrained parameters that train although the configuration does not say so: the caller's wish."""
     injection = injection_of(model)
-    ours = {name for _, name, _ in submodule_parameters(model)}
+    ours = own_parameters(model).keys()
     return {name for name in kept_names(model) if name not in ours and name not in injection.originals}
 
 
@@ -218,21 +184,18 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
     trained: Counter[str] = Counter()
     deployed: Counter[str] = Counter()
     gates: Counter[str] = Counter()
-    ours, starts = set(), start_names(model)
-    for kind, name, parameter in submodule_parameters(model):
-        ours.add(name)
-        if kind != "gate":
-            trained[kind] += parameter.numel() if name not in starts else 0
-            deployed[kind] += parameter.numel()
-    for module in model.modules():
-        if isinstance(module, Gates):
-            row = module.weight.shape[1] + 1 if module.has_input else 1
-            gates.update(dict.fromkeys(module.names, row))
-            if module.network is not None:
-                gates["network"] += sum(parameter.numel() for parameter in module.network.parameters())
-        elif isinstance(module, PrefixNetwork):
-            network = sum(parameter.numel() for parameter in module.parameters())
-            deployed["prefix"] += 2 * module.layers * module.embedding.shape[0] * module.width - network
+    trained_gates = 0
+    for own in own_parts(model):
+        count = own.tensor.numel()
+        if own.part.kind == "gate":
+            gates[own.part.gate] += count
+            trained_gates += count if own.parameter.requires_grad else 0
+        else:
+            trained[own.part.kind] += count if own.parameter.requires_grad else 0
+            deployed[own.part.kind] += count
+    for module in (one for _, room in rooms(model) for one in room.modules() if isinstance(one, PrefixNetwork)):
+        deployed["prefix"] += module.deployed_count - sum(parameter.numel() for parameter in module.parameters())
+    ours = own_parameters(model).keys()
     head = base = 0
     for name, parameter in model.named_parameters():
         if name in ours:
@@ -251,7 +214,7 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
     if injection.folded is not None:
         trained.clear()
     return ParameterCounts(
-        trained=sum(trained.values()) + in_gates if injection.folded is None else 0,
+        trained=sum(trained.values()) + trained_gates,
         deployed=sum(deployed.values()) + in_gates,
         head=head,
         base=base,

@@ -59,6 +59,11 @@ class Injection:
         return {**(self.folded.weights if self.folded else {}), **self.originals}
 
 
+def is_injected(model: nn.Module) -> bool:
+    """Return whether a model carries what `unipelt.inject` adds."""
+    return getattr(model, "unipelt_injection", None) is not None
+
+
 def injection_of(model: nn.Module) -> Injection:
     """The record of the injection into `model`. Raises `ValueError` if there is none."""
     injection = getattr(model, "unipelt_injection", None)

@@ -5,74 +5,69 @@ Shapes: B examples, T tokens, D hidden size, M bottleneck.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import AdapterConfig
-from unipelt.submodules.forward_pass import Slot
-from unipelt.submodules.gate import INITIAL_STD, Gates, as_many_rows, product
+from unipelt.submodules.gate import INITIAL_STD
+from unipelt.submodules.outputs import OutputSlice
+from unipelt.submodules.term import Term, flat_like
 
 
-class Adapter(nn.Module):
-    """`g * up(ReLU(down(x)))` with down: D -> M and up: M -> D, both with bias (paper, section 2.2).
+class Adapter(Term):
+    """`y + g * up(ReLU(down(h)))` with down: D -> M and up: M -> D, both with bias (paper, section 2.2).
 
-    Starts from normal(0, 0.02) weights and zero biases, as in the authors' release: near, not at, zero.
-
-    Attributes:
-        gates: computes g from x; None without a gate (g = 1).
-        tokens: brings the token weights of the pass; None where the gate does without.
-        gate: brings g, where the layer's attention computes it for all (`GateConfig.shared`); else None.
-    """
-
-    def __init__(
-        self, hidden: int, config: AdapterConfig, like: Tensor, gates: Gates | None, tokens: Slot | None
-    ) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden, config.bottleneck, dtype=like.dtype, device=like.device)
-        self.up = nn.Linear(config.bottleneck, hidden, dtype=like.dtype, device=like.device)
-        for linear in (self.down, self.up):
-            nn.init.normal_(linear.weight, std=INITIAL_STD)
-            nn.init.zeros_(linear.bias)
-        self.gates = gates
-        self.tokens = tokens
-        self.gate: Slot | None = None
-
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """`onto + g * up(ReLU(down(x)))`, all (B, T, D)."""
-        if self.gate is not None:
-            opened = self.gate.take()
-            assert opened is not None
-            return torch.addcmul(onto, as_many_rows(opened, x), self.up(nn.functional.relu(self.down(x))))
-        if self.gates is None:
-            return onto + self.up(nn.functional.relu(self.down(x)))
-        weights = None if self.tokens is None else self.tokens.take()
-        logits, low = product(x, self.gates, (self.down.weight,), self.down.bias, weights)
-        gate = self.gates(logits, weights)
-        return torch.addcmul(onto, gate, self.up(nn.functional.relu(low)))
-
-
-def adapt_norm(norm: Any, args: tuple[Tensor], normed: Tensor) -> Tensor:
-    """Forward hook of the norm after a post-LN layer's feed-forward network.
-
-    With `s = h_F + a` (feed-forward output plus residual), the one thing that this norm is given:
+    Behind a norm (post-LN), with `s = h_F + a` (feed-forward output plus residual) and the layer's own, frozen norm:
 
         h_FN = LN(s)
-        h    = LN(g * adapter(h_FN) + s)
+        h    = LN(s + g * up(ReLU(down(h_FN))))
 
-    Both norms are the layer's own and frozen (semantics of the authors' release; paper, section 3.2).
+    (semantics of the authors' release; paper, section 3.2). In a pre-LN layer no norm follows the feed-forward network,
+    so adapter and gate read its output as it is: `h = a + h_F + g * up(ReLU(down(h_F)))`. (Granite multiplies all that
+    it adds to a residual by a constant, and the adapter's part with it.)
+
+    Weights start normal(0, 0.02) and biases at zero, as in the authors' release: near, not at, zero. A gate that reads
+    h shares its product with `down`: the entry then holds down's rows.
+
+    Attributes:
+        down: D -> M; None where the entry holds it.
+        up: M -> D.
     """
-    return norm.forward(norm.adapter(normed, args[0]))
 
+    folds_to = "constant"
+    down: nn.Linear | None
+    up: nn.Linear
 
-def adapt_output(feed_forward: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
-    """Forward hook of what a pre-LN layer's feed-forward network adds to its residual.
+    def __init__(self, name: str, hidden: int) -> None:
+        super().__init__(name, "adapter", OutputSlice(1, 0, hidden))
+        self.reads_output = True
+        self.down = None
 
-    There is no norm behind the feed-forward network there, so adapter and gate read its output as it is:
+    def set_up(self, bottleneck: int, like: Tensor) -> None:
+        """Draw the start of both projections; where the entry holds down's rows, it gets them."""
+        hidden = self.outputs.count
+        down = nn.Linear(hidden, bottleneck, dtype=like.dtype, device=like.device)
+        self.up = nn.Linear(bottleneck, hidden, dtype=like.dtype, device=like.device)
+        for linear in (down, self.up):
+            nn.init.normal_(linear.weight, std=INITIAL_STD)
+            nn.init.zeros_(linear.bias)
+        if self.entry is not None and self.gate_name in self.entry.row_names:
+            self.entry.start_rows(self.gate_name, down.weight, down.bias)
+        else:
+            self.down = down
 
-        h = a + h_F + g * adapter(h_F)
+    @torch.no_grad()
+    def scale_by(self, constant: float) -> None:
+        """Replace the gate by a constant, in place."""
+        self.up.weight.mul_(constant)
+        self.up.bias.mul_(constant)
+        if self.entry is not None and self.down is None:
+            self.down = self.entry.extract(self.gate_name)
+        self.entry, self.gate_name = None, ""
 
-    (Granite multiplies all that it adds to a residual by a constant, the adapter's part with it.)
-    """
-    return feed_forward.adapter(output, output)
+    def add(self, x: Tensor, y: Tensor, gate: Tensor | None, low: Tensor | None) -> Tensor:
+        """Return `y + g * up(ReLU(down(x)))`, all (B, T, D)."""
+        if low is None:
+            assert self.down is not None
+            low = self.down(x.to(self.up.weight.dtype))
+        update = self.up(nn.functional.relu(low)).to(y.dtype)
+        return y + update if gate is None else torch.addcmul(y, flat_like(gate, y).to(y.dtype), update)

@@ -44,7 +44,7 @@ class KroneckerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, I) -> (B, T, O)."""
-        left = self.shared[0].here().left
+        left = self.shared[0]()["left"]
         parts = x.unflatten(-1, (len(left), -1))  # (B, T, n, I / n): x (A (x) C) = A^T parts C, row by row
         low = torch.einsum("...ap,ipr->...air", parts, self.s)
         mixed = torch.einsum("...air,iab->...bir", low, left)

@@ -1,168 +1,244 @@
-"""The only module that knows threads and passes: values on their way from one module to another.
+"""Values of one forward pass on their way from one module to another; the only file that knows threads.
 
-Shapes: L prefix length, W = heads * head size.
+A stack of layers is passed through by one thread at a time or by several. Each thread has a `ForwardPass` of its own,
+which lives as long as the call of the stack (or of a layer that is called alone). Hooks fill it and read it by name.
+
+Shapes: B examples, T tokens, G gates, r rank, L prefix length, W = heads * head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import itertools
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+UNSEEN: Any = object()
+"""The mask of an attention whose call was not seen."""
 
 
-class Slot:
-    """One tensor on its way from the module that computes it to the one that uses it, within a pass of a layer.
+@dataclass(frozen=True)
+class SetRows:
+    """Which rows of a batch belong to which named set: `counts[i]` rows of set `names[i]`, one set after the other.
 
-    Attention is the one place that sees the layer's mask and input on every pass, the recomputation of gradient
-    checkpointing included, so what depends on them is put here there and taken where it is used. Each thread has its
-    own: a model may serve several at once, and the replicas of `nn.DataParallel` share this object. (A model of which
-    a part alone is compiled serves one at a time.)
+    The name None stands for the base without a set.
+    """
+
+    names: tuple[str | None, ...]
+    counts: tuple[int, ...]
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Split by set a tensor (B, ...) or, where a layer has put the tokens of all texts in one row, (B T, ...).
+
+        Raises `RuntimeError` for a number of rows that cannot be assigned.
+        """
+        times, rest = divmod(len(tensor), sum(self.counts))
+        if rest or not times:
+            raise RuntimeError(
+                f"a layer of the base was given {len(tensor)} rows in a batch of {sum(self.counts)}, so they cannot be "
+                "told apart by task; run one task at a time"
+            )
+        return tensor.split([count * times for count in self.counts])
+
+
+class PassFacts:
+    """Facts that hold in every layer of a pass.
+
+    Gradient checkpointing computes a layer again in the backward pass, outside of the stack's call. The facts
+    therefore travel with the states that the layer is given (`travel`, `find`).
+
+    Attributes:
+        rows: the sets of the rows; None where the whole batch belongs to the active set.
+        prefixes: by the key of a prefix network, keys and values (2, L, W) of each attention's prefix, computed once a
+            pass.
+    """
+
+    __slots__ = ("_derived", "prefixes", "rows")
+
+    def __init__(self, rows: SetRows | None = None) -> None:
+        self.rows = rows
+        self.prefixes: dict[int, Sequence[Tensor]] = {}
+        self._derived: dict[Hashable, tuple[Any, Any]] = {}
+
+    def once(self, source: Any, name: Hashable, make: Callable[[], Any]) -> Any:
+        """Return `make()`, computed once in this pass for a source object (a mask) and a name."""
+        if torch.compiler.is_compiling() or getattr(source, "requires_grad", False):
+            return make()  # a compiler finds repetitions itself; a checkpointed layer needs its own part of a graph
+        key = (id(source), name)
+        if key not in self._derived:
+            self._derived[key] = (source, make())  # holding the source keeps its identity from being reused
+        return self._derived[key][1]
+
+    def travel(self, states: Tensor | None) -> None:
+        """Attach these facts to the input of a layer, if a second computation of the layer may need them."""
+        if states is not None and (self.prefixes or self.rows is not None):
+            vars(states)["unipelt_facts"] = self
+
+    @staticmethod
+    def find(states: Tensor | None) -> PassFacts:
+        """Return the facts that travel with the input of a layer, or new ones."""
+        return PassFacts() if states is None else vars(states).get("unipelt_facts") or PassFacts()
+
+
+@dataclass
+class AttentionPass:
+    """One pass of one attention and what follows it in its layer.
+
+    Attributes:
+        mask: the mask that the attention was given; `UNSEEN` before.
+        weights: (B, T) token weights of the masked mean; None where every token counts alike.
+        gates: values of the gates that read the attention's input, each (B, 1, 1) or (B, T, 1), by name.
+        low: `g A x` of the low-rank terms that read the attention's input, (B, T, r), by name.
+        inputs: inputs of other projections, by the name of the term that reads them.
+        served: names of gated terms whose projection has been called for the text in this pass.
+        lengthened: how many rows of a prefix the attention's text begins with (MPNet).
+        inserted: keys and values (B, L, W) for those rows, by name.
+    """
+
+    mask: Any = UNSEEN
+    weights: Tensor | None = None
+    gates: dict[str, Tensor] = field(default_factory=dict)
+    low: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    served: set[str] = field(default_factory=set)
+    opened: bool = False
+    lengthened: int = 0
+    inserted: dict[str, Tensor] = field(default_factory=dict)
+
+    def weights_for(self, in_attention: bool, x: Tensor) -> Tensor | None:
+        """Return the token weights of x, (B, T), where x may be the lengthened text of the attention.
+
+        Raises `RuntimeError` if the attention's mask was not seen.
+        """
+        if self.mask is UNSEEN:
+            raise RuntimeError("a gate averages over real tokens, and the layer's attention was not called before it")
+        if not (in_attention and self.lengthened):
+            return self.weights
+        weights = self.weights
+        if weights is None:
+            tokens = x.shape[1] - self.lengthened
+            weights = torch.full((len(x), tokens), 1 / tokens, device=x.device)
+        return torch.nn.functional.pad(weights, (self.lengthened, 0))
+
+    def gate_for(self, name: str, in_attention: bool) -> Tensor:
+        """Return the value of a gate, for the lengthened text inside the attention if asked.
+
+        Raises `RuntimeError` outside a pass of its layer.
+        """
+        gate = self.gates.get(name)
+        if gate is None:
+            raise RuntimeError(f"the gate {name!r} was not computed; a gated submodule was called outside its layer")
+        if in_attention and self.lengthened and gate.shape[1] > 1:
+            return torch.nn.functional.pad(gate, (0, 0, self.lengthened, 0))
+        return gate
+
+
+class ForwardPass:
+    """One pass of a stack, or of a layer that is called alone, in one thread.
+
+    Attributes:
+        facts: what holds in every layer.
+        attentions: the passes of attentions in the layer that is computed now, by the key of their set.
+        by_layer: whether a layer began this pass.
+        tokens: how many tokens a text has together with the prompt before it; 0 without a prompt.
+    """
+
+    __slots__ = ("__weakref__", "attentions", "by_layer", "facts", "tokens")
+
+    def __init__(self, facts: PassFacts, by_layer: bool) -> None:
+        self.facts = facts
+        self.by_layer = by_layer
+        self.tokens = 0
+        self.attentions: dict[int, AttentionPass] = {}
+
+    def attention(self, key: int) -> AttentionPass:
+        """Return the pass of an attention in the present layer."""
+        found = self.attentions.get(key)
+        if found is None:
+            found = self.attentions[key] = AttentionPass()
+        return found
+
+
+class _HeldArguments(tuple[Any, ...]):
+    """Positional arguments of a call that keep a pass alive.
+
+    PyTorch holds the arguments of a module's call until the call ends, by whichever exception. A hook cannot see
+    a `KeyboardInterrupt`, but what only the arguments hold is gone with them.
+    """
+
+    held: tuple[ForwardPass, tuple[Any, ...]]  # the pass, and the arguments before: they may hold one more
+
+
+class Passes:
+    """The passes of one stack: the present one of each thread.
+
+    A copy of a model is in no pass.
     """
 
     def __init__(self) -> None:
-        self._values: dict[int, Tensor | None] = {}
+        self._by_thread: dict[int, weakref.ref[ForwardPass]] = {}
+        self._rows: dict[int, SetRows] = {}
+        self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot ask which
 
-    def put(self, value: Tensor | None) -> None:
-        """Leave a value for `take` in the same thread."""
-        self._values[_thread()] = value
-
-    def take(self) -> Tensor | None:
-        """The value that was put, once. Raises `KeyError` outside a pass of the layer."""
-        thread = _thread()
-        if thread not in self._values and self._values:
-            # of attention and what uses its values, one is compiled and the other is not
-            thread = next(iter(self._values))
-        return self._values.pop(thread)
-
-    def is_empty(self) -> bool:
-        """Whether there is nothing to take."""
-        return not self._values
-
-    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
-        return Slot, ()  # a copy is empty
-
-
-def _thread() -> int:
-    # torch.compile traces one thread and cannot ask which
-    return 0 if torch.compiler.is_compiling() else get_ident()
-
-
-def cached_on(tensor: Tensor, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` derives from a tensor (without gradients), made once for all layers that are given that tensor.
-
-    It is kept with the tensor, and made again if the tensor was changed in place.
-    """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or tensor.is_inference():
-        return make()  # a compiler sees the repetition itself; inference tensors can neither be followed nor train
-    made: dict[Hashable, tuple[int, Tensor]] = vars(tensor).setdefault("unipelt", {})
-    version = tensor._version
-    if name not in made or made[name][0] != version:
-        made[name] = (version, make())
-    return made[name][1]
-
-
-class Pass:
-    """The prefixes of one pass of a stack, computed once at its entry instead of once in each layer.
-
-    A layer finds them during the pass and, when gradient checkpointing computes it again, in the backward pass. A
-    layer that is called without its stack finds none and computes its own; so does one that runs without gradients
-    although the stack has them, and every later one of that pass: that is reentrant checkpointing, whose second
-    computation needs inside the layer all that trains there. Each thread has its own.
-    """
-
-    def __init__(self) -> None:
-        self._prefixes: dict[int, tuple[Tensor, ...]] = {}
-        self._inside: set[int] = set()
-        self._traced: tuple[Tensor, ...] | None = None  # torch.compile's, who should not see the tensors of others
-
-    def enter(self, prefixes: tuple[Tensor, ...]) -> None:
-        """Begin a pass with the prefixes of all attentions, each (2, L, W)."""
-        if torch.compiler.is_compiling():
-            self._traced = prefixes
-            return
-        self._prefixes[get_ident()] = prefixes
-        self._inside.add(get_ident())
-
-    def leave(self) -> None:
-        """End it. What the backward pass may want stays until the next one begins."""
-        if torch.compiler.is_compiling():
-            self._traced = None
-            return
-        self._inside.discard(get_ident())
-        if not torch.is_grad_enabled():
-            self._prefixes.pop(get_ident(), None)
-
-    def look(self) -> tuple[Tensor, ...] | None:
-        """The prefixes of the pass, or None."""
+    def current(self) -> ForwardPass | None:
+        """Return the pass that this thread is in, or None."""
         if torch.compiler.is_compiling():
             return self._traced
-        thread = get_ident()
-        if thread not in self._inside:
-            if torch._C._current_graph_task_id() < 0:
-                return None
-            if thread not in self._prefixes and len(self._prefixes) == 1:  # on a GPU the backward pass has a thread
-                thread = next(iter(self._prefixes))
-        prefixes = self._prefixes.get(thread)
-        if prefixes is not None and prefixes[0].requires_grad and not torch.is_grad_enabled():
-            self._prefixes.pop(thread)
-            return None
-        return prefixes
+        reference = self._by_thread.get(get_ident())
+        return None if reference is None else reference()
 
-    def __reduce__(self) -> tuple[type[Pass], tuple[()]]:
-        return Pass, ()  # a copy is in no pass
-
-
-class Shared(nn.Module):
-    """Parameters that all modules of a submodule in a stack share; the owner of the stack's layers holds them.
-
-    Those who share them refer to this module, and a replica of theirs (`nn.DataParallel`) still does. So the replica of
-    the owner says, at each of its passes, whose parameters are to be read in its thread (`enter_shared`).
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self._replicas: dict[int, Any] = {}
-
-    def here(self) -> Any:
-        """Where to read the parameters, as attributes: this module, or its replica in a pass of that."""
+    def enter(self, facts: PassFacts, args: tuple[Any, ...], by_layer: bool = False) -> tuple[Any, ...]:
+        """Begin a pass; returns the arguments with which the call goes on."""
+        begun = ForwardPass(facts, by_layer)
         if torch.compiler.is_compiling():
-            return self
-        return self._replicas.get(get_ident(), self)
-
-    def enter(self) -> None:
-        """Begin a pass of this module's owner in this thread."""
-        if not torch.compiler.is_compiling():
-            self._replicas[get_ident()] = self
+            self._traced = begun
+            return args
+        held = _HeldArguments(args)
+        held.held = (begun, args)
+        self._by_thread[get_ident()] = weakref.ref(begun)
+        return held
 
     def leave(self) -> None:
-        """End it."""
-        if not torch.compiler.is_compiling():
-            self._replicas.pop(get_ident(), None)
+        """End the pass."""
+        if torch.compiler.is_compiling():
+            self._traced = None
+        else:
+            self._by_thread.pop(get_ident(), None)
 
-    def has_parameters(self) -> bool:
-        """Whether there is anything in it."""
-        return bool(self._parameters)
+    def given_rows(self) -> SetRows | None:
+        """Return the sets that this thread's rows belong to, where `rows` said so."""
+        return None if torch.compiler.is_compiling() else self._rows.get(get_ident())
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return self.name
+    @contextmanager
+    def rows(self, rows: SetRows) -> Iterator[None]:
+        """Inside the block, this thread's passes have these rows."""
+        before = self._rows.get(get_ident())
+        self._rows[get_ident()] = rows
+        try:
+            yield
+        finally:
+            del self._rows[get_ident()]
+            if before is not None:
+                self._rows[get_ident()] = before
+
+    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
+        return Passes, ()
 
 
-def enter_shared(owner: Any, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of a stack's owner."""
-    for module in _shared(owner):
-        module.enter()
+_keys = itertools.count()
 
 
-def leave_shared(owner: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a stack's owner, called after a failure too."""
-    for module in _shared(owner):
-        module.leave()
+def new_key() -> int:
+    """Return a number that names a module within a pass; no other module has it, copies apart."""
+    return next(_keys)
 
 
-def _shared(owner: Any) -> list[Shared]:
-    return [module for module in owner._modules.values() if isinstance(module, Shared)]
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the first tensor among the arguments of a call: the states that a layer is given."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

@@ -6,15 +6,30 @@ network, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unipelt.config.methods import PrefixConfig
-from unipelt.submodules.forward_pass import Pass, Slot, cached_on
+from unipelt.submodules.entry import Part
+from unipelt.submodules.forward_pass import PassFacts, new_key
 from unipelt.submodules.gate import INITIAL_STD
+
+NETWORK_NAMES = ("prefix_network", "cross_prefix_network")
+"""The names of a stack's networks in its set: of the self-attentions, and of the attentions to another stack."""
+
+
+class _Blocks(nn.Linear):
+    """A projection whose outputs are blocks of equal size, of which one alone may be asked for."""
+
+    def forward(self, x: Tensor, index: int | None = None, size: int = 0) -> Tensor:  # type: ignore[override]
+        """Return all outputs of x, or the `size` outputs of block `index`."""
+        if index is None:
+            return super().forward(x)
+        rows = slice(index * size, (index + 1) * size)
+        return nn.functional.linear(x, self.weight[rows], self.bias[rows])
 
 
 class PrefixNetwork(nn.Module):
@@ -27,31 +42,35 @@ class PrefixNetwork(nn.Module):
     def __init__(self, hidden: int, width: int, layers: int, config: PrefixConfig, like: Tensor) -> None:
         super().__init__()
         kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        self.key = new_key()
         self.width = width
         self.layers = layers
         self.embedding = nn.Parameter(torch.empty(config.length, hidden, **kind))
         self.w1 = nn.Linear(hidden, config.hidden, **kind)
-        self.w2 = nn.Linear(config.hidden, layers * 2 * width, **kind)
+        self.w2 = _Blocks(config.hidden, layers * 2 * width, **kind)
         nn.init.normal_(self.embedding, std=INITIAL_STD)
         for linear in (self.w1, self.w2):
             nn.init.normal_(linear.weight, std=INITIAL_STD)
             nn.init.zeros_(linear.bias)
 
-        self.pass_ = Pass()
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The named parts of the parameters."""
+        return tuple(Part(f"prefix_network.{name}", "prefix", name) for name, _ in self.named_parameters())
+
+    @property
+    def deployed_count(self) -> int:
+        """The number of parameters that stand for this network after training."""
+        return 2 * self.layers * self.embedding.shape[0] * self.width
 
     def forward(self, index: int | None = None) -> Tensor:
-        """Keys and values of the prefixes: of all, (N, 2, L, W), or of one, (2, L, W); keys, then values.
+        """Compute keys and values of the prefixes: of all, (N, 2, L, W), or of one, (2, L, W); keys, then values.
 
         Args:
             index: the attention's place among those that share this network; None for all.
         """
         low = torch.tanh(self.w1(self.embedding))
-        if index is None:
-            both = self.w2(low)
-        else:
-            rows = slice(index * 2 * self.width, (index + 1) * 2 * self.width)
-            both = nn.functional.linear(low, self.w2.weight[rows], self.w2.bias[rows])
-        shaped = both.unflatten(-1, (-1, 2, self.width)).movedim(0, -2)
+        shaped = self.w2(low, index, 2 * self.width).unflatten(-1, (-1, 2, self.width)).movedim(0, -2)
         return shaped if index is None else shaped[0]
 
 
@@ -68,15 +87,16 @@ class Prefix(nn.Module):
 
     Attributes:
         index: the attention's place among those that share the network.
-        source: the attribute of the stack's owner that holds the network.
-        network: the shared network, in a tuple because it is a reference and not a part; empty once deployed.
+        source: the name of the network in the stack's set.
+        network: the shared network, in a tuple because it is no part of this module; empty once deployed.
         keys_values: (2, L, W), the parameter that remains when the network has been folded away; else None.
-        gate: brings the gate of the pass, (B, 1) or (B, T), from the attention; None without.
+        gate_name: the gate's name; empty without a gate.
         gating: `scale` or `mass`, or `added` with a softmax of its own.
         mass: what is added to the prefix's attention logits, `log c` where a gate that acts through the mass became
             the constant c (`unipelt.fold`); else 0.
     """
 
+    folds_to = "constant"
     keys_values: nn.Parameter | None
 
     def __init__(
@@ -89,12 +109,13 @@ class Prefix(nn.Module):
         like: Tensor,
         *,
         by_query: bool,
+        gate_name: str,
     ) -> None:
         super().__init__()
         self.index = index
         self.source = source
         self.length = config.length
-        self.gate = Slot() if config.gate else None
+        self.gate_name = gate_name if config.gate else ""
         self.gating: str = "added" if config.softmax == "own" else "mass" if by_query else config.gating
         self.mass = 0.0
         self.network: tuple[PrefixNetwork, ...] = () if network is None else (network,)
@@ -103,36 +124,73 @@ class Prefix(nn.Module):
             start = torch.zeros(2, config.length, width, dtype=like.dtype, device=like.device)
             self.keys_values = nn.Parameter(start)
 
-    def forward(self) -> Tensor:
-        """Keys and values before the gate: (2, L, W)."""
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The named parts of the parameters."""
+        return () if self.keys_values is None else (Part("prefix.keys_values", "prefix", "keys_values"),)
+
+    @property
+    def takes_attention(self) -> bool:
+        """Whether the prefix takes attention even when its gate is closed."""
+        return self.gating == "scale"
+
+    def deploy(self, both: Tensor) -> None:
+        """Replace the network by the keys and values that it computes, (2, L, W), in place."""
+        self.keys_values = nn.Parameter(both)
+        self.network = ()
+
+    @torch.no_grad()
+    def scale_by(self, constant: float) -> None:
+        """Replace the gate by a constant above 0, in place. The prefix must be deployed."""
+        assert self.keys_values is not None
+        if self.gating == "scale":
+            self.keys_values.mul_(constant)
+        elif self.gating == "added":
+            self.keys_values[1].mul_(constant)
+        else:
+            self.mass = math.log(constant)
+        self.gate_name = ""
+
+    def forward(self, shared: Tensor | None = None) -> Tensor:
+        """Return keys and values before the gate: (2, L, W).
+
+        Args:
+            shared: keys and values that the pass computed for all attentions at once, or None.
+        """
         if self.keys_values is not None:
             return self.keys_values
-        network = self.network[0]
-        shared = network.pass_.look()
-        return network(self.index) if shared is None else shared[self.index]
+        if shared is not None and (torch.is_grad_enabled() or not shared.requires_grad):
+            return shared
+        # Reentrant checkpointing runs a layer without gradients first. Its second run needs inside the layer all that
+        # trains there, so both compute this prefix alone.
+        return self.network[0](self.index)
 
-    def take_gate(self) -> Tensor | None:
-        """The gate of the pass, (B, 1) or (B, T), or None. Raises `KeyError` outside a pass of the attention."""
-        return None if self.gate is None else self.gate.take()
+    def rows(self, both: Tensor, batch: int, dtype: torch.dtype, gate: Tensor | None) -> Tensor:
+        """Return keys and values as the gate leaves them, (2, B, L, W).
 
-    def rows(self, batch: int, dtype: torch.dtype, gate: Tensor | None) -> Tensor:
-        """Keys and values as the gate leaves them: (2, B, L, W)."""
-        both = self().to(dtype).unsqueeze(1)
+        Args:
+            both: (2, L, W), before the gate.
+            batch: B.
+            dtype: of the attention's keys.
+            gate: (B, 1) or (B, T), or None.
+        """
+        both = both.to(dtype).unsqueeze(1)
         if gate is not None and self.gating == "scale":
             both = both * gate.to(dtype).view(1, batch, 1, 1)
         return both.expand(2, batch, -1, -1)
 
-    def attention(self, query: Tensor, heads: int, gate: Tensor | None, **kwargs: Any) -> Tensor:
-        """What attention over the prefix by itself gives, as the gate leaves it: (B, T, heads of queries, d).
+    def attention(self, both: Tensor, query: Tensor, heads: int, gate: Tensor | None, **kwargs: Any) -> Tensor:
+        """Return attention over the prefix by itself, as the gate leaves it: (B, T, heads of queries, d).
 
         Args:
+            both: (2, L, W), before the gate.
             query: (B, heads of queries, T, d).
             heads: H.
-            gate: as `take_gate` gave it.
-            kwargs: what the model's own attention function takes, of which `scaling` and `dropout` are looked at.
+            gate: (B, 1) or (B, T), or None.
+            kwargs: arguments of the model's own attention function, of which `scaling` and `dropout` are read.
         """
         batch, queries, _, size = query.shape
-        keys, values = self.rows(batch, query.dtype, gate).unflatten(-1, (heads, size)).transpose(2, 3).unbind()
+        keys, values = self.rows(both, batch, query.dtype, gate).unflatten(-1, (heads, size)).transpose(2, 3).unbind()
         out = nn.functional.scaled_dot_product_attention(
             query,
             keys,
@@ -143,79 +201,60 @@ class Prefix(nn.Module):
         ).transpose(1, 2)
         return out if gate is None else out * gate.to(out.dtype)[:, :, None, None]
 
-    def columns(self, mask: Tensor | None, dtype: torch.dtype, tokens: int, gate: Tensor | None) -> Tensor | None:
-        """The attention's mask with columns for the prefix in front.
+    def columns(
+        self, mask: Tensor | None, dtype: torch.dtype, tokens: int, gate: Tensor | None, facts: PassFacts
+    ) -> Tensor | None:
+        """Return the attention's mask with columns for the prefix in front.
 
         Args:
             mask: None, boolean or additive, (B or 1, heads or 1, queries or 1, keys).
             dtype: of the attention's logits.
             tokens: how many keys there are, where there is no mask.
-            gate: as `take_gate` gave it.
+            gate: (B, 1) or (B, T), or None.
+            facts: of the pass.
 
         Returns:
             (B or 1, heads or 1, queries or 1, L + keys), or None where there is no mask and need not be one.
         """
         if gate is not None and self.gating == "mass":
             return _with_mass(gate.to(dtype), mask, tokens, self.length)
-        if self.mass:
-            if mask is None:
-                mask = torch.zeros(1, 1, 1, tokens, dtype=dtype, device=self().device)
-            return _with_columns(mask, dtype, self.length, self.mass)
+        if self.mass and mask is None:
+            assert self.keys_values is not None
+            mask = torch.zeros(1, 1, 1, tokens, dtype=dtype, device=self.keys_values.device)
         if mask is None:
             return None
-        return cached_on(mask, ("prefix", self.length, dtype), lambda: _with_columns(mask, dtype, self.length))
+        return facts.once(
+            mask, ("prefix", self.length, dtype, self.mass), lambda: _with_columns(mask, dtype, self.length, self.mass)
+        )
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Describe the module for `print(model)`."""
         form = "deployed" if self.keys_values is not None else f"part {self.index} of {self.source}"
         constant = f"constant, log g = {self.mass:.3f}" if self.mass else "none"
-        gating = self.gating if self.gate or self.gating == "added" else constant
+        gating = self.gating if self.gate_name or self.gating == "added" else constant
         return f"length={self.length}, {form}, gating={gating}"
 
 
 def _with_columns(mask: Tensor, dtype: torch.dtype, length: int, mass: float = 0.0) -> Tensor:
-    """An additive mask with `length` open columns in front, whose keys weigh exp(mass) times as much."""
+    """Return an additive mask with `length` open columns in front, whose keys weigh exp(mass) times as much."""
     if mask.dtype == torch.bool:  # sdpa does this too, but in every layer anew
         mask = mask.to(dtype).log()  # 0 where it is true, -inf where it is false
     return nn.functional.pad(mask, (length, 0), value=mass)
 
 
 def _with_mass(gate: Tensor, mask: Tensor | None, tokens: int, length: int) -> Tensor:
-    """An additive mask whose prefix columns hold `log g`, for gates (B, 1) or (B, queries)."""
-    # log 0 = -inf closes the prefix exactly; the inner clamp keeps its gradient finite
-    log = torch.where(gate > 0, gate.clamp_min(torch.finfo(gate.dtype).tiny).log(), -torch.inf)
-    if mask is None:
-        mask = gate.new_zeros(1, 1, 1, tokens)
-    elif mask.dtype == torch.bool:
-        mask = gate.new_zeros(()).masked_fill(~mask, torch.finfo(gate.dtype).min)
+    """Return an additive mask whose prefix columns hold `log g`, for gates (B, 1) or (B, queries)."""
+    if torch.is_grad_enabled() and gate.requires_grad:
+        # log 0 = -inf closes the prefix exactly; the inner clamp keeps its gradient finite
+        log = torch.where(gate > 0, gate.clamp_min(torch.finfo(gate.dtype).tiny).log(), -torch.inf)
+    else:
+        log = gate.log()
     log = log[:, None, :, None]
+    if mask is None:
+        return nn.functional.pad(log.expand(-1, -1, -1, length), (0, tokens))
+    if mask.dtype == torch.bool:
+        mask = gate.new_zeros(()).masked_fill(~mask, torch.finfo(gate.dtype).min)
     rows = max(log.shape[2], mask.shape[2])
     mask = mask.expand(gate.shape[0], -1, rows, -1)
     columns = log.expand(-1, mask.shape[1], rows, length)
     return torch.cat([columns, mask.to(gate.dtype)], dim=-1)
-
-
-NETWORKS = ("prefix_network", "cross_prefix_network")
-"""The attributes of a stack's owner that hold its networks."""
-
-
-def enter_stack(owner: Any, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of a stack's owner: compute all its prefixes."""
-    if getattr(owner, "_is_replica", False):  # of `nn.DataParallel`, whose prefixes still know the model's network
-        for module in owner.modules():
-            if isinstance(module, Prefix):
-                module.network = (getattr(owner, module.source),)
-        return
-    for network in _networks(owner):
-        network.pass_.enter(network().unbind())
-
-
-def leave_stack(owner: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a stack's owner, called after a failure too."""
-    for network in _networks(owner):
-        network.pass_.leave()
-
-
-def _networks(owner: Any) -> Iterator[PrefixNetwork]:
-    found = (getattr(owner, name, None) for name in NETWORKS)
-    return (network for network in found if isinstance(network, PrefixNetwork))

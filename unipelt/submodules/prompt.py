@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import ModelOutput
 
 from unipelt.config.methods import PromptConfig
-from unipelt.submodules.forward_pass import Slot
-from unipelt.submodules.gate import Gates, product, token_weights
+from unipelt.submodules.entry import Entry, Part
+from unipelt.submodules.forward_pass import Passes
+from unipelt.submodules.tokens import token_weights
 
 
 class Prompt(nn.Module):
@@ -34,106 +34,60 @@ class Prompt(nn.Module):
 
     Attributes:
         embedding: (L, E), P.
-        gates: the gate, or None.
-        inputs: what the model's forward calls its positional arguments.
-        lengths: bring what the model computes on, (B, L + T, E), from its entry to those that cut L rows off again.
+        entry: computes the gate, or None.
+        gate_name: the gate's name; empty without one.
+        inputs: the names of the model's positional arguments.
+        passes: the passes of the module that embeds the text.
     """
 
-    def __init__(self, model: Any, config: PromptConfig, lengths: tuple[Slot, ...], gates: Gates | None) -> None:
+    folds_to = "constant"
+    takes_attention = True
+
+    def __init__(self, model: Any, config: PromptConfig, entry: Entry | None, like: Tensor) -> None:
         super().__init__()
         table: nn.Module = model.get_input_embeddings()
         weight: Any = table.weight
-        with torch.no_grad():
-            rows = torch.randint(len(weight), (config.length,)).to(weight.device)
-            self.embedding = nn.Parameter(table(rows).clone())
-        self.gates = gates
+        if like.is_meta:
+            self.embedding = nn.Parameter(like.new_empty(config.length, weight.shape[1]))
+        else:
+            with torch.no_grad():
+                rows = torch.randint(len(weight), (config.length,)).to(weight.device)
+                self.embedding = nn.Parameter(table(rows).to(like.dtype, copy=True))
+        self.entry = entry
+        self.gate_name = "" if entry is None else "prompt"
         self.inputs = tuple(inspect.signature(model.forward).parameters)
-        self.lengths = lengths
+        self.passes = Passes()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The named parts of the parameters."""
+        return (Part("prompt.embedding", "prompt", "embedding"),)
+
+    @torch.no_grad()
+    def scale_by(self, constant: float) -> None:
+        """Replace the gate by a constant, in place."""
+        self.embedding.mul_(constant)
+        self.entry, self.gate_name = None, ""
 
     def forward(self, text: Tensor, mask: Tensor | None) -> Tensor:
-        """What is put in front, (B or 1, L, E).
+        """Return the vectors that are put in front, (B or 1, L, E).
 
         Args:
             text: (B, T, E), embedded.
             mask: (B, T), 0 at padding, or None where there is none.
         """
-        gates = self.gates
-        if gates is None:
+        if self.entry is None:
             return self.embedding.to(text.dtype).unsqueeze(0)
-        pooled = gates.pooling in ("masked_mean", "text")
-        weights = token_weights(mask.bool(), len(text)) if pooled and mask is not None else None
-        logits, _ = product(text.to(gates.bias.dtype), gates, weights=weights)
-        return (gates(logits, weights) * self.embedding).to(text.dtype)
+        weights = token_weights(mask, len(text)) if self.entry.gates.averages else None
+        gate, _ = self.entry(text, weights)
+        return (gate * self.embedding).to(text.dtype)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Describe the module for `print(model)`."""
         return f"{len(self.embedding)} tokens"
 
 
 def embeds_text(module: Any) -> bool:
-    """Whether a module embeds a text itself, and takes one that is embedded already."""
+    """Return whether a module embeds a text itself, and takes one that is embedded already."""
     named = inspect.signature(module.forward).parameters
     return {"inputs_embeds", "attention_mask"} <= named.keys() and hasattr(module, "get_input_embeddings")
-
-
-def enter_prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of what embeds the text: put the prompt in front; only make room where a cache has it."""
-    prompt: Prompt = model.prompt
-    given = {**dict(zip(prompt.inputs, args, strict=False)), **kwargs}
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
-    if getattr(cache, "is_compileable", False):
-        raise ValueError("a prompt makes a text longer than a static cache expects; generate with a dynamic cache")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise ValueError("a model with a prompt takes an attention_mask of (examples, tokens), or none")
-    length = len(prompt.embedding)
-    begun = cache is not None and cache.get_seq_length() > 0
-    if mask is not None:
-        given["attention_mask"] = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
-    for name in ("position_ids", "cache_position"):
-        if given.get(name) is not None:
-            given[name] = _shifted(given[name], length, begun)
-    longer = None
-    if not begun:
-        text = given.get("inputs_embeds")
-        text = model.get_input_embeddings()(given["input_ids"]) if text is None else text
-        own = None if mask is None else given["attention_mask"][:, length:]
-        longer = torch.cat([prompt(text, own).expand(len(text), -1, -1), text], dim=1)
-        given |= {"input_ids": None, "inputs_embeds": longer}
-        if given.get("token_type_ids") is not None:
-            given["token_type_ids"] = nn.functional.pad(given["token_type_ids"], (length, 0))
-        if given.get("seq_len") is not None:  # ModernBERT's heads count the text before Transformers 5.1
-            given["seq_len"] = given["seq_len"] + length
-    for slot in prompt.lengths:
-        slot.put(longer)
-    return (), given
-
-
-def leave_prompt(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of what embeds the text, and of what owns the layers: the states of the text alone."""
-    slot: Slot = module.unipelt_prompt
-    if slot.is_empty():
-        raise RuntimeError(f"{type(module).__name__} was called by itself, and so without the prompt before its text")
-    longer = slot.take()
-    return output if longer is None else _cut(output, longer.shape[1], module.unipelt_prompt_length)
-
-
-def _shifted(positions: Tensor, length: int, begun: bool) -> Tensor:
-    """Positions of a text, (..., T), behind a prompt: (..., T), or (..., L + T) with its own."""
-    if begun:
-        return positions + length
-    own = torch.arange(length, device=positions.device, dtype=positions.dtype)
-    return torch.cat([own.expand(*positions.shape[:-1], length), positions + length], dim=-1)
-
-
-def _cut(output: Any, tokens: int, length: int) -> Any:
-    """Without the first rows, wherever states (B, tokens, D) stand in an output; attention weights stay whole."""
-    if isinstance(output, Tensor):
-        return output[:, length:] if output.dim() == 3 and output.shape[1] == tokens else output
-    if isinstance(output, ModelOutput):
-        for name in ("last_hidden_state", "hidden_states"):
-            if output.get(name) is not None:
-                output[name] = _cut(output[name], tokens, length)
-        return output
-    if isinstance(output, tuple):
-        return tuple(_cut(part, tokens, length) for part in output)
-    return output

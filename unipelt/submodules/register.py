@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from unipelt.config.methods import SUBMODULES, SubmoduleConfig, UniPELTConfig
 from unipelt.config.schema import ConfigError
-from unipelt.submodules.forward_pass import Shared
 from unipelt.submodules.outputs import OutputSlice, matrix_of, own_rows
+from unipelt.submodules.term import SharedParameters
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class TargetInfo:
         outputs: O, width of what it gives.
         weight: for its type and its device: the host's own weight, frozen, or one like it where that is quantised.
         shared: what all modules of this submodule in a stack share: parameters, as its attributes; whichever module
-            comes first makes them. A module refers to it in a tuple, `self.shared = (spot.shared,)`, since it is no
-            part of it, and reads them in `forward` as attributes of `self.shared[0].here()`.
+            comes first makes them. A module refers to it in a tuple, `self.shared = (spot.shared,)`, which makes no
+            part of it, and reads them in `forward` as `self.shared[0]()["name"]`.
         host: the projection.
         rows: which of its outputs are meant.
     """
@@ -37,7 +37,7 @@ class TargetInfo:
     inputs: int
     outputs: int
     weight: Tensor
-    shared: Shared
+    shared: SharedParameters
     host: Any
     rows: OutputSlice
 

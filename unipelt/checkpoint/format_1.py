@@ -1,0 +1,114 @@
+"""Checkpoints of format 1, in which parameters hung inside modules of the host: their names, and what those are now.
+
+Format 1 kept a gate, a low-rank factor and an adapter's projection in parameters of their own; now those that read one
+input are rows of one. The numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unipelt.injection.draft import Draft
+from unipelt.submodules.entry import Entry
+from unipelt.submodules.prompt import Prompt
+from unipelt.submodules.room import SubmoduleSet
+
+Constants = Mapping[str, Mapping[str, float | None]]
+
+
+def renamed(
+    drafts: Sequence[Draft], tensors: Mapping[str, Tensor], folded: Constants | None
+) -> tuple[dict[str, Tensor], Constants | None]:
+    """Return the tensors, and the constants of a folded model, under their present names.
+
+    Args:
+        drafts: the sets that the checkpoint's configuration means.
+        tensors: by their names of format 1. What is of the model itself keeps its name.
+        folded: by the path of the gates, the name of a gate and its constant; None for a model that is not folded.
+    """
+    left = dict(tensors)
+    found: dict[str, Tensor] = {}
+    for name, old_names in _old_names(drafts):
+        pieces = [left.pop(old) for old in old_names if old in left]
+        if len(pieces) == len(old_names) and all(piece.shape[1:] == pieces[0].shape[1:] for piece in pieces):
+            found[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if folded is not None:
+        paths = dict(_old_gates(drafts))
+        folded = {paths.get(path, path): named for path, named in folded.items()}
+    return {**left, **found}, folded
+
+
+def _old_names(drafts: Sequence[Draft]) -> Iterator[tuple[str, list[str]]]:
+    """Yield every parameter's name with the names of format 1 whose tensors, one below the other, it consists of."""
+    for draft in drafts:
+        for path, module, old in _owners(draft):
+            for name, _ in module.named_parameters(recurse=not isinstance(module, (SubmoduleSet,))):
+                inner = f"{path}.{name}" if path else name
+                if isinstance(module, Entry):
+                    gates, host = old
+                    yield draft.name(inner), _old_entry(module, name, gates, host)
+                elif not name.startswith("entry."):
+                    yield draft.name(inner), [f"{old}.{name}"]
+
+
+def _old_entry(entry: Entry, name: str, gates: str, hosts: Mapping[str, str]) -> list[str]:
+    """Return the old names of an entry's parameter: that of the gates, then those of the further rows."""
+    rows = [part for part in entry.parts if part.parameter == name and part.row]
+    old = [f"{gates}.{name}"]
+    for part in rows:
+        term, _, rest = part.name.partition(".")
+        old.append(f"{hosts[term]}.{rest}")
+    return old
+
+
+def _owners(draft: Draft) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Yield the modules that own parameters: path in the set, module, and what its path was.
+
+    Of an entry, it is the path of the gates, and those of the terms whose rows it holds.
+    """
+    added = draft.added
+    if not isinstance(added, SubmoduleSet):
+        for name, module in added.named_children():
+            old = _join(draft.host, name)
+            yield name, module, old
+            if isinstance(module, Prompt) and module.entry is not None:
+                yield f"{name}.entry", module.entry, (f"{old}.gates", {})
+        return
+    for index, part in enumerate(added.attentions()):
+        start = "cross." if index else ""
+        attention = _join(draft.host, part.wiring.attention)
+        hosts = {name: f"{_join(draft.host, path)}.{name}" for path, name in _hosts(part)}
+        if part.entry is not None:
+            yield f"{start}entry", part.entry, (f"{attention}.gates", hosts)
+        if part.prefix is not None:
+            yield f"{start}prefix", part.prefix, f"{attention}.prefix"
+        for name, term in part.terms.items():
+            yield f"{start}{name}", term, hosts[name]
+            if term.entry is not None:
+                yield f"{start}{name}.entry", term.entry, (f"{hosts[name]}.gates", hosts)
+
+
+def _hosts(part: SubmoduleSet) -> Iterator[tuple[str, str]]:
+    wiring = part.wiring
+    for places in (wiring.outputs, wiring.inputs):
+        for path, names in places.items():
+            for name in names:
+                yield path, name
+    if wiring.norm:
+        yield wiring.norm, "adapter"
+
+
+def _old_gates(drafts: Sequence[Draft]) -> Iterator[tuple[str, str]]:
+    """Yield the path that the gates of an entry had, and the path of the entry."""
+    for draft in drafts:
+        for path, module, old in _owners(draft):
+            if isinstance(module, Entry):
+                yield old[0], draft.name(path)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -1,0 +1,59 @@
+"""The submodules of a configuration without memory: their names and shapes, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unipelt.config.methods import UniPELTConfig
+from unipelt.hosts.locate import find_stacks
+from unipelt.injection.attach import build, build_prompt
+from unipelt.submodules.room import DEFAULT, ROOM
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A set on the device `meta`, and where its room would be.
+
+    Attributes:
+        host: path of the layer, or of the stack's owner, from the model.
+        added: the set.
+    """
+
+    host: str
+    added: nn.Module
+
+    def name(self, inner: str) -> str:
+        """Return the name that something in the set has in the model."""
+        return ".".join(part for part in (self.host, ROOM, DEFAULT, inner) if part)
+
+
+def draft(model: PreTrainedModel, config: UniPELTConfig, deployed: bool) -> list[Draft]:
+    """Build every set of a configuration on the device `meta`. Raises `InjectionError` as injecting does."""
+    paths = {module: path for path, module in model.named_modules()}
+    found = []
+    stacks = find_stacks(model, config) if config.has_submodules else []
+    for stack in stacks:
+        built = build(model, stack, config, deployed, device="meta")
+        found.append(Draft(paths[stack.owner], built.stack))
+        found += [Draft(paths[stack.layers[index].module], added) for index, added in built.layers.items()]
+    if config.prompt is not None:
+        entry, prompt = build_prompt(model, stacks[0], config, device="meta")
+        holder = nn.Module()
+        holder.add_module("prompt", prompt)
+        found.append(Draft(paths[entry], holder))
+    return found
+
+
+def shapes(drafts: Sequence[Draft]) -> dict[str, Tensor]:
+    """Return the parameters of drafts by the names that they would have in the model."""
+    return dict(_named(drafts))
+
+
+def _named(drafts: Sequence[Draft]) -> Iterator[tuple[str, Tensor]]:
+    for one in drafts:
+        for name, parameter in one.added.named_parameters():
+            yield one.name(name), parameter

@@ -1,0 +1,266 @@
+"""Every hook that a host module gets, declared once: detaching and wiring read this registry.
+
+A hook is a free function that reads the module it is called with, so that copies of a model stay correct. All hooks
+are put before those of the user, so that a user's hook acts alike, whether it came before or after `inject`: it sees a
+projection together with its terms, as if they were part of the weight.
+
+Shapes: B examples, T tokens, I inputs, O outputs of a host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unipelt.submodules.forward_pass import (
+    AttentionPass,
+    ForwardPass,
+    PassFacts,
+    first_tensor,
+)
+from unipelt.submodules.prefix import NETWORK_NAMES
+from unipelt.submodules.room import ROOM, Port, Room, SubmoduleSet
+from unipelt.submodules.tokens import token_weights
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+HOOKS: dict[Callable[..., Any], str] = {}
+"""Each hook, and when it is called: `enter` (before a forward, with keywords), `input` (before a forward), `output`
+(after it), `leave` (after it, after a failure too)."""
+
+
+def hook(when: str) -> Callable[[Hook], Hook]:
+    """Register a function as a hook."""
+
+    def register(function: Hook) -> Hook:
+        HOOKS[function] = when
+        return function
+
+    return register
+
+
+def put(host: nn.Module, function: Callable[..., Any]) -> None:
+    """Put a registered hook on a module, once, before the hooks of others."""
+    when = HOOKS[function]
+    there = host._forward_pre_hooks if when in ("enter", "input") else host._forward_hooks
+    if function in there.values():
+        return
+    if when == "enter":
+        host.register_forward_pre_hook(function, prepend=True, with_kwargs=True)
+    elif when == "input":
+        host.register_forward_pre_hook(function, prepend=True)
+    else:
+        host.register_forward_hook(function, prepend=True, always_call=when == "leave")
+
+
+def take_off(host: nn.Module, *functions: Callable[..., Any]) -> None:
+    """Take these hooks off a module; without any, every registered one."""
+    dropped = functions or tuple(HOOKS)
+    for hooks in (host._forward_pre_hooks, host._forward_hooks):
+        for key in [key for key, function in hooks.items() if function in dropped]:
+            del hooks[key]
+            host._forward_pre_hooks_with_kwargs.pop(key, None)
+            host._forward_hooks_always_called.pop(key, None)
+
+
+# Stacks and layers: where a pass begins and ends
+
+
+@hook("enter")
+def enter_stack(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Begin a pass of the stack: compute the prefixes of all its attentions at once."""
+    if getattr(owner, "_is_replica", False):
+        raise RuntimeError(
+            "torch.nn.DataParallel does not work with submodules; start one process a GPU (accelerate launch, "
+            "torchrun), or let Python see one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    room: Room = owner._modules[ROOM]
+    facts = PassFacts(room.passes.given_rows())
+    for name in (room.active,) if facts.rows is None else facts.rows.names:
+        stack_set = room.present(name)
+        for source in NETWORK_NAMES if stack_set is not None else ():
+            network = stack_set._modules.get(source)
+            if network is not None:
+                facts.prefixes[network.key] = network().unbind()
+    return room.passes.enter(facts, args), kwargs
+
+
+@hook("leave")
+def leave_stack(owner: Any, args: tuple[Any, ...], output: Any) -> None:
+    """End the pass of the stack."""
+    owner._modules[ROOM].passes.leave()
+
+
+@hook("enter")
+def enter_layer(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Begin a pass where the layer is called without its stack; gradient checkpointing does so a second time."""
+    room: Room = layer._modules[ROOM]
+    now = room.passes.current()
+    if now is None:
+        facts = PassFacts() if torch.compiler.is_compiling() else PassFacts.find(first_tensor(args, kwargs))
+        return room.passes.enter(facts, args, by_layer=True), kwargs
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        now.facts.travel(first_tensor(args, kwargs))
+    return None
+
+
+@hook("leave")
+def leave_layer(layer: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forget the values of the layer's attentions."""
+    passes = layer._modules[ROOM].passes
+    now = passes.current()
+    if now is not None and now.by_layer:
+        passes.leave()
+    elif now is not None:
+        now.attentions.clear()
+
+
+# Attention and projections: where submodules compute
+
+
+@hook("enter")
+def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Read the mask, for gates that average over real tokens."""
+    port: Port = attention.unipelt_port
+    now = port.room[0].passes.current()
+    if now is None:
+        return
+    rows = now.facts.rows
+    for index, part in enumerate(parts_at(port, now)):
+        if part is not None and part.averages:
+            assert part.wiring.mask is not None
+            assert part.wiring.hidden is not None
+            mask, batch = part.wiring.mask.read(args, kwargs), len(part.wiring.hidden.read(args, kwargs))
+            if rows is not None:
+                mask, batch = split_mask(mask, now.facts)[index], rows.counts[index] * (batch // sum(rows.counts))
+            note_mask(part, now, mask, batch)
+
+
+def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> AttentionPass:
+    """Keep an attention's mask and, where gates average, the weights of its real tokens."""
+    attention = now.attention(part.key)
+    attention.mask = mask
+    if part.averages:
+        attention.weights = token_weights(mask, batch, now.facts, truth_values=part.wiring.truth_values)
+    return attention
+
+
+@hook("input")
+def change_input(host: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Add the terms of what a projection is given."""
+    port: Port = host.unipelt_port
+    now = port.room[0].passes.current()
+
+    def add(part: SubmoduleSet, x: Tensor, _: Tensor) -> Tensor:
+        for name in part.wiring.inputs.get(port.path, ()):
+            term: Any = part._modules[name]
+            x = term(x, x, _attention(part, now))
+        return x
+
+    changed = _by_set(port, now, add, args[0], args[0])
+    return None if changed is args[0] else (changed, *args[1:])
+
+
+@hook("output")
+def add_terms(host: Any, args: tuple[Any, ...], out: Any) -> Any:
+    """Add the terms of what a projection, or a feed-forward network, gives."""
+    port: Port = host.unipelt_port
+    now = port.room[0].passes.current()
+    if isinstance(out, tuple):  # a mixture of experts gives its router's logits, too
+        return (_add_all(port, now, args, out[0]), *out[1:])
+    return _add_all(port, now, args, out)
+
+
+def _add_all(port: Port, now: ForwardPass | None, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def add(part: SubmoduleSet, x: Tensor, y: Tensor) -> Tensor:
+        attention = _attention(part, now)
+        if attention is not None:
+            if not attention.opened and part.entry is not None and port.path in part.wiring.readers:
+                open_entry(part, x, attention)
+            for name in part.wiring.handed.get(port.path, ()):
+                attention.inputs[name] = x
+        modules = part._modules
+        for name in part.wiring.outputs.get(port.path, ()):
+            term: Any = modules[name]
+            given = y if term.reads_output else x if attention is None else attention.inputs.get(name, x)
+            y = term(given, y, attention)
+        return y
+
+    return _by_set(port, now, add, args[0] if args else out, out)
+
+
+def open_entry(part: SubmoduleSet, x: Tensor, attention: AttentionPass) -> None:
+    """Compute all that reads the attention's input: gates, and the gated `A x` of low-rank terms."""
+    attention.opened = True
+    entry = part.entry
+    assert entry is not None
+    values, further = entry(x, attention.weights if entry.gates.averages else None)
+    names = entry.gates.names
+    attention.gates.update(zip(names, values.split(1, dim=-1), strict=True))
+    if further is None:
+        return
+    rows = entry.row_names
+    first = names.index(rows[0])
+    gates = values[..., first : first + len(rows)]
+    low = further.unflatten(-1, (len(rows), -1)) * gates.unsqueeze(-1)
+    attention.low.update(zip(rows, low.unbind(dim=-2), strict=True))
+
+
+@hook("output")
+def adapt_norm(norm: Any, args: tuple[Tensor, ...], normed: Tensor) -> Tensor:
+    """Compute `LN(s + g * adapter(LN(s)))` behind a post-LN layer's feed-forward network (`Adapter`)."""
+    port: Port = norm.unipelt_port
+    now = port.room[0].passes.current()
+
+    def add(part: SubmoduleSet, x: Tensor, y: Tensor) -> Tensor:
+        adapter: Any = part._modules["adapter"]
+        return adapter(x, y, _attention(part, now))
+
+    added = _by_set(port, now, lambda part, x, y: add(part, x, y) if part.wiring.norm else y, normed, args[0])
+    return normed if added is args[0] else norm.forward(added)
+
+
+# Sets: the active one, or those of the rows
+
+
+def parts_at(port: Port, now: ForwardPass) -> list[SubmoduleSet | None]:
+    """Return the set that computes at a host or, where rows belong to several, the set of each."""
+    rows = now.facts.rows
+    return [port.part(name) for name in ((port.room[0].active,) if rows is None else rows.names)]
+
+
+def split_mask(mask: Any, facts: PassFacts) -> tuple[Any, ...]:
+    """Split a mask (B or 1, ...) by set, once a pass; None, and one for all rows alike, serve every set."""
+    rows = facts.rows
+    assert rows is not None
+    if not isinstance(mask, Tensor) or len(mask) == 1:
+        return (mask,) * len(rows.names)
+    return facts.once(mask, "rows", lambda: rows.split(mask))
+
+
+def _attention(part: SubmoduleSet, now: ForwardPass | None) -> AttentionPass | None:
+    return None if now is None else now.attention(part.key)
+
+
+def _by_set(
+    port: Port,
+    now: ForwardPass | None,
+    compute: Callable[[SubmoduleSet, Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """Compute for the active set, or for every set on its own rows; rows of no set stay as they are."""
+    rows = None if now is None else now.facts.rows
+    if rows is None:
+        part = port.part(port.room[0].active)
+        return y if part is None else compute(part, x, y)
+    parts = [port.part(name) for name in rows.names]
+    if all(part is None for part in parts):
+        return y
+    pieces = zip(parts, rows.split(x), rows.split(y), strict=True)
+    done = [own_y if part is None else compute(part, own_x, own_y) for part, own_x, own_y in pieces]
+    return torch.cat(done)

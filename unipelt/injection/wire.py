@@ -1,0 +1,102 @@
+"""Connect hosts with the rooms that serve them: a port and hooks on each host, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from unipelt.hosts.attention_interface import redirect
+from unipelt.injection.attention_hooks import insert_prefix, lengthen_text, shorten_text
+from unipelt.injection.gradient_checkpointing import wake_input
+from unipelt.injection.hooks import (
+    adapt_norm,
+    add_terms,
+    change_input,
+    enter_attention,
+    enter_layer,
+    enter_stack,
+    leave_layer,
+    leave_stack,
+    put,
+    take_off,
+)
+from unipelt.submodules.room import ROOM, Port, SubmoduleSet
+
+
+def wire_stack(owner: Any, layer: nn.Module) -> None:
+    """Let a stack begin and end its passes."""
+    put(owner, leave_stack)
+    put(owner, enter_stack)
+    owner.unipelt_layer = (layer,)  # a reference, in a tuple, which makes no part
+    put(owner, wake_input)
+
+
+def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
+    """Give every host of a set its port and its hooks."""
+    for cross, part in enumerate(added.attentions()):
+        wiring = part.wiring
+
+        def port(path: str, cross: bool = bool(cross)) -> Any:
+            host: Any = layer.get_submodule(path)
+            if "unipelt_port" not in vars(host):
+                host.unipelt_port = Port((layer._modules[ROOM],), path, cross)
+            return host
+
+        if part.needs_pass:
+            put(layer, leave_layer)
+            put(layer, enter_layer)
+        if wiring.lengthens:
+            attention = port(wiring.attention)
+            put(attention, lengthen_text)
+            put(attention, shorten_text)
+            put(port(wiring.keys), insert_prefix)
+            put(port(wiring.values), insert_prefix)
+        elif part.averages:
+            put(port(wiring.attention), enter_attention)
+        for path in wiring.inputs:
+            put(port(path), change_input)
+        for path in dict.fromkeys((*wiring.readers[:1], *wiring.handed, *wiring.outputs)):
+            put(port(path), add_terms)
+        if wiring.norm:
+            put(port(wiring.norm), adapt_norm)
+        if part.prefix is not None and not wiring.lengthens:
+            attention = port(wiring.attention)
+            if attention.unipelt_port.config is None:
+                attention.unipelt_port.config = redirect(attention)
+
+
+def rewire_layer(layer: nn.Module) -> None:
+    """Give the hosts of a layer no more than its sets still need."""
+    room: Any = layer._modules[ROOM]
+    ours = set(room.modules())
+    for module in layer.modules():
+        if module not in ours:
+            _release(module)
+    for built in room._modules.values():
+        wire_layer(layer, built)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach` wherever it got to; the parameters' values and flags are the caller's."""
+    for module in list(model.modules()):
+        _unwire(module)
+
+
+def _release(module: Any) -> None:
+    """Take off a host's hooks, and its port."""
+    take_off(module)
+    port: Port | None = module.__dict__.pop("unipelt_port", None)
+    if port is not None and port.config is not None:
+        module.config = port.config
+
+
+def _unwire(module: Any) -> None:
+    """Take off whatever a host was given, and give back what it had."""
+    _release(module)
+    for name in ("unipelt_layer", "unipelt_prompt"):
+        module.__dict__.pop(name, None)
+    if "unipelt_chunk_size" in module.__dict__:
+        module.chunk_size_feed_forward = module.__dict__.pop("unipelt_chunk_size")
+    if ROOM in module._modules:
+        delattr(module, ROOM)

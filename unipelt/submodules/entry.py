@@ -1,0 +1,199 @@
+"""The entry: every row that reads one input, in one module with one product.
+
+Shapes: B examples, T tokens, I width of the input, G gates, h width of a gate's network, R further rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unipelt.config.methods import GateConfig
+from unipelt.submodules.gate import INITIAL_STD, Gates, start_logit
+from unipelt.submodules.gate_networks import NETWORKS
+
+
+@dataclass(frozen=True)
+class Part:
+    """One named part of a parameter: all of it, or some of its rows.
+
+    Attributes:
+        name: the part's name in its set, such as `lora_query.A` or `gate.adapter.weight`.
+        kind: the submodule that the part belongs to, or `gate`.
+        parameter: the parameter's name in its module.
+        start, count: the rows; all of them where `count` is None.
+        gate: the name of the gate that the part belongs to; empty for other parts.
+        row: the name of the further rows that the part belongs to; empty for other parts.
+        frozen: whether the part never trains.
+    """
+
+    name: str
+    kind: str
+    parameter: str
+    start: int = 0
+    count: int | None = None
+    gate: str = ""
+    row: str = ""
+    frozen: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the part's rows of a tensor that has the parameter's shape, as a view."""
+        return tensor if self.count is None else tensor[self.start : self.start + self.count]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The first projection of a submodule, which shares the product of an entry.
+
+    Attributes:
+        name: the key under which the entry returns `W x + b`; also the name of the submodule's gate.
+        part: the part's name, such as `lora_query.A`.
+        kind: the submodule that the rows belong to.
+        weight: (R, I), the start.
+        bias: (R,), the start; None without bias.
+    """
+
+    name: str
+    part: str
+    kind: str
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Entry(nn.Module):
+    """`W x + b` for all that reads x: the gates first, then further rows.
+
+    Each reader has few rows, so one product reads x once for all. Gates behind a network, and gates without an input
+    (`static`), share nothing with other readers, and their entry has no further rows.
+
+    Attributes:
+        gates: activation and pooling of the gates.
+        weight: (G + R, I), or (G, h) behind a network; absent where gates have no input.
+        bias: (G,), or (G + R,) where the further rows have a bias.
+        network: the network that x goes through first, or None.
+        has_input: whether the gates read x.
+        parts: the named parts of the parameters.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        inputs: int,
+        names: tuple[str, ...],
+        config: GateConfig,
+        like: Tensor,
+        *,
+        causal: bool,
+        starts: Mapping[str, float | None] | None = None,
+        rows: tuple[Rows, ...] = (),
+    ) -> None:
+        super().__init__()
+        kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        self.gates = Gates(names, config, causal=causal)
+        self.network = NETWORKS[config.network](inputs, config.hidden, kind) if config.network in NETWORKS else None
+        self.has_input = config.pooling != "static"
+        if rows and not shares_product(config):
+            raise ValueError("gates behind a network, and static ones, share no product")
+        self._rows = tuple((row.name, row.part, row.kind, len(row.weight)) for row in rows)
+        self._row_bias = any(row.bias is not None for row in rows)
+        bias = torch.tensor([start_logit(config, (starts or {}).get(name)) for name in names], **kind)
+        if self.has_input:
+            width = inputs if self.network is None else config.hidden
+            weight = torch.empty(len(names), width, **kind)
+            nn.init.normal_(weight, std=0.0 if config.activation == "tanh" else INITIAL_STD)
+            self.weight = nn.Parameter(torch.cat([weight, *(row.weight.detach() for row in rows)]) if rows else weight)
+        if self._row_bias:
+            bias = torch.cat([bias, *(row.bias.detach() for row in rows if row.bias is not None)])
+        self.bias = nn.Parameter(bias)
+        self.parts = self._name_parts()
+
+    def forward(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compute the gates, and the products of the further rows.
+
+        Args:
+            x: (..., I).
+            weights: (B, T) token weights, or None, as `Gates` takes them.
+
+        Returns:
+            The gates, (B, 1, G) or (..., G); and `W x + b` of the further rows, (..., R), or None without such rows.
+        """
+        count = len(self.gates.names)
+        if not self.has_input:
+            lead = x.shape[:-1] if self.gates.pooling == "token" else (len(x), 1)
+            return self.gates(self.bias.expand(*lead, count), weights), None
+        x = x.to(self.weight.dtype)
+        if self.network is not None:
+            return self.gates(nn.functional.linear(self.network(x, weights), self.weight, self.bias), weights), None
+        if not self._rows:
+            return self.gates(nn.functional.linear(x, self.weight, self.bias), weights), None
+        product = nn.functional.linear(x, self.weight, self.bias if self._row_bias else None)
+        logits, further = product.split([count, product.shape[-1] - count], dim=-1)
+        if not self._row_bias:
+            logits = logits + self.bias
+        return self.gates(logits, weights), further
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """The names of the further rows."""
+        return tuple(row[0] for row in self._rows)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Keep the gates of these names, with the further rows of the same names, and drop all others, in place."""
+        kept: dict[str, list[int]] = {"weight": [], "bias": []}
+        for part in self.parts:
+            if (part.gate or part.row) in names:
+                kept[part.parameter] += range(part.start, part.start + (part.count or 0))
+        self.bias = nn.Parameter(self.bias.detach()[kept["bias"]])
+        if self.has_input:
+            self.weight = nn.Parameter(self.weight.detach()[kept["weight"]])
+        self._rows = tuple(row for row in self._rows if row[0] in names)
+        self.gates.names = tuple(name for name in self.gates.names if name in names)
+        self.parts = self._name_parts()
+
+    def start_rows(self, row: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Set the numbers that the further rows of this name start at: weight (R, I), bias (R,)."""
+        with torch.no_grad():
+            for part in self.parts:
+                if part.row == row:
+                    value = weight if part.parameter == "weight" else bias
+                    assert value is not None
+                    part.of(getattr(self, part.parameter)).copy_(value)
+
+    def extract(self, row: str) -> nn.Linear:
+        """Return the further rows of this name as a projection of their own, with copies of their numbers."""
+        found = {
+            part.parameter: part.of(getattr(self, part.parameter)).detach() for part in self.parts if part.row == row
+        }
+        weight = found["weight"]
+        made = nn.Linear(weight.shape[1], len(weight), bias="bias" in found, device="meta")
+        for name, tensor in found.items():
+            setattr(made, name, nn.Parameter(tensor.clone()))
+        return made
+
+    def _name_parts(self) -> tuple[Part, ...]:
+        parts = []
+        for index, name in enumerate(self.gates.names):
+            if self.has_input:
+                parts.append(Part(f"gate.{name}.weight", "gate", "weight", index, 1, gate=name))
+            parts.append(Part(f"gate.{name}.bias", "gate", "bias", index, 1, gate=name))
+        start = len(self.gates.names)
+        for name, part, kind, count in self._rows:
+            weight = f"{part}.weight" if self._row_bias else part
+            parts.append(Part(weight, kind, "weight", start, count, row=name))
+            if self._row_bias:
+                parts.append(Part(f"{part}.bias", kind, "bias", start, count, row=name))
+            start += count
+        if self.network is not None:
+            names = [f"network.{name}" for name, _ in self.network.named_parameters()]
+            parts += [Part(f"gate.{name}", "gate", name, gate="network") for name in names]
+        return tuple(parts)
+
+
+def shares_product(config: GateConfig) -> bool:
+    """Return whether gates of this kind share their product with other readers of the same input."""
+    return config.network not in NETWORKS and config.pooling != "static"

@@ -1,0 +1,324 @@
+"""The room of a layer: one child of the host's that holds everything added there, as named sets.
+
+A stack has a room, too: it holds what the layers share (prefix networks, shared parameters), and a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from unipelt.submodules.entry import Entry, Part
+from unipelt.submodules.forward_pass import Passes, new_key
+from unipelt.submodules.term import Term
+
+ROOM = "unipelt"
+"""The name of the room among the children of its layer or stack."""
+DEFAULT = "default"
+"""The name of the set that `unipelt.inject` adds."""
+
+
+@dataclass(frozen=True)
+class ForwardArgument:
+    """One argument of a forward: its name, and its position in the signature if it is named there."""
+
+    name: str
+    position: int | None
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what was given, or None. Raises `RuntimeError` if there is no such argument."""
+        if self.position is None and self.name not in kwargs:
+            raise RuntimeError(f"attention was called without {self.name!r}; its description names another argument")
+        if self.position is not None and len(args) > self.position:
+            return args[self.position]
+        return kwargs.get(self.name)
+
+    def write(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> None:
+        """Put `value` in its place."""
+        if self.position is not None and len(args) > self.position:
+            args[self.position] = value
+        else:
+            kwargs[self.name] = value
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Where the hosts of a set are: plain data, by paths from the layer.
+
+    Attributes:
+        attention: the attention module.
+        hidden, mask, bias: its arguments; None for those that nothing reads.
+        truth_values: whether the attention reads a floating-point mask as truth values.
+        readers: projections that read the attention's input; the first that is called opens the entry.
+        outputs: terms of what a projection gives, by its path, in their order.
+        inputs: terms of what a projection is given, by its path.
+        handed: terms that read what another projection is given, by that one's path.
+        norm: the norm whose output an adapter reads (post-LN); empty for none.
+        keys, values: projections into which a lengthened prefix is inserted; empty for none.
+    """
+
+    attention: str = ""
+    hidden: ForwardArgument | None = None
+    mask: ForwardArgument | None = None
+    bias: ForwardArgument | None = None
+    truth_values: bool = False
+    readers: tuple[str, ...] = ()
+    outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    handed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    norm: str = ""
+    keys: str = ""
+    values: str = ""
+
+    @property
+    def lengthens(self) -> bool:
+        """Whether a prefix makes the attention's text longer, outside Transformers' attention interface."""
+        return bool(self.keys)
+
+    def without(self, names: set[str], *, lengthens: bool) -> Wiring:
+        """Return this wiring without terms of these names, and with or without a prefix that lengthens the text."""
+
+        def left(places: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+            kept = {path: tuple(name for name in terms if name not in names) for path, terms in places.items()}
+            return {path: terms for path, terms in kept.items() if terms}
+
+        return replace(
+            self,
+            outputs=left(self.outputs),
+            inputs=left(self.inputs),
+            handed=left(self.handed),
+            norm="" if "adapter" in names else self.norm,
+            keys=self.keys if lengthens else "",
+            values=self.values if lengthens else "",
+        )
+
+
+class SubmoduleSet(nn.Module):
+    """Everything that one method adds to one attention of a layer, and to what follows it.
+
+    Its children are `entry` (all that reads the attention's input), `prefix`, the terms by their names, and `cross`
+    (the same of the layer's attention to another stack).
+
+    Attributes:
+        wiring: where the hosts are.
+        key: names the set within a pass.
+    """
+
+    def __init__(self, wiring: Wiring) -> None:
+        super().__init__()
+        self.key = new_key()
+        self.wiring = wiring
+        self.entry: Entry | None = None
+        self.prefix: Any = None
+        self.cross: SubmoduleSet | None = None
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """The terms by name, those of cross-attention apart."""
+        return {name: child for name, child in self._modules.items() if isinstance(child, Term)}
+
+    @property
+    def averages(self) -> bool:
+        """Whether a gate here averages over real tokens, so that the attention's mask is needed."""
+        entries = [self.entry, *(term.entry for term in self.terms.values())]
+        return any(entry is not None and entry.gates.averages for entry in entries)
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether values travel from the attention to what follows it."""
+        return (
+            self.entry is not None
+            or self.prefix is not None
+            or bool(self.wiring.handed)
+            or any(term.gate_name for term in self.terms.values())
+        )
+
+    def attentions(self) -> Iterator[SubmoduleSet]:
+        """Return this set and, where there is one, that of the cross-attention."""
+        yield self
+        if self.cross is not None:
+            yield self.cross
+
+
+class StackSet(nn.Module):
+    """Everything that one method adds to a stack as a whole.
+
+    Its children are `prefix_network` and `cross_prefix_network`, `NAME_shared` for shared parameters of the submodule
+    NAME, and `prompt`; each only where it is used.
+    """
+
+
+class Room(nn.Module):
+    """The named sets of one layer, or of one stack: `room["default"]`.
+
+    Attributes:
+        passes: the passes of the stack that the room belongs to.
+        active: the name of the set that computes; None where the base alone does.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        super().__init__()
+        self.passes = passes
+        self.active: str | None = DEFAULT
+
+    def __getitem__(self, name: str) -> Any:
+        return self._modules[name]
+
+    def __setitem__(self, name: str, added: nn.Module) -> None:
+        self._modules[name] = added  # a set may have any name, such as one that is a method of a module
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def present(self, name: str | None) -> Any:
+        """Return the set of this name, or None where this room has none."""
+        return None if name is None else self._modules.get(name)
+
+
+@dataclass
+class Port:
+    """What a host module of a layer remembers: its room, and what it is there.
+
+    Attributes:
+        room: the room, in a tuple, which makes no child of the host's.
+        path: the host's path from the layer.
+        cross: whether the host belongs to the layer's cross-attention.
+        config: the host's own configuration, where a prefix put another in its place.
+    """
+
+    room: tuple[Room]
+    path: str
+    cross: bool = False
+    config: Any = None
+
+    def part(self, name: str | None) -> SubmoduleSet | None:
+        """Return the set of this name at this host, or None."""
+        found = self.room[0].present(name)
+        return found if found is None or not self.cross else found.cross
+
+
+def rooms(model: nn.Module) -> Iterator[tuple[str, Room]]:
+    """Find every room of a model, with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, Room):
+            yield path, module
+
+
+@dataclass(frozen=True)
+class OwnPart:
+    """A named part of what was added to a model.
+
+    Attributes:
+        path: of the module that owns the parameter, from the model.
+        part: its name, its kind, its rows.
+        parameter: the whole parameter.
+        room: path of the room.
+        set_name: the name of the set in the room.
+        cross: whether the part belongs to the layer's cross-attention.
+    """
+
+    path: str
+    part: Part
+    parameter: nn.Parameter
+    room: str
+    set_name: str
+    cross: bool
+
+    @property
+    def full_name(self) -> str:
+        """The parameter's name in the model."""
+        return f"{self.path}.{self.part.parameter}"
+
+    @property
+    def tensor(self) -> Tensor:
+        """The part's numbers, as a view without gradient."""
+        return self.part.of(self.parameter.detach())
+
+
+def own_parts(model: nn.Module) -> Iterator[OwnPart]:
+    """Find every named part of what was added to a model, in the order of its modules."""
+    for room_path, room in rooms(model):
+        for set_name in room:
+            for path, module in room[set_name].named_modules():
+                for part in getattr(module, "parts", ()):
+                    where = ".".join(name for name in (room_path, set_name, path) if name)
+                    cross = path.split(".")[0] == "cross"
+                    yield OwnPart(where, part, module.get_parameter(part.parameter), room_path, set_name, cross)
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter that was added to a model, by its name in the model."""
+    found = {}
+    for path, room in rooms(model):
+        found.update({f"{path}.{name}" if path else name: one for name, one in room.named_parameters()})
+    return found
+
+
+@dataclass(frozen=True)
+class PlacedTerm:
+    """A term, and the host that it is added at.
+
+    Attributes:
+        layer: path of the layer, from the model.
+        path: path of the host, from the model.
+        host: the host.
+        owner: the set that holds the term.
+        term: the term.
+    """
+
+    layer: str
+    path: str
+    host: Any
+    owner: SubmoduleSet
+    term: Any
+
+    def factor(self, name: str) -> Tensor | None:
+        """Return the numbers of a part of the term, wherever they are kept: `A`, `down.weight`, …; None without it."""
+        wanted = f"{self.term.name}.{name}"
+        for module in (self.term, self.term.entry, self.owner.entry):
+            for part in getattr(module, "parts", ()):
+                if part.name == wanted:
+                    return part.of(module.get_parameter(part.parameter).detach())
+        return None
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return the numbers of all parts of the term, by name."""
+        prefix = f"{self.term.name}."
+        return {
+            part.name.removeprefix(prefix): part.of(module.get_parameter(part.parameter).detach())
+            for module in (self.term, self.term.entry, self.owner.entry)
+            for part in getattr(module, "parts", ())
+            if part.name.startswith(prefix)
+        }
+
+
+def layer_sets(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Any, SubmoduleSet]]:
+    """Find each layer that carries a set of this name: its path, the layer, and the set or that of its cross-attention."""
+    for path, room in rooms(model):
+        found = room.present(name)
+        if isinstance(found, SubmoduleSet):
+            layer_path = path.rpartition(".")[0]
+            layer = model.get_submodule(layer_path)
+            for part in found.attentions():
+                yield layer_path, layer, part
+
+
+def placed_terms(model: nn.Module, name: str = DEFAULT) -> Iterator[PlacedTerm]:
+    """Find every term of a set, with the host that it is added at."""
+    for layer_path, layer, part in layer_sets(model, name):
+        wiring = part.wiring
+        places = [(path, terms) for places in (wiring.outputs, wiring.inputs) for path, terms in places.items()]
+        for path, terms in (*places, *([(wiring.norm, ("adapter",))] if wiring.norm else [])):
+            for term in terms:
+                yield PlacedTerm(
+                    layer_path, f"{layer_path}.{path}", layer.get_submodule(path), part, part._modules[term]
+                )

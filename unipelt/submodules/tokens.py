@@ -1,0 +1,69 @@
+"""Real tokens of a text, told from padding by the mask that an attention is given.
+
+Shapes: B examples, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from unipelt.submodules.forward_pass import PassFacts
+
+CLOSED = math.log(2.0**-149)
+"""Logits below this have no exponential in float32, so that softmax gives a token with such a mask nothing."""
+
+
+def token_weights(
+    mask: Any, batch: int, facts: PassFacts | None = None, *, truth_values: bool = False
+) -> Tensor | None:
+    """Return the weights of the masked mean: 1 / (number of real tokens) on real tokens, 0 on padding.
+
+    A token is real if any query may attend to it, which is decided as the attention's softmax decides it. So a text
+    has the same real tokens under every form and type of mask.
+
+    Args:
+        mask: None; (B, T) with 0 for padding, of any type; (B or 1, heads or 1, queries or 1, T) of truth values or
+            whole numbers with 0 for closed, or of floating-point numbers that are added to the logits; or a block mask
+            of flex attention.
+        batch: B.
+        facts: of the pass; the weights are computed once in it.
+        truth_values: whether the attention reads a floating-point mask, too, as truth values (DeBERTa).
+
+    Returns:
+        (B, T) float32 weights that sum to 1 over an example; None where there is no mask.
+
+    Raises:
+        ValueError: the mask is of another form.
+    """
+    if mask is None:
+        return None
+    if facts is None:
+        return _token_weights(mask, batch, truth_values)
+    return facts.once(mask, ("token weights", batch), lambda: _token_weights(mask, batch, truth_values))
+
+
+def _token_weights(mask: Any, batch: int, truth_values: bool) -> Tensor:
+    if not isinstance(mask, Tensor):
+        mask = _dense(mask)
+    open_ = mask > CLOSED if mask.is_floating_point() and mask.dim() > 2 and not truth_values else mask != 0
+    real = open_ if open_.dim() == 2 else open_.flatten(1, 2).any(dim=1)
+    real = real.float()
+    weights = real / real.sum(dim=1, keepdim=True).clamp_min(1.0)
+    return weights if weights.shape[0] == batch else weights.expand(batch, -1)
+
+
+def _dense(mask: Any) -> Tensor:
+    """Return a block mask of flex attention as truth values, (B, heads, queries, T)."""
+    shape, function = getattr(mask, "shape", None), getattr(mask, "mask_mod", None)
+    if shape is None or function is None:
+        raise ValueError(
+            f"gates that average over a text cannot read a mask of type {type(mask).__name__}; call "
+            "model.set_attn_implementation('sdpa')"
+        )
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, heads, queries, keys = shape
+    return create_mask(function, batch, heads, queries, keys, device=mask.kv_num_blocks.device)
