@@ -72,10 +72,10 @@ def _attend(
     name, function = attention_function(module, module.unipelt_port.config)
     if part is None or prefix is None:
         return function(module, query, key, value, mask, **kwargs)
-    gate, both = _prefix_of(part, now)
+    gate, both = _gate_of_prefix(part, now), prefix.by_head(now.facts, key.shape[1])
     if prefix.gating == "added":
         output, weights = function(module, query, key, value, mask, **kwargs)
-        return output + prefix.attention(both, query, key.shape[1], gate, **kwargs), weights
+        return output + prefix.attention(both, query, gate, **kwargs), weights
     bias: Tensor | None = kwargs.get("position_bias")
     tokens = query.shape[2]
     if mask is None and name == "sdpa" and tokens > 1 and is_causal(module, kwargs):
@@ -84,9 +84,8 @@ def _attend(
         key, value = key[:, :, :tokens], value[:, :, :tokens]
         bias = None if bias is None else bias[..., :tokens]
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    batch, heads, keys, size = key.shape
-    rows = prefix.rows(both, batch, key.dtype, gate)
-    before, in_front = rows.unflatten(-1, (heads, size)).transpose(2, 3).unbind()
+    keys = key.shape[2]
+    before, in_front = prefix.scaled(both, len(key), key.dtype, gate)
     if bias is not None:
         kwargs["position_bias"] = nn.functional.pad(bias, (prefix.length, 0))
     return function(
@@ -99,13 +98,10 @@ def _attend(
     )
 
 
-def _prefix_of(part: SubmoduleSet, now: ForwardPass) -> tuple[Tensor | None, Tensor]:
-    """Return the prefix's gate, (B, 1) or (B, T), or None; and its keys and values before the gate, (2, L, W)."""
-    prefix = part.prefix
-    attention = now.attention(part.key)
-    gate = attention.gate_for(prefix.gate_name, False).squeeze(-1) if prefix.gate_name else None
-    computed = now.facts.prefixes.get(prefix.network[0].key) if prefix.network else None
-    return gate, prefix(None if computed is None else computed[prefix.index])
+def _gate_of_prefix(part: SubmoduleSet, now: ForwardPass) -> Tensor | None:
+    """Return the prefix's gate, (B, 1) or (B, T), or None without one."""
+    name = part.prefix.gate_name
+    return now.attention(part.key).gate_for(name, False).squeeze(-1) if name else None
 
 
 # A text that is longer by the prefix
@@ -117,10 +113,11 @@ def lengthen_text(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Put L more tokens in front of an attention's text, and the prefix on its way to the projections."""
     port: Port = attention.unipelt_port
-    now = port.room[0].passes.current()
+    now = port.room[0].passes.current_or_recomputed()
     part = None if now is None else port.part(port.room[0].active)
     if now is None or part is None or part.prefix is None:
         return None
+    now.attentions.pop(part.key, None)
     wiring, prefix = part.wiring, part.prefix
     assert wiring.hidden is not None
     assert wiring.mask is not None
@@ -130,8 +127,7 @@ def lengthen_text(
     pass_ = note_mask(part, now, mask, len(hidden))
     if part.entry is not None:
         open_entry(part, hidden, pass_)
-    gate, both = _prefix_of(part, now)
-    length = prefix.length
+    gate, length = _gate_of_prefix(part, now), prefix.length
     _lengthen_low(pass_, length)
     for path, rows in zip(
         (wiring.keys, wiring.values), prefix.rows(both, len(hidden), hidden.dtype, gate), strict=True

@@ -19,7 +19,6 @@ from unipelt.submodules.forward_pass import (
     AttentionPass,
     ForwardPass,
     PassFacts,
-    first_tensor,
 )
 from unipelt.submodules.prefix import NETWORK_NAMES
 from unipelt.submodules.room import ROOM, Port, Room, SubmoduleSet
@@ -83,7 +82,7 @@ def enter_stack(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         for source in NETWORK_NAMES if stack_set is not None else ():
             network = stack_set._modules.get(source)
             if network is not None:
-                facts.prefixes[network.key] = network().unbind()
+                facts.prefixes[network.key] = network()
     return room.passes.enter(facts, args), kwargs
 
 
@@ -97,15 +96,9 @@ def leave_stack(owner: Any, args: tuple[Any, ...], output: Any) -> None:
 def enter_layer(
     layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Begin a pass where the layer is called without its stack; gradient checkpointing does so a second time."""
-    room: Room = layer._modules[ROOM]
-    now = room.passes.current()
-    if now is None:
-        facts = PassFacts() if torch.compiler.is_compiling() else PassFacts.find(first_tensor(args, kwargs))
-        return room.passes.enter(facts, args, by_layer=True), kwargs
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        now.facts.travel(first_tensor(args, kwargs))
-    return None
+    """Begin a pass where the layer is called without its stack."""
+    passes = layer._modules[ROOM].passes
+    return None if passes.current() is not None else (passes.enter(PassFacts(), args, by_layer=True), kwargs)
 
 
 @hook("leave")
@@ -124,14 +117,17 @@ def leave_layer(layer: Any, args: tuple[Any, ...], output: Any) -> None:
 
 @hook("enter")
 def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Read the mask, for gates that average over real tokens."""
+    """Begin the pass of an attention, and read its mask for gates that average over real tokens."""
     port: Port = attention.unipelt_port
-    now = port.room[0].passes.current()
+    now = port.room[0].passes.current_or_recomputed()
     if now is None:
         return
     rows = now.facts.rows
     for index, part in enumerate(parts_at(port, now)):
-        if part is not None and part.averages:
+        if part is None:
+            continue
+        now.attentions.pop(part.key, None)
+        if part.averages:
             assert part.wiring.mask is not None
             assert part.wiring.hidden is not None
             mask, batch = part.wiring.mask.read(args, kwargs), len(part.wiring.hidden.read(args, kwargs))
@@ -199,14 +195,17 @@ def open_entry(part: SubmoduleSet, x: Tensor, attention: AttentionPass) -> None:
     entry = part.entry
     assert entry is not None
     values, further = entry(x, attention.weights if entry.gates.averages else None)
-    names = entry.gates.names
-    attention.gates.update(zip(names, values.split(1, dim=-1), strict=True))
+    names, rows = entry.gates.names, entry.row_names
     if further is None:
+        attention.note_gates(names, values)
         return
-    rows = entry.row_names
+    # one split, since each piece of a tensor costs an operation in the backward pass
     first = names.index(rows[0])
-    gates = values[..., first : first + len(rows)]
-    low = further.unflatten(-1, (len(rows), -1)) * gates.unsqueeze(-1)
+    behind = first + len(rows)
+    before, scaling, after = values.split((first, len(rows), len(names) - behind), dim=-1)
+    attention.note_gates(names[:first], before)
+    attention.note_gates(names[behind:], after)
+    low = further.unflatten(-1, (len(rows), -1)) * scaling.unsqueeze(-1)
     attention.low.update(zip(rows, low.unbind(dim=-2), strict=True))
 
 

@@ -52,7 +52,7 @@ def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
             put(attention, shorten_text)
             put(port(wiring.keys), insert_prefix)
             put(port(wiring.values), insert_prefix)
-        elif part.averages:
+        elif part.needs_pass:
             put(port(wiring.attention), enter_attention)
         for path in wiring.inputs:
             put(port(path), change_input)

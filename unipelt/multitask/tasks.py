@@ -29,11 +29,13 @@ from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
 from unipelt.files.strict import show
 from unipelt.hosts.locate import InjectionError
-from unipelt.injection.parameters import head_names, kept_names, submodule_parameters
+from unipelt.injection.parameters import head_names, kept_names
 from unipelt.injection.state import injection_of
 from unipelt.multitask.batch_rows import count_rows, gather, merge, reorder, split_batch, split_output
 from unipelt.multitask.heads import Answer, ask, fit_labels, relabel, saved_labels
-from unipelt.multitask.mixed_batch import Layout, Layouts, find_unmixable, seat
+from unipelt.multitask.mixed_batch import find_unmixable, furnish
+from unipelt.submodules.forward_pass import Passes, SetRows
+from unipelt.submodules.room import rooms
 
 
 class Tasks(nn.Module):
@@ -66,9 +68,9 @@ class Tasks(nn.Module):
         self.model = model
         self.current: str | None = None
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._layouts = Layouts()
+        self._passes: Passes | None = None
         self._unmixable: dict[str, str | None] = {}
-        self.shared: Any = None  # the base with hooks; made when a batch mixes tasks
+        self.shared: Any = None  # the base with the sets of all tasks; made when a batch mixes tasks
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_post_hook(_miss_no_base)
         model.requires_grad_(False)
@@ -148,7 +150,7 @@ class Tasks(nn.Module):
         """Forget a task; its parameters are freed. Raises `KeyError` if there is none of that name."""
         self._find(name)
         del self._modules[_PREFIX + name]
-        self.shared = None
+        self._forget_shared()
         if self.current == name:
             self.current = None
 
@@ -243,7 +245,7 @@ class Tasks(nn.Module):
             shared, base = self._share(), self.model.base_model
             self._unmixable = {name: find_unmixable(base, self[name].base_model) for name in self}
             mixable = {name: self[name].base_model for name in self if self._unmixable[name] is None}
-            seat(shared.base_model, mixable, self._layouts)
+            self._passes = furnish(shared.base_model, mixable)
             self.shared = shared.train(self.training)
         for name in parts:
             if reason := self._unmixable[name]:
@@ -251,7 +253,8 @@ class Tasks(nn.Module):
         asked = {name: ask(models[name], part) for name, part in parts.items()}
         counts = [count_rows(question) for question in asked.values()]
         question = merge(list(asked.values()), counts)
-        with self._layouts.hold(Layout(tuple(parts), tuple(counts))):
+        assert self._passes is not None
+        with self._passes.rows(SetRows(tuple(parts), tuple(counts))):
             whole = self.shared.base_model(**question)
         pieces = dict(zip(parts, split_output(whole, counts), strict=True))
         return {name: Answer.of(models[name], part, pieces[name]) for name, part in parts.items()}
@@ -282,9 +285,13 @@ class Tasks(nn.Module):
         if any(id(parameter) in base for parameter in model.parameters() if parameter.requires_grad):
             raise InjectionError(f"task {name!r} would train parameters of the base")
         injection_of(model).shares = True
+        self._forget_shared()
         self._modules[_PREFIX + name] = model.train(self.training)
-        self.shared = None
         return model
+
+    def _forget_shared(self) -> None:
+        self._modules.pop("shared", None)  # a task that comes later stands before it, under its own name
+        self.shared = None
 
     def _find(self, name: str) -> PreTrainedModel:
         if name not in self:
@@ -348,7 +355,7 @@ def _miss_no_base(tasks: nn.Module, incompatible: Any) -> None:
 
 
 def _check_bare(model: PreTrainedModel) -> None:
-    if getattr(model, "unipelt_injection", None) is not None or any(True for _ in submodule_parameters(model)):
+    if getattr(model, "unipelt_injection", None) is not None or any(True for _ in rooms(model)):
         raise InjectionError(
             "this model carries submodules already; save them (unipelt.save), call unipelt.remove(model), and load "
             "them as a task"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unipelt.submodules.gate import INITIAL_STD
 from unipelt.submodules.outputs import OutputSlice
-from unipelt.submodules.term import Term, flat_like
+from unipelt.submodules.term import Term, add_scaled
 
 
 class Adapter(Term):
@@ -70,4 +70,4 @@ class Adapter(Term):
             assert self.down is not None
             low = self.down(x.to(self.up.weight.dtype))
         update = self.up(nn.functional.relu(low)).to(y.dtype)
-        return y + update if gate is None else torch.addcmul(y, flat_like(gate, y).to(y.dtype), update)
+        return add_scaled(y, gate, update)

@@ -50,21 +50,21 @@ class SetRows:
 class PassFacts:
     """Facts that hold in every layer of a pass.
 
-    Gradient checkpointing computes a layer again in the backward pass, outside of the stack's call. The facts
-    therefore travel with the states that the layer is given (`travel`, `find`).
-
     Attributes:
         rows: the sets of the rows; None where the whole batch belongs to the active set.
-        prefixes: by the key of a prefix network, keys and values (2, L, W) of each attention's prefix, computed once a
-            pass.
+        prefixes: by the key of a prefix network, keys and values of all its attentions' prefixes, (N, 2, L, W),
+            computed once a pass.
+        hooks: the hooks for saved tensors that the pass began with.
     """
 
-    __slots__ = ("_derived", "prefixes", "rows")
+    __slots__ = ("_by_head", "_derived", "hooks", "prefixes", "rows")
 
     def __init__(self, rows: SetRows | None = None) -> None:
         self.rows = rows
-        self.prefixes: dict[int, Sequence[Tensor]] = {}
+        self.prefixes: dict[int, Tensor] = {}
+        self.hooks = saved_tensor_hooks()
         self._derived: dict[Hashable, tuple[Any, Any]] = {}
+        self._by_head: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def once(self, source: Any, name: Hashable, make: Callable[[], Any]) -> Any:
         """Return `make()`, computed once in this pass for a source object (a mask) and a name."""
@@ -75,15 +75,33 @@ class PassFacts:
             self._derived[key] = (source, make())  # holding the source keeps its identity from being reused
         return self._derived[key][1]
 
-    def travel(self, states: Tensor | None) -> None:
-        """Attach these facts to the input of a layer, if a second computation of the layer may need them."""
-        if states is not None and (self.prefixes or self.rows is not None):
-            vars(states)["unipelt_facts"] = self
+    def prefix(self, key: int, index: int, heads: int) -> Tensor | None:
+        """Return keys and values of one attention's prefix, (2, H, L, d), or None where it must compute them itself.
 
-    @staticmethod
-    def find(states: Tensor | None) -> PassFacts:
-        """Return the facts that travel with the input of a layer, or new ones."""
-        return PassFacts() if states is None else vars(states).get("unipelt_facts") or PassFacts()
+        Gradient checkpointing computes a layer a second time, outside of this pass, and wants the same operations in
+        both. It shows by hooks for saved tensors, or by a first computation without gradients.
+        """
+        found = self.prefixes.get(key)
+        if found is None or (found.requires_grad and not torch.is_grad_enabled()):
+            return None
+        if saved_tensor_hooks() is not self.hooks:
+            return None
+        if (key, heads) not in self._by_head:
+            self._by_head[key, heads] = split_heads(found, heads).unbind()
+        return self._by_head[key, heads][index]
+
+
+def split_heads(both: Tensor, heads: int) -> Tensor:
+    """Return keys and values (..., L, W) by heads: (..., H, L, d)."""
+    return both.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def saved_tensor_hooks() -> Any:
+    """Return what stands for the present hooks for saved tensors; None without such hooks."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
 
 
 @dataclass
@@ -126,6 +144,10 @@ class AttentionPass:
             weights = torch.full((len(x), tokens), 1 / tokens, device=x.device)
         return torch.nn.functional.pad(weights, (self.lengthened, 0))
 
+    def note_gates(self, names: tuple[str, ...], values: Tensor) -> None:
+        """Keep the values of gates, (B, 1 or T, G), by name."""
+        self.gates.update(zip(names, (values,) if len(names) == 1 else values.split(1, dim=-1), strict=False))
+
     def gate_for(self, name: str, in_attention: bool) -> Tensor:
         """Return the value of a gate, for the lengthened text inside the attention if asked.
 
@@ -151,7 +173,7 @@ class ForwardPass:
 
     __slots__ = ("__weakref__", "attentions", "by_layer", "facts", "tokens")
 
-    def __init__(self, facts: PassFacts, by_layer: bool) -> None:
+    def __init__(self, facts: PassFacts, by_layer: bool = False) -> None:
         self.facts = facts
         self.by_layer = by_layer
         self.tokens = 0
@@ -183,6 +205,7 @@ class Passes:
 
     def __init__(self) -> None:
         self._by_thread: dict[int, weakref.ref[ForwardPass]] = {}
+        self._recomputed: dict[int, tuple[int, ForwardPass]] = {}
         self._rows: dict[int, SetRows] = {}
         self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot ask which
 
@@ -191,7 +214,27 @@ class Passes:
         if torch.compiler.is_compiling():
             return self._traced
         reference = self._by_thread.get(get_ident())
-        return None if reference is None else reference()
+        found = None if reference is None else reference()
+        if found is None and self._recomputed:
+            task, again = self._recomputed.get(get_ident(), (-1, None))
+            return again if task == torch._C._current_graph_task_id() else None
+        return found
+
+    def current_or_recomputed(self) -> ForwardPass | None:
+        """Return the pass that this thread is in; in a backward pass outside of any, begin one.
+
+        There gradient checkpointing computes a layer again, and calls no hook of the layer. The pass serves the layers
+        one after the other, until the backward pass ends.
+        """
+        found = self.current()
+        task = -1 if found is not None or torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        if task < 0:
+            return found
+        again = ForwardPass(PassFacts())
+        thread = get_ident()
+        self._recomputed[thread] = (task, again)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputed.pop(thread, None))
+        return again
 
     def enter(self, facts: PassFacts, args: tuple[Any, ...], by_layer: bool = False) -> tuple[Any, ...]:
         """Begin a pass; returns the arguments with which the call goes on."""
@@ -199,6 +242,7 @@ class Passes:
         if torch.compiler.is_compiling():
             self._traced = begun
             return args
+        self._recomputed.pop(get_ident(), None)
         held = _HeldArguments(args)
         held.held = (begun, args)
         self._by_thread[get_ident()] = weakref.ref(begun)
@@ -237,8 +281,3 @@ _keys = itertools.count()
 def new_key() -> int:
     """Return a number that names a module within a pass; no other module has it, copies apart."""
     return next(_keys)
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the first tensor among the arguments of a call: the states that a layer is given."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unipelt.config.methods import PrefixConfig
 from unipelt.submodules.entry import Part
-from unipelt.submodules.forward_pass import PassFacts, new_key
+from unipelt.submodules.forward_pass import PassFacts, new_key, split_heads
 from unipelt.submodules.gate import INITIAL_STD
 
 NETWORK_NAMES = ("prefix_network", "cross_prefix_network")
@@ -151,53 +151,49 @@ class Prefix(nn.Module):
             self.mass = math.log(constant)
         self.gate_name = ""
 
-    def forward(self, shared: Tensor | None = None) -> Tensor:
-        """Return keys and values before the gate: (2, L, W).
+    def forward(self) -> Tensor:
+        """Return keys and values before the gate, computed for this attention alone: (2, L, W)."""
+        return self.network[0](self.index) if self.keys_values is None else self.keys_values
+
+    def by_head(self, facts: PassFacts, heads: int) -> Tensor:
+        """Return keys and values before the gate, (2, H, L, d), from those that the pass computed for all, if any."""
+        shared = facts.prefix(self.network[0].key, self.index, heads) if self.network else None
+        return split_heads(self(), heads) if shared is None else shared
+
+    def scaled(self, both: Tensor, batch: int, dtype: torch.dtype, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return keys and values as the gate leaves them, each (B, ..., L, width).
 
         Args:
-            shared: keys and values that the pass computed for all attentions at once, or None.
-        """
-        if self.keys_values is not None:
-            return self.keys_values
-        if shared is not None and (torch.is_grad_enabled() or not shared.requires_grad):
-            return shared
-        # Reentrant checkpointing runs a layer without gradients first. Its second run needs inside the layer all that
-        # trains there, so both compute this prefix alone.
-        return self.network[0](self.index)
-
-    def rows(self, both: Tensor, batch: int, dtype: torch.dtype, gate: Tensor | None) -> Tensor:
-        """Return keys and values as the gate leaves them, (2, B, L, W).
-
-        Args:
-            both: (2, L, W), before the gate.
+            both: (2, ..., L, width), before the gate.
             batch: B.
             dtype: of the attention's keys.
             gate: (B, 1) or (B, T), or None.
         """
         both = both.to(dtype).unsqueeze(1)
         if gate is not None and self.gating == "scale":
-            both = both * gate.to(dtype).view(1, batch, 1, 1)
-        return both.expand(2, batch, -1, -1)
+            both = both * gate.to(dtype).view(batch, *[1] * (both.dim() - 2))
+        else:
+            both = both.expand(2, batch, *both.shape[2:])
+        keys, values = both.unbind()
+        return keys, values
 
-    def attention(self, both: Tensor, query: Tensor, heads: int, gate: Tensor | None, **kwargs: Any) -> Tensor:
+    def attention(self, both: Tensor, query: Tensor, gate: Tensor | None, **kwargs: Any) -> Tensor:
         """Return attention over the prefix by itself, as the gate leaves it: (B, T, heads of queries, d).
 
         Args:
-            both: (2, L, W), before the gate.
+            both: (2, H, L, d), before the gate.
             query: (B, heads of queries, T, d).
-            heads: H.
             gate: (B, 1) or (B, T), or None.
             kwargs: arguments of the model's own attention function, of which `scaling` and `dropout` are read.
         """
-        batch, queries, _, size = query.shape
-        keys, values = self.rows(both, batch, query.dtype, gate).unflatten(-1, (heads, size)).transpose(2, 3).unbind()
+        keys, values = self.scaled(both, len(query), query.dtype, gate)
         out = nn.functional.scaled_dot_product_attention(
             query,
             keys,
             values,
             dropout_p=kwargs.get("dropout", 0.0),
             scale=kwargs.get("scaling"),
-            enable_gqa=queries != heads,
+            enable_gqa=query.shape[1] != keys.shape[1],
         ).transpose(1, 2)
         return out if gate is None else out * gate.to(out.dtype)[:, :, None, None]
 
