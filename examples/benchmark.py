@@ -37,6 +37,7 @@ Turns = Mapping[str, Callable[[str], float]]  # by name, what does one pass and 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Settings from a command line: optionally a YAML or JSON file, then `--field value`. Raises `ValueError`."""
+    from unipelt.glue.settings import RunSettings
     from unipelt.runs.options import read_config
     from unipelt.sweep import split_list
 
@@ -44,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
     config, methods = parser.parse_args(argv).config, None
     words: list[str] = []
-    for name, value in ({} if config is None else read_config(config, also=known)).items():
+    for name, value in ({} if config is None else read_config(config, RunSettings, also=known)).items():
         if name not in known:
             raise ValueError(f"{config}: a benchmark has no {name!r}; it has {', '.join(known)}")
         if name == "methods":
@@ -199,7 +200,7 @@ def make_config(settings: argparse.Namespace) -> Any:
     """The model's configuration, checked against the shape. Raises `ValueError` or `OSError`."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
-    from unipelt.glue.settings import locate_model
+    from unipelt.runs.settings import locate_model
 
     if settings.random is None:
         config = AutoConfig.from_pretrained(locate_model(settings.model), num_labels=2, trust_remote_code=False)
@@ -244,7 +245,7 @@ def load_model(config: Any, settings: argparse.Namespace) -> Any:
     """A fresh model, in float32."""
     from transformers import AutoModelForSequenceClassification
 
-    from unipelt.glue.settings import locate_model
+    from unipelt.runs.settings import locate_model
 
     choice = {} if settings.attention is None else {"attn_implementation": settings.attention}
     if settings.random is not None:
@@ -331,7 +332,7 @@ def benchmark(settings: argparse.Namespace, say: Callable[[str], None] = lambda 
     from unipelt import UniPELTConfig
     from unipelt.files.atomic import write_whole
     from unipelt.hosts.locate import find_stacks
-    from unipelt.records.record import describe_code, describe_hardware, describe_packages
+    from unipelt.runs.machine import describe_code, describe_hardware, describe_packages
 
     path = Path(settings.output or "runs/benchmark.json")
     if path.exists() and not settings.overwrite:

@@ -15,9 +15,10 @@ from transformers import DataCollatorWithPadding
 
 from unipelt.glue import job
 from unipelt.glue import run as runner
-from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.glue.settings import RunSettings
 from unipelt.runs import batches
 from unipelt.runs.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, padded_tokens
+from unipelt.runs.settings import SettingsError
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModel, DataCollatorWithPadding
 from unipelt.glue import run as runner
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.pack_runs import run_packed
-from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.glue.settings import RunSettings
 from unipelt.runs.batches import split_batch
 from unipelt.runs.errors import RunError
+from unipelt.runs.settings import SettingsError
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from torch import Tensor
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.schema import ConfigError, read_mapping
 from unipelt.files.hub import HubError, download, is_repository
-from unipelt.files.strict import read_bytes, shorten, show, show_path
+from unipelt.files.messages import shorten, show, show_path
+from unipelt.files.strict import read_bytes
 from unipelt.gates.merge import Constants
 
 WEIGHTS = "model.safetensors"

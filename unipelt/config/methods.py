@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from unipelt.config.schema import ConfigError, build, check_fields, later, overlay, to_plain
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 
 Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward"]
 """Where in a layer a term can be added.

@@ -12,7 +12,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from unipelt.files.strict import PlainError, language, read_plain, show, show_path
+from unipelt.files.messages import show, show_path
+from unipelt.files.strict import PlainError, language, read_plain
 
 LARGEST = 1_000_000
 """No size or scale is meant to be above this; a larger one is a slip, or would fill the memory."""

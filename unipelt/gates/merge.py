@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.gates.measure import FoldError, GatePlace, find_gates
 from unipelt.injection.attention_hooks import Site, enter_attention, insert_prefix, leave_attention
 from unipelt.injection.detach import drop_hooks, refuse_training

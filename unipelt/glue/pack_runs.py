@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unipelt.glue.job import precision_of
 from unipelt.glue.packed_run import Seat, sit
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
 from unipelt.pack import Pack, losses
 from unipelt.runs.batches import default_tokens, pack_rows, pack_tokens
-from unipelt.runs.cache import Kept
+from unipelt.runs.cache import SharedCache
+from unipelt.runs.device import precision_of
 from unipelt.runs.errors import RunError, RunFailed, memory_named
 
 CHECKPOINT_SECONDS = 60.0
@@ -93,7 +93,7 @@ def train(
     """
     pack: Pack | None = None
     seats: list[Seat] = []
-    kept = Kept()
+    kept = SharedCache()
     equal: dict[str, Tensor] = {}
     threads = torch.get_num_threads()
     try:
@@ -144,7 +144,7 @@ def _step(pack: Pack, seats: Sequence[Seat]) -> None:
     # in the pack's order: its losses are of all replicas
     batch, real = _join([seat.next_batch() for seat in seats], seats)
     labels = batch.pop("labels")
-    with precision_of(seats[0].job):
+    with precision_of(seats[0].job.device, seats[0].job.settings.precision):
         logits = pack(batch)
     each = losses(logits, labels, real)
     pack.backward(each)
@@ -170,7 +170,7 @@ def _evaluate(pack: Pack, seats: Sequence[Seat]) -> dict[Seat, Exception]:
             cuts.append({name: tensor if name == "labels" else tensor[:, :tokens] for name, tensor in cut.items()})
         batch, _ = _join(cuts, here)
         labels = batch.pop("labels")
-        with torch.no_grad(), precision_of(here[0].job):
+        with torch.no_grad(), precision_of(here[0].job.device, here[0].job.settings.precision):
             logits = pack(batch, [seat.replica for seat in here]).float()
         for row, seat in enumerate(here):
             count = len(cuts[row]["labels"])

@@ -39,7 +39,7 @@ from unipelt.pack import Pack, PackError, Replica, kept_values, losses
 from unipelt.records.record import RESULT, summary
 from unipelt.runs import folder as place
 from unipelt.runs.batches import Batches, text_lengths
-from unipelt.runs.cache import Kept, same_memory
+from unipelt.runs.cache import SharedCache, same_memory
 from unipelt.runs.errors import Diverged, RunError, check_losses
 from unipelt.runs.folder import Progress
 
@@ -227,7 +227,7 @@ def _digest(job: Job) -> str:
 
 
 def sit(
-    settings: RunSettings, pack: Pack | None, kept: Kept, equal: dict[str, Tensor], say: Callable[[str], None]
+    settings: RunSettings, pack: Pack | None, kept: SharedCache, equal: dict[str, Tensor], say: Callable[[str], None]
 ) -> Seat | dict[str, Any]:
     """A run in a place of the pack, which is made if there is none; or the record, if it had finished before.
 

@@ -18,21 +18,22 @@ from typing import Any
 
 import torch
 
-import unipelt
 from unipelt.checkpoint.base_model import describe_base
 from unipelt.checkpoint.manifest import WEIGHTS
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
 from unipelt.config.schema import ConfigError, flatten
 from unipelt.files.atomic import write_whole
-from unipelt.glue.job import Job
+from unipelt.glue.job import Job, check_of_glue
 from unipelt.glue.run import run
-from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name
-from unipelt.records.record import RESULT, check_of_glue, read_result
+from unipelt.glue.settings import CARRIED, MOVED, RunSettings
+from unipelt.records.record import RESULT, read_result
 from unipelt.runs.compare import compare, model_pairs, sha256_of, surroundings, told
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import MODEL
 from unipelt.runs.pretrained import tokenizer_sha256
+from unipelt.runs.settings import FILES, clean_name
+from unipelt.version import __version__
 
 RECORD = "rerun.json"
 FORMAT = 1
@@ -135,7 +136,7 @@ def settings_of(record: Mapping[str, Any], changes: Mapping[str, Any] | None = N
     theirs = f"unipelt {record['packages'].get('unipelt')}"
     if unknown := [name for name in given if name not in known]:
         raise RunError(
-            f"the record's settings hold {', '.join(map(repr, unknown))}, which unipelt {unipelt.__version__} does not "
+            f"the record's settings hold {', '.join(map(repr, unknown))}, which unipelt {__version__} does not "
             f"know: it is of a newer version ({theirs}); rerun it with that"
         )
     notes: list[str] = []

@@ -23,10 +23,11 @@ from transformers import (
     TrainingArguments,
 )
 
-import unipelt
 from unipelt.checkpoint.manifest import MANIFEST
+from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
 from unipelt.gates.plot import plot_gates
+from unipelt.gates.record import record_gates
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.leaderboard import write_predictions
 from unipelt.glue.metric import compute_metrics_for
@@ -153,7 +154,7 @@ def finish(
     spend("evaluation")
 
     files: dict[str, Any] = {"model": MODEL, "gates": None, "predictions": []}
-    unipelt.save(job.model, folder / MODEL)
+    save(job.model, folder / MODEL)
     if gates:
         files["gates"] = _draw(gates, folder, job, say)
     for name in [name for name in job.splits if name.startswith("predict:")]:
@@ -171,7 +172,7 @@ def finish(
 def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The one evaluation on the test set: loss and metrics, and every gate's values (examples, layers)."""
     has_gates = any(isinstance(module, Gates) for module in job.model.modules())
-    recording: Any = unipelt.record_gates(job.model) if has_gates else contextlib.nullcontext({})
+    recording: Any = record_gates(job.model) if has_gates else contextlib.nullcontext({})
     with recording as gates:
         output = trainer.predict(evaluated(job, "test"))
     metrics = output.metrics or {}

@@ -27,7 +27,7 @@ from unipelt.checkpoint.manifest import CheckpointError, read_checkpoint
 from unipelt.checkpoint.save import save
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError
 from unipelt.injection.parameters import head_names, kept_names, submodule_parameters
 from unipelt.injection.state import injection_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from unipelt.checkpoint.manifest import WEIGHTS
 from unipelt.config.schema import flatten
-from unipelt.runs.cache import Kept
+from unipelt.runs.cache import SharedCache
 from unipelt.runs.folder import MODEL
 
 OUTCOME = ("evaluations", "best", "dev", "test", "majority", "gates", "parameters")
@@ -118,7 +118,7 @@ def told(result: Mapping[str, Any], most: int = 10) -> list[str]:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
-    return Kept().sha256(str(path))
+    return SharedCache().sha256(str(path))
 
 
 def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """One run of a task beside GLUE, from settings to record.
 
 What is loaded is a `TaskJob`, which knows how to make its trainer and how to be tested; all else, from the lock on the
-folder to the going on after a kill, is that of `unipelt.glue`.
+folder to the going on after a kill, is the same for every task.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
-import unipelt
 from unipelt.checkpoint.manifest import MANIFEST
+from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
 from unipelt.records.record import read_result, write_result
 from unipelt.runs import folder as place
 from unipelt.runs.folder import MODEL, PREDICTIONS, Progress
 from unipelt.runs.pretrained import tokenizer_sha256
+from unipelt.runs.settings import TrainingSettings
 from unipelt.runs.training import common_record, header, run_in_folder, train
-from unipelt.tasks.settings import TaskSettings
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TaskJob(ABC):
         model_sha256: of the file with the base's weights.
     """
 
-    settings: TaskSettings
+    settings: TrainingSettings
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, dict[str, Any]]
@@ -98,12 +98,12 @@ class TaskJob(ABC):
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what was trained; returns what the base is, for the record."""
-        unipelt.save(self.model, folder)
+        save(self.model, folder)
         base = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["base"]
         return {"fingerprint": base["fingerprint"], "config": base["config"]}
 
 
-Settings = TypeVar("Settings", bound=TaskSettings)
+Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 def run(

@@ -26,21 +26,14 @@ from transformers import (
     TrainingArguments,
 )
 
-import unipelt
 from unipelt.checkpoint.manifest import WEIGHTS
-from unipelt.glue.settings import TrainingSettings
-from unipelt.records.record import (
-    FORMAT,
-    RESULT,
-    describe_code,
-    describe_hardware,
-    describe_packages,
-    peak_memory,
-    summary,
-)
+from unipelt.injection.parameters import parameter_counts
+from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
 from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
 from unipelt.runs.folder import CHECKPOINTS, Progress
+from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
+from unipelt.runs.settings import TrainingSettings
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Job = TypeVar("Job")
@@ -305,7 +298,7 @@ def header(job: Training, model: str, task: str) -> list[str]:
         *(f"        {note}" for note in job.notes),
         f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
         f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
-        *str(unipelt.parameter_counts(job.model)).splitlines(),
+        *str(parameter_counts(job.model)).splitlines(),
     ]
 
 
@@ -328,7 +321,7 @@ def common_record(job: Training, state: TrainerState, metrics: Sequence[str], pr
         "best": {"epoch": best["epoch"], "step": best["step"]},
         "dev": {"loss": best["loss"], "metrics": best["metrics"]},
         "seeds": {"run": settings.seed, "data": settings.data_seed},
-        "parameters": asdict(unipelt.parameter_counts(job.model)),
+        "parameters": asdict(parameter_counts(job.model)),
         "seconds": dict(progress.seconds),
         "memory": peak_memory(job.device),
         "hardware": describe_hardware(job.device),

@@ -14,11 +14,13 @@ from typing import Any
 
 from unipelt.config.schema import read_mapping
 from unipelt.files.atomic import write_whole
-from unipelt.files.strict import PlainError, read_plain, show
-from unipelt.glue.settings import RunSettings, SettingsError, clean_name, paper_learning_rate
+from unipelt.files.messages import show
+from unipelt.files.strict import PlainError, read_plain
+from unipelt.glue.settings import RunSettings
 from unipelt.records.record import mismatch
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import LockedError, find_finished, locked
+from unipelt.runs.settings import SettingsError, clean_name, paper_learning_rate
 from unipelt.sweep.grid import Sweep, SweepError
 
 REQUEST = "sweep.json"
