@@ -327,7 +327,7 @@ def _rows(config: Any, settings: argparse.Namespace, notes: list[str]) -> Iterat
         yield ADAPTERHUB, remote, remote.description
 
 
-def benchmark(settings: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def benchmark(settings: argparse.Namespace, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measure, and write the record; it is returned. Raises `ValueError` or `OSError`."""
     from unipelt import UniPELTConfig
     from unipelt.files.atomic import write_whole
@@ -348,9 +348,9 @@ def benchmark(settings: argparse.Namespace, say: Callable[[str], None] = lambda 
     notes: list[str] = []
     try:
         for name, contender, row in _rows(config, settings, notes):
-            say(f"{name}: counted")
+            log(f"{name}: counted")
             rows[name], contenders[name] = row, contender
-        say(f"{settings.warmup} + {settings.repetitions} turns of {len(rows)} models")
+        log(f"{settings.warmup} + {settings.repetitions} turns of {len(rows)} models")
         seconds = race(
             {name: rival.seconds for name, rival in contenders.items()}, settings.warmup, settings.repetitions
         )
@@ -424,7 +424,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
     try:
         settings = parse(argv)
-        record = benchmark(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+        record = benchmark(settings, log=lambda line: print(line, file=sys.stderr, flush=True))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"benchmark.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

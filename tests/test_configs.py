@@ -105,7 +105,7 @@ def small(home: Path, name: str) -> list[str]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_is_parsed_and_started(name: str, home: Path, tmp_path: Path) -> None:
     settings = parse([str(FOLDER / name), *small(home, name), "--output_dir", str(tmp_path / "out")], RunSettings)
-    record = run(settings, say=lambda line: None)
+    record = run(settings, log=lambda line: None)
     assert record["status"] == "finished"
     assert record["method"]["config"] == settings.config.to_dict()
 
@@ -132,7 +132,7 @@ def test_a_run_with_a_model_of_another_architecture(family: str, home: Path, tmp
     name = "bart.yaml" if family == "bart" else "roberta.yaml"
     options = [*small(home, name), "--model", str(model), "--method", method, "--do_predict", "true"]
     record = run(
-        parse([str(FOLDER / name), *options, "--output_dir", str(tmp_path / "out")], RunSettings), say=lambda line: None
+        parse([str(FOLDER / name), *options, "--output_dir", str(tmp_path / "out")], RunSettings), log=lambda line: None
     )
     assert record["status"] == "finished"
     assert record["model"]["class"].endswith("ForSequenceClassification")
@@ -172,11 +172,11 @@ def test_of_another_task_is_parsed_and_started(name: str, kind: type[TaskSetting
     if kind is QASettings:
         options += ["--model", str(home / "model"), "--model_sha256", "null", "--stride", "4"]
         settings = parse([str(FOLDER / name), *options], QASettings)
-        record = run_task(settings, qa.prepare, say=lambda line: None)
+        record = run_task(settings, qa.prepare, log=lambda line: None)
     else:
         options += ["--random_width", "32", "--random_layers", "1", "--vocabulary", "60"]
         record = run_task(
-            parse([str(FOLDER / name), *options], TranslationSettings), translation.prepare, say=lambda line: None
+            parse([str(FOLDER / name), *options], TranslationSettings), translation.prepare, log=lambda line: None
         )
     assert record["status"] == "finished"
 
@@ -432,7 +432,7 @@ def test_a_sweeps_run_is_started(settings: RunSettings, home: Path, tmp_path: Pa
     if settings.train_samples is not None:
         quick |= {"train_samples": 16, "dev_samples": 16}
     quick |= {"model": str(home / "model"), "glue_dir": str(home / "glue"), "output_dir": str(tmp_path / "out")}
-    record = run(replace(settings, **quick), say=lambda line: None)
+    record = run(replace(settings, **quick), log=lambda line: None)
     assert record["status"] == "finished"
     assert record["method"]["config"] == settings.config.to_dict()
     assert record["method"]["learning_rate"] == settings.learning_rate

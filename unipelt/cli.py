@@ -96,7 +96,7 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from unipelt.sweep import carry_out, look, read_sweep, split_list, write_request
+    from unipelt.sweep import carry_out, read_sweep, split_list, status, write_request
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
@@ -120,12 +120,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
         workers = arguments.workers or capacity(ray, arguments.cpus, arguments.gpus)
         start = on_cluster(ray, cpus=arguments.cpus, gpus=arguments.gpus)
     out = Path(arguments.out).absolute()  # other processes may have another current folder
-    state = look(sweep, out, workers)
+    state = status(sweep, out, workers)
     print(state, flush=True)
     if arguments.dry_run:
         return 0
     write_request(sweep, out)
-    failures = carry_out(state, start, say=lambda line: print(line, flush=True))
+    failures = carry_out(state, start, log=lambda line: print(line, flush=True))
     if failures:
         print(f"{len(failures)} of {len(sweep.runs)} runs failed; the same command tries them again:")
         for folder, error in failures.items():
@@ -197,7 +197,7 @@ def _fold(arguments: argparse.Namespace) -> int:
     from unipelt.glue.fold_run import fold_run
 
     given = {name: getattr(arguments, name) for name in ("out", "tolerance", "closed", "rounds")}
-    fold_run(arguments.folder, say=lambda line: print(line, flush=True), **given)
+    fold_run(arguments.folder, log=lambda line: print(line, flush=True), **given)
     return 0
 
 
@@ -232,7 +232,7 @@ def _rerun(arguments: argparse.Namespace) -> int:
         *(arguments.record, arguments.out),
         tolerance=arguments.tolerance,
         changes=changes,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     return 0 if result["equal"] else 1
 

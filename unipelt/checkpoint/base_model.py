@@ -71,7 +71,7 @@ def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[s
     }
 
 
-def whereabouts(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
+def base_location(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
     """Where the base of a manifest is, if the caller knows better than the model."""
     if base is None and revision is None:
         return {}

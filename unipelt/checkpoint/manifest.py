@@ -145,7 +145,7 @@ def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
             raise ConfigError(f"unknown key {show(where + key)}; the keys here are {', '.join(keys)}")
 
 
-def settle(folder: Path) -> None:
+def finish_interrupted_save(folder: Path) -> None:
     """Finish a save that broke off after its manifest was written: its weights must not be taken for a draft."""
     try:
         weights = (folder / NEXT).read_bytes()

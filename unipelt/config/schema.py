@@ -122,7 +122,7 @@ def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), al
         raise ConfigError(_join(where, str(error))) from None
 
 
-def later(default: Any) -> Any:
+def omitted_if_default(default: Any) -> Any:
     """A field that came later: left out of what is written where it has its default, as if it were not there.
 
     So the configurations of before, and what is named after them, are the same with it and without.

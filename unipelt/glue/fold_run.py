@@ -28,7 +28,7 @@ from unipelt.glue.run import evaluated
 from unipelt.glue.settings import RunSettings
 from unipelt.injection.inject import remove
 from unipelt.records.record import read_result
-from unipelt.runs.batches import Batch, hold
+from unipelt.runs.batches import Batch, materialize
 from unipelt.runs.device import precision_of
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import FOLDED, MODEL
@@ -51,7 +51,7 @@ def fold_run(
     tolerance: float | None = None,
     closed: float | None = None,
     rounds: int = 7,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Fold the model of a finished run on its dev set, and compare the forms of it on its test set.
 
@@ -64,7 +64,7 @@ def fold_run(
         tolerance: as `unipelt.fold` takes it, and by default its own.
         closed: likewise.
         rounds: how often each form is timed on each timed batch, the forms by turns.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Returns:
         What `fold.json` holds: `gates` (each with its statistics and outcome), `outcomes`, `merged` (low-rank terms),
@@ -101,7 +101,7 @@ def fold_run(
         options = {name: value for name, value in (("tolerance", tolerance), ("closed", closed)) if value is not None}
         models, report = _forms(job, folder / MODEL, options)
         for line in str(report).splitlines():
-            say(line)
+            log(line)
         figures = _compare(job, models, rounds)
     finally:
         torch.set_num_threads(threads)
@@ -121,9 +121,9 @@ def fold_run(
         "code": describe_code(),
     }
     for line in _table(result, job.task.primary):
-        say(line)
+        log(line)
     _write(models["folded"], result, out)
-    say(f"-> {out}")
+    log(f"-> {out}")
     return result
 
 
@@ -145,7 +145,7 @@ def _batches(job: Job, split: str) -> Batches:
     """A split in the batches of its evaluation, on the device, without labels."""
     return [
         {name: tensor.to(job.device) for name, tensor in batch.items() if name != "labels"}
-        for batch in hold(evaluated(job, split), job.device)
+        for batch in materialize(evaluated(job, split), job.device)
     ]
 
 

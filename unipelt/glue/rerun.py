@@ -28,7 +28,7 @@ from unipelt.glue.job import Job, check_of_glue
 from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, MOVED, RunSettings
 from unipelt.records.record import RESULT, read_result
-from unipelt.runs.compare import compare, model_pairs, sha256_of, surroundings, told
+from unipelt.runs.compare import compare, format_report, model_pairs, sha256_of, surroundings
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import MODEL
 from unipelt.runs.pretrained import tokenizer_sha256
@@ -45,7 +45,7 @@ def rerun(
     *,
     tolerance: float = 0.0,
     changes: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Do the run of a record again, in a new folder, and compare.
 
@@ -57,7 +57,7 @@ def rerun(
         tolerance: the largest absolute difference of a number (loss, metric, mean of a gate) that counts as equal.
             Steps and counts must always be the same.
         changes: values for fields of `MOVED` and `CARRIED`, for what lies or is done elsewhere now.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Returns:
         What `rerun.json` in the new folder holds: `equal`; `numbers` (how many were compared) and the `largest`
@@ -87,15 +87,15 @@ def rerun(
     def begin(job: Job) -> None:
         for note in check_same(job, record):
             notes.append(note)
-            say(f"        {note}")
+            log(f"        {note}")
         out.mkdir(parents=True, exist_ok=True)
         _write(out, {"status": "running", "of": of})  # so that a rerun that was killed can be told from other things
 
-    say(f"rerun of {path}")
+    log(f"rerun of {path}")
     for note in notes:
-        say(f"        {note}")
+        log(f"        {note}")
     try:
-        again = run(settings, say, begin)
+        again = run(settings, log, begin)
     except RuntimeError as error:
         raise RunError(str(error)) from error
     result = {
@@ -107,9 +107,9 @@ def rerun(
         "notes": notes,
     }
     _write(out, result)
-    for line in told(result):
-        say(line)
-    say(f"-> {out / RECORD}")
+    for line in format_report(result):
+        log(line)
+    log(f"-> {out / RECORD}")
     return result
 
 

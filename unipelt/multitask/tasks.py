@@ -32,7 +32,7 @@ from unipelt.hosts.locate import InjectionError
 from unipelt.injection.parameters import head_names, kept_names, submodule_parameters
 from unipelt.injection.state import injection_of
 from unipelt.multitask.batch_rows import count_rows, gather, merge, reorder, split_batch, split_output
-from unipelt.multitask.heads import Answer, ask, fit_labels, relabel, saved_labels
+from unipelt.multitask.heads import Answer, capture_base_inputs, fit_labels, relabel, saved_labels
 from unipelt.multitask.mixed_batch import Layout, Layouts, find_unmixable, seat
 
 
@@ -248,7 +248,7 @@ class Tasks(nn.Module):
         for name in parts:
             if reason := self._unmixable[name]:
                 raise InjectionError(f"task {name!r} cannot share a batch with others: {reason}; run it by itself")
-        asked = {name: ask(models[name], part) for name, part in parts.items()}
+        asked = {name: capture_base_inputs(models[name], part) for name, part in parts.items()}
         counts = [count_rows(question) for question in asked.values()]
         question = merge(list(asked.values()), counts)
         with self._layouts.hold(Layout(tuple(parts), tuple(counts))):

@@ -91,7 +91,7 @@ def model_pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[s
     return [item for item in found if item[1] != item[2]]
 
 
-def told(result: Mapping[str, Any], most: int = 10) -> list[str]:
+def format_report(result: Mapping[str, Any], most: int = 10) -> list[str]:
     """The comparison, for people."""
     count, found, tolerance = result["numbers"], result["differences"], result["tolerance"]
     if result["equal"]:

@@ -107,14 +107,14 @@ Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 def run(
-    settings: Settings, prepare: Callable[[Settings], TaskJob], say: Callable[[str], None] = print
+    settings: Settings, prepare: Callable[[Settings], TaskJob], log: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Do a run, or go on with one that was killed, or return the record of one that has finished.
 
     Args:
         settings: what to run, and where.
         prepare: loads and checks everything; nothing is written yet.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Returns:
         The record, as `unipelt.records.record.read_result` returns it.
@@ -125,28 +125,28 @@ def run(
     """
 
     def execute(job: TaskJob, folder: Path, progress: Progress, begun: float) -> dict[str, Any]:
-        return _execute(job, folder, progress, begun, say)
+        return _execute(job, folder, progress, begun, log)
 
-    return run_in_folder(settings, lambda: prepare(settings), execute, say)
+    return run_in_folder(settings, lambda: prepare(settings), execute, log)
 
 
 def _execute(
-    job: TaskJob, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]
+    job: TaskJob, folder: Path, progress: Progress, begun: float, log: Callable[[str], None]
 ) -> dict[str, Any]:
     for line in header(job, job.base, job.settings.task or "custom"):
-        say(line)
+        log(line)
 
     def make(callbacks: list[TrainerCallback]) -> Trainer:
         trainer = job.make_trainer(folder, callbacks)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    trainer, state, spend = train(job, folder, progress, begun, say, make)
+    trainer, state, spend = train(job, folder, progress, begun, log, make)
     spend()
     test = job.test(trainer)
     spend("evaluation")
     for line in test.lines:
-        say(line)
+        log(line)
     described = job.save(folder / MODEL)
     (folder / PREDICTIONS).mkdir(exist_ok=True)
     for name, content in test.files.items():

@@ -99,7 +99,7 @@ class State:
         return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
 
 
-def look(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
+def status(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
     """See what of a sweep into `out` is done; writes nothing."""
     runs = tuple(replace(settings, output_dir=str(run_folder(out, settings))) for settings in sweep.runs)
     state = State(replace(sweep, runs=runs), workers)
