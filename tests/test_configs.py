@@ -22,10 +22,11 @@ from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import PRESETS
 from unipelt.config.schema import read_mapping
 from unipelt.glue.run import run
-from unipelt.glue.settings import RunSettings, TrainingSettings, paper_learning_rate
+from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import TASKS
 from unipelt.runs.options import parse, read_config
 from unipelt.runs.run import run as run_task
+from unipelt.runs.settings import TrainingSettings, paper_learning_rate
 from unipelt.sweep import Sweep, read_sweep
 from unipelt.tasks import qa, translation
 from unipelt.tasks.settings import QASettings, TaskSettings, TranslationSettings
@@ -89,7 +90,7 @@ def test_there_are_some() -> None:
 
 def small(home: Path, name: str) -> list[str]:
     """Options that make a configuration's run one of a second: a tiny model, tiny data, one epoch."""
-    fields = read_config(FOLDER / name)
+    fields = read_config(FOLDER / name, RunSettings)
     options = ["--model", str(home / "model"), "--model_sha256", "null", "--epochs", "1", "--threads", "1"]
     options += ["--max_length", "16", "--device", "cpu"]
     if "train_file" in fields:
@@ -103,8 +104,8 @@ def small(home: Path, name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_is_parsed_and_started(name: str, home: Path, tmp_path: Path) -> None:
-    settings = parse([str(FOLDER / name), *small(home, name), "--output_dir", str(tmp_path / "out")])
-    record = run(settings, say=lambda line: None)
+    settings = parse([str(FOLDER / name), *small(home, name), "--output_dir", str(tmp_path / "out")], RunSettings)
+    record = run(settings, log=lambda line: None)
     assert record["status"] == "finished"
     assert record["method"]["config"] == settings.config.to_dict()
 
@@ -113,7 +114,7 @@ def test_is_parsed_and_started(name: str, home: Path, tmp_path: Path) -> None:
 def test_has_a_row_in_the_readme_and_holds_only_what_differs(name: str) -> None:
     assert f"| `{name}` |" in (FOLDER / "README.md").read_text(encoding="utf-8")
     # precision: the default, and not what its base says
-    assert repeated_defaults(read_config(FOLDER / name)) in ([], ["dev_samples"], ["precision"])
+    assert repeated_defaults(read_config(FOLDER / name, RunSettings)) in ([], ["dev_samples"], ["precision"])
 
 
 def repeated_defaults(values: Mapping[str, Any], kind: type[TrainingSettings] = RunSettings) -> list[str]:
@@ -130,7 +131,9 @@ def test_a_run_with_a_model_of_another_architecture(family: str, home: Path, tmp
     method = "unipelt-apl" if family in WITH_PREFIX else "unipelt-al"
     name = "bart.yaml" if family == "bart" else "roberta.yaml"
     options = [*small(home, name), "--model", str(model), "--method", method, "--do_predict", "true"]
-    record = run(parse([str(FOLDER / name), *options, "--output_dir", str(tmp_path / "out")]), say=lambda line: None)
+    record = run(
+        parse([str(FOLDER / name), *options, "--output_dir", str(tmp_path / "out")], RunSettings), log=lambda line: None
+    )
     assert record["status"] == "finished"
     assert record["model"]["class"].endswith("ForSequenceClassification")
     depth = {len(gate["mean"]) for gate in record["gates"]["values"].values()}
@@ -169,11 +172,11 @@ def test_of_another_task_is_parsed_and_started(name: str, kind: type[TaskSetting
     if kind is QASettings:
         options += ["--model", str(home / "model"), "--model_sha256", "null", "--stride", "4"]
         settings = parse([str(FOLDER / name), *options], QASettings)
-        record = run_task(settings, qa.prepare, say=lambda line: None)
+        record = run_task(settings, qa.prepare, log=lambda line: None)
     else:
         options += ["--random_width", "32", "--random_layers", "1", "--vocabulary", "60"]
         record = run_task(
-            parse([str(FOLDER / name), *options], TranslationSettings), translation.prepare, say=lambda line: None
+            parse([str(FOLDER / name), *options], TranslationSettings), translation.prepare, log=lambda line: None
         )
     assert record["status"] == "finished"
 
@@ -261,7 +264,7 @@ def test_a_sweep_holds_only_what_differs(name: str) -> None:
     bases = values.get("base", [])
     inherited: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        inherited |= read_config(FOLDER / base)
+        inherited |= read_config(FOLDER / base, RunSettings)
     own = {key: value for key, value in values.items() if key not in ("base", "grid", "choose")}
     assert [key for key, value in own.items() if key in inherited and value == inherited[key]] == []
     assert repeated_defaults({key: value for key, value in own.items() if key not in inherited}) == []
@@ -350,7 +353,7 @@ def test_the_sweep_of_minilm_is_table_1_with_one_grid_of_learning_rates_for_all_
         rates.setdefault(key(settings), []).append(settings.learning_rate)
     assert set(rates) == {key(settings) for settings in runs_of("table1.yaml")}
     assert all(sorted(map(float, values)) == sorted(RATES) for values in rates.values())  # type: ignore[arg-type]
-    assert {settings.model for settings in sweep.runs} == {read_config(FOLDER / "minilm.yaml")["model"]}
+    assert {settings.model for settings in sweep.runs} == {read_config(FOLDER / "minilm.yaml", RunSettings)["model"]}
 
 
 def evidence_rates(model: str = "") -> dict[str, float | None]:
@@ -429,7 +432,7 @@ def test_a_sweeps_run_is_started(settings: RunSettings, home: Path, tmp_path: Pa
     if settings.train_samples is not None:
         quick |= {"train_samples": 16, "dev_samples": 16}
     quick |= {"model": str(home / "model"), "glue_dir": str(home / "glue"), "output_dir": str(tmp_path / "out")}
-    record = run(replace(settings, **quick), say=lambda line: None)
+    record = run(replace(settings, **quick), log=lambda line: None)
     assert record["status"] == "finished"
     assert record["method"]["config"] == settings.config.to_dict()
     assert record["method"]["learning_rate"] == settings.learning_rate

@@ -15,9 +15,10 @@ from transformers import DataCollatorWithPadding
 
 from unipelt.glue import job
 from unipelt.glue import run as runner
-from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.glue.settings import RunSettings
 from unipelt.runs import batches
-from unipelt.runs.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, padded_tokens
+from unipelt.runs.batches import Batches, default_tokens, materialize, pack_rows, pack_tokens, padded_tokens
+from unipelt.runs.settings import SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_columns_that_the_model_does_not_take_are_left_out() -> None:
 def outcome(home: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """The record of a run with dropout, over two epochs."""
     chosen = RunSettings(**quick(home, output_dir=str(out), train_samples=40, **changes))
-    return runner.run(chosen, say=lambda line: None)
+    return runner.run(chosen, log=lambda line: None)
 
 
 def test_figures_do_not_depend_on_the_batches(home: Path, tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_dev_is_padded_once_a_run(home: Path, tmp_path: Path, monkeypatch: pytes
 def test_loader_draws_as_trainers_own(home: Path, tmp_path: Path) -> None:
     """Dropout after an evaluation is that of Trainer's own evaluation, which draws once from the generator."""
     ready = prepared(home)
-    dev = hold(runner.evaluated(ready, "dev"), "cpu")
+    dev = materialize(runner.evaluated(ready, "dev"), "cpu")
     trainer = runner.BatchTrainer(model=ready.model, args=runner._arguments(ready, tmp_path), eval_dataset=dev)
     torch.manual_seed(3)
     torch.empty((), dtype=torch.int64).random_()
@@ -156,7 +157,7 @@ def test_loader_draws_as_trainers_own(home: Path, tmp_path: Path) -> None:
 
 def test_trainer_speaks_of_rows(home: Path, tmp_path: Path) -> None:
     ready = prepared(home, eval_tokens=40)
-    dev = hold(runner.evaluated(ready, "dev"), "cpu")
+    dev = materialize(runner.evaluated(ready, "dev"), "cpu")
     trainer = runner.BatchTrainer(model=ready.model, args=runner._arguments(ready, tmp_path), eval_dataset=dev)
     output = trainer.predict(runner.evaluated(ready, "dev"))
     metrics = output.metrics
@@ -177,5 +178,5 @@ def test_trainer_speaks_of_rows(home: Path, tmp_path: Path) -> None:
 def test_small_splits_are_held_on_the_device(home: Path, monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
     if not small:
         monkeypatch.setattr(batches, "_SMALL", 8)
-    made = hold(runner.evaluated(prepared(home), "dev"), "meta")
+    made = materialize(runner.evaluated(prepared(home), "dev"), "meta")
     assert {tensor.device.type for batch in made for tensor in batch.values()} == {"meta" if small else "cpu"}

@@ -31,14 +31,14 @@ from unipelt.cli import main
 from unipelt.files.atomic import write_whole
 from unipelt.glue import pack_runs as packed
 from unipelt.glue.pack_runs import run_packed
-from unipelt.glue.packed_run import Seat
+from unipelt.glue.packed_run import PackedRun
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import RESULT, read_result, write_result
 from unipelt.runs.errors import RunError, RunFailed
 from unipelt.runs.folder import CHECKPOINTS, begin
 from unipelt.runs.trainer import BatchTrainer
-from unipelt.sweep import FAILURE, LOG, look, read_sweep
+from unipelt.sweep import FAILURE, LOG, read_sweep, status
 from unipelt.sweep import pack_workers as packs
 from unipelt.sweep.pack_workers import in_packs
 
@@ -61,7 +61,7 @@ def _frozen() -> Iterator[None]:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model, train.tsv and dev.tsv; and a run that nobody disturbs, in `calm`."""
     folder = make_quick(tmp_path_factory.mktemp("home"))
-    run(RunSettings(**settings(folder, folder / "calm")), say=silent)
+    run(RunSettings(**settings(folder, folder / "calm")), log=silent)
     return folder
 
 
@@ -171,7 +171,7 @@ def at_step(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Te
 def test_a_mistake_in_the_code_keeps_its_traceback(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_step(monkeypatch, raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))  # type: ignore[arg-type]
     with pytest.raises(Exception, match=r"cannot be multiplied|positional") as caught:
-        run(RunSettings(**settings(home, tmp_path / "run")), say=silent)
+        run(RunSettings(**settings(home, tmp_path / "run")), log=silent)
     assert not isinstance(caught.value, RunFailed)
 
 
@@ -203,14 +203,14 @@ def test_no_memory_for_the_model(
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_one_of_a_pack_diverges(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float) -> None:
-    update = Seat.update
+    update = PackedRun.update
 
     def spoil(seat: Any, each: torch.Tensor, index: int) -> None:
         update(seat, torch.full_like(each, loss) if seat.job.settings.seed == 2 else each, index)
 
-    monkeypatch.setattr(Seat, "update", spoil)
+    monkeypatch.setattr(PackedRun, "update", spoil)
     runs = [RunSettings(**settings(home, tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
-    outcomes = run_packed(runs, places=2, say=silent)
+    outcomes = run_packed(runs, places=2, log=silent)
     assert isinstance(outcomes[str(tmp_path / "1")], dict)
     assert f"the train loss is {loss} after epoch 1 (step 4, learning_rate 0.01)" in str(outcomes[str(tmp_path / "2")])
 
@@ -219,7 +219,7 @@ def test_no_memory_for_a_pack(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(packed, "_step", lambda *args: too_much())
     runs = [RunSettings(**settings(home, tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
     with pytest.raises(RunFailed, match=r"memory ran out while 2 runs trained in one pack \(.*\); pack fewer"):
-        run_packed(runs, places=2, say=silent)
+        run_packed(runs, places=2, log=silent)
     assert not list(tmp_path.rglob(RESULT))
 
 
@@ -499,7 +499,7 @@ def test_a_folder_in_the_place_of_a_failure(
     home: Path, sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    for chosen in look(read_sweep(sweep), out).sweep.runs:
+    for chosen in status(read_sweep(sweep), out).sweep.runs:
         pretend_finished(home, chosen)
     path = Path(str(chosen.output_dir)) / FAILURE
     path.mkdir()
@@ -515,7 +515,7 @@ def test_a_sweep_on_a_full_disk(
 ) -> None:
     """It cannot write what it is asked for, or what it goes on with; a run that had finished stays as it is."""
     out = tmp_path / "out"
-    first = look(read_sweep(sweep), out).sweep.runs[0]
+    first = status(read_sweep(sweep), out).sweep.runs[0]
     pretend_finished(home, first)
     before = (Path(str(first.output_dir)) / RESULT).read_bytes()
     with files_up_to(size):

@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_quick(tmp_path_factory.mktemp("fold"))
     run(
         RunSettings(**quick(folder, epochs=1, method={"preset": "unipelt-apl", "prefix": {"hidden": 8}})),
-        say=lambda line: None,
+        log=lambda line: None,
     )
     return folder
 
@@ -133,5 +133,5 @@ def test_running_again_takes_the_folded_model_along(finished: Path, tmp_path: Pa
     shutil.copytree(finished, folder)
     (folder / "out" / "folded").mkdir()
     settings = quick(folder, epochs=1, overwrite=True, method={"preset": "unipelt-al"})
-    run(RunSettings(**settings), say=lambda line: None)
+    run(RunSettings(**settings), log=lambda line: None)
     assert not (folder / "out" / "folded").exists()

@@ -340,7 +340,7 @@ def test_nothing_was_injected(hub: Hub) -> None:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run in `run`."""
     folder = make_quick(tmp_path_factory.mktemp("home"))
-    run(RunSettings(**quick(folder, method="unipelt-apl", output_dir=str(folder / "run"))), say=lambda line: None)
+    run(RunSettings(**quick(folder, method="unipelt-apl", output_dir=str(folder / "run"))), log=lambda line: None)
     return folder
 
 

@@ -33,12 +33,13 @@ import unipelt
 from unipelt import CheckpointError, ConfigError, InjectionError
 from unipelt.glue.data import DataError, load_files
 from unipelt.glue.run import run
-from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.glue.settings import RunSettings
 from unipelt.records.record import ResultError, read_result
 from unipelt.report.read import read_results
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import begin
 from unipelt.runs.options import parse
+from unipelt.runs.settings import SettingsError
 from unipelt.sweep import SweepError, read_failure, read_request, read_settings, read_sweep
 
 SECONDS = 20
@@ -305,7 +306,7 @@ RUN: dict[str, Any] = {"task": "rte", "method": "lora", "seed": 1, "output_dir":
 SWEEP: dict[str, Any] = {"task": "rte", "grid": [{"method": ["lora", "adapter"], "seed": [1, 2]}]}
 READERS: dict[str, tuple[dict[str, Any], Callable[[Path], object], tuple[type[Exception], ...]]] = {
     "method": (METHOD, unipelt.resolve, (ConfigError, FileNotFoundError)),
-    "run": (RUN, lambda path: parse([str(path)]), (SettingsError, ConfigError, FileNotFoundError)),
+    "run": (RUN, lambda path: parse([str(path)], RunSettings), (SettingsError, ConfigError, FileNotFoundError)),
     "sweep": (SWEEP, read_sweep, (SweepError,)),
 }
 
@@ -335,7 +336,7 @@ def test_no_tag_of_yaml_runs_code(tmp_path: Path) -> None:
         refusals.check("planted", partial(read, path), "tag")
         refusals.all_of(1)
     with pytest.raises(SettingsError):
-        parse(["--task", "rte", "--seed", f"!!python/object/apply:os.mkdir ['{tmp_path / 'planted'}']"])
+        parse(["--task", "rte", "--seed", f"!!python/object/apply:os.mkdir ['{tmp_path / 'planted'}']"], RunSettings)
     assert not (tmp_path / "planted").exists()
 
 
@@ -373,12 +374,12 @@ def test_bases_of_bases_of_bases(tmp_path: Path) -> None:
         write(tmp_path / f"{number}.json", json.dumps({"base": [f"{number + 1}.json"] * 10}).encode())
     write(tmp_path / "10.json", json.dumps(RUN).encode())
     started = time.process_time()
-    assert parse([str(tmp_path / "0.json")]).task == "rte"
+    assert parse([str(tmp_path / "0.json")], RunSettings).task == "rte"
     assert time.process_time() - started < SECONDS
     for number in range(10, 90):
         write(tmp_path / f"{number}.json", json.dumps({"base": f"{number + 1}.json"}).encode())
     with pytest.raises(SettingsError, match="the base of the base of more than 50 files"):
-        parse([str(tmp_path / "0.json")])
+        parse([str(tmp_path / "0.json")], RunSettings)
 
 
 def test_names_that_no_file_has(tmp_path: Path) -> None:
@@ -388,7 +389,7 @@ def test_names_that_no_file_has(tmp_path: Path) -> None:
         "load": (lambda path: unipelt.load(model, path), FileNotFoundError),
         "from_pretrained": (unipelt.from_pretrained, FileNotFoundError),
         "resolve": (unipelt.resolve, FileNotFoundError),
-        "parse": (lambda path: parse([str(path)]), FileNotFoundError),
+        "parse": (lambda path: parse([str(path)], RunSettings), FileNotFoundError),
         "read_settings": (read_settings, FileNotFoundError),
         "read_sweep": (read_sweep, SweepError),
         "read_result": (read_result, FileNotFoundError),

@@ -17,12 +17,12 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTraine
 import unipelt
 from unipelt.glue.fold_run import fold_run
 from unipelt.glue.rerun import rerun
-from unipelt.glue.settings import SettingsError, locate_model
 from unipelt.records.record import ResultError
 from unipelt.report import read_results
 from unipelt.runs.errors import RunError
 from unipelt.runs.options import parse
 from unipelt.runs.run import run
+from unipelt.runs.settings import SettingsError, locate_model
 from unipelt.runs.tables import DataError
 from unipelt.tasks.qa import load_questions, prepare
 from unipelt.tasks.settings import QASettings

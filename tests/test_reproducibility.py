@@ -42,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide = {"hidden_size": 128, "intermediate_size": 256, "hidden_dropout_prob": 0.1}
     BertModel(BertConfig(**{**SMALL_BERT.to_dict(), **wide})).save_pretrained(folder / "model")
     for name, changes in (("first", FIRST), ("second", SECOND)):
-        run(settings(folder, folder / name, **changes), say=quiet)
+        run(settings(folder, folder / name, **changes), log=quiet)
     return folder
 
 
@@ -66,7 +66,7 @@ def check_same(one: Path, other: Path) -> None:
 
 def test_another_seed_gives_other_numbers(home: Path, tmp_path: Path) -> None:
     """Or nothing below would say anything: order, initialisation and dropout are each other ones."""
-    run(settings(home, tmp_path / "run", seed=3, data_seed=1), say=quiet)
+    run(settings(home, tmp_path / "run", seed=3, data_seed=1), log=quiet)
     found = compare(read_result(home / "first"), read_result(tmp_path / "run"))
     assert {"evaluations[0].loss", "evaluations[0].train_loss", "test.loss"} <= {
         item["what"] for item in found["differences"]
@@ -75,17 +75,17 @@ def test_another_seed_gives_other_numbers(home: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_whatever_the_number_of_loader_workers(home: Path, tmp_path: Path, workers: int) -> None:
-    run(settings(home, tmp_path / "run", num_workers=workers, **FIRST), say=quiet)
+    run(settings(home, tmp_path / "run", num_workers=workers, **FIRST), log=quiet)
     check_same(home / "first", tmp_path / "run")
 
 
 def test_whatever_ran_before_in_the_process(home: Path, tmp_path: Path) -> None:
-    run(settings(home, tmp_path / "second", **SECOND), say=quiet)
+    run(settings(home, tmp_path / "second", **SECOND), log=quiet)
     torch.manual_seed(99)
     np.random.seed(99)
     random.seed(99)
     torch.rand(7)
-    run(settings(home, tmp_path / "deep" / "er" / "first", **FIRST), say=quiet)
+    run(settings(home, tmp_path / "deep" / "er" / "first", **FIRST), log=quiet)
     check_same(home / "first", tmp_path / "deep" / "er" / "first")
     check_same(home / "second", tmp_path / "second")
 
@@ -105,9 +105,9 @@ def test_resumed_or_not(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(place, "mark", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(settings(home, tmp_path / "run", **FIRST), say=quiet)
+            run(settings(home, tmp_path / "run", **FIRST), log=quiet)
     lines: list[str] = []
-    run(settings(home, tmp_path / "run", **FIRST), say=lines.append)
+    run(settings(home, tmp_path / "run", **FIRST), log=lines.append)
     assert any(line.startswith("going on from") for line in lines)
     check_same(home / "first", tmp_path / "run")
 
@@ -171,7 +171,7 @@ def test_whatever_the_number_of_sweep_workers(home: Path, tmp_path: Path, worker
     assert main(["sweep", str(tmp_path / "grid.json"), "--out", str(out), "--workers", str(workers)]) == 0
     for seed in (1, 2):
         chosen = {**values, "train_samples": 24, "task": "rte", "seed": seed, "output_dir": str(tmp_path / str(seed))}
-        run(RunSettings(**chosen), say=quiet)
+        run(RunSettings(**chosen), log=quiet)
         (folder,) = out.glob(f"*seed={seed}-*")
         check_same(tmp_path / str(seed), folder)
 
@@ -180,7 +180,7 @@ def test_batches_of_evaluation_change_roundings_only(home: Path, tmp_path: Path)
     """And nothing of what is trained."""
     expected = read_result(home / "first")
     for tokens in (0, 64):
-        record = run(settings(home, tmp_path / str(tokens), eval_tokens=tokens, **FIRST), say=quiet)
+        record = run(settings(home, tmp_path / str(tokens), eval_tokens=tokens, **FIRST), log=quiet)
         assert compare(expected, record, tolerance=1e-5)["equal"]
         assert [item["train_loss"] for item in record["evaluations"]] == [
             item["train_loss"] for item in expected["evaluations"]

@@ -30,11 +30,11 @@ from unipelt.sweep import (
     Busy,
     SweepError,
     carry_out,
-    look,
     read_request,
     read_sweep,
     run_folder,
     split_list,
+    status,
     write_request,
 )
 
@@ -76,7 +76,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_glue(folder / "glue")
     (folder / "sweep.yaml").write_text(SWEEP.format(home=folder))
     first = read_sweep(folder / "sweep.yaml").runs[0].to_dict()
-    record = run(RunSettings(**{**first, "output_dir": str(folder / "first")}), say=lambda line: None)
+    record = run(RunSettings(**{**first, "output_dir": str(folder / "first")}), log=lambda line: None)
     (folder / "record.json").write_text(json.dumps(record))
     return folder
 
@@ -278,13 +278,13 @@ def test_what_cannot_be_meant_is_an_error_before_anything_runs(
 
 def test_the_plan_counts_and_estimates_from_runs_of_the_same_kind(home: Path, tmp_path: Path) -> None:
     sweep = read_sweep(home / "sweep.yaml")
-    assert "time      unknown" in str(look(sweep, tmp_path))
-    runs = look(sweep, tmp_path).sweep.runs
+    assert "time      unknown" in str(status(sweep, tmp_path))
+    runs = status(sweep, tmp_path).sweep.runs
     finish(home, runs[0], seconds=100)  # RTE, LoRA
     finish(home, runs[4], seconds=300)  # SST-2, LoRA
     Path(str(runs[2].output_dir)).mkdir()
     (Path(str(runs[2].output_dir)) / FAILURE).write_text(json.dumps({"error": "no luck"}))
-    state = look(sweep, tmp_path, workers=3)
+    state = status(sweep, tmp_path, workers=3)
     # one more of each, and four of BitFit, of which only the mean of all is known
     assert state.seconds_left(state.left) == pytest.approx((100 + 300 + 4 * 200) / 3)
     assert state.seconds_left(state.left[:1]) == 100, "more workers than runs do not help"
@@ -301,7 +301,7 @@ def test_the_plan_counts_and_estimates_from_runs_of_the_same_kind(home: Path, tm
 
 def test_the_plan_says_what_is_chosen_on_dev(tmp_path: Path) -> None:
     path = write(tmp_path, "grid:\n  - {task: rte}\nchoose: {learning_rate: [1e-4, 5e-4], warmup_ratio: [0, 0.1]}\n")
-    plan = str(look(read_sweep(path), tmp_path / "out"))
+    plan = str(status(read_sweep(path), tmp_path / "out"))
     assert plan.splitlines()[-1] == "choose    learning_rate, warmup_ratio, on dev"
     assert "cells     1\nruns      4\n" in plan
 
@@ -315,7 +315,7 @@ def test_a_grid_of_more_runs_than_anybody_means_is_refused(tmp_path: Path) -> No
 
 def test_a_run_begins_without_the_drafts_of_one_that_was_killed(home: Path, tmp_path: Path) -> None:
     sweep = read_sweep(home / "sweep.yaml", {"task": ["rte"], "seed": ["1"], "method": ["lora"]})
-    state = look(sweep, tmp_path)
+    state = status(sweep, tmp_path)
     folder = Path(str(state.sweep.runs[0].output_dir))
     folder.mkdir()
     for name in (".settings.json.abc.tmp", "mine.tmp"):
@@ -332,7 +332,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert main([*command, "--dry-run"]) == 0
     assert "runs      4" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    finish(home, look(read_sweep(home / "sweep.yaml"), tmp_path / "out").sweep.runs[1])
+    finish(home, status(read_sweep(home / "sweep.yaml"), tmp_path / "out").sweep.runs[1])
     before = tree(tmp_path)
     assert main([*command, "--dry-run", "--workers", "2"]) == 0
     assert "finished  1" in capsys.readouterr().out
@@ -372,7 +372,7 @@ def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 def test_runs_are_done_once_so_many_at_a_time(home: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     pretend = Pretend(home, seconds=0.1)
-    state = look(read_sweep(home / "sweep.yaml"), tmp_path, workers=3)
+    state = status(read_sweep(home / "sweep.yaml"), tmp_path, workers=3)
     assert carry_out(state, pretend, lines.append) == {}
     assert len(set(pretend.starts)) == len(pretend.starts) == 8
     assert pretend.most == 3
@@ -381,7 +381,7 @@ def test_runs_are_done_once_so_many_at_a_time(home: Path, tmp_path: Path) -> Non
     assert lines[-1].startswith("[8 of 8] ")
     assert lines[-1].endswith(RESULT)
     again = Pretend(home)
-    assert carry_out(look(read_sweep(home / "sweep.yaml"), tmp_path), again, silent) == {}
+    assert carry_out(status(read_sweep(home / "sweep.yaml"), tmp_path), again, silent) == {}
     assert again.starts == []
 
 
@@ -389,7 +389,7 @@ def test_a_failure_is_recorded_the_others_go_on_and_it_is_tried_again(home: Path
     lines: list[str] = []
     sweep = read_sweep(home / "sweep.yaml")
     pretend = Pretend(home, fails=["rte lora 2"])
-    failures = carry_out(look(sweep, tmp_path), pretend, lines.append)
+    failures = carry_out(status(sweep, tmp_path), pretend, lines.append)
     folder = run_folder(tmp_path, sweep.runs[1])
     assert failures == {str(folder): "ValueError: no luck"}
     assert len(pretend.starts) == 8
@@ -399,20 +399,20 @@ def test_a_failure_is_recorded_the_others_go_on_and_it_is_tried_again(home: Path
     assert [line for line in lines if f"{folder.name} FAILED: ValueError: no luck" in line]
 
     for fails in (["rte lora 2"], []):
-        state = look(sweep, tmp_path)
+        state = status(sweep, tmp_path)
         assert (len(state.failures), len(state.left)) == (1, 1)
         pretend = Pretend(home, fails)
         assert list(carry_out(state, pretend, silent).values()) == ["ValueError: no luck"] * len(fails)
         assert pretend.starts == ["rte lora 2"]
     assert not (folder / FAILURE).exists()
-    assert not look(sweep, tmp_path).left
+    assert not status(sweep, tmp_path).left
 
 
 def test_a_run_that_leaves_no_result_or_a_damaged_one_has_failed(home: Path, tmp_path: Path) -> None:
     sweep = read_sweep(home / "sweep.yaml", {"task": ["rte"], "seed": ["1"]})
     (run_folder(tmp_path, sweep.runs[1])).mkdir(parents=True)
     (run_folder(tmp_path, sweep.runs[1]) / RESULT).write_text("{")
-    failures = carry_out(look(sweep, tmp_path), lambda settings, stop: None, silent)
+    failures = carry_out(status(sweep, tmp_path), lambda settings, stop: None, silent)
     assert list(failures.values()) == ["it ended without a result"] * 2
 
 
@@ -436,7 +436,7 @@ def hold(folder: Path, then: Callable[[], None]) -> threading.Thread:
 @pytest.mark.parametrize("ends", ["finished", "vanished", "failed"])
 def test_a_run_that_another_process_does_is_waited_for(home: Path, tmp_path: Path, claim: str, ends: str) -> None:
     sweep = read_sweep(home / "sweep.yaml", {"task": ["rte"]})
-    state = look(sweep, tmp_path)
+    state = status(sweep, tmp_path)
     first = state.sweep.runs[0]
     folder = Path(str(first.output_dir))
 
@@ -458,7 +458,7 @@ def test_a_run_that_another_process_does_is_waited_for(home: Path, tmp_path: Pat
 
 def test_sweeps_in_one_folder_share_the_work(home: Path, tmp_path: Path) -> None:
     pretend = Pretend(home, seconds=0.05)
-    states = [look(read_sweep(home / "sweep.yaml"), tmp_path, workers=2) for _ in range(2)]
+    states = [status(read_sweep(home / "sweep.yaml"), tmp_path, workers=2) for _ in range(2)]
     threads = [threading.Thread(target=carry_out, args=(state, pretend, silent)) for state in states]
     for thread in threads:
         thread.start()
@@ -481,11 +481,11 @@ def test_an_interruption_stops_the_others_and_records_no_failure(home: Path, tmp
         raise Busy
 
     with pytest.raises(KeyboardInterrupt):
-        carry_out(look(read_sweep(home / "sweep.yaml"), tmp_path, workers=2), start, silent)
+        carry_out(status(read_sweep(home / "sweep.yaml"), tmp_path, workers=2), start, silent)
     assert stopped == [True]
     assert not list(tmp_path.rglob(FAILURE))
     pretend = Pretend(home)
-    assert carry_out(look(read_sweep(home / "sweep.yaml"), tmp_path), pretend, silent) == {}
+    assert carry_out(status(read_sweep(home / "sweep.yaml"), tmp_path), pretend, silent) == {}
     assert len(pretend.starts) == 8
 
 
@@ -522,7 +522,7 @@ def test_a_run_whose_failure_cannot_be_read_is_tried_again(
     path = run_folder(tmp_path, sweep.runs[0]) / FAILURE
     path.parent.mkdir()
     path.write_bytes(text)
-    state = look(sweep, tmp_path)
+    state = status(sweep, tmp_path)
     [failure] = state.failures.values()
     assert failure["error"].startswith(f"{path} does not say why it failed: {reason}"), failure["error"]
     assert "failed    1, to be tried again" in str(state)
@@ -537,7 +537,7 @@ def test_a_folder_where_a_file_should_be_is_named_before_anything_runs(home: Pat
     path = run_folder(tmp_path, sweep.runs[0]) / FAILURE
     path.mkdir(parents=True)
     with pytest.raises(SweepError, match="cannot be read: Is a directory; move it away") as caught:
-        look(sweep, tmp_path)
+        status(sweep, tmp_path)
     assert str(path) in str(caught.value)
 
 

@@ -16,10 +16,10 @@ from tiny_task import save_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import unipelt
-from unipelt.glue.settings import SettingsError
 from unipelt.runs.errors import RunError
 from unipelt.runs.options import parse
 from unipelt.runs.run import run
+from unipelt.runs.settings import SettingsError
 from unipelt.runs.tables import DataError
 from unipelt.tasks.settings import TranslationSettings
 from unipelt.tasks.translation import bleu, load_pairs, make_tokenizer, prepare, read_pairs

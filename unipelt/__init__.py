@@ -1,49 +1,114 @@
 """UniPELT (Mao et al., ACL 2022) on Transformers: gated Adapter, Prefix and LoRA in a pretrained model."""
 
-from unipelt.api import inject
-from unipelt.bridges.adapterhub import load_adapterhub
-from unipelt.bridges.peft import load_peft, save_peft
-from unipelt.bridges.release import load_release_state_dict, release_state_dict
-from unipelt.checkpoint.load import from_pretrained, load
-from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.checkpoint.push import load_tokenizer, push_to_hub
-from unipelt.checkpoint.save import save
-from unipelt.config.methods import (
-    AdapterConfig,
-    CompacterConfig,
-    GateConfig,
-    HoulsbyConfig,
-    IA3Config,
-    LoRAConfig,
-    ParallelConfig,
-    PrefixConfig,
-    PromptConfig,
-    REDConfig,
-    SubmoduleConfig,
-    UniPELTConfig,
-)
-from unipelt.config.presets import PRESETS, resolve
-from unipelt.config.schema import ConfigError
-from unipelt.files.hub import HubError
-from unipelt.gates.fold import FoldedGate, FoldReport, fold
-from unipelt.gates.measure import FoldError
-from unipelt.gates.record import GateRecord, gate_penalty, record_gates
-from unipelt.hosts.families import Attention, Family, Stack, register_family
-from unipelt.hosts.locate import InjectionError
-from unipelt.injection.inject import remove
-from unipelt.injection.parameters import ParameterCounts, parameter_counts
-from unipelt.multitask.batch_rows import MixedOutput
-from unipelt.multitask.tasks import Tasks
-from unipelt.submodules.bottleneck import Houlsby, Parallel
-from unipelt.submodules.compacter import Compacter
-from unipelt.submodules.dora import DoRA
-from unipelt.submodules.ia3 import IA3
-from unipelt.submodules.prompt import Prompt
-from unipelt.submodules.red import RED
-from unipelt.submodules.register import Spot as Spot
-from unipelt.submodules.register import TargetInfo, register_submodule
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from unipelt.lazy import lazy_names
+from unipelt.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from unipelt.api import inject
+    from unipelt.bridges.adapterhub import load_adapterhub
+    from unipelt.bridges.peft import load_peft, save_peft
+    from unipelt.bridges.release import load_release_state_dict, release_state_dict
+    from unipelt.checkpoint.load import from_pretrained, load
+    from unipelt.checkpoint.manifest import CheckpointError
+    from unipelt.checkpoint.push import load_tokenizer, push_to_hub
+    from unipelt.checkpoint.save import save
+    from unipelt.config.methods import (
+        AdapterConfig,
+        CompacterConfig,
+        GateConfig,
+        HoulsbyConfig,
+        IA3Config,
+        LoRAConfig,
+        ParallelConfig,
+        PrefixConfig,
+        PromptConfig,
+        REDConfig,
+        SubmoduleConfig,
+        UniPELTConfig,
+    )
+    from unipelt.config.presets import PRESETS, resolve
+    from unipelt.config.schema import ConfigError
+    from unipelt.files.hub import HubError
+    from unipelt.gates.fold import FoldedGate, FoldReport, fold
+    from unipelt.gates.measure import FoldError
+    from unipelt.gates.record import GateRecord, gate_penalty, record_gates
+    from unipelt.hosts.families import Attention, Family, Stack, register_family
+    from unipelt.hosts.locate import InjectionError
+    from unipelt.injection.inject import remove
+    from unipelt.injection.parameters import ParameterCounts, parameter_counts
+    from unipelt.multitask.batch_rows import MixedOutput
+    from unipelt.multitask.tasks import Tasks
+    from unipelt.submodules.bottleneck import Houlsby, Parallel
+    from unipelt.submodules.compacter import Compacter
+    from unipelt.submodules.dora import DoRA
+    from unipelt.submodules.ia3 import IA3
+    from unipelt.submodules.prompt import Prompt
+    from unipelt.submodules.red import RED
+    from unipelt.submodules.register import Spot as Spot
+    from unipelt.submodules.register import TargetInfo, register_submodule
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "AdapterConfig": "unipelt.config.methods",
+            "Attention": "unipelt.hosts.families",
+            "CheckpointError": "unipelt.checkpoint.manifest",
+            "Compacter": "unipelt.submodules.compacter",
+            "CompacterConfig": "unipelt.config.methods",
+            "ConfigError": "unipelt.config.schema",
+            "DoRA": "unipelt.submodules.dora",
+            "Family": "unipelt.hosts.families",
+            "FoldError": "unipelt.gates.measure",
+            "FoldReport": "unipelt.gates.fold",
+            "FoldedGate": "unipelt.gates.fold",
+            "GateConfig": "unipelt.config.methods",
+            "GateRecord": "unipelt.gates.record",
+            "Houlsby": "unipelt.submodules.bottleneck",
+            "HoulsbyConfig": "unipelt.config.methods",
+            "HubError": "unipelt.files.hub",
+            "IA3": "unipelt.submodules.ia3",
+            "IA3Config": "unipelt.config.methods",
+            "InjectionError": "unipelt.hosts.locate",
+            "LoRAConfig": "unipelt.config.methods",
+            "MixedOutput": "unipelt.multitask.batch_rows",
+            "PRESETS": "unipelt.config.presets",
+            "Parallel": "unipelt.submodules.bottleneck",
+            "ParallelConfig": "unipelt.config.methods",
+            "ParameterCounts": "unipelt.injection.parameters",
+            "PrefixConfig": "unipelt.config.methods",
+            "Prompt": "unipelt.submodules.prompt",
+            "PromptConfig": "unipelt.config.methods",
+            "RED": "unipelt.submodules.red",
+            "REDConfig": "unipelt.config.methods",
+            "Spot": "unipelt.submodules.register",
+            "Stack": "unipelt.hosts.families",
+            "SubmoduleConfig": "unipelt.config.methods",
+            "TargetInfo": "unipelt.submodules.register",
+            "Tasks": "unipelt.multitask.tasks",
+            "UniPELTConfig": "unipelt.config.methods",
+            "fold": "unipelt.gates.fold",
+            "from_pretrained": "unipelt.checkpoint.load",
+            "gate_penalty": "unipelt.gates.record",
+            "inject": "unipelt.api",
+            "load": "unipelt.checkpoint.load",
+            "load_adapterhub": "unipelt.bridges.adapterhub",
+            "load_peft": "unipelt.bridges.peft",
+            "load_release_state_dict": "unipelt.bridges.release",
+            "load_tokenizer": "unipelt.checkpoint.push",
+            "parameter_counts": "unipelt.injection.parameters",
+            "push_to_hub": "unipelt.checkpoint.push",
+            "record_gates": "unipelt.gates.record",
+            "register_family": "unipelt.hosts.families",
+            "register_submodule": "unipelt.submodules.register",
+            "release_state_dict": "unipelt.bridges.release",
+            "remove": "unipelt.injection.inject",
+            "resolve": "unipelt.config.presets",
+            "save": "unipelt.checkpoint.save",
+            "save_peft": "unipelt.bridges.peft",
+        },
+    )
 
 __all__ = [
     "IA3",

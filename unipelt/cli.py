@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done; 1 some runs failed, or a rerun gave other numbers; 2 bad input; 130 interrupted.
     """
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = make_parser().parse_args(argv)
         return arguments.do(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"unipelt: {' '.join(str(error).split())}", file=sys.stderr)
@@ -34,8 +34,69 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command; each sub-command adds its own. It imports neither PyTorch nor Transformers."""
+    parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|export|push")
+    for add in (_add_sweep, _add_report, _add_collect, _add_fold, _add_rerun, _add_export, _add_push):
+        add(commands)
+    return parser
+
+
+def _add_option(group: Any, name: str, help_: str, **switch: Any) -> None:
+    """Add a field of a run's settings as an option, with underscores or hyphens."""
+    names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    group.add_argument(*names, dest=f"field {name}", metavar="VALUE", help=help_, **switch)
+
+
+def _fields_given(arguments: argparse.Namespace) -> dict[str, str]:
+    """The fields of a run's settings that were given, by name, as texts."""
+    given = {name: value for name, value in vars(arguments).items() if name.startswith("field ") and value is not None}
+    return {name.removeprefix("field "): value for name, value in given.items()}
+
+
+def _add_sweep(commands: Any) -> None:
+    from unipelt.glue.settings import RunSettings
+
+    parser = commands.add_parser(
+        "sweep",
+        help="do a grid of runs, or go on with one",
+        usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--pack R] [--tasks rte,cola] [--k 100,500] "
+        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...]",
+        description="Do the runs of a sweep file, each in a process of its own, and go on with what is there. Several "
+        "machines may do so in one shared folder at once.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the sweep file, YAML or JSON (see configs/)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs")
+    parser.add_argument("--dry-run", action="store_true", help="only say what there is to do")
+    parser.add_argument("--workers", type=int, metavar="N", help="runs at a time [1; with ray, what the cluster takes]")
+    parser.add_argument(
+        "--pack", type=int, default=1, metavar="R", help="runs that a worker trains in one pass over one model [1]"
+    )
+    parser.add_argument("--backend", choices=("local", "ray"), default="local", help="where the runs are done [local]")
+    parser.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; by default one is started here")
+    parser.add_argument("--cpus", type=float, default=1.0, metavar="X", help="with ray: CPUs that a run takes [1]")
+    parser.add_argument("--gpus", type=float, default=0.0, metavar="X", help="with ray: GPUs that a run takes [0]")
+    for name, field in _LISTS.items():
+        parser.add_argument(f"--{name}", metavar="LIST", help=f"of the values of {field}, only these")
+    group = parser.add_argument_group(
+        "fields of all runs", "for a field that the grid lists, only those of its values that are named"
+    )
+    for item in fields(RunSettings):
+        if item.name not in ("output_dir", "overwrite"):
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if str(item.type).startswith("bool") else {}
+            _add_option(group, item.name, item.metadata["help"].replace("%", "%%"), **switch)
+    parser.set_defaults(do=_sweep)
+
+
 def _sweep(arguments: argparse.Namespace) -> int:
-    from unipelt.sweep import carry_out, look, read_sweep, split_list, write_request
+    from unipelt.sweep import carry_out, read_sweep, split_list, status, write_request
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
@@ -43,10 +104,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
         raise ValueError("--cpus and --gpus must be 0 or more, and not both 0")
     if arguments.pack < 1 or (arguments.pack > 1 and arguments.backend != "local"):
         raise ValueError(f"--pack must be 1 or more, and 1 on a cluster, not {arguments.pack}")
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    narrow = {field: split_list(given[name]) for name, field in _LISTS.items() if name in given}
-    override = {name.removeprefix("field "): value for name, value in given.items() if name.startswith("field ")}
-    sweep = read_sweep(arguments.config, narrow, override)
+    given = {field: getattr(arguments, name) for name, field in _LISTS.items()}
+    narrow = {field: split_list(text) for field, text in given.items() if text is not None}
+    sweep = read_sweep(arguments.config, narrow, _fields_given(arguments))
     workers, start = arguments.workers or 1, None
     if arguments.pack > 1:
         from unipelt.sweep.pack_workers import by_pack, in_packs
@@ -60,17 +120,26 @@ def _sweep(arguments: argparse.Namespace) -> int:
         workers = arguments.workers or capacity(ray, arguments.cpus, arguments.gpus)
         start = on_cluster(ray, cpus=arguments.cpus, gpus=arguments.gpus)
     out = Path(arguments.out).absolute()  # other processes may have another current folder
-    state = look(sweep, out, workers)
+    state = status(sweep, out, workers)
     print(state, flush=True)
     if arguments.dry_run:
         return 0
     write_request(sweep, out)
-    failures = carry_out(state, start, say=lambda line: print(line, flush=True))
+    failures = carry_out(state, start, log=lambda line: print(line, flush=True))
     if failures:
         print(f"{len(failures)} of {len(sweep.runs)} runs failed; the same command tries them again:")
         for folder, error in failures.items():
             print(f"  {Path(folder).name}: {error}")
     return 1 if failures else 0
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report", help="tables and pictures from finished runs", description="Read the results of a folder of runs."
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder of the runs")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
+    parser.set_defaults(do=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -79,6 +148,19 @@ def _report(arguments: argparse.Namespace) -> int:
     for path in write_report(arguments.folder, arguments.out):
         print(path)
     return 0
+
+
+def _add_collect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "collect",
+        help="the records of finished runs alone, to publish",
+        description="Copy the records of a folder of runs, without models and without this machine's paths; a report "
+        "of the copy says the same.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder of the runs")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the records; it may hold others")
+    parser.set_defaults(do=_collect)
 
 
 def _collect(arguments: argparse.Namespace) -> int:
@@ -91,38 +173,115 @@ def _collect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_fold(commands: Any) -> None:
+    parser = commands.add_parser(
+        "fold",
+        help="make nearly constant gates of a finished run constants",
+        description="Fold the model of a finished run on its dev set (unipelt.fold), compare scores, logits and time "
+        "on its test set, and write the folded model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder of the run")
+    parser.add_argument("--out", metavar="DIR", help="new folder of the folded model [DIR/folded]")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X", help="largest standard deviation of a constant gate [0.05]"
+    )
+    parser.add_argument(
+        "--closed", type=float, metavar="X", help="a constant gate below this goes, and its submodule [0.01]"
+    )
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="how often the time is taken [7]")
+    parser.set_defaults(do=_fold)
+
+
 def _fold(arguments: argparse.Namespace) -> int:
     from unipelt.glue.fold_run import fold_run
 
     given = {name: getattr(arguments, name) for name in ("out", "tolerance", "closed", "rounds")}
-    fold_run(arguments.folder, say=lambda line: print(line, flush=True), **given)
+    fold_run(arguments.folder, log=lambda line: print(line, flush=True), **given)
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    import unipelt
-    from unipelt.runs.folder import MODEL
+def _add_rerun(commands: Any) -> None:
+    from unipelt.glue.settings import CARRIED, MOVED
 
-    folder = Path(arguments.folder)
-    inner = folder / MODEL
-    model = unipelt.from_pretrained(inner if inner.is_dir() else folder)
-    print(unipelt.save_peft(model, arguments.out, base=arguments.base))
-    return 0
+    parser = commands.add_parser(
+        "rerun",
+        help="do a finished run again and compare",
+        description="Do the run of a record again in a new folder, and compare every number. Exit status 0: equal, "
+        "1: different, 2: it cannot be done. What makes numbers equal and what does not: docs/reproducibility.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("record", metavar="RESULT", help="the run's result.json, or its folder")
+    parser.add_argument("--out", metavar="FOLDER", help="new folder of the second run [runs/NAME-rerun]")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="X", help="largest difference that counts as equal [0]"
+    )
+    for name in (*MOVED, *CARRIED):
+        what = "where it is now" if name in MOVED else "another one"
+        _add_option(parser, name, f"{what} [the record's]")
+    parser.set_defaults(do=_rerun)
 
 
 def _rerun(arguments: argparse.Namespace) -> int:
     from unipelt.glue.rerun import rerun
+    from unipelt.glue.settings import RunSettings
     from unipelt.runs.options import read_option
 
-    given = {name.removeprefix("field "): value for name, value in vars(arguments).items() if name.startswith("field ")}
-    changes = {name: read_option(name, value) for name, value in given.items() if value is not None}
+    changes = {name: read_option(name, value, RunSettings) for name, value in _fields_given(arguments).items()}
     result = rerun(
         *(arguments.record, arguments.out),
         tolerance=arguments.tolerance,
         changes=changes,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     return 0 if result["equal"] else 1
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write the LoRA of a checkpoint as a folder of PEFT's",
+        description="Write LoRA without gates, or with gates that `unipelt fold` made constants, as PEFT does, for "
+        "PEFT and what reads its folders. What cannot travel is refused by name (docs/bridges.md).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="DIR", help="a checkpoint, or the folder of a run")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder that PEFT reads")
+    parser.add_argument("--base", metavar="NAME", help="name of the base model, for PEFT [where it was loaded from]")
+    parser.set_defaults(do=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from unipelt.bridges.peft import save_peft
+    from unipelt.checkpoint.load import from_pretrained
+    from unipelt.runs.folder import MODEL
+
+    folder = Path(arguments.folder)
+    inner = folder / MODEL
+    model = from_pretrained(inner if inner.is_dir() else folder)
+    print(save_peft(model, arguments.out, base=arguments.base))
+    return 0
+
+
+def _add_push(commands: Any) -> None:
+    parser = commands.add_parser(
+        "push",
+        help="upload the model of a finished run, or a checkpoint",
+        description="Upload what was trained, its tokenizer and a model card, with the scores and gates of the run, in "
+        "one commit. What is needed of a login and what is uploaded: docs/hub.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder of the run, or what unipelt.save wrote")
+    parser.add_argument("name", metavar="USER/NAME", help="the repository; made if it is not there")
+    parser.add_argument("--base", metavar="NAME", help="what the base is called on the hub [where it was loaded from]")
+    parser.add_argument("--base-revision", metavar="REVISION", help="of the base [the commit that was trained on]")
+    parser.add_argument("--license", metavar="ID", help="of these weights, apache-2.0 say [nothing is said]")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--revision", metavar="BRANCH", help="made if it is not there [main]")
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is for its owner alone")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument("--as-trained", action="store_true", help="with the prefix's network, which deploying drops")
+    parser.set_defaults(do=_push)
 
 
 def _push(arguments: argparse.Namespace) -> int:
@@ -148,134 +307,3 @@ def _push(arguments: argparse.Namespace) -> int:
     )
     print(address)
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    from unipelt.glue.settings import CARRIED, MOVED, RunSettings
-
-    parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|export|push")
-
-    sweep = commands.add_parser(
-        "sweep",
-        help="do a grid of runs, or go on with one",
-        usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--pack R] [--tasks rte,cola] [--k 100,500] "
-        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...]",
-        description="Do the runs of a sweep file, each in a process of its own, and go on with what is there. Several "
-        "machines may do so in one shared folder at once.",
-        allow_abbrev=False,
-    )
-    sweep.set_defaults(do=_sweep)
-    sweep.add_argument("config", metavar="CONFIG", help="the sweep file, YAML or JSON (see configs/)")
-    sweep.add_argument("--out", required=True, metavar="DIR", help="folder of the runs")
-    sweep.add_argument("--dry-run", action="store_true", help="only say what there is to do")
-    sweep.add_argument("--workers", type=int, metavar="N", help="runs at a time [1; with ray, what the cluster takes]")
-    sweep.add_argument(
-        "--pack", type=int, default=1, metavar="R", help="runs that a worker trains in one pass over one model [1]"
-    )
-    sweep.add_argument("--backend", choices=("local", "ray"), default="local", help="where the runs are done [local]")
-    sweep.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; by default one is started here")
-    sweep.add_argument("--cpus", type=float, default=1.0, metavar="X", help="with ray: CPUs that a run takes [1]")
-    sweep.add_argument("--gpus", type=float, default=0.0, metavar="X", help="with ray: GPUs that a run takes [0]")
-    for name, field in _LISTS.items():
-        sweep.add_argument(f"--{name}", metavar="LIST", help=f"of the values of {field}, only these")
-    group = sweep.add_argument_group(
-        "fields of all runs", "for a field that the grid lists, only those of its values that are named"
-    )
-    for item in fields(RunSettings):
-        if item.name not in ("output_dir", "overwrite"):
-            names = dict.fromkeys((f"--{item.name}", f"--{item.name.replace('_', '-')}"))
-            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if str(item.type).startswith("bool") else {}
-            text = item.metadata["help"].replace("%", "%%")
-            group.add_argument(*names, dest=f"field {item.name}", metavar="VALUE", help=text, **switch)
-
-    report = commands.add_parser(
-        "report", help="tables and pictures from finished runs", description="Read the results of a folder of runs."
-    )
-    report.set_defaults(do=_report)
-    report.add_argument("folder", metavar="DIR", help="folder of the runs")
-    report.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
-
-    collecting = commands.add_parser(
-        "collect",
-        help="the records of finished runs alone, to publish",
-        description="Copy the records of a folder of runs, without models and without this machine's paths; a report "
-        "of the copy says the same.",
-        allow_abbrev=False,
-    )
-    collecting.set_defaults(do=_collect)
-    collecting.add_argument("folder", metavar="DIR", help="folder of the runs")
-    collecting.add_argument("--out", required=True, metavar="DIR", help="folder of the records; it may hold others")
-
-    folding = commands.add_parser(
-        "fold",
-        help="make nearly constant gates of a finished run constants",
-        description="Fold the model of a finished run on its dev set (unipelt.fold), compare scores, logits and time "
-        "on its test set, and write the folded model.",
-        allow_abbrev=False,
-    )
-    folding.set_defaults(do=_fold)
-    folding.add_argument("folder", metavar="DIR", help="folder of the run")
-    folding.add_argument("--out", metavar="DIR", help="new folder of the folded model [DIR/folded]")
-    folding.add_argument(
-        "--tolerance", type=float, metavar="X", help="largest standard deviation of a constant gate [0.05]"
-    )
-    folding.add_argument(
-        "--closed", type=float, metavar="X", help="a constant gate below this goes, and its submodule [0.01]"
-    )
-    folding.add_argument("--rounds", type=int, default=7, metavar="N", help="how often the time is taken [7]")
-
-    again = commands.add_parser(
-        "rerun",
-        help="do a finished run again and compare",
-        description="Do the run of a record again in a new folder, and compare every number. Exit status 0: equal, "
-        "1: different, 2: it cannot be done. What makes numbers equal and what does not: docs/reproducibility.md.",
-        allow_abbrev=False,
-    )
-    again.set_defaults(do=_rerun)
-    again.add_argument("record", metavar="RESULT", help="the run's result.json, or its folder")
-    again.add_argument("--out", metavar="FOLDER", help="new folder of the second run [runs/NAME-rerun]")
-    again.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="X", help="largest difference that counts as equal [0]"
-    )
-    for name in (*MOVED, *CARRIED):
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        what = "where it is now" if name in MOVED else "another one"
-        again.add_argument(*names, dest=f"field {name}", metavar="VALUE", help=f"{what} [the record's]")
-
-    exporting = commands.add_parser(
-        "export",
-        help="write the LoRA of a checkpoint as a folder of PEFT's",
-        description="Write LoRA without gates, or with gates that `unipelt fold` made constants, as PEFT does, for "
-        "PEFT and what reads its folders. What cannot travel is refused by name (docs/bridges.md).",
-        allow_abbrev=False,
-    )
-    exporting.set_defaults(do=_export)
-    exporting.add_argument("folder", metavar="DIR", help="a checkpoint, or the folder of a run")
-    exporting.add_argument("--out", required=True, metavar="DIR", help="folder that PEFT reads")
-    exporting.add_argument("--base", metavar="NAME", help="name of the base model, for PEFT [where it was loaded from]")
-
-    pushing = commands.add_parser(
-        "push",
-        help="upload the model of a finished run, or a checkpoint",
-        description="Upload what was trained, its tokenizer and a model card, with the scores and gates of the run, in "
-        "one commit. What is needed of a login and what is uploaded: docs/hub.md.",
-        allow_abbrev=False,
-    )
-    pushing.set_defaults(do=_push)
-    pushing.add_argument("folder", metavar="DIR", help="folder of the run, or what unipelt.save wrote")
-    pushing.add_argument("name", metavar="USER/NAME", help="the repository; made if it is not there")
-    pushing.add_argument("--base", metavar="NAME", help="what the base is called on the hub [where it was loaded from]")
-    pushing.add_argument("--base-revision", metavar="REVISION", help="of the base [the commit that was trained on]")
-    pushing.add_argument("--license", metavar="ID", help="of these weights, apache-2.0 say [nothing is said]")
-    pushing.add_argument("--message", metavar="TEXT", help="of the commit")
-    pushing.add_argument("--revision", metavar="BRANCH", help="made if it is not there [main]")
-    pushing.add_argument("--private", action="store_true", default=None, help="a new repository is for its owner alone")
-    pushing.add_argument("--create-pr", action="store_true", help="open a pull request")
-    pushing.add_argument("--as-trained", action="store_true", help="with the prefix's network, which deploying drops")
-    return parser

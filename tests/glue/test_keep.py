@@ -19,12 +19,13 @@ from transformers import BertForSequenceClassification
 
 from unipelt.glue import job as jobs
 from unipelt.glue import packed_run as seat
+from unipelt.glue.corpus import Tokens
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.settings import RunSettings
 from unipelt.injection.parameters import kept_names
 from unipelt.injection.state import injection_of
 from unipelt.runs import cache as keep
-from unipelt.runs.cache import Kept, Tokens, same_memory
+from unipelt.runs.cache import SharedCache, same_memory
 from unipelt.runs.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -73,7 +74,7 @@ def check_same_weights(ours: Job, theirs: Job) -> None:
 
 
 def test_jobs_are_the_same_with_and_without(home: Path) -> None:
-    kept = Kept()
+    kept = SharedCache()
     for changes in (
         {"seed": 1},
         {"seed": 1, "train_samples": 31},
@@ -110,7 +111,7 @@ def _without_words(home: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_those_of_a_run_by_itself(home: Path, method: str) -> None:
-    kept = Kept()
+    kept = SharedCache()
     for seed in (1, 2):
         ours = prepare(settings(home, method=method, seed=seed), kept)
         with torch.no_grad():  # as training does, before the next run comes
@@ -124,7 +125,7 @@ def test_weights_are_those_of_a_run_by_itself(home: Path, method: str) -> None:
 @pytest.mark.parametrize("change", [_without_pooler, _with_head, _without_words])
 def test_weights_of_other_checkpoints(home: Path, change: Callable[[Path], None]) -> None:
     change(home)
-    kept = Kept()
+    kept = SharedCache()
     for seed in (1, 2):
         check_same(prepare(settings(home, seed=seed), kept), prepare(settings(home, seed=seed)))
 
@@ -132,7 +133,7 @@ def test_weights_of_other_checkpoints(home: Path, change: Callable[[Path], None]
 def test_other_families(home: Path) -> None:
     for family in ("roberta", "gpt2"):
         save_model(home / "model", family)
-        kept = Kept()
+        kept = SharedCache()
         for seed in (1, 2):
             check_same(prepare(settings(home, seed=seed), kept), prepare(settings(home, seed=seed)))
 
@@ -151,7 +152,7 @@ def test_what_repeats_is_done_once(home: Path, monkeypatch: pytest.MonkeyPatch) 
 
     for module, name in ((jobs, "load_task"), (jobs, "load_files"), (jobs, "_encode"), (keep, "_sha256")):
         count(module, name)
-    kept = Kept()
+    kept = SharedCache()
     prepare(settings(home, task="rte", seed=1), kept)
     assert sorted(done) == ["_encode", "_encode", "_encode", "_sha256", "load_task"], "train, its dev set, and test"
     done.clear()
@@ -164,7 +165,7 @@ def test_what_repeats_is_done_once(home: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_base_is_in_one_place(home: Path) -> None:
-    kept = Kept()
+    kept = SharedCache()
     first, second = (prepare(settings(home, seed=seed), kept).model for seed in (1, 2))
     theirs = dict(second.named_parameters())
     own = set(kept_names(first))
@@ -175,7 +176,7 @@ def test_the_base_is_in_one_place(home: Path) -> None:
 @pytest.mark.parametrize("task", [None, "sst2"])
 def test_changed_data_are_read_again(home: Path, task: str | None) -> None:
     chosen = {} if task is None else {"task": task}
-    kept = Kept()
+    kept = SharedCache()
     before = prepare(settings(home, **chosen), kept)
     folder = home if task is None else home / "glue" / "SST-2"
     for name, rows in (("train.tsv", 90), ("dev.tsv", 19)):
@@ -187,7 +188,7 @@ def test_changed_data_are_read_again(home: Path, task: str | None) -> None:
 
 
 def test_a_change_that_keeps_the_size(home: Path) -> None:
-    kept = Kept()
+    kept = SharedCache()
     before = prepare(settings(home), kept)
     path = home / "train.tsv"
     text, found = path.read_text(), path.stat()
@@ -199,7 +200,7 @@ def test_a_change_that_keeps_the_size(home: Path) -> None:
 
 
 def test_changed_weights_are_hashed_and_loaded_again(home: Path) -> None:
-    kept = Kept()
+    kept = SharedCache()
     before = prepare(settings(home), kept)
     path = home / "model" / "model.safetensors"
     content = {name: tensor + 1 for name, tensor in load_file(path).items()}
@@ -213,7 +214,7 @@ def test_changed_weights_are_hashed_and_loaded_again(home: Path) -> None:
 
 
 def test_weights_that_change_while_they_are_loaded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Kept()
+    kept = SharedCache()
     prepare(settings(home), kept)
     path = home / "model" / "model.safetensors"
     content = {name: tensor + 1 for name, tensor in load_file(path).items()}
@@ -232,7 +233,7 @@ def test_weights_that_change_while_they_are_loaded(home: Path, monkeypatch: pyte
 
 
 def test_a_base_is_compared_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Kept()
+    kept = SharedCache()
     host, first, second = (prepare(settings(home, seed=seed), kept).model for seed in (1, 2, 3))
     other = prepare(settings(home, seed=4)).model
     host = copy.deepcopy(host)
@@ -260,7 +261,7 @@ def test_a_base_is_compared_once(home: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_changed_tokenizer_is_loaded_again(home: Path) -> None:
-    kept = Kept()
+    kept = SharedCache()
     before = prepare(settings(home), kept)
     path = home / "model" / "tokenizer.json"
     path.write_text(path.read_text().replace('"good"', '"swap"').replace('"bad"', '"good"').replace('"swap"', '"bad"'))
@@ -270,7 +271,7 @@ def test_a_changed_tokenizer_is_loaded_again(home: Path) -> None:
 
 
 def test_files_that_change_while_they_are_read_are_not_kept(home: Path) -> None:
-    kept, path = Kept(), home / "train.tsv"
+    kept, path = SharedCache(), home / "train.tsv"
     reads: list[int] = []
 
     def read() -> Any:
@@ -279,14 +280,14 @@ def test_files_that_change_while_they_are_read_are_not_kept(home: Path) -> None:
             write_sentences(path, 50, seed=9)
         return jobs.load_files(path)
 
-    corpora = [kept.corpus("key", [path], read) for _ in range(3)]
+    corpora = [kept.data("key", [path], read) for _ in range(3)]
     assert len(reads) == 2
     assert corpora[1] is corpora[2]
 
 
 def test_only_the_last_used_are_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keep, "TASKS", 2)
-    kept = Kept()
+    kept = SharedCache()
     reads: list[str] = []
 
     def read(key: str) -> Any:
@@ -294,12 +295,12 @@ def test_only_the_last_used_are_kept(home: Path, monkeypatch: pytest.MonkeyPatch
         return jobs.load_files(home / "train.tsv")
 
     for key in "abacab":
-        kept.corpus(key, [], lambda key=key: read(key))  # type: ignore[misc]
+        kept.data(key, [], lambda key=key: read(key))  # type: ignore[misc]
     assert "".join(reads) == "abcb"
 
 
 def test_what_is_absent_is_reported_as_ever(home: Path) -> None:
-    kept = Kept()
+    kept = SharedCache()
     prepare(settings(home), kept)
     (home / "dev.tsv").unlink()
     for given in (kept, None):

@@ -16,7 +16,7 @@ from tiny_task import make_quick, quick, write_glue
 from unipelt.glue import pack_runs as packed
 from unipelt.glue import packed_run as seat
 from unipelt.glue.pack_runs import pack_key, run_packed
-from unipelt.glue.packed_run import Seat
+from unipelt.glue.packed_run import PackedRun
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import read_result, write_result
@@ -88,7 +88,7 @@ def check_same_weights(folder: Path, other: Path) -> None:
 def test_each_ends_as_by_itself(home: Path, tmp_path: Path, alone: list[dict[str, Any]]) -> None:
     runs = [settings(home, tmp_path / str(index), **changes) for index, changes in enumerate(RUNS)]
     lines: list[str] = []
-    outcomes = run_packed(runs, places=2, say=lines.append)
+    outcomes = run_packed(runs, places=2, log=lines.append)
     assert next(iter(outcomes)) == str(tmp_path / "0"), "it stops early, and the third takes its place"
     for index, expected in enumerate(alone):
         folder = tmp_path / str(index)
@@ -100,7 +100,7 @@ def test_each_ends_as_by_itself(home: Path, tmp_path: Path, alone: list[dict[str
         with locked(folder):
             pass
     assert len([line for line in lines if line.startswith("epoch ")]) == sum(len(item["evaluations"]) for item in alone)
-    again = run_packed(runs, places=3, say=quiet)
+    again = run_packed(runs, places=3, log=quiet)
     assert again == outcomes, "nothing is done twice"
 
 
@@ -110,7 +110,7 @@ class Kill(BaseException):
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the process end after that many steps of all runs together."""
-    update: Callable[..., None] = Seat.update
+    update: Callable[..., None] = PackedRun.update
     count = 0
 
     def counted(seat: Any, *args: Any) -> None:
@@ -120,7 +120,7 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise Kill
         update(seat, *args)
 
-    monkeypatch.setattr(Seat, "update", counted)
+    monkeypatch.setattr(PackedRun, "update", counted)
 
 
 def test_goes_on_after_a_kill(
@@ -131,13 +131,13 @@ def test_goes_on_after_a_kill(
     with monkeypatch.context() as patch:
         stop_after(19, patch)
         with pytest.raises(Kill):
-            run_packed(runs, places=3, say=quiet)
+            run_packed(runs, places=3, log=quiet)
     assert not list(tmp_path.glob("*/result.json"))
     steps = {path.name for path in tmp_path.glob(f"*/{CHECKPOINTS}/checkpoint-*")}
     assert steps == {"checkpoint-4", "checkpoint-6"}, "each with its last"
     lines: list[str] = []
     # the first in other company than before
-    outcomes = run_packed(runs[1:], places=2, say=lines.append) | run_packed(runs[:1], places=1, say=lines.append)
+    outcomes = run_packed(runs[1:], places=2, log=lines.append) | run_packed(runs[:1], places=1, log=lines.append)
     assert len([line for line in lines if line.startswith("going on from ")]) == 3
     for index, expected in enumerate(alone):
         check_same(outcomes[str(tmp_path / str(index))], expected)
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_a_pack_is_none_of_a_run_by_itself(
     with monkeypatch.context() as patch:
         stop_after(5, patch)
         with pytest.raises(Kill):
-            run_packed([one], places=1, say=quiet)
+            run_packed([one], places=1, log=quiet)
     record = run(one, quiet)
     assert record["evaluations"] == alone[0]["evaluations"]
     assert "packed" not in record
@@ -165,7 +165,7 @@ def test_one_fails_and_the_others_go_on(home: Path, tmp_path: Path, alone: list[
     short = settings(home, tmp_path / "short", train_samples=100_000)
     good = settings(home, tmp_path / "good", **RUNS[0])
     with locked(tmp_path / "blocked"):
-        outcomes = run_packed([diverges, blocked, short, good], places=2, say=quiet)
+        outcomes = run_packed([diverges, blocked, short, good], places=2, log=quiet)
     assert "NaN" in str(outcomes[str(tmp_path / "diverges")])
     assert "another process is running" in str(outcomes[str(tmp_path / "blocked")])
     assert "100,000" in str(outcomes[str(tmp_path / "short")]) or "100000" in str(outcomes[str(tmp_path / "short")])
@@ -188,7 +188,7 @@ def test_another_process_that_was_faster(
         return job
 
     monkeypatch.setattr(seat, "prepare", slowly)
-    assert run_packed([chosen], places=1, say=quiet) == {str(tmp_path): alone[0]}
+    assert run_packed([chosen], places=1, log=quiet) == {str(tmp_path): alone[0]}
     assert not (tmp_path / CHECKPOINTS).exists()
     with locked(tmp_path):
         pass
@@ -222,10 +222,10 @@ def test_which_runs_can_share_a_pack(home: Path, tmp_path: Path) -> None:
     assert first != key("rte", precision="bf16")
     runs = [settings(home, tmp_path / name, method=name) for name in ("lora", "adapter")]
     with pytest.raises(RunError, match="may differ in"):
-        run_packed(runs, places=2, say=quiet)
+        run_packed(runs, places=2, log=quiet)
     with pytest.raises(RunError, match="1 place or more"):
         run_packed([], places=0)
     checkpointing = settings(home, tmp_path / "c", gradient_checkpointing=True)
-    outcomes = run_packed([checkpointing], places=1, say=quiet)
+    outcomes = run_packed([checkpointing], places=1, log=quiet)
     assert "gradient checkpointing" in str(outcomes[str(tmp_path / "c")])
     assert not (tmp_path / "c").exists()

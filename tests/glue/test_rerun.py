@@ -20,7 +20,7 @@ from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import read_result, write_result
 from unipelt.report import collect
-from unipelt.runs.compare import compare, surroundings, told
+from unipelt.runs.compare import compare, format_report, surroundings
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model, data, and in `out` a run on them."""
     folder = make_quick(tmp_path_factory.mktemp("home"))
-    run(RunSettings(**quick(folder, threads=None)), say=quiet)
+    run(RunSettings(**quick(folder, threads=None)), log=quiet)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_equal_bit_for_bit(home: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_by_default_in_runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert rerun(home / "out", say=quiet)["equal"]
+    assert rerun(home / "out", log=quiet)["equal"]
     assert {path.name for path in tmp_path.rglob("*.json")} >= {"rerun.json", "result.json"}
     assert (tmp_path / "runs" / "out-rerun" / "rerun.json").is_file()
 
@@ -108,7 +108,7 @@ def test_data_and_model_may_have_moved(record: dict[str, Any], home: Path, tmp_p
                 path,
                 tmp_path / "new",
                 changes={other: str(place) for other, place in where.items() if other != name},
-                say=never,
+                log=never,
             )
     assert not (tmp_path / "new").exists()
     options = [word for name, place in where.items() for word in (f"--{name.replace('_', '-')}", str(place))]
@@ -131,7 +131,7 @@ def test_a_run_of_a_pack_is_done_by_itself(tmp_path: Path) -> None:
         [RunSettings(**{**values, "seed": seed, "output_dir": out}) for seed, out in enumerate(folders)], 2, quiet
     )
     lines: list[str] = []
-    result = rerun(tmp_path / "pack" / "2", tmp_path / "again", tolerance=1e-4, say=lines.append)
+    result = rerun(tmp_path / "pack" / "2", tmp_path / "again", tolerance=1e-4, log=lines.append)
     assert any("one of a pack ({'places': 2}) and is done by itself now" in line for line in lines)
     assert result["equal"]
     assert result["surroundings"][0] == {"what": "packed", "then": {"places": 2}, "now": None}
@@ -147,13 +147,13 @@ def test_goes_on_after_a_kill(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(place, kill)
             with pytest.raises(KeyboardInterrupt):
-                rerun(home / "out", tmp_path / "again", say=quiet)
+                rerun(home / "out", tmp_path / "again", log=quiet)
         assert json.loads((tmp_path / "again" / "rerun.json").read_text())["status"] == "running"
     lines: list[str] = []
-    assert rerun(home / "out", tmp_path / "again", say=lines.append)["equal"]
+    assert rerun(home / "out", tmp_path / "again", log=lines.append)["equal"]
     assert read_result(tmp_path / "again")["attempts"] == 2
     with pytest.raises(ValueError, match="again is there already; remove it, or choose another --out"):
-        rerun(home / "out", tmp_path / "again", say=never)
+        rerun(home / "out", tmp_path / "again", log=never)
 
 
 # What differs afterwards
@@ -193,7 +193,7 @@ def test_what_lies_beside_the_weights_is_named(home: Path, tmp_path: Path) -> No
         assert before in text
         (model / file).write_text(text.replace(before, after))
     lines: list[str] = []
-    result = rerun(home / "out", tmp_path / "new", changes={"model": str(model)}, say=lines.append)
+    result = rerun(home / "out", tmp_path / "new", changes={"model": str(model)}, log=lines.append)
     assert "        model.config.hidden_dropout_prob was 0.1, and is 0.5" in lines[:4]
     assert any(line.startswith("        model.tokenizer was '") for line in lines[:4])
     assert not result["equal"]
@@ -311,7 +311,7 @@ def test_another_run_is_refused_before_time_is_spent(
     place[last] = value
     path = written(record, tmp_path / "old")
     with pytest.raises(ValueError, match=words):
-        rerun(path, tmp_path / "new", say=quiet)
+        rerun(path, tmp_path / "new", log=quiet)
     assert not (tmp_path / "new").exists()
 
 
@@ -351,19 +351,19 @@ def test_bad_options_are_one_line(
 def test_folders_that_hold_something_are_left_alone(home: Path, tmp_path: Path) -> None:
     before = tree(home)
     with pytest.raises(ValueError, match="is the folder of the record itself"):
-        rerun(home / "out", home / "out", say=never)
+        rerun(home / "out", home / "out", log=never)
     shutil.copytree(home / "out", tmp_path / "copy")
     with pytest.raises(ValueError, match="copy is there already; remove it"):
-        rerun(home / "out", tmp_path / "copy", say=never)
+        rerun(home / "out", tmp_path / "copy", log=never)
     for content in ("{", "[]", '{"status": "running", "of": {"sha256": "of another"}}', '{"status": "running"}'):
         (tmp_path / "copy" / "rerun.json").write_text(content)
         with pytest.raises(ValueError, match="copy is there already; remove it"):
-            rerun(home / "out", tmp_path / "copy", say=never)
+            rerun(home / "out", tmp_path / "copy", log=never)
     for file in (home / "out" / "result.json", home / "train.tsv"):
         with pytest.raises(ValueError, match=f"{file.name} is not a folder"):
-            rerun(home / "out", file, say=never)
+            rerun(home / "out", file, log=never)
     with pytest.raises(FileNotFoundError, match="there is no result at"):
-        rerun(tmp_path / "nowhere", say=never)
+        rerun(tmp_path / "nowhere", log=never)
     assert tree(home) == before
 
 
@@ -441,8 +441,8 @@ def test_collected_records_say_where_to_look(home: Path, tmp_path: Path) -> None
     collect(home / "out", tmp_path / "records")
     options = {"train_file": str(home / "train.tsv"), "dev_file": str(home / "dev.tsv"), "model": str(home / "model")}
     with pytest.raises(ValueError, match=r"train_file is train.tsv, and nothing is there; .* --train_file"):
-        rerun(tmp_path / "records" / "run", tmp_path / "new", say=quiet)
-    assert rerun(tmp_path / "records" / "run", tmp_path / "new", changes=options, say=quiet)["equal"]
+        rerun(tmp_path / "records" / "run", tmp_path / "new", log=quiet)
+    assert rerun(tmp_path / "records" / "run", tmp_path / "new", changes=options, log=quiet)["equal"]
 
 
 def test_threads_and_device_are_those_of_the_record(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +468,7 @@ def test_threads_and_device_are_those_of_the_record(record: dict[str, Any], monk
 def test_only_the_first_differences_are_told(record: dict[str, Any]) -> None:
     other = change(record, "gates.values.prefix.mean", lambda values: [value + 1 for value in values] * 8)
     result = compare(record, other) | {"surroundings": []}
-    lines = told(result)
+    lines = format_report(result)
     assert lines[0].startswith("different: 16 of ")
     assert lines[-2].strip() == "and 6 more; the largest difference is 1"
     assert "nothing that the record knows of" in lines[-1]

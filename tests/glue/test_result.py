@@ -19,6 +19,7 @@ import torch
 import unipelt
 from unipelt.records import record as result
 from unipelt.records.record import ResultError, read_result, summary, write_result
+from unipelt.runs import machine
 
 
 def make_record() -> dict[str, Any]:
@@ -172,29 +173,29 @@ def test_code_is_described_by_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
     init = tmp_path / "unipelt" / "__init__.py"
     init.parent.mkdir()
     init.write_text("")
-    monkeypatch.setattr("unipelt.__file__", str(init))
-    assert result.describe_code() == {"commit": None, "dirty": None}, "outside git"
+    monkeypatch.setattr(machine, "_HOME", init.parent)
+    assert machine.describe_code() == {"commit": None, "dirty": None}, "outside git"
     git(tmp_path, "init", "-q")
     (tmp_path / "other").write_text("")
     git(tmp_path, "add", "other")
     git(tmp_path, "commit", "-q", "-m", "one")
-    assert result.describe_code() == {"commit": None, "dirty": None}, "installed into somebody else's repository"
+    assert machine.describe_code() == {"commit": None, "dirty": None}, "installed into somebody else's repository"
     git(tmp_path, "add", "unipelt")
     git(tmp_path, "commit", "-q", "-m", "two")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert result.describe_code() == {"commit": commit, "dirty": False}
+    assert machine.describe_code() == {"commit": commit, "dirty": False}
     init.write_text("changed")
-    assert result.describe_code() == {"commit": commit, "dirty": True}
+    assert machine.describe_code() == {"commit": commit, "dirty": True}
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert result.describe_code() == {"commit": None, "dirty": None}
+    assert machine.describe_code() == {"commit": None, "dirty": None}
 
 
 def test_packages_by_version() -> None:
     others = {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "numpy")}
-    assert result.describe_packages() == {
+    assert machine.describe_packages() == {
         "python": platform.python_version(),
         "unipelt": unipelt.__version__,
         **others,
@@ -202,14 +203,14 @@ def test_packages_by_version() -> None:
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result, "PACKAGES", ("torch", "no-such-package"))
-    packages = result.describe_packages()
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no-such-package"))
+    packages = machine.describe_packages()
     assert packages["torch"]
     assert packages["no-such-package"] is None
 
 
 def test_surroundings() -> None:
-    hardware = result.describe_hardware("cpu")
+    hardware = machine.describe_hardware("cpu")
     assert set(hardware) == {"device", "cpu", "cores", "threads", "memory_bytes", "gpu", "system"}
     assert hardware["device"] == "cpu"
     assert hardware["cpu"]
@@ -217,7 +218,7 @@ def test_surroundings() -> None:
     assert hardware["memory_bytes"] > 2**28
     assert hardware["gpu"] is None
     assert hardware["system"].startswith(platform.system())
-    memory = result.peak_memory("cpu")
+    memory = machine.peak_memory("cpu")
     assert memory["rss_bytes"] is not None
     assert 2**26 < memory["rss_bytes"] < hardware["memory_bytes"]
     assert memory["cuda_bytes"] is None
@@ -226,32 +227,32 @@ def test_surroundings() -> None:
 def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5} if process == 0 else set(), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert result.describe_hardware("cpu")["cores"] == 3
+    assert machine.describe_hardware("cpu")["cores"] == 3
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert result.describe_hardware("cpu")["cores"] == 7
+    assert machine.describe_hardware("cpu")["cores"] == 7
 
 
 def test_a_gpu_has_a_name_and_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
-    assert result.describe_hardware("cuda")["gpu"] == "a GPU"
-    assert result.peak_memory("cuda")["cuda_bytes"] == 7
+    assert machine.describe_hardware("cuda")["gpu"] == "a GPU"
+    assert machine.peak_memory("cuda")["cuda_bytes"] == 7
 
 
 @pytest.mark.parametrize(("system", "unit"), [("darwin", 1), ("linux", 1024)])
 def test_systems_count_memory_in_their_own_unit(monkeypatch: pytest.MonkeyPatch, system: str, unit: int) -> None:
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
-    assert result.peak_memory("cpu")["rss_bytes"] == 5 * unit
+    assert machine.peak_memory("cpu")["rss_bytes"] == 5 * unit
 
 
 def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
-    assert result.peak_memory("cpu") == {"rss_bytes": None, "cuda_bytes": None}
+    assert machine.peak_memory("cpu") == {"rss_bytes": None, "cuda_bytes": None}
     monkeypatch.setattr(os, "sysconf", _unknown, raising=False)
-    monkeypatch.setattr(result, "Path", lambda path: tmp_path / "nothing")
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "nothing")
     monkeypatch.setattr(platform, "processor", lambda: "")
-    hardware = result.describe_hardware("cpu")
+    hardware = machine.describe_hardware("cpu")
     assert hardware["memory_bytes"] is None
     assert hardware["cpu"] == platform.machine()
 

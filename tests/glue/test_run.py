@@ -77,7 +77,7 @@ def done(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     """The folder, the record and the printed lines of a run."""
     lines: list[str] = []
     out = tmp_path_factory.mktemp("done") / "run"
-    return out, run(settings(home, out, epochs=6, patience=2), say=lines.append), lines
+    return out, run(settings(home, out, epochs=6, patience=2), log=lines.append), lines
 
 
 # What a run leaves
@@ -147,7 +147,7 @@ def test_records_data_parameters_and_gates(home: Path, done: tuple[Path, dict[st
 
 def test_seed_decides_the_outcome(home: Path, tmp_path: Path) -> None:
     one, same, other, data = (
-        run(settings(home, tmp_path / name, epochs=1, **changes), say=lambda line: None)
+        run(settings(home, tmp_path / name, epochs=1, **changes), log=lambda line: None)
         for name, changes in (
             ("one", {}),
             ("same", {}),
@@ -162,7 +162,7 @@ def test_seed_decides_the_outcome(home: Path, tmp_path: Path) -> None:
 
 
 def test_full_data_says_that_dev_is_test(home: Path, tmp_path: Path) -> None:
-    record = run(settings(home, tmp_path / "run", train_samples=None, method="adapter"), say=lambda line: None)
+    record = run(settings(home, tmp_path / "run", train_samples=None, method="adapter"), log=lambda line: None)
     assert record["data"]["train"]["rows"] == 120
     assert record["data"]["dev"] == record["data"]["test"]
     assert record["dev"]["metrics"] == record["test"]["metrics"]
@@ -192,7 +192,7 @@ def test_smaller_test_set_is_the_same_for_every_seed(home: Path, glue: Path, tmp
 def test_predictions_are_in_the_order_of_the_rows(home: Path, glue: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     chosen = glue_settings(home, glue, out, task="rte", do_predict=True, eval_batch_size=4, max_length=16)
-    record = run(chosen, say=lambda line: None)
+    record = run(chosen, log=lambda line: None)
     assert record["files"]["predictions"] == ["predictions/RTE.tsv"]
     assert record["data"]["predict:test"]["rows"] == 15
     task = get_task("rte")
@@ -223,7 +223,7 @@ def test_regression_on_own_files_with_unlabelled_test(home: Path, tmp_path: Path
         label_column="score",
         do_predict=True,
     )
-    record = run(chosen, say=lambda line: None)
+    record = run(chosen, log=lambda line: None)
     assert set(record["test"]["metrics"]) == {"spearman", "pearson"}
     assert record["data"]["test"]["rows"] == 12
     logits = predict(tmp_path / "run" / "model", [("good cat",), ("a bad dog sat on the mat",)], home / "model")
@@ -234,8 +234,8 @@ def test_regression_on_own_files_with_unlabelled_test(home: Path, tmp_path: Path
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"num_workers": 1}])
 def test_ways_of_training(home: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    plain = run(settings(home, tmp_path / "plain", epochs=1), say=lambda line: None)
-    other = run(settings(home, tmp_path / "other", epochs=1, **changes), say=lambda line: None)
+    plain = run(settings(home, tmp_path / "plain", epochs=1), log=lambda line: None)
+    other = run(settings(home, tmp_path / "other", epochs=1, **changes), log=lambda line: None)
     losses = [record["evaluations"][0]["loss"] for record in (plain, other)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05 if "precision" in changes else 1e-5)
     if "precision" in changes:
@@ -243,7 +243,7 @@ def test_ways_of_training(home: Path, tmp_path: Path, changes: dict[str, Any]) -
 
 
 def test_chosen_layers_are_named(home: Path, tmp_path: Path) -> None:
-    record = run(settings(home, tmp_path / "run", epochs=1, method={"layers": [1]}), say=lambda line: None)
+    record = run(settings(home, tmp_path / "run", epochs=1, method={"layers": [1]}), log=lambda line: None)
     assert record["gates"]["layers"] == [1]
     assert record["method"]["name"] == "unipelt-apl, layers=[1]"
 
@@ -251,7 +251,7 @@ def test_chosen_layers_are_named(home: Path, tmp_path: Path) -> None:
 def test_without_matplotlib_the_run_says_so(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     lines: list[str] = []
-    record = run(settings(home, tmp_path / "run", epochs=1), say=lines.append)
+    record = run(settings(home, tmp_path / "run", epochs=1), log=lines.append)
     assert record["files"]["gates"] is None
     assert any("no gates.png" in line and "unipelt[plot]" in line for line in lines)
 
@@ -261,19 +261,19 @@ def test_without_matplotlib_the_run_says_so(home: Path, tmp_path: Path, monkeypa
 
 def test_finished_run_is_not_run_again(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    first = run(settings(home, out, epochs=1), say=lambda line: None)
+    first = run(settings(home, out, epochs=1), log=lambda line: None)
     with monkeypatch.context() as patch:
         patch.setattr("unipelt.glue.run.prepare", lambda chosen: pytest.fail("it was run again"))
         lines: list[str] = []
-        assert run(settings(home, out, epochs=1, threads=2), say=lines.append) == first
+        assert run(settings(home, out, epochs=1, threads=2), log=lines.append) == first
         assert "had finished before" in lines[-1]
         with pytest.raises(ValueError, match=r"other settings \(epochs is 1 there and 2 here\); choose another"):
             run(settings(home, out, epochs=2))
     assert read_result(out) == first
-    second = run(settings(home, out, epochs=2, method="adapter", overwrite=True), say=lambda line: None)
+    second = run(settings(home, out, epochs=2, method="adapter", overwrite=True), log=lambda line: None)
     assert len(second["evaluations"]) == 2
     assert not (out / "gates.png").exists(), "the picture was of the run that was replaced"
-    third = run(settings(home, out, epochs=2, method="adapter", overwrite=True), say=lambda line: None)
+    third = run(settings(home, out, epochs=2, method="adapter", overwrite=True), log=lambda line: None)
     assert third["evaluations"] == second["evaluations"]
     assert third["seconds"] != second["seconds"], "it was run again"
 
@@ -289,10 +289,10 @@ def test_another_process_that_was_faster(
         shutil.copy(done[0] / "result.json", out)
 
     chosen = settings(home, out, epochs=6, patience=2, threads=None)
-    assert run(chosen, say=lines.append, check=meanwhile) == done[1]
+    assert run(chosen, log=lines.append, check=meanwhile) == done[1]
     assert len(lines) == 1
     assert (out / CHECKPOINTS).exists(), "the other one clears up"
-    assert run(chosen, say=lines.append) == done[1]
+    assert run(chosen, log=lines.append) == done[1]
     assert lines[-1].startswith("(this run had finished before")
     assert not (out / CHECKPOINTS).exists(), "unless it was killed before"
 
@@ -303,7 +303,7 @@ def test_checkpoints_that_are_to_be_kept_stay_when_a_finished_run_is_asked_for_a
     record = done[1] | {"settings": done[1]["settings"] | {"keep_checkpoints": True}}
     (tmp_path / CHECKPOINTS).mkdir()
     write_result(record, tmp_path)
-    run(settings(home, tmp_path, epochs=6, patience=2), say=lambda line: None)
+    run(settings(home, tmp_path, epochs=6, patience=2), log=lambda line: None)
     assert (tmp_path / CHECKPOINTS).exists()
 
 
@@ -325,7 +325,7 @@ def test_folders_of_others_are_left_alone(home: Path, tmp_path: Path, name: str)
 
 
 def test_keep_checkpoints(home: Path, tmp_path: Path) -> None:
-    record = run(settings(home, tmp_path / "run", epochs=6, patience=2, keep_checkpoints=True), say=lambda line: None)
+    record = run(settings(home, tmp_path / "run", epochs=6, patience=2, keep_checkpoints=True), log=lambda line: None)
     kept = {path.name for path in (tmp_path / "run" / CHECKPOINTS).glob("checkpoint-*")}
     last = record["evaluations"][-1]["step"]
     assert record["best"]["step"] < last
@@ -401,7 +401,7 @@ def test_time_adds_up_over_attempts(killed: Path) -> None:
 def test_checkpoint_that_is_half_removed_is_not_resumed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(settings(home, tmp_path / "run", keep_checkpoints=True), say=lambda line: None)
+    first = run(settings(home, tmp_path / "run", keep_checkpoints=True), log=lambda line: None)
 
     def remove_half(folder: Path, **_: Any) -> None:
         (folder / "trainer_state.json").unlink()
@@ -410,10 +410,10 @@ def test_checkpoint_that_is_half_removed_is_not_resumed(
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", remove_half)
         with pytest.raises(KeyboardInterrupt):
-            run(settings(home, tmp_path / "run", overwrite=True), say=lambda line: None)
+            run(settings(home, tmp_path / "run", overwrite=True), log=lambda line: None)
     assert not (tmp_path / "run" / "result.json").exists()
     lines: list[str] = []
-    again = run(settings(home, tmp_path / "run"), say=lines.append)
+    again = run(settings(home, tmp_path / "run"), log=lines.append)
     assert again["evaluations"] == first["evaluations"]
     assert again["attempts"] == 2
 
@@ -425,15 +425,15 @@ def test_checkpoints_of_other_data_are_not_resumed(home: Path, tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr("unipelt.glue.run._test", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(chosen, say=lambda line: None)
+            run(chosen, log=lambda line: None)
     assert (tmp_path / "run" / CHECKPOINTS / "checkpoint-8" / "complete.json").is_file()
     with pytest.raises(ValueError, match="unfinished run of other settings"):
         run(settings(home, tmp_path / "run", train_file=str(data), seed=7))
     write_sentences(data, 120, seed=5)
     lines: list[str] = []
-    record = run(chosen, say=lines.append)
+    record = run(chosen, log=lines.append)
     assert not [line for line in lines if line.startswith("going on")]
-    fresh = run(settings(home, tmp_path / "fresh", train_file=str(data)), say=lambda line: None)
+    fresh = run(settings(home, tmp_path / "fresh", train_file=str(data)), log=lambda line: None)
     assert record["evaluations"] == fresh["evaluations"]
 
 
@@ -518,7 +518,7 @@ def test_several_processes_are_refused(home: Path, tmp_path: Path, monkeypatch: 
 def test_divergence_is_an_error_and_no_result(home: Path, tmp_path: Path) -> None:
     chosen = settings(home, tmp_path / "run", method="fine-tuning", learning_rate=1e20, max_grad_norm=0)
     with pytest.raises(RuntimeError, match="training has diverged"):
-        run(chosen, say=lambda line: None)
+        run(chosen, log=lambda line: None)
     assert not (tmp_path / "run" / "result.json").exists()
 
 
@@ -584,7 +584,7 @@ def test_real_model_on_rte(real_glue: str, tmp_path: Path) -> None:
         max_length=64,
         output_dir=str(tmp_path / "run"),
     )
-    record = run(chosen, say=lambda line: None)
+    record = run(chosen, log=lambda line: None)
     assert record["data"]["test"]["rows"] == 277
     assert record["majority"] == pytest.approx(0.527, abs=1e-3)
     assert record["parameters"]["base"] == 22_713_216

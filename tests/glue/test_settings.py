@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from unipelt.config.presets import PRESETS
-from unipelt.glue.settings import RunSettings, SettingsError, clean_name, locate_model, paper_learning_rate
+from unipelt.glue.settings import RunSettings
 from unipelt.runs.options import parse, read_config
+from unipelt.runs.settings import SettingsError, clean_name, locate_model, paper_learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def write(path: str, text: str) -> str:
 
 def test_every_field_is_an_option_with_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        parse(["--help"])
+        parse(["--help"], RunSettings)
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     for item in dataclasses.fields(RunSettings):
@@ -46,7 +47,7 @@ def test_options_of_every_kind() -> None:
         "--seed 3 --learning_rate 5e-4 --warmup_ratio .1 --epochs=7 --patience null --precision bf16 --overwrite "
         "--keep_checkpoints false --label_column 7 --gradient_checkpointing true --output_dir out"
     )
-    settings = parse(words.split())
+    settings = parse(words.split(), RunSettings)
     wanted: dict[str, Any] = {
         "train_file": "a.tsv",
         "dev_file": "b.tsv",
@@ -80,7 +81,7 @@ def test_method_options() -> None:
         "--task rte --method unipelt-ap --method.adapter.bottleneck 7 --method.gate.pooling=mean --method.prefix null "
         "--method.train_head false --method.lora.alpha 1e1 --method.layers [0,2]"
     )
-    config = parse(words.split()).config
+    config = parse(words.split(), RunSettings).config
     assert config.adapter is not None
     assert config.adapter.bottleneck == 7
     assert config.gate.pooling == "mean"
@@ -89,12 +90,12 @@ def test_method_options() -> None:
     assert config.lora.alpha == 10.0
     assert config.train_head is False
     assert config.layers == (0, 2)
-    assert parse(["--task", "rte", "--method", "unipelt-ap"]).config == PRESETS["unipelt-ap"]
+    assert parse(["--task", "rte", "--method", "unipelt-ap"], RunSettings).config == PRESETS["unipelt-ap"]
 
 
 def test_method_from_a_file() -> None:
     path = write("small.yaml", "preset: adapter\nadapter: {bottleneck: 4}\n")
-    settings = parse(["--task", "rte", "--method", path, "--method.adapter.gate", "true"])
+    settings = parse(["--task", "rte", "--method", path, "--method.adapter.gate", "true"], RunSettings)
     assert settings.method == {"preset": "adapter", "adapter": {"bottleneck": 4, "gate": True}}
     Path(path).unlink()
     assert settings.config.adapter is not None, "the settings hold what the file said"
@@ -102,10 +103,12 @@ def test_method_from_a_file() -> None:
 
 def test_method_has_a_name() -> None:
     names = {
-        "unipelt-al": parse(["--task", "rte", "--method", "unipelt-al"]),
-        "unipelt-apl, lora.rank=4": parse(["--task", "rte", "--method.lora.rank", "4"]),
-        "unipelt-ap": parse(["--task", "rte", "--method.lora", "null"]),
-        'lora, gate.pooling="mean"': parse(["--task", "rte", "--method", "lora", "--method.gate.pooling", "mean"]),
+        "unipelt-al": parse(["--task", "rte", "--method", "unipelt-al"], RunSettings),
+        "unipelt-apl, lora.rank=4": parse(["--task", "rte", "--method.lora.rank", "4"], RunSettings),
+        "unipelt-ap": parse(["--task", "rte", "--method.lora", "null"], RunSettings),
+        'lora, gate.pooling="mean"': parse(
+            ["--task", "rte", "--method", "lora", "--method.gate.pooling", "mean"], RunSettings
+        ),
     }
     assert {name: settings.method_name for name, settings in names.items()} == {name: name for name in names}
 
@@ -143,7 +146,7 @@ def test_method_has_a_name() -> None:
 )
 def test_bad_words(words: str, sentence: str) -> None:
     with pytest.raises((ValueError, OSError)) as caught:
-        parse(words.split())
+        parse(words.split(), RunSettings)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(Path().iterdir()) == []
@@ -196,11 +199,11 @@ def test_file_bases_and_options_in_order() -> None:
     write("c/common.yaml", "epochs: 5\nseed: 4\nlearning_rate: 5e-4\n")
     write("c/large.json", '{"batch_size": 32, "seed": 5}')
     path = write("c/mine.yaml", "base: [common.yaml, large.json]\ntask: rte\nmethod: lora\nepochs: 6\n")
-    settings = parse([path, "--batch_size", "8", "--method.lora.rank", "2"])
+    settings = parse([path, "--batch_size", "8", "--method.lora.rank", "2"], RunSettings)
     assert (settings.learning_rate, settings.seed, settings.epochs, settings.batch_size) == (5e-4, 5, 6, 8)
     assert settings.method == {"preset": "lora", "lora": {"rank": 2}}
     write("c/above.yaml", "base: mine.yaml\nmethod.lora.alpha: 1e0\n")
-    above = parse(["c/above.yaml"])
+    above = parse(["c/above.yaml"], RunSettings)
     assert above.epochs == 6
     assert above.config.lora is not None
     assert above.config.lora.alpha == 1.0
@@ -209,7 +212,9 @@ def test_file_bases_and_options_in_order() -> None:
 
 def test_method_in_a_file_replaces_that_of_its_base() -> None:
     write("base.yaml", "task: rte\nmethod: {preset: lora, lora: {rank: 2}}\n")
-    settings = parse([write("mine.yaml", "base: base.yaml\nmethod: {preset: adapter, adapter: {bottleneck: 3}}\n")])
+    settings = parse(
+        [write("mine.yaml", "base: base.yaml\nmethod: {preset: adapter, adapter: {bottleneck: 3}}\n")], RunSettings
+    )
     assert settings.config.lora is None
 
 
@@ -232,7 +237,7 @@ def test_method_in_a_file_replaces_that_of_its_base() -> None:
 )
 def test_bad_files(text: str, sentence: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the sentence is looked at below)
-        parse([write("mine.yaml", text)])
+        parse([write("mine.yaml", text)], RunSettings)
     assert sentence in str(caught.value)
     assert [path.name for path in Path().iterdir()] == ["mine.yaml"]
 
@@ -243,19 +248,19 @@ def test_paths_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write("repo/data/small.yaml", "preset: lora\n")
     text = "train_file: data/train.tsv\ndev_file: data/dev.tsv\nmethod: data/small.yaml\n"
     config = str(tmp_path / write("repo/configs/mine.yaml", text))
-    values = read_config(config)
+    values = read_config(config, RunSettings)
     assert values["train_file"] == str(tmp_path / "repo" / "data" / "train.tsv"), "from the repository's root"
     assert values["dev_file"] == "data/dev.tsv", "it is in neither place, so it stays as it was written"
     assert values["method"] == str(tmp_path / "repo" / "data" / "small.yaml")
     write("data/train.tsv", "")
-    assert read_config(config)["train_file"] == "data/train.tsv", "the current folder comes first"
+    assert read_config(config, RunSettings)["train_file"] == "data/train.tsv", "the current folder comes first"
 
 
 def test_default_folder_tells_runs_apart() -> None:
     config = write("c/rte-apl.yaml", "task: rte\n")
 
     def folder(*words: str) -> str | None:
-        return parse([config, *words]).output_dir
+        return parse([config, *words], RunSettings).output_dir
 
     assert folder() == str(Path("runs") / "rte-apl")
     assert folder("--seed", "3") == str(Path("runs") / "rte-apl-seed=3")
@@ -263,11 +268,11 @@ def test_default_folder_tells_runs_apart() -> None:
     assert folder("--method.lora.rank", "4") == str(Path("runs") / "rte-apl-method.lora.rank=4")
     assert folder("--model", "some/where else") == str(Path("runs") / "rte-apl-model=some_where_else")
     assert folder("--output_dir", "x") == "x"
-    assert parse([write("d.yaml", "task: rte\noutput_dir: y\n")]).output_dir == "y"
-    long = [str(parse([config, "--model", f"{letter * 200}"]).output_dir) for letter in "ab"]
+    assert parse([write("d.yaml", "task: rte\noutput_dir: y\n")], RunSettings).output_dir == "y"
+    long = [str(parse([config, "--model", f"{letter * 200}"], RunSettings).output_dir) for letter in "ab"]
     assert long[0] != long[1]
     assert max(map(len, long)) < 140
-    assert parse(["--task", "rte", "--method", "lora"]).output_dir == str(Path("runs") / "rte-lora-seed=1")
+    assert parse(["--task", "rte", "--method", "lora"], RunSettings).output_dir == str(Path("runs") / "rte-lora-seed=1")
 
 
 def test_names_for_every_file_system() -> None:
@@ -314,8 +319,8 @@ def test_learning_rates_of_the_paper() -> None:
     assert (rates.pop("adapter"), rates.pop("bitfit"), rates.pop("prefix")) == (1e-4, 1e-4, 2e-4)
     assert set(rates.values()) == {5e-4}, "UniPELT's, which what is not in the paper has too"
     assert len(rates) == 17
-    assert parse(["--task", "rte", "--method", "prefix"]).learning_rate == 2e-4
-    assert parse(["--task", "rte", "--method", "prefix", "--learning_rate", "1e-3"]).learning_rate == 1e-3
+    assert parse(["--task", "rte", "--method", "prefix"], RunSettings).learning_rate == 2e-4
+    assert parse(["--task", "rte", "--method", "prefix", "--learning_rate", "1e-3"], RunSettings).learning_rate == 1e-3
 
 
 def test_glue_dir_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +361,9 @@ def test_digest_does_not_depend_on_the_folder(tmp_path: Path, monkeypatch: pytes
 
 
 def test_settings_are_plain_and_come_back() -> None:
-    settings = parse(["--train_file", "a.tsv", "--dev_file", "b.tsv", "--text_columns", "x", "--method.lora.rank", "2"])
+    settings = parse(
+        ["--train_file", "a.tsv", "--dev_file", "b.tsv", "--text_columns", "x", "--method.lora.rank", "2"], RunSettings
+    )
     assert RunSettings(**settings.to_dict()) == settings
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.seed = 2  # type: ignore[misc]

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModel, DataCollatorWithPadding
 from unipelt.glue import run as runner
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.pack_runs import run_packed
-from unipelt.glue.settings import RunSettings, SettingsError
+from unipelt.glue.settings import RunSettings
 from unipelt.runs.batches import split_batch
 from unipelt.runs.errors import RunError
+from unipelt.runs.settings import SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_a_step_in_parts_is_the_step_of_the_batch(
 
 
 def record(home: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    return runner.run(RunSettings(**quick(home, output_dir=str(out), **changes)), say=lambda line: None)
+    return runner.run(RunSettings(**quick(home, output_dir=str(out), **changes)), log=lambda line: None)
 
 
 def test_a_run_in_parts_comes_to_the_same(home: Path, tmp_path: Path) -> None:
@@ -160,12 +161,12 @@ def test_a_model_that_cannot_tell_padding_is_refused(home: Path, tmp_path: Path)
     AutoModel.from_config(config).save_pretrained(model)
     changes = {"model": str(model), "method": "fine-tuning", "output_dir": str(tmp_path / "out")}
     with pytest.raises(RunError, match="needs a model that can tell padding by an attention_mask, and FNet"):
-        runner.run(RunSettings(**quick(home, **changes, train_tokens=40)), say=lambda line: None)
+        runner.run(RunSettings(**quick(home, **changes, train_tokens=40)), log=lambda line: None)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_pack_is_refused(home: Path, tmp_path: Path) -> None:
     settings = RunSettings(**quick(home, output_dir=str(tmp_path / "out"), train_tokens=40))
-    outcomes = run_packed([settings], places=1, say=lambda line: None)
+    outcomes = run_packed([settings], places=1, log=lambda line: None)
     assert "train_tokens and a pack exclude each other" in str(outcomes[str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -37,7 +37,7 @@ from unipelt.records.record import RESULT, ResultError, read_result, write_resul
 from unipelt.runs import training
 from unipelt.runs.folder import CHECKPOINTS
 from unipelt.runs.trainer import BatchTrainer
-from unipelt.sweep import FAILURE, REQUEST, carry_out, look, read_request, read_sweep, write_request
+from unipelt.sweep import FAILURE, REQUEST, carry_out, read_request, read_sweep, status, write_request
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # as audit events, whatever the function's name is
 NOT_KILLED = 0
@@ -293,7 +293,7 @@ def tiny_base(model: Any) -> Any:
 def a_run(home: Path) -> int:
     """It goes on after any of its operations on files, and ends as if undisturbed; once finished it is not repeated."""
     settings, folder = pretended(home)
-    run(settings, say=silent)
+    run(settings, log=silent)
     expected, weights = outcome(folder), (folder / "model" / "model.safetensors").read_bytes()
     names = {".lock", RESULT, "model"}
     assert {path.name for path in folder.iterdir()} == names
@@ -301,21 +301,21 @@ def a_run(home: Path) -> int:
     def after(killed: bool) -> None:
         result = folder / RESULT
         before = result.read_bytes() if result.exists() else None
-        run(settings, say=silent)
+        run(settings, log=silent)
         assert before in (None, result.read_bytes()), "a finished run was repeated"
         assert outcome(folder) == expected
         assert (folder / "model" / "model.safetensors").read_bytes() == weights
         assert {path.name for path in folder.iterdir()} == names
         assert read_result(folder)["attempts"] <= 2
 
-    return crash_points(lambda: run(settings, say=silent), lambda: clear(folder), after)
+    return crash_points(lambda: run(settings, log=silent), lambda: clear(folder), after)
 
 
 def a_run_over_another(home: Path) -> int:
     """The earlier result is there, or there is none until the new one is."""
     earlier, folder = pretended(home)
     later = replace(earlier, overwrite=True, warmup_ratio=0.5, keep_checkpoints=True)
-    run(replace(earlier, keep_checkpoints=True), say=silent)
+    run(replace(earlier, keep_checkpoints=True), log=silent)
     old = read_result(folder)
     start = home / "start"
     copy(folder, start)
@@ -324,12 +324,12 @@ def a_run_over_another(home: Path) -> int:
         there = found_record(folder)
         assert there == old or there is None or there["digest"] == later.digest()
         assert (there is not None and there["digest"] == later.digest()) or killed
-        run(later, say=silent)
+        run(later, log=silent)
         assert read_result(folder)["digest"] == later.digest()
         kept = {path.name for path in (folder / CHECKPOINTS).glob("checkpoint-*")}
         assert kept == {f"checkpoint-{BEST}", f"checkpoint-{EPOCHS}"}
 
-    return crash_points(lambda: run(later, say=silent), lambda: copy(start, folder), after, most=40)
+    return crash_points(lambda: run(later, log=silent), lambda: copy(start, folder), after, most=40)
 
 
 def pretended(home: Path) -> tuple[RunSettings, Path]:
@@ -387,7 +387,7 @@ def a_sweep(home: Path) -> int:
     def act() -> None:
         write_request(sweep, out)
         for _ in range(3):  # the second does again what failed, the third tidies up after it
-            carry_out(look(sweep, out), start, say=silent)
+            carry_out(status(sweep, out), start, log=silent)
 
     def before() -> None:
         clear(out)
@@ -423,7 +423,7 @@ def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     make_quick(folder)
     settings = RunSettings(**quick(folder, output_dir=str(folder / "first"), method="lora", epochs=1))
-    attempt(lambda: (folder / "record.json").write_text(json.dumps(run(settings, say=silent))))
+    attempt(lambda: (folder / "record.json").write_text(json.dumps(run(settings, log=silent))))
     (folder / "sweep.yaml").write_text(SWEEP.format(home=folder))
     setattr(os, "fsync", lambda file: None)  # noqa: B010  (nothing here outlives the machine)
     gc.freeze()  # what was imported need not be looked at again, which takes longer than the rest

@@ -210,7 +210,7 @@ def make_targets(home: Path) -> dict[str, Target]:
         return tiny_bert(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)
 
     make_quick(home)
-    run(RunSettings(**{**quick(home), "epochs": 1, "method": "lora"}), say=lambda line: None)
+    run(RunSettings(**{**quick(home), "epochs": 1, "method": "lora"}), log=lambda line: None)
     result = json.loads((home / "out" / "result.json").read_text())
     data_file = {"sst": (home / "dev.tsv").read_bytes()[:300]}
     grid = {

@@ -74,7 +74,7 @@ def attempt(settings: RunSettings, prepare: Callable[[], None] = lambda: None, s
         code = 1
         try:
             prepare()
-            run(settings, say=lambda line: None)
+            run(settings, log=lambda line: None)
             code = 0
         finally:
             os._exit(code)

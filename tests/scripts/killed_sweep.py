@@ -17,7 +17,7 @@ from pathlib import Path
 from scripts.killed import kill_at
 from unipelt.glue.settings import RunSettings
 from unipelt.records import record as result
-from unipelt.sweep import carry_out, look, read_sweep, write_request
+from unipelt.sweep import carry_out, read_sweep, status, write_request
 
 # What is being called, and which call of it kills the process, before it does anything or after it has been done.
 MOMENTS = {
@@ -61,7 +61,7 @@ def attempt(home: Path, out: Path, moment: str | None = None, workers: int = 1) 
                 kill_at(*MOMENTS[moment])
             sweep = read_sweep(home / "sweep.yaml")
             write_request(sweep, out)
-            failures = carry_out(look(sweep, out, workers), pretend(home, out, 0.02), say=lambda line: None)
+            failures = carry_out(status(sweep, out, workers), pretend(home, out, 0.02), log=lambda line: None)
             code = 1 if failures else 0
         finally:
             os._exit(code)

@@ -93,10 +93,10 @@ def saves(home: Path, chance: random.Random) -> int:
     unipelt.save(fill(model, 1), folder)
     there, kills, new = 1, 0, set[bool]()
 
-    def loop(say: Callable[[str], None]) -> None:
+    def loop(log: Callable[[str], None]) -> None:
         version = there
         while True:
-            say(str(version))
+            log(str(version))
             version += 1
             unipelt.save(fill(model, version), folder)
 
@@ -154,9 +154,9 @@ def delays(chance: random.Random, whole: float) -> Iterator[float]:
 
 
 def run_it(settings: RunSettings) -> Callable[[Callable[[str], None]], object]:
-    def act(say: Callable[[str], None]) -> None:
-        say("begun")
-        run(settings, say=silent)
+    def act(log: Callable[[str], None]) -> None:
+        log("begun")
+        run(settings, log=silent)
 
     return act
 
@@ -341,9 +341,9 @@ def kill_below(process: Process, out: Path, seconds: float) -> int:
 
 
 def sweep_it(home: Path, out: Path, options: list[str]) -> Callable[[Callable[[str], None]], object]:
-    def act(say: Callable[[str], None]) -> None:
-        say("begun")
-        Forked.tell = staticmethod(say)
+    def act(log: Callable[[str], None]) -> None:
+        log("begun")
+        Forked.tell = staticmethod(log)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             code = command(["sweep", str(home.parent / "sweep.yaml"), "--out", str(out), *options])
         assert code in (0, 1)

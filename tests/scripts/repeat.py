@@ -11,4 +11,4 @@ from unipelt.glue.settings import RunSettings
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        run(RunSettings(**json.loads(Path(name).read_text(encoding="utf-8"))), say=lambda line: None)
+        run(RunSettings(**json.loads(Path(name).read_text(encoding="utf-8"))), log=lambda line: None)

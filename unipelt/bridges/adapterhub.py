@@ -23,7 +23,8 @@ from unipelt.bridges.adapterhub_config import read_configuration
 from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.schema import ConfigError, read_mapping
-from unipelt.files.strict import read_bytes, shorten, show, show_path
+from unipelt.files.messages import shorten, show, show_path
+from unipelt.files.strict import read_bytes
 from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.locate import InjectionError
 from unipelt.injection.attention_hooks import Site

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import AdapterConfig, GateConfig, LoRAConfig, PrefixConfig, UniPELTConfig
 from unipelt.config.schema import ConfigError
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from unipelt.checkpoint.manifest import MANIFEST, CheckpointError
 from unipelt.config.schema import flatten
 from unipelt.files.hub import cached_commit, may_be_base
-from unipelt.files.strict import shorten, show, show_path
+from unipelt.files.messages import shorten, show, show_path
 from unipelt.hosts.quantised import describe_numbers, is_quantised
 from unipelt.injection.parameters import is_sharded, unfrozen_names
 from unipelt.injection.state import injection_of
@@ -72,7 +72,7 @@ def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[s
     }
 
 
-def whereabouts(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
+def base_location(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
     """Where the base of a manifest is, if the caller knows better than the model."""
     if base is None and revision is None:
         return {}

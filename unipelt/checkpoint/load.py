@@ -20,7 +20,7 @@ from unipelt.checkpoint.manifest import (
     find_checkpoint,
     read_checkpoint,
 )
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.gates.measure import FoldError
 from unipelt.gates.merge import fold_constants
 from unipelt.hosts.locate import InjectionError

@@ -16,7 +16,8 @@ from torch import Tensor
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.schema import ConfigError, read_mapping
 from unipelt.files.hub import HubError, download, is_repository
-from unipelt.files.strict import read_bytes, shorten, show, show_path
+from unipelt.files.messages import shorten, show, show_path
+from unipelt.files.strict import read_bytes
 from unipelt.gates.merge import Constants
 
 WEIGHTS = "model.safetensors"
@@ -148,7 +149,7 @@ def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
             raise ConfigError(f"unknown key {show(where + key)}; the keys here are {', '.join(keys)}")
 
 
-def settle(folder: Path) -> None:
+def finish_interrupted_save(folder: Path) -> None:
     """Finish a save that broke off after its manifest was written: its weights must not be taken for a draft."""
     try:
         weights = (folder / NEXT).read_bytes()

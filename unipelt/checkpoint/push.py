@@ -18,7 +18,7 @@ from unipelt.checkpoint.model_card import model_card
 from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
 from unipelt.files.hub import is_repository, may_be_base, upload
-from unipelt.files.strict import show, show_path
+from unipelt.files.messages import show, show_path
 from unipelt.injection.parameters import parameter_counts
 from unipelt.injection.state import injection_of
 from unipelt.records.record import ResultError, mismatch, read_result

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from unipelt.checkpoint.base_model import describe_base, whereabouts
+from unipelt.checkpoint.base_model import base_location, describe_base
 from unipelt.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     NEXT,
     WEIGHTS,
-    settle,
+    finish_interrupted_save,
 )
 from unipelt.checkpoint.model_card import model_card
 from unipelt.files.atomic import write_whole
@@ -83,7 +83,7 @@ def save(
         "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
         "head": sorted(injection.head),
         "unfrozen": sorted(unfrozen_names(model)),
-        "base": describe_base(model, whole) | whereabouts(model, base, base_revision),
+        "base": describe_base(model, whole) | base_location(model, base, base_revision),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }
     if injection.folded is not None:
@@ -91,7 +91,7 @@ def save(
     text = json.dumps(manifest, indent=2) + "\n"
     # The manifest decides: until it is replaced the old weights are the checkpoint, from then on the new ones are,
     # under their first name or the last. So whatever breaks off in between, one of the two is there whole.
-    settle(folder)
+    finish_interrupted_save(folder)
     write_whole(folder / NEXT, weights)
     try:
         write_whole(folder / MANIFEST, text.encode())

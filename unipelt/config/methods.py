@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from unipelt.config.schema import ConfigError, build, check_fields, later, overlay, to_plain
-from unipelt.files.strict import show
+from unipelt.config.schema import ConfigError, build, check_fields, omitted_if_default, overlay, to_plain
+from unipelt.files.messages import show
 
 Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward"]
 """Where in a layer a term can be added.
@@ -66,8 +66,8 @@ class PrefixConfig:
     hidden: int = 512
     gate: bool = True
     gating: Literal["scale", "mass"] = "scale"
-    gate_start: float | None = later(None)
-    softmax: Literal["shared", "own"] = later("shared")
+    gate_start: float | None = omitted_if_default(None)
+    softmax: Literal["shared", "own"] = omitted_if_default("shared")
 
     def __post_init__(self) -> None:
         check_fields(self, "length", "hidden")
@@ -98,11 +98,11 @@ class LoRAConfig:
     rank: int = 8
     alpha: float = 16.0
     gate: bool = True
-    places: tuple[Place, ...] = later(("query", "value"))
-    scaling: Literal["standard", "rank_stabilised"] = later("standard")
-    decomposed: bool = later(False)
-    start: Literal["zero", "pissa"] = later("zero")
-    gating: Literal["replace", "multiply"] = later("replace")
+    places: tuple[Place, ...] = omitted_if_default(("query", "value"))
+    scaling: Literal["standard", "rank_stabilised"] = omitted_if_default("standard")
+    decomposed: bool = omitted_if_default(False)
+    start: Literal["zero", "pissa"] = omitted_if_default("zero")
+    gating: Literal["replace", "multiply"] = omitted_if_default("replace")
 
     def __post_init__(self) -> None:
         check_fields(self, "rank", "alpha")
@@ -142,7 +142,7 @@ class PromptConfig:
     """
 
     length: int = 20
-    gate: bool = later(False)
+    gate: bool = omitted_if_default(False)
 
     def __post_init__(self) -> None:
         check_fields(self, "length")
@@ -278,12 +278,12 @@ class GateConfig:
     """
 
     pooling: Literal["masked_mean", "mean", "token", "static"] = "masked_mean"
-    network: Literal["linear", "mlp", "recurrent", "transformer"] = later("linear")
-    hidden: int = later(16)
-    shared: bool = later(False)
-    activation: Literal["sigmoid", "tanh", "softmax"] = later("sigmoid")
-    temperature: float = later(1.0)
-    start: float | None = later(None)
+    network: Literal["linear", "mlp", "recurrent", "transformer"] = omitted_if_default("linear")
+    hidden: int = omitted_if_default(16)
+    shared: bool = omitted_if_default(False)
+    activation: Literal["sigmoid", "tanh", "softmax"] = omitted_if_default("sigmoid")
+    temperature: float = omitted_if_default(1.0)
+    start: float | None = omitted_if_default(None)
 
     def __post_init__(self) -> None:
         check_fields(self, "hidden", "temperature")
@@ -343,8 +343,8 @@ class UniPELTConfig:
     decoder: bool = True
     cross: bool = True
     more: tuple[SubmoduleConfig, ...] = ()
-    prompt: PromptConfig | None = later(None)  # noqa: RUF009 - a field, as elsewhere
-    dtype: Literal["float32", "base"] = later("float32")
+    prompt: PromptConfig | None = omitted_if_default(None)  # noqa: RUF009 - a field, as elsewhere
+    dtype: Literal["float32", "base"] = omitted_if_default("float32")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "more", _checked_more(self.more))

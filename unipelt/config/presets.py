@@ -18,7 +18,7 @@ from unipelt.config.methods import (
     UniPELTConfig,
 )
 from unipelt.config.schema import ConfigError, read_mapping
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 
 
 def _presets() -> dict[str, UniPELTConfig]:

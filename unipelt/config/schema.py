@@ -12,7 +12,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from unipelt.files.strict import PlainError, language, read_plain, show, show_path
+from unipelt.files.messages import show, show_path
+from unipelt.files.strict import PlainError, language, read_plain
 
 LARGEST = 1_000_000
 """No size or scale is meant to be above this; a larger one is a slip, or would fill the memory."""
@@ -121,7 +122,7 @@ def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), al
         raise ConfigError(_join(where, str(error))) from None
 
 
-def later(default: Any) -> Any:
+def omitted_if_default(default: Any) -> Any:
     """A field that came later: left out of what is written where it has its default, as if it were not there.
 
     So the configurations of before, and what is named after them, are the same with it and without.

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from unipelt.files.strict import shorten, show
+from unipelt.files.messages import shorten, show
 
 _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w])?"
 _NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)

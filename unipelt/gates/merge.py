@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.gates.measure import FoldError, GateTarget, find_gates
 from unipelt.injection.hooks import hook, put
 from unipelt.injection.parameters import kept_names, unfrozen_names

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value
 
-from unipelt.files.strict import shorten, show
+from unipelt.files.messages import shorten, show
 from unipelt.glue.tasks import Task
 from unipelt.runs.tables import DataError, Table
 

@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict, Value
 
-from unipelt.files.strict import shorten, show, show_path
+from unipelt.files.messages import shorten, show, show_path
 from unipelt.glue.columns import (
     are_scores,
     build,

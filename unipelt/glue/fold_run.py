@@ -18,16 +18,21 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
 
-import unipelt
+from unipelt.checkpoint.load import load
+from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
-from unipelt.glue.job import Job, precision_of, prepare
+from unipelt.gates.fold import FoldReport, fold
+from unipelt.glue.job import Job, check_of_glue, prepare
 from unipelt.glue.metric import compute_metrics_for
 from unipelt.glue.run import evaluated
 from unipelt.glue.settings import RunSettings
-from unipelt.records.record import check_of_glue, describe_code, describe_hardware, describe_packages, read_result
-from unipelt.runs.batches import Batch, hold
+from unipelt.injection.inject import remove
+from unipelt.records.record import read_result
+from unipelt.runs.batches import Batch, materialize
+from unipelt.runs.device import precision_of
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import FOLDED, MODEL
+from unipelt.runs.machine import describe_code, describe_hardware, describe_packages
 
 RECORD = "fold.json"
 FORMAT = 1
@@ -46,7 +51,7 @@ def fold_run(
     tolerance: float | None = None,
     closed: float | None = None,
     rounds: int = 7,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Fold the model of a finished run on its dev set, and compare the forms of it on its test set.
 
@@ -59,7 +64,7 @@ def fold_run(
         tolerance: as `unipelt.fold` takes it, and by default its own.
         closed: likewise.
         rounds: how often each form is timed on each timed batch, the forms by turns.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Returns:
         What `fold.json` holds: `gates` (each with its statistics and outcome), `outcomes`, `merged` (low-rank terms),
@@ -96,7 +101,7 @@ def fold_run(
         options = {name: value for name, value in (("tolerance", tolerance), ("closed", closed)) if value is not None}
         models, report = _forms(job, folder / MODEL, options)
         for line in str(report).splitlines():
-            say(line)
+            log(line)
         figures = _compare(job, models, rounds)
     finally:
         torch.set_num_threads(threads)
@@ -116,25 +121,23 @@ def fold_run(
         "code": describe_code(),
     }
     for line in _table(result, job.task.primary):
-        say(line)
+        log(line)
     _write(models["folded"], result, out)
-    say(f"-> {out}")
+    log(f"-> {out}")
     return result
 
 
-def _forms(
-    job: Job, checkpoint: Path, options: Mapping[str, float]
-) -> tuple[dict[str, PreTrainedModel], unipelt.FoldReport]:
+def _forms(job: Job, checkpoint: Path, options: Mapping[str, float]) -> tuple[dict[str, PreTrainedModel], FoldReport]:
     """The model of the run in every form, on the device, in evaluation mode; and the report of the folding."""
-    trained: Any = unipelt.load(unipelt.remove(job.model), checkpoint)
+    trained: Any = load(remove(job.model), checkpoint)
     trained.to(job.device).eval()
-    base = unipelt.remove(copy.deepcopy(trained))
+    base = remove(copy.deepcopy(trained))
     with tempfile.TemporaryDirectory() as draft:
-        unipelt.save(trained, draft, deploy=True)
-        deployed = unipelt.load(copy.deepcopy(base), draft).eval()
+        save(trained, draft, deploy=True)
+        deployed = load(copy.deepcopy(base), draft).eval()
     folded = copy.deepcopy(trained)
-    with precision_of(job):
-        report = unipelt.fold(folded, _batches(job, "dev"), **options)
+    with precision_of(job.device, job.settings.precision):
+        report = fold(folded, _batches(job, "dev"), **options)
     return dict(zip(FORMS, (trained, deployed, folded, base), strict=True)), report
 
 
@@ -142,7 +145,7 @@ def _batches(job: Job, split: str) -> Batches:
     """A split in the batches of its evaluation, on the device, without labels."""
     return [
         {name: tensor.to(job.device) for name, tensor in batch.items() if name != "labels"}
-        for batch in hold(evaluated(job, split), job.device)
+        for batch in materialize(evaluated(job, split), job.device)
     ]
 
 
@@ -188,7 +191,7 @@ def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, ro
 
 
 def _logits(job: Job, model: PreTrainedModel, batches: Batches) -> Tensor:
-    with torch.no_grad(), precision_of(job):
+    with torch.no_grad(), precision_of(job.device, job.settings.precision):
         found = [model(**batch).logits for batch in batches]
     return torch.cat(found).float().cpu()
 
@@ -215,7 +218,7 @@ def _write(model: PreTrainedModel, result: Mapping[str, Any], out: Path) -> None
     """Model and figures as one folder, whole or not at all."""
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        unipelt.save(model, draft)
+        save(model, draft)
         write_whole(draft / RECORD, f"{json.dumps(result, indent=2, allow_nan=False)}\n".encode())
         os.rename(draft, out)
     finally:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +12,23 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from unipelt.glue.corpus import Corpus, Tokens
 from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
 from unipelt.glue.metric import majority_score
-from unipelt.glue.settings import RunSettings, TrainingSettings, locate_model
+from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import Task, get_task
+from unipelt.records.record import ResultError
 from unipelt.runs.batches import text_lengths
-from unipelt.runs.cache import Corpus, Kept, Tokens, files_in, state_of
+from unipelt.runs.cache import SharedCache, files_in, state_of
+from unipelt.runs.device import find_device
 from unipelt.runs.errors import RunError, memory_named
+from unipelt.runs.folder import check_folder
 from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
 from unipelt.runs.sampling import few_shot_rows, fixed_rows
+from unipelt.runs.settings import locate_model
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Job:
 
 
 @memory_named("data and model were loaded", "free some, or choose a smaller model", RunError)
-def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
+def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
     """Load and check everything.
 
     Args:
@@ -72,8 +74,9 @@ def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
     Raises:
         ValueError, OSError: it cannot start; one sentence says why.
     """
-    kept = Kept() if kept is None else kept
-    device = find_device(settings)
+    kept = SharedCache() if kept is None else kept
+    device = find_device(settings.device)
+    check_folder(Path(str(settings.output_dir)))
     corpus = _load_data(settings, kept)
     task = corpus.task
     parts, notes = _choose_parts(settings, corpus)
@@ -112,35 +115,6 @@ def prepare(settings: RunSettings, kept: Kept | None = None) -> Job:
     return Job(settings, task, model, tokenizer, splits, order, data, majority, notes, device, sha256, digest)
 
 
-def precision_of(job: Job) -> contextlib.AbstractContextManager[Any]:
-    """What a run computes in: bfloat16 autocast, or nothing in particular."""
-    if job.settings.precision == "bf16":
-        return torch.autocast(job.device, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def find_device(settings: TrainingSettings) -> str:
-    """What a run computes on, `cpu` or `cuda`. Raises `RunError` if it cannot start here at all."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            "a run trains in one process, and WORLD_SIZE is above 1; start it with python, and several runs side by "
-            "side with one GPU each (CUDA_VISIBLE_DEVICES)"
-        )
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("device is cuda, and PyTorch finds no GPU; use --device cpu")
-    _check_folder(Path(str(settings.output_dir)))
-    return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise `RunError` if the output folder cannot be one, before time is spent; nothing is made."""
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise RunError(f"cannot write the results: {place} is not a folder; choose another output_dir")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise RunError(f"cannot write the results: {place} is not writable; choose another output_dir")
-
-
 @dataclass(frozen=True)
 class _Part:
     """What a run takes of a split: all rows, or some in this order; the labels too, or not."""
@@ -150,25 +124,27 @@ class _Part:
     labelled: bool = True
 
 
-def _load_data(settings: RunSettings, kept: Kept) -> Corpus:
+def _load_data(settings: RunSettings, kept: SharedCache) -> Corpus:
     if settings.task is not None:
         task = get_task(settings.task)
         files = [] if settings.glue_dir is None else files_in(find_folder(task, Path(settings.glue_dir)))
-        return kept.corpus(
+        return kept.data(
             (task.name, settings.glue_dir, settings.do_predict),
             files,
-            lambda: (task, load_task(task, settings.glue_dir, with_test=settings.do_predict)),
+            lambda: Corpus(task, load_task(task, settings.glue_dir, with_test=settings.do_predict)),
         )
     named = (str(settings.train_file), settings.dev_file, settings.test_file)
     columns = None if settings.text_columns is None else tuple(settings.text_columns)
-    return kept.corpus(
+    return kept.data(
         (*named, columns, settings.label_column, settings.regression),
         [file for file in named if file is not None],
-        lambda: load_files(
-            *named,
-            text_columns=settings.text_columns,
-            label_column=settings.label_column,
-            regression=settings.regression,
+        lambda: Corpus(
+            *load_files(
+                *named,
+                text_columns=settings.text_columns,
+                label_column=settings.label_column,
+                regression=settings.regression,
+            )
         ),
     )
 
@@ -240,7 +216,7 @@ def _labels(corpus: Corpus, part: _Part) -> np.ndarray:
     labels = corpus.splits[part.split].select_columns("label")
     if part.rows is not None:
         return np.asarray(labels.select(part.rows)[:]["label"])
-    whole: np.ndarray = corpus.once(("labels", part.split), lambda: np.asarray(labels[:]["label"]))
+    whole: np.ndarray = corpus.cached(("labels", part.split), lambda: np.asarray(labels[:]["label"]))
     return whole
 
 
@@ -258,10 +234,10 @@ def _tokens(
         order = np.argsort([-length for length in text_lengths(tokens.of(part.rows))], kind="stable")
         return tokens.of(order if part.rows is None else part.rows[order]), order
 
-    tokens = corpus.once(("tokens", *of_this), lambda: Tokens(corpus.texts(part.split, part.labelled), encode))
+    tokens = corpus.cached(("tokens", *of_this), lambda: Tokens(corpus.texts(part.split, part.labelled), encode))
     if in_order:
         return tokens.of(part.rows), None
-    return corpus.once(("sorted", *of_this), sort) if part.rows is None else sort()
+    return corpus.cached(("sorted", *of_this), sort) if part.rows is None else sort()
 
 
 def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -285,3 +261,12 @@ def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
     finally:
         if not bars:
             datasets.enable_progress_bars()
+
+
+def check_of_glue(record: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `ResultError` if a record is not of `unipelt.glue` but of another task."""
+    if "floor" in record:
+        raise ResultError(
+            f"{path} is of a run of {record['task']['name']} and not of run_glue.py, which alone can be done again or "
+            "folded from its record; give the script that did it another output_dir"
+        )

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unipelt.glue.job import precision_of
-from unipelt.glue.packed_run import Seat, sit
+from unipelt.glue.packed_run import PackedRun, sit
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
 from unipelt.pack import Pack, losses
 from unipelt.runs.batches import default_tokens, pack_rows, pack_tokens
-from unipelt.runs.cache import Kept
+from unipelt.runs.cache import SharedCache
+from unipelt.runs.device import precision_of
 from unipelt.runs.errors import RunError, RunFailed, memory_named
 
 CHECKPOINT_SECONDS = 60.0
@@ -46,14 +46,14 @@ def pack_key(settings: RunSettings) -> str:
 
 
 def run_packed(
-    runs: Sequence[RunSettings], places: int, say: Callable[[str], None] = print
+    runs: Sequence[RunSettings], places: int, log: Callable[[str], None] = print
 ) -> dict[str, dict[str, Any] | str]:
     """Do these runs, `places` at a time.
 
     Args:
         runs: with the same `pack_key`, each with a folder of its own.
         places: how many train at once.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Returns:
         By folder, the record, or in one line why there is none.
@@ -72,7 +72,7 @@ def run_packed(
         line = f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, Exception) else outcome
         outcomes[str(settings.output_dir)] = line
 
-    train(lambda free, idle: [waiting.pop(0) for _ in range(min(free, len(waiting)))], done, places, lambda _: say)
+    train(lambda free, idle: [waiting.pop(0) for _ in range(min(free, len(waiting)))], done, places, lambda _: log)
     return outcomes
 
 
@@ -92,8 +92,8 @@ def train(
         voice: takes a run's lines for the reader.
     """
     pack: Pack | None = None
-    seats: list[Seat] = []
-    kept = Kept()
+    seats: list[PackedRun] = []
+    kept = SharedCache()
     equal: dict[str, Tensor] = {}
     threads = torch.get_num_threads()
     try:
@@ -139,12 +139,12 @@ def train(
             seat.lock.close()
 
 
-def _step(pack: Pack, seats: Sequence[Seat]) -> None:
+def _step(pack: Pack, seats: Sequence[PackedRun]) -> None:
     """One step of each run."""
     # in the pack's order: its losses are of all replicas
     batch, real = _join([seat.next_batch() for seat in seats], seats)
     labels = batch.pop("labels")
-    with precision_of(seats[0].job):
+    with precision_of(seats[0].job.device, seats[0].job.settings.precision):
         logits = pack(batch)
     each = losses(logits, labels, real)
     pack.backward(each)
@@ -153,11 +153,11 @@ def _step(pack: Pack, seats: Sequence[Seat]) -> None:
         seat.update(each, index)
 
 
-def _evaluate(pack: Pack, seats: Sequence[Seat]) -> dict[Seat, Exception]:
+def _evaluate(pack: Pack, seats: Sequence[PackedRun]) -> dict[PackedRun, Exception]:
     """Evaluate these runs, at the end of an epoch of theirs, on their dev sets; returns those that failed."""
     if not seats:
         return {}
-    found: dict[Seat, list[tuple[Tensor, Tensor]]] = {seat: [] for seat in seats}
+    found: dict[PackedRun, list[tuple[Tensor, Tensor]]] = {seat: [] for seat in seats}
     for seat in seats:
         seat.spend("train")
     pack.model.eval()
@@ -170,13 +170,13 @@ def _evaluate(pack: Pack, seats: Sequence[Seat]) -> dict[Seat, Exception]:
             cuts.append({name: tensor if name == "labels" else tensor[:, :tokens] for name, tensor in cut.items()})
         batch, _ = _join(cuts, here)
         labels = batch.pop("labels")
-        with torch.no_grad(), precision_of(here[0].job):
+        with torch.no_grad(), precision_of(here[0].job.device, here[0].job.settings.precision):
             logits = pack(batch, [seat.replica for seat in here]).float()
         for row, seat in enumerate(here):
             count = len(cuts[row]["labels"])
             found[seat].append((logits[row, :count], labels[row, :count]))
     pack.model.train()
-    failures: dict[Seat, Exception] = {}
+    failures: dict[PackedRun, Exception] = {}
     for seat, parts in found.items():
         try:
             seat.judge(torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts]))
@@ -188,7 +188,7 @@ def _evaluate(pack: Pack, seats: Sequence[Seat]) -> dict[Seat, Exception]:
     return failures
 
 
-def _cut(seats: Sequence[Seat]) -> list[range]:
+def _cut(seats: Sequence[PackedRun]) -> list[range]:
     """The batches in which dev sets are evaluated together: rows of each, the same for all."""
     job = seats[0].job
     count = max(len(seat.lengths) for seat in seats)
@@ -201,7 +201,7 @@ def _cut(seats: Sequence[Seat]) -> list[range]:
     return pack_tokens(longest, budget)
 
 
-def _join(batches: Sequence[Mapping[str, Tensor]], seats: Sequence[Seat]) -> tuple[dict[str, Tensor], Tensor]:
+def _join(batches: Sequence[Mapping[str, Tensor]], seats: Sequence[PackedRun]) -> tuple[dict[str, Tensor], Tensor]:
     """One batch of the batches of several runs.
 
     Args:

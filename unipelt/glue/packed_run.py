@@ -39,7 +39,7 @@ from unipelt.pack import Pack, PackError, Replica, kept_values, losses
 from unipelt.records.record import RESULT, summary
 from unipelt.runs import folder as place
 from unipelt.runs.batches import Batches, text_lengths
-from unipelt.runs.cache import Kept, same_memory
+from unipelt.runs.cache import SharedCache, same_memory
 from unipelt.runs.errors import Diverged, RunError, check_losses
 from unipelt.runs.folder import Progress
 
@@ -48,7 +48,7 @@ _WEIGHTS, _STATE = "pack.safetensors", "pack.json"
 
 
 @dataclass(eq=False)
-class Seat:
+class PackedRun:
     """A run in its place.
 
     Attributes:
@@ -72,7 +72,7 @@ class Seat:
     scheduler: Any
     state: TrainerState
     lock: contextlib.ExitStack
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     best: Tensor
     waited: int = 0
     losses: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -149,7 +149,7 @@ class Seat:
             self.best = self.replica.row.clone()
         self.waited = 0 if better else self.waited + 1
         self.losses, self.batches = [], None
-        self.say(
+        self.log(
             f"epoch {state.epoch:>3.0f}  train loss {train_loss:.4f}  dev loss {loss:.4f}  "
             f"{task.primary} {value:.3f}{'  best so far' if better else ''}"
         )
@@ -189,13 +189,13 @@ class Seat:
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        self.say(f"going on from {checkpoint}")
+        self.log(f"going on from {checkpoint}")
 
     def fail(self, error: Exception) -> None:
         """Leave the pack with a run that cannot go on."""
         self.pack.remove(self.replica)
         self.lock.close()
-        self.say(f"{type(error).__name__}: {error}")
+        self.log(f"{type(error).__name__}: {error}")
 
     def finish(self, places: int) -> dict[str, Any]:
         """Leave the pack, test the best epoch and write everything; returns the record."""
@@ -212,10 +212,10 @@ class Seat:
                 self.state,
                 self.progress,
                 self.spend,
-                self.say,
+                self.log,
                 packed={"places": places},
             )
-            self.say(summary(record, self.folder / RESULT))
+            self.log(summary(record, self.folder / RESULT))
         return record
 
 
@@ -227,8 +227,8 @@ def _digest(job: Job) -> str:
 
 
 def sit(
-    settings: RunSettings, pack: Pack | None, kept: Kept, equal: dict[str, Tensor], say: Callable[[str], None]
-) -> Seat | dict[str, Any]:
+    settings: RunSettings, pack: Pack | None, kept: SharedCache, equal: dict[str, Tensor], log: Callable[[str], None]
+) -> PackedRun | dict[str, Any]:
     """A run in a place of the pack, which is made if there is none; or the record, if it had finished before.
 
     Args:
@@ -236,7 +236,7 @@ def sit(
         pack: if there is one.
         kept: what the runs of this process share.
         equal: parameters that are known to equal the pack's base, by name; more are entered.
-        say: takes the run's lines for the reader.
+        log: takes the run's lines for the reader.
     """
     clock = time.monotonic()
     folder = Path(str(settings.output_dir))
@@ -268,10 +268,10 @@ def sit(
         try:
             optimizer, scheduler, steps = _optimizer(replica, trainer, len(loader))
             state = TrainerState(max_steps=steps, num_train_epochs=settings.epochs)
-            seat = Seat(
+            seat = PackedRun(
                 *(job, folder, progress, trainer, loader, pack, replica, optimizer, scheduler, state),
                 lock=lock,
-                say=say,
+                log=log,
                 best=replica.row,
                 clock=clock,
             )

@@ -18,21 +18,22 @@ from typing import Any
 
 import torch
 
-import unipelt
 from unipelt.checkpoint.base_model import describe_base
 from unipelt.checkpoint.manifest import WEIGHTS
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
 from unipelt.config.schema import ConfigError, flatten
 from unipelt.files.atomic import write_whole
-from unipelt.glue.job import Job
+from unipelt.glue.job import Job, check_of_glue
 from unipelt.glue.run import run
-from unipelt.glue.settings import CARRIED, FILES, MOVED, RunSettings, clean_name
-from unipelt.records.record import RESULT, check_of_glue, read_result
-from unipelt.runs.compare import compare, model_pairs, sha256_of, surroundings, told
+from unipelt.glue.settings import CARRIED, MOVED, RunSettings
+from unipelt.records.record import RESULT, read_result
+from unipelt.runs.compare import compare, format_report, model_pairs, sha256_of, surroundings
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import MODEL
 from unipelt.runs.pretrained import tokenizer_sha256
+from unipelt.runs.settings import FILES, clean_name
+from unipelt.version import __version__
 
 RECORD = "rerun.json"
 FORMAT = 1
@@ -44,7 +45,7 @@ def rerun(
     *,
     tolerance: float = 0.0,
     changes: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Do the run of a record again, in a new folder, and compare.
 
@@ -56,7 +57,7 @@ def rerun(
         tolerance: the largest absolute difference of a number (loss, metric, mean of a gate) that counts as equal.
             Steps and counts must always be the same.
         changes: values for fields of `MOVED` and `CARRIED`, for what lies or is done elsewhere now.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Returns:
         What `rerun.json` in the new folder holds: `equal`; `numbers` (how many were compared) and the `largest`
@@ -86,15 +87,15 @@ def rerun(
     def begin(job: Job) -> None:
         for note in check_same(job, record):
             notes.append(note)
-            say(f"        {note}")
+            log(f"        {note}")
         out.mkdir(parents=True, exist_ok=True)
         _write(out, {"status": "running", "of": of})  # so that a rerun that was killed can be told from other things
 
-    say(f"rerun of {path}")
+    log(f"rerun of {path}")
     for note in notes:
-        say(f"        {note}")
+        log(f"        {note}")
     try:
-        again = run(settings, say, begin)
+        again = run(settings, log, begin)
     except RuntimeError as error:
         raise RunError(str(error)) from error
     result = {
@@ -106,9 +107,9 @@ def rerun(
         "notes": notes,
     }
     _write(out, result)
-    for line in told(result):
-        say(line)
-    say(f"-> {out / RECORD}")
+    for line in format_report(result):
+        log(line)
+    log(f"-> {out / RECORD}")
     return result
 
 
@@ -135,7 +136,7 @@ def settings_of(record: Mapping[str, Any], changes: Mapping[str, Any] | None = N
     theirs = f"unipelt {record['packages'].get('unipelt')}"
     if unknown := [name for name in given if name not in known]:
         raise RunError(
-            f"the record's settings hold {', '.join(map(repr, unknown))}, which unipelt {unipelt.__version__} does not "
+            f"the record's settings hold {', '.join(map(repr, unknown))}, which unipelt {__version__} does not "
             f"know: it is of a newer version ({theirs}); rerun it with that"
         )
     notes: list[str] = []

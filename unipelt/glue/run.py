@@ -23,10 +23,11 @@ from transformers import (
     TrainingArguments,
 )
 
-import unipelt
 from unipelt.checkpoint.manifest import MANIFEST
+from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
 from unipelt.gates.plot import plot_gates
+from unipelt.gates.record import record_gates
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.leaderboard import write_predictions
 from unipelt.glue.metric import compute_metrics_for
@@ -36,7 +37,7 @@ from unipelt.records.record import (
     write_result,
 )
 from unipelt.runs import folder as place
-from unipelt.runs.batches import Batches, default_tokens, hold, pack_rows, pack_tokens, text_lengths
+from unipelt.runs.batches import Batches, default_tokens, materialize, pack_rows, pack_tokens, text_lengths
 from unipelt.runs.folder import MODEL, PICTURE, PREDICTIONS, Progress
 from unipelt.runs.pretrained import tokenizer_sha256
 from unipelt.runs.trainer import BatchTrainer
@@ -45,13 +46,13 @@ from unipelt.submodules.gate import Gates
 
 
 def run(
-    settings: RunSettings, say: Callable[[str], None] = print, check: Callable[[Job], None] | None = None
+    settings: RunSettings, log: Callable[[str], None] = print, check: Callable[[Job], None] | None = None
 ) -> dict[str, Any]:
     """Do a run, or go on with one that was killed, or return the record of one that has finished.
 
     Args:
         settings: what to run, and where.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
         check: called with what was loaded, before anything is written or trained; what it raises ends the run.
 
     Returns:
@@ -70,9 +71,9 @@ def run(
         return job
 
     def execute(job: Job, folder: Path, progress: Progress, begun: float) -> dict[str, Any]:
-        return _execute(job, folder, progress, begun, say)
+        return _execute(job, folder, progress, begun, log)
 
-    return run_in_folder(settings, load, execute, say)
+    return run_in_folder(settings, load, execute, log)
 
 
 def _arguments(job: Job, folder: Path) -> TrainingArguments:
@@ -91,16 +92,16 @@ def evaluated(job: Job, name: str) -> Batches:
     return Batches(split, rows, DataCollatorWithPadding(job.tokenizer), job.model)
 
 
-def _execute(job: Job, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]) -> dict[str, Any]:
+def _execute(job: Job, folder: Path, progress: Progress, begun: float, log: Callable[[str], None]) -> dict[str, Any]:
     """Train, or go on training; then `finish`."""
     for line in header(job, job.settings.model, job.task.name):
-        say(line)
+        log(line)
 
     def make(callbacks: list[TrainerCallback]) -> Trainer:
-        return make_trainer(job, folder, hold(evaluated(job, "dev"), job.device), callbacks)
+        return make_trainer(job, folder, materialize(evaluated(job, "dev"), job.device), callbacks)
 
-    trainer, state, spend = train(job, folder, progress, begun, say, make)
-    return finish(trainer, job, folder, state, progress, spend, say)
+    trainer, state, spend = train(job, folder, progress, begun, log, make)
+    return finish(trainer, job, folder, state, progress, spend, log)
 
 
 def make_trainer(job: Job, folder: Path, dev: Any, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
@@ -129,7 +130,7 @@ def finish(
     state: TrainerState,
     progress: Progress,
     spend: Callable[..., None],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     **notes: Any,
 ) -> dict[str, Any]:
     """What follows training: one test of the model as it is, then everything is written, the record last.
@@ -141,7 +142,7 @@ def finish(
         state: of the training that has ended.
         progress: of the run.
         spend: called with kinds of seconds, counts what has passed since the last call as spent on them.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
         notes: further entries of the record.
 
     Returns:
@@ -153,9 +154,9 @@ def finish(
     spend("evaluation")
 
     files: dict[str, Any] = {"model": MODEL, "gates": None, "predictions": []}
-    unipelt.save(job.model, folder / MODEL)
+    save(job.model, folder / MODEL)
     if gates:
-        files["gates"] = _draw(gates, folder, job, say)
+        files["gates"] = _draw(gates, folder, job, log)
     for name in [name for name in job.splits if name.startswith("predict:")]:
         path = _predict(trainer, job, name, folder / PREDICTIONS)
         files["predictions"].append(str(path.relative_to(folder)))
@@ -171,7 +172,7 @@ def finish(
 def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The one evaluation on the test set: loss and metrics, and every gate's values (examples, layers)."""
     has_gates = any(isinstance(module, Gates) for module in job.model.modules())
-    recording: Any = unipelt.record_gates(job.model) if has_gates else contextlib.nullcontext({})
+    recording: Any = record_gates(job.model) if has_gates else contextlib.nullcontext({})
     with recording as gates:
         output = trainer.predict(evaluated(job, "test"))
     metrics = output.metrics or {}
@@ -205,12 +206,12 @@ def _layers(job: Job, gates: Mapping[str, torch.Tensor]) -> list[int]:
     return list(chosen if chosen is not None and len(chosen) == count else range(count))
 
 
-def _draw(gates: Mapping[str, torch.Tensor], folder: Path, job: Job, say: Callable[[str], None]) -> str | None:
+def _draw(gates: Mapping[str, torch.Tensor], folder: Path, job: Job, log: Callable[[str], None]) -> str | None:
     title = f"{job.task.name} · {job.settings.method_name}"
     try:
         plot_gates(gates, folder / PICTURE, layers=_layers(job, gates), title=title)
     except ImportError as error:
-        say(f"no {PICTURE}: {error}")
+        log(f"no {PICTURE}: {error}")
         return None
     return PICTURE
 

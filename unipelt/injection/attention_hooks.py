@@ -129,10 +129,9 @@ def lengthen_text(
         open_entry(part, hidden, pass_)
     gate, length = _gate_of_prefix(part, now), prefix.length
     _lengthen_low(pass_, length)
-    for path, rows in zip(
-        (wiring.keys, wiring.values), prefix.rows(both, len(hidden), hidden.dtype, gate), strict=True
-    ):
-        pass_.inserted[path] = rows
+    both = prefix.by_head(now.facts, 1).squeeze(1)
+    rows = prefix.scaled(both, len(hidden), hidden.dtype, gate)
+    pass_.inserted.update(zip((wiring.keys, wiring.values), rows, strict=True))
     mask = prefix.columns(mask, hidden.dtype, hidden.shape[1], gate, now.facts)
     if mask is not None and mask.shape[2] > 1:
         mask = nn.functional.pad(mask, (0, 0, length, 0))

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from unipelt.config.methods import LoRAConfig, UniPELTConfig
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.hosts.quantised import find_obstacle
 from unipelt.injection.attach import build, build_prompt, install, install_prompt

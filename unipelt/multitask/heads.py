@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError
 from unipelt.injection.parameters import head_names
 
@@ -65,7 +65,7 @@ def _call(model: PreTrainedModel, answer: Answer, batch: Mapping[str, Any]) -> A
     return forward(stand_in, **batch)
 
 
-def ask(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+def capture_base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's class would give its base for a batch, by keyword.
 
     Raises:

@@ -27,12 +27,12 @@ from unipelt.checkpoint.manifest import CheckpointError, read_checkpoint
 from unipelt.checkpoint.save import save
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError
 from unipelt.injection.parameters import head_names, kept_names
 from unipelt.injection.state import injection_of
 from unipelt.multitask.batch_rows import count_rows, gather, merge, reorder, split_batch, split_output
-from unipelt.multitask.heads import Answer, ask, fit_labels, relabel, saved_labels
+from unipelt.multitask.heads import Answer, capture_base_inputs, fit_labels, relabel, saved_labels
 from unipelt.multitask.mixed_batch import find_unmixable, furnish
 from unipelt.submodules.forward_pass import Passes, SetRows
 from unipelt.submodules.room import rooms
@@ -250,7 +250,7 @@ class Tasks(nn.Module):
         for name in parts:
             if reason := self._unmixable[name]:
                 raise InjectionError(f"task {name!r} cannot share a batch with others: {reason}; run it by itself")
-        asked = {name: ask(models[name], part) for name, part in parts.items()}
+        asked = {name: capture_base_inputs(models[name], part) for name, part in parts.items()}
         counts = [count_rows(question) for question in asked.values()]
         question = merge(list(asked.values()), counts)
         assert self._passes is not None

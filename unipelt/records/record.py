@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import unipelt
 from unipelt.files.atomic import write_whole
-from unipelt.files.strict import PlainError, read_plain, show, show_path
+from unipelt.files.messages import show, show_path
+from unipelt.files.strict import PlainError, read_plain
 
 RESULT = "result.json"
 FORMAT = 1
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 # What each part of a record must be; a nested mapping lists the parts of that part.
 _NUMBER = (int, float)
@@ -97,15 +91,6 @@ def read_result(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def check_of_glue(record: Mapping[str, Any], path: str | Path) -> None:
-    """Raise `ResultError` if a record is not of `unipelt.glue` but of another task."""
-    if "floor" in record:
-        raise ResultError(
-            f"{path} is of a run of {record['task']['name']} and not of run_glue.py, which alone can be done again or "
-            "folded from its record; give the script that did it another output_dir"
-        )
-
-
 def summary(record: Mapping[str, Any], path: str | Path) -> str:
     """One line about a finished run."""
     settings, primary, counts = record["settings"], record["task"]["primary"], record["parameters"]
@@ -121,80 +106,6 @@ def summary(record: Mapping[str, Any], path: str | Path) -> str:
         f"{record['evaluations'][-1]['epoch']:g} · {record['seconds']['total']:.0f} s · "
         f"trained {counts['trained']:,} (deployed {counts['deployed']:,}) + head {counts['head']:,} -> {path}"
     )
-
-
-def describe_code() -> dict[str, Any]:
-    """Commit of the repository that this package is a part of, and whether its files differ from it; else None."""
-    home = Path(unipelt.__file__).parent
-    # a package that was installed into somebody's repository is no part of it
-    if _git(home, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return {"commit": None, "dirty": None}
-    changes = _git(home, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": _git(home, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
-
-
-def describe_packages() -> dict[str, str | None]:
-    """Versions of Python, of this package and of those that the numbers depend on."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), "unipelt": unipelt.__version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def describe_hardware(device: str) -> dict[str, Any]:
-    """Processor, cores, threads, memory in bytes; with `device` cuda the GPU."""
-    return {
-        "device": device,
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def peak_memory(device: str) -> dict[str, int | None]:
-    """Most memory that this process has held so far, in bytes: resident, and on the GPU."""
-    try:
-        import resource  # not on every system
-    except ImportError:
-        resident = None
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {
-        "rss_bytes": resident,
-        "cuda_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-    }
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git answers, or None."""
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _check_record(record: Any, path: Path) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from unipelt.glue.settings import FILES, INCIDENTAL
 from unipelt.report.paper import TASKS, Printed, paper
+from unipelt.runs.settings import FILES, INCIDENTAL
 
 PARTS = ("adapter", "prefix", "lora")
 _ORDER = ("fine-tuning", "bitfit", "adapter", "prefix", "lora", "unipelt-ap-nogate", "unipelt-ap", "unipelt-apl")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unipelt.files.strict import show_path
+from unipelt.files.messages import show_path
 from unipelt.records.record import RESULT, ResultError, read_result
 from unipelt.report.cells import Results, Run
 from unipelt.sweep import FAILURE, REQUEST, SweepError, read_failure, read_request

@@ -131,7 +131,7 @@ class Batches(TorchDataset[Batch]):
         )
 
 
-def hold(batches: Batches, device: str) -> list[Batch]:
+def materialize(batches: Batches, device: str) -> list[Batch]:
     """Make batches now, to be used many times: on the GPU if that is the device and they are small."""
     held = [batches[index] for index in range(len(batches))]
     if device != "cpu" and sum(tensor.nbytes for batch in held for tensor in batch.values()) <= _SMALL:

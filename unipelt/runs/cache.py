@@ -8,19 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import datasets
-import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unipelt.glue.data import fingerprint
-from unipelt.glue.tasks import Task
 from unipelt.injection.parameters import kept_names
 
 TASKS = 8
@@ -28,6 +22,7 @@ TASKS = 8
 _TOKENIZERS = 2
 _HASHES = 8
 
+Data = TypeVar("Data")
 State = tuple[tuple[str, int, int, int], ...]
 """Of files: path, inode, size in bytes, and when the contents were last changed, in nanoseconds; -1 if absent."""
 
@@ -51,96 +46,35 @@ def files_in(folder: str | Path) -> list[str]:
         return [entry.path for entry in entries if entry.is_file()]
 
 
-@dataclass(eq=False)
-class Tokens:
-    """The rows of a split as token ids, each made when it is first asked for.
-
-    Args:
-        texts: the split, N rows.
-        encode: makes token ids of rows, each by itself.
-    """
-
-    texts: Dataset
-    encode: Callable[[Dataset], Dataset]
-    _made: Dataset | None = None
-    _place: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # in _made of each row, or -1
-
-    def of(self, rows: np.ndarray | None = None) -> Dataset:
-        """Token ids of these rows, no row twice; by default of all, in order."""
-        if not len(self._place):
-            self._place = np.full(len(self.texts), -1)
-        if rows is None:
-            rows = np.arange(len(self.texts))
-        new = rows[self._place[rows] < 0]
-        if len(new) or self._made is None:
-            made = self.encode(self.texts.select(new))
-            before = [] if self._made is None else [self._made]
-            self._made = datasets.concatenate_datasets([*before, made])
-            self._place[new] = np.arange(len(self._made) - len(new), len(self._made))
-        return self._made.select(self._place[rows])
-
-
-@dataclass(eq=False)
-class Corpus:
-    """The data of a task, and what was made of it.
-
-    Attributes:
-        task: the task.
-        splits: the rows of each split, as they were read.
-    """
-
-    task: Task
-    splits: DatasetDict
-    _made: dict[Hashable, Any] = field(default_factory=dict)
-
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` makes, made once; to be left as it is."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-    def texts(self, split: str, labelled: bool = True) -> Dataset:
-        """All rows of a split, or their texts alone."""
-        whole = self.splits[split]
-        return whole if labelled else whole.select_columns(list(self.task.columns))
-
-    def fingerprint(self, split: str, labelled: bool = True) -> str:
-        """Of all rows of a split, as `unipelt.glue.fingerprint`."""
-        found: str = self.once(("fingerprint", split, labelled), lambda: fingerprint(self.texts(split, labelled)))
-        return found
-
-
-class Kept:
-    """What runs of one process have in common; give the same to each, or a new one to a run by itself."""
+class SharedCache:
+    """What the runs of one process have in common. Give the same cache to each run, or a new one to a single run."""
 
     def __init__(self) -> None:
-        self._corpora: dict[Hashable, tuple[State, Corpus]] = {}
+        self._data: dict[Hashable, tuple[State, Any]] = {}
         self._tokenizers: dict[Hashable, tuple[State, PreTrainedTokenizerBase]] = {}
         self._hashes: dict[Hashable, tuple[State, str]] = {}
         self._base: dict[str, Tensor] = {}
         self._base_state: State = ()
 
-    def corpus(
-        self, key: Hashable, files: Iterable[str | Path], read: Callable[[], tuple[Task, DatasetDict]]
-    ) -> Corpus:
+    def data(self, key: Hashable, files: Iterable[str | Path], read: Callable[[], Data]) -> Data:
         """The data that `read` reads from these files, if it was not read before.
 
         Args:
             key: whatever else determines what is read.
             files: none where the data are not in files that can change, as on the hub.
-            read: returns the task and its splits.
+            read: returns what is to be kept.
         """
-        return _once(self._corpora, key, list(files), lambda: Corpus(*read()), TASKS)
+        return _cached(self._data, key, list(files), read, TASKS)
 
     def tokenizer(
         self, key: Hashable, files: Iterable[str | Path], load: Callable[[], PreTrainedTokenizerBase]
     ) -> PreTrainedTokenizerBase:
         """The tokenizer that `load` loads from these files, if it was not loaded before; the same for all runs."""
-        return _once(self._tokenizers, key, list(files), load, _TOKENIZERS)
+        return _cached(self._tokenizers, key, list(files), load, _TOKENIZERS)
 
     def sha256(self, path: str) -> str:
         """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
-        return _once(self._hashes, path, [path], lambda: _sha256(path), _HASHES)
+        return _cached(self._hashes, path, [path], lambda: _sha256(path), _HASHES)
 
     def share_base(self, model: PreTrainedModel, state: State) -> None:
         """Let an injected model's frozen base be in the same memory as that of the model before.
@@ -178,8 +112,10 @@ def _device(tensor: Tensor) -> torch.device:
     return tensor.device
 
 
-def _once(kept: dict[Hashable, Any], key: Hashable, files: list[str | Path], make: Callable[[], Any], most: int) -> Any:
-    """What is kept under the key if its files are as they were; else what `make` makes of them now."""
+def _cached(
+    kept: dict[Hashable, Any], key: Hashable, files: list[str | Path], make: Callable[[], Data], most: int
+) -> Data:
+    """The value kept under the key, if its files are as they were; else `make()`, which is then kept."""
     state = state_of(files)
     before, made = kept.pop(key, (None, None))
     if before != state:

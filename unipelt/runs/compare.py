@@ -8,7 +8,7 @@ from typing import Any
 
 from unipelt.checkpoint.manifest import WEIGHTS
 from unipelt.config.schema import flatten
-from unipelt.runs.cache import Kept
+from unipelt.runs.cache import SharedCache
 from unipelt.runs.folder import MODEL
 
 OUTCOME = ("evaluations", "best", "dev", "test", "majority", "gates", "parameters")
@@ -91,7 +91,7 @@ def model_pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[s
     return [item for item in found if item[1] != item[2]]
 
 
-def told(result: Mapping[str, Any], most: int = 10) -> list[str]:
+def format_report(result: Mapping[str, Any], most: int = 10) -> list[str]:
     """The comparison, for people."""
     count, found, tolerance = result["numbers"], result["differences"], result["tolerance"]
     if result["equal"]:
@@ -118,7 +118,7 @@ def told(result: Mapping[str, Any], most: int = 10) -> list[str]:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
-    return Kept().sha256(str(path))
+    return SharedCache().sha256(str(path))
 
 
 def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

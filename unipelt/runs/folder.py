@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from unipelt.files.atomic import write_whole
-from unipelt.files.strict import PlainError, read_plain, show_path
-from unipelt.glue.settings import TrainingSettings
+from unipelt.files.messages import show_path
+from unipelt.files.strict import PlainError, read_plain
 from unipelt.records.record import RESULT, ResultError, mismatch, read_result
 from unipelt.runs.errors import RunError
+from unipelt.runs.settings import TrainingSettings
 
 try:
     import fcntl
@@ -245,3 +246,12 @@ def _difference(theirs: Mapping[str, Any], settings: TrainingSettings) -> str:
     shown = [f"{name} is {theirs.get(name)!r:.60} there and {ours[name]!r:.60} here" for name in names[:2]]
     more = f", and {len(names) - 2} more" if len(names) > 2 else ""
     return ", ".join(shown) + more if shown else "paths that lead elsewhere"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `RunError` if the output folder cannot be one, before time is spent; nothing is made."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise RunError(f"cannot write the results: {place} is not a folder; choose another output_dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write the results: {place} is not writable; choose another output_dir")

@@ -8,15 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from unipelt.config.presets import PRESETS
 from unipelt.config.schema import read_mapping
-from unipelt.files.strict import PlainError, parse_yaml, show, show_path
-from unipelt.glue.settings import (
+from unipelt.files.messages import show, show_path
+from unipelt.files.strict import PlainError, parse_yaml
+from unipelt.runs.settings import (
     INCIDENTAL,
     PATHS,
-    RunSettings,
     SettingsError,
     TrainingSettings,
     clean_name,
@@ -31,11 +31,7 @@ _WHAT = "Train one method on one task, test it once, and leave one result.json."
 Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
-@overload
-def parse(argv: Sequence[str]) -> RunSettings: ...
-@overload
-def parse(argv: Sequence[str], kind: type[Kind], what: str = ...) -> Kind: ...
-def parse(argv: Sequence[str], kind: type[Any] = RunSettings, what: str = _WHAT) -> Any:
+def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
     """Read settings from a command line.
 
     Args:
@@ -60,7 +56,7 @@ def parse(argv: Sequence[str], kind: type[Any] = RunSettings, what: str = _WHAT)
             f"cannot tell what {show(word)} belongs to: a configuration file comes first, then options as --field value"
         )
     given = {name: read_option(name, value, kind) for name, value in vars(namespace).items() if value is not None}
-    values = {} if config is None else read_config(config, kind=kind)
+    values = {} if config is None else read_config(config, kind)
     if config is not None and given.get("output_dir") is None and values.get("output_dir") is None:
         given["output_dir"] = _default_folder(config, given, overrides)
     values.update(given)
@@ -68,9 +64,7 @@ def parse(argv: Sequence[str], kind: type[Any] = RunSettings, what: str = _WHAT)
     return kind(**values)
 
 
-def read_config(
-    path: str | Path, also: Sequence[str] = (), kind: type[TrainingSettings] = RunSettings
-) -> dict[str, Any]:
+def read_config(path: str | Path, kind: type[TrainingSettings], also: Sequence[str] = ()) -> dict[str, Any]:
     """The fields that a configuration file sets, its bases included.
 
     Relative paths of data and of the method are looked for from the current folder and then from the root of the
@@ -78,8 +72,8 @@ def read_config(
 
     Args:
         path: the file.
-        also: keys of the file itself, not of its bases, that are no fields.
         kind: the settings that it is to set fields of.
+        also: keys of the file itself, not of its bases, that are no fields.
 
     Raises:
         SettingsError: a field is unknown, or files name each other as base in a circle.
@@ -88,7 +82,7 @@ def read_config(
     return _read_config(Path(path), kind, (), {}, also)
 
 
-def read_option(name: str, value: Any, kind: type[TrainingSettings] = RunSettings) -> Any:
+def read_option(name: str, value: Any, kind: type[TrainingSettings]) -> Any:
     """A value from the command line, where everything is text."""
     hint = get_type_hints(kind)[name]
     if isinstance(value, list):

@@ -11,15 +11,15 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import cached_file, logging
 
-import unipelt
+from unipelt.api import inject
 from unipelt.checkpoint.manifest import WEIGHTS
-from unipelt.glue.settings import TrainingSettings
-from unipelt.runs.cache import Kept, State, files_in, state_of
+from unipelt.runs.cache import SharedCache, State, files_in, state_of
 from unipelt.runs.errors import RunError
+from unipelt.runs.settings import TrainingSettings
 
 
 def load_tokenizer(
-    settings: TrainingSettings, place: str, kept: Kept, **options: Any
+    settings: TrainingSettings, place: str, kept: SharedCache, **options: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model's configuration, with these options, and its tokenizer. Raises `RunError`."""
     try:
@@ -73,7 +73,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def weights_sha256(settings: TrainingSettings, place: str, kept: Kept) -> tuple[str | None, State]:
+def weights_sha256(settings: TrainingSettings, place: str, kept: SharedCache) -> tuple[str | None, State]:
     """SHA-256 of the model's `model.safetensors`, checked against the settings, and the state of that file.
 
     None and an empty state if it has no such file. Raises `RunError`.
@@ -113,7 +113,7 @@ def load_model(settings: TrainingSettings, place: str, config: Any, kind: Any) -
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    return unipelt.inject(model, settings.config)
+    return inject(model, settings.config)
 
 
 def _first_line(error: Exception) -> str:

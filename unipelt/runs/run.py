@@ -1,7 +1,7 @@
 """One run of a task beside GLUE, from settings to record.
 
 What is loaded is a `TaskJob`, which knows how to make its trainer and how to be tested; all else, from the lock on the
-folder to the going on after a kill, is that of `unipelt.glue`.
+folder to the going on after a kill, is the same for every task.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
-import unipelt
 from unipelt.checkpoint.manifest import MANIFEST
+from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
 from unipelt.records.record import read_result, write_result
 from unipelt.runs import folder as place
 from unipelt.runs.folder import MODEL, PREDICTIONS, Progress
 from unipelt.runs.pretrained import tokenizer_sha256
+from unipelt.runs.settings import TrainingSettings
 from unipelt.runs.training import common_record, header, run_in_folder, train
-from unipelt.tasks.settings import TaskSettings
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TaskJob(ABC):
         model_sha256: of the file with the base's weights.
     """
 
-    settings: TaskSettings
+    settings: TrainingSettings
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, dict[str, Any]]
@@ -98,23 +98,23 @@ class TaskJob(ABC):
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what was trained; returns what the base is, for the record."""
-        unipelt.save(self.model, folder)
+        save(self.model, folder)
         base = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["base"]
         return {"fingerprint": base["fingerprint"], "config": base["config"]}
 
 
-Settings = TypeVar("Settings", bound=TaskSettings)
+Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 def run(
-    settings: Settings, prepare: Callable[[Settings], TaskJob], say: Callable[[str], None] = print
+    settings: Settings, prepare: Callable[[Settings], TaskJob], log: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Do a run, or go on with one that was killed, or return the record of one that has finished.
 
     Args:
         settings: what to run, and where.
         prepare: loads and checks everything; nothing is written yet.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Returns:
         The record, as `unipelt.records.record.read_result` returns it.
@@ -125,28 +125,28 @@ def run(
     """
 
     def execute(job: TaskJob, folder: Path, progress: Progress, begun: float) -> dict[str, Any]:
-        return _execute(job, folder, progress, begun, say)
+        return _execute(job, folder, progress, begun, log)
 
-    return run_in_folder(settings, lambda: prepare(settings), execute, say)
+    return run_in_folder(settings, lambda: prepare(settings), execute, log)
 
 
 def _execute(
-    job: TaskJob, folder: Path, progress: Progress, begun: float, say: Callable[[str], None]
+    job: TaskJob, folder: Path, progress: Progress, begun: float, log: Callable[[str], None]
 ) -> dict[str, Any]:
     for line in header(job, job.base, job.settings.task or "custom"):
-        say(line)
+        log(line)
 
     def make(callbacks: list[TrainerCallback]) -> Trainer:
         trainer = job.make_trainer(folder, callbacks)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    trainer, state, spend = train(job, folder, progress, begun, say, make)
+    trainer, state, spend = train(job, folder, progress, begun, log, make)
     spend()
     test = job.test(trainer)
     spend("evaluation")
     for line in test.lines:
-        say(line)
+        log(line)
     described = job.save(folder / MODEL)
     (folder / PREDICTIONS).mkdir(exist_ok=True)
     for name, content in test.files.items():

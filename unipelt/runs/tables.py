@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features
 
-from unipelt.files.strict import shorten, show, show_path
+from unipelt.files.messages import shorten, show, show_path
 
 
 class DataError(ValueError):

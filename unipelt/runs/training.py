@@ -26,21 +26,14 @@ from transformers import (
     TrainingArguments,
 )
 
-import unipelt
 from unipelt.checkpoint.manifest import WEIGHTS
-from unipelt.glue.settings import TrainingSettings
-from unipelt.records.record import (
-    FORMAT,
-    RESULT,
-    describe_code,
-    describe_hardware,
-    describe_packages,
-    peak_memory,
-    summary,
-)
+from unipelt.injection.parameters import parameter_counts
+from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
 from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
 from unipelt.runs.folder import CHECKPOINTS, Progress
+from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
+from unipelt.runs.settings import TrainingSettings
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Job = TypeVar("Job")
@@ -83,7 +76,7 @@ def run_in_folder(
     settings: TrainingSettings,
     load: Callable[[], Job],
     execute: Callable[[Job, Path, Progress, float], dict[str, Any]],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Do a run in its folder, or go on with one that was killed, or return the record of one that has finished.
 
@@ -92,7 +85,7 @@ def run_in_folder(
         load: loads and checks all that is needed; nothing is written yet.
         execute: takes what was loaded, the folder, what was spent before, and the time (`time.monotonic`) at which
             this attempt began; trains, tests, writes and returns the record.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Raises:
         ValueError, OSError, RunFailed: as `unipelt.glue.run.run`.
@@ -103,8 +96,8 @@ def run_in_folder(
     if record is not None:
         if not record["settings"]["keep_checkpoints"]:
             place.clean(folder)  # in case it was killed while it did so
-        say(summary(record, folder / RESULT))
-        say("(this run had finished before; --overwrite runs it again)")
+        log(summary(record, folder / RESULT))
+        log("(this run had finished before; --overwrite runs it again)")
         return record
     threads = torch.get_num_threads()
     if settings.threads is not None:
@@ -123,7 +116,7 @@ def run_in_folder(
                     raise RunFailed(f"the run failed after it had begun: {reason}") from error
     finally:
         torch.set_num_threads(threads)
-    say(summary(record, folder / RESULT))
+    log(summary(record, folder / RESULT))
     return record
 
 
@@ -177,9 +170,9 @@ class _Watch(TrainerCallback):
 class _Reporter(TrainerCallback):
     """A bar over the steps, and a line for each evaluation."""
 
-    def __init__(self, primary: str, say: Callable[[str], None]) -> None:
+    def __init__(self, primary: str, log: Callable[[str], None]) -> None:
         self.primary = primary
-        self.say = say
+        self.log = log
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -199,7 +192,7 @@ class _Reporter(TrainerCallback):
             f"{self.primary} {value:.3f}{'  best so far' if better else ''}"
         )
         with tqdm.external_write_mode():
-            self.say(line)
+            self.log(line)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
@@ -253,7 +246,7 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
 
 
 def train(
-    job: Training, folder: Path, progress: Progress, begun: float, say: Callable[[str], None], make: MakeTrainer
+    job: Training, folder: Path, progress: Progress, begun: float, log: Callable[[str], None], make: MakeTrainer
 ) -> tuple[Trainer, TrainerState, Callable[..., None]]:
     """Train to the end, from the last complete checkpoint if there is one, and take the weights of the best epoch.
 
@@ -262,7 +255,7 @@ def train(
         folder: of the run.
         progress: of the run.
         begun: when this attempt began, in seconds of `time.monotonic`.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
         make: makes the trainer, with the callbacks that it is given.
 
     Returns:
@@ -278,11 +271,11 @@ def train(
     if settings.num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or every worker that is forked warns
     marker = _Marker(folder, job.digest, progress, begun)
-    callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(job.primary, say)]
+    callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(job.primary, log)]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     trainer = make(callbacks)
-    last = _train(trainer, job.digest, folder, say)
+    last = _train(trainer, job.digest, folder, log)
 
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
@@ -305,7 +298,7 @@ def header(job: Training, model: str, task: str) -> list[str]:
         *(f"        {note}" for note in job.notes),
         f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
         f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
-        *str(unipelt.parameter_counts(job.model)).splitlines(),
+        *str(parameter_counts(job.model)).splitlines(),
     ]
 
 
@@ -328,7 +321,7 @@ def common_record(job: Training, state: TrainerState, metrics: Sequence[str], pr
         "best": {"epoch": best["epoch"], "step": best["step"]},
         "dev": {"loss": best["loss"], "metrics": best["metrics"]},
         "seeds": {"run": settings.seed, "data": settings.data_seed},
-        "parameters": asdict(unipelt.parameter_counts(job.model)),
+        "parameters": asdict(parameter_counts(job.model)),
         "seconds": dict(progress.seconds),
         "memory": peak_memory(job.device),
         "hardware": describe_hardware(job.device),
@@ -338,12 +331,12 @@ def common_record(job: Training, state: TrainerState, metrics: Sequence[str], pr
     }
 
 
-def _train(trainer: Trainer, digest: str, folder: Path, say: Callable[[str], None]) -> Path:
+def _train(trainer: Trainer, digest: str, folder: Path, log: Callable[[str], None]) -> Path:
     """Train, or go on training; returns the final checkpoint."""
     last = place.newest_checkpoint(folder, digest)
     place.remove_checkpoints(folder, digest=digest)
     if last is not None:
-        say(f"going on from {last}")
+        log(f"going on from {last}")
     # Trainer takes at least one step when it resumes, so a run that had stopped must not be resumed
     if last is None or not place.is_final(last):
         try:

@@ -23,11 +23,11 @@ from unipelt.sweep.folder import (
     Busy,
     State,
     duration,
-    look,
     read_failure,
     read_request,
     read_settings,
     run_folder,
+    status,
     write_request,
 )
 from unipelt.sweep.grid import Sweep, SweepError, read_sweep, split_list
@@ -45,12 +45,12 @@ __all__ = [
     "carry_out",
     "duration",
     "in_process",
-    "look",
     "read_failure",
     "read_request",
     "read_settings",
     "read_sweep",
     "run_folder",
     "split_list",
+    "status",
     "write_request",
 ]

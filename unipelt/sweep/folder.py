@@ -14,11 +14,13 @@ from typing import Any
 
 from unipelt.config.schema import read_mapping
 from unipelt.files.atomic import write_whole
-from unipelt.files.strict import PlainError, read_plain, show
-from unipelt.glue.settings import RunSettings, SettingsError, clean_name, paper_learning_rate
+from unipelt.files.messages import show
+from unipelt.files.strict import PlainError, read_plain
+from unipelt.glue.settings import RunSettings
 from unipelt.records.record import mismatch
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import LockedError, find_finished, locked
+from unipelt.runs.settings import SettingsError, clean_name, paper_learning_rate
 from unipelt.sweep.grid import Sweep, SweepError
 
 REQUEST = "sweep.json"
@@ -97,7 +99,7 @@ class State:
         return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
 
 
-def look(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
+def status(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
     """See what of a sweep into `out` is done; writes nothing."""
     runs = tuple(replace(settings, output_dir=str(run_folder(out, settings))) for settings in sweep.runs)
     state = State(replace(sweep, runs=runs), workers)

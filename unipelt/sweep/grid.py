@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import shorten_name
 from unipelt.runs.options import locate_path, read_config, read_option
@@ -74,7 +74,7 @@ def split_list(text: str) -> list[str]:
 
 
 def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str, str]) -> Sweep:
-    common = read_config(path, also=("grid", "choose"))
+    common = read_config(path, RunSettings, also=("grid", "choose"))
     grid, choose = common.pop("grid", None), common.pop("choose", {})
     if not isinstance(grid, list) or not grid or not all(isinstance(block, dict) and block for block in grid):
         raise SweepError(f"{path}: grid must be a list of blocks, each a mapping of fields to lists of values")
@@ -87,7 +87,7 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
     for name in list(override):
         if name in listed:
             narrow[name] = [*narrow.get(name, ()), *split_list(override.pop(name))]
-    common |= {name: read_option(name, text) for name, text in override.items()}
+    common |= {name: read_option(name, text, RunSettings) for name, text in override.items()}
 
     runs: dict[str, RunSettings] = {}
     for number, block in enumerate(grid, start=1):
@@ -156,4 +156,4 @@ def _wanted(name: str, text: str) -> Any:
         return text.replace(" ", "")
     if name == "task":
         return shorten_name(text)
-    return None if (name, text) == ("train_samples", "all") else read_option(name, text)
+    return None if (name, text) == ("train_samples", "all") else read_option(name, text, RunSettings)

@@ -123,8 +123,8 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
                     outcome.set_exception(_Unbegun())
                 else:
                     # who waits is to be told all the same where the disk is full
-                    with contextlib.suppress(OSError), open(Path(folder) / LOG, "ab") as log:
-                        log.write(tail)
+                    with contextlib.suppress(OSError), open(Path(folder) / LOG, "ab") as file:
+                        file.write(tail)
                     outcome.set_result(_reason(code, tail, len(left)))
 
     def start(settings: RunSettings, stop: threading.Event) -> str | None:
@@ -237,11 +237,11 @@ def voice(settings: RunSettings) -> Callable[[str], None]:
     """What takes a run's lines to its log."""
     path = Path(str(settings.output_dir)) / LOG
 
-    def say(text: str) -> None:
-        with open(path, "a", encoding="utf-8") as log:
-            log.write(f"{text}\n")
+    def log(text: str) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
 
-    return say
+    return log
 
 
 def _line(error: Exception) -> str:

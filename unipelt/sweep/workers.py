@@ -42,15 +42,15 @@ _TAIL = 20  # lines of the log kept with a failure
 def carry_out(
     state: State,
     start: Callable[[RunSettings, threading.Event], str | None] | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, str]:
     """Do the runs that are left, wait for those that other processes do, and do those that these leave unfinished.
 
     Args:
-        state: of the folder, as `look` sees it; kept up to date.
+        state: of the folder, as `status` sees it; kept up to date.
         start: does one run and returns None, or in one line why it failed; once the event is set, it gives up.
             Raises `Busy` where another process does the run. By default in a process of its own.
-        say: takes the lines for the reader.
+        log: takes the lines for the reader.
 
     Returns:
         By folder, the failures, each in one line.
@@ -74,12 +74,12 @@ def carry_out(
                     if not (outcome := future.result()):
                         busy.append(settings)
                     else:
-                        say(_account(state, settings, outcome, [*waiting, *busy]))
+                        log(_account(state, settings, outcome, [*waiting, *busy]))
             finally:
                 stop.set()  # for an interruption; otherwise nothing is running any more
         if busy:
             if len(busy) != announced:
-                say(f"waiting for other processes, which do {len(busy)} of the runs")
+                log(f"waiting for other processes, which do {len(busy)} of the runs")
             announced = len(busy)
             time.sleep(_PAUSE)
         left = busy
@@ -125,8 +125,8 @@ def _attempt(
             error = start(settings, stop)
             record = finished(settings)
             if record is None:
-                log = _lines(folder / LOG, printed)[-_TAIL:]
-                return write_failure(settings, error or "it ended without a result", log)
+                tail = _lines(folder / LOG, printed)[-_TAIL:]
+                return write_failure(settings, error or "it ended without a result", tail)
             remove_failure(settings)
             return record
     except Busy:
@@ -144,12 +144,12 @@ def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | N
         printed = _size(folder / LOG)
         command = [sys.executable, "-m", "unipelt.sweep", str(folder / SETTINGS)]
         with (
-            open(folder / LOG, "ab") as log,
+            open(folder / LOG, "ab") as file,
             # the pipe is how it learns of this process's end; a session of its own keeps Ctrl-C from it
             subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**defaults, **os.environ},
                 start_new_session=True,

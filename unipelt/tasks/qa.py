@@ -22,13 +22,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from unipelt.glue.job import find_device
-from unipelt.glue.settings import locate_model
-from unipelt.runs.cache import Kept
+from unipelt.runs.cache import SharedCache
+from unipelt.runs.device import find_device
 from unipelt.runs.errors import RunError
+from unipelt.runs.folder import check_folder
 from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
 from unipelt.runs.run import Outcome, TaskJob
 from unipelt.runs.sampling import fixed_rows
+from unipelt.runs.settings import locate_model
 from unipelt.runs.tables import DataError
 from unipelt.runs.training import training_arguments
 from unipelt.tasks.settings import QASettings
@@ -119,9 +120,10 @@ def prepare(settings: QASettings) -> QAJob:
     Raises:
         ValueError, OSError: it cannot start; one sentence says why.
     """
-    device = find_device(settings)
+    device = find_device(settings.device)
+    check_folder(Path(str(settings.output_dir)))
     questions, notes = load_questions(settings)
-    kept, place = Kept(), locate_model(settings.model)
+    kept, place = SharedCache(), locate_model(settings.model)
     config, tokenizer = load_tokenizer(settings, place, kept)
     if not tokenizer.is_fast:
         raise RunError(f"the tokenizer of {settings.model} does not say where its tokens are in the text")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from unipelt.config.presets import resolve
-from unipelt.files.strict import show
-from unipelt.glue.settings import FILES, SettingsError, TrainingSettings, expand_method, option
+from unipelt.files.messages import show
+from unipelt.runs.settings import FILES, SettingsError, TrainingSettings, expand_method, option
 
 TASKS_DIR = "UNIPELT_TASKS_DIR"
 """Environment variable: the default of `tasks_dir`."""

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from unipelt.files.strict import PlainError, read_plain, show, show_path
+from unipelt.files.messages import show, show_path
+from unipelt.files.strict import PlainError, read_plain
 from unipelt.runs.tables import DataError
 
 

@@ -28,14 +28,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import unipelt
-from unipelt.glue.job import find_device
-from unipelt.glue.settings import SettingsError, locate_model
-from unipelt.runs.cache import Kept
+from unipelt.api import inject
+from unipelt.runs.cache import SharedCache
+from unipelt.runs.device import find_device
 from unipelt.runs.errors import RunError
+from unipelt.runs.folder import check_folder
 from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
 from unipelt.runs.run import Outcome, TaskJob
 from unipelt.runs.sampling import few_shot_rows, fixed_rows
+from unipelt.runs.settings import SettingsError, locate_model
 from unipelt.runs.tables import DataError, read_lines
 from unipelt.runs.training import training_arguments
 from unipelt.tasks.settings import TranslationSettings
@@ -146,7 +147,8 @@ def prepare(settings: TranslationSettings) -> TranslationJob:
     Raises:
         ValueError, OSError: it cannot start; one sentence says why.
     """
-    device = find_device(settings)
+    device = find_device(settings.device)
+    check_folder(Path(str(settings.output_dir)))
     bleu([""], [""])  # that sacrebleu is absent is found before time is spent
     pairs, notes = load_pairs(settings)
     sha256 = None
@@ -154,9 +156,9 @@ def prepare(settings: TranslationSettings) -> TranslationJob:
         tokenizer = make_tokenizer([text for pair in pairs["train"] for text in pair], settings.vocabulary)
         notes.append(f"the model starts at random, and its tokenizer ({len(tokenizer):,} pieces) is of the train data")
         set_seed(settings.seed)
-        model = unipelt.inject(make_model(settings, tokenizer), settings.config)
+        model = inject(make_model(settings, tokenizer), settings.config)
     else:
-        kept, place = Kept(), locate_model(settings.model)
+        kept, place = SharedCache(), locate_model(settings.model)
         config, tokenizer = load_tokenizer(settings, place, kept)
         if not config.is_encoder_decoder:
             raise RunError(

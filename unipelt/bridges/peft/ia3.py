@@ -18,7 +18,7 @@ from unipelt.bridges.peft.files import PREFIX, name_modules, outputs_of
 from unipelt.bridges.peft.plan import IGNORED, Plan, Slot, check_saved, check_tensor, place_exactly, possible_slots
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import IA3Config, Place
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.submodules.outputs import own_rows
 from unipelt.submodules.term import Term
 

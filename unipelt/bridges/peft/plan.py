@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError, Projection, find_stacks
 from unipelt.submodules.lora import FUSED_WITH_GATES
 

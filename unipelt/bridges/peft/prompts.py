@@ -17,7 +17,7 @@ from unipelt.bridges.peft.plan import IGNORED, Plan, check_tensor
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import PromptConfig, UniPELTConfig
 from unipelt.config.schema import ConfigError
-from unipelt.files.strict import show
+from unipelt.files.messages import show
 from unipelt.hosts.locate import find_stacks
 from unipelt.injection.attach import find_entry
 from unipelt.submodules.prompt import Prompt

@@ -27,7 +27,8 @@ from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import PROJECTIONS, LoRAConfig
 from unipelt.config.schema import LARGEST, ConfigError, read_mapping
-from unipelt.files.strict import read_bytes, shorten, show, show_path
+from unipelt.files.messages import shorten, show, show_path
+from unipelt.files.strict import read_bytes
 from unipelt.hosts.locate import InjectionError, Projection
 from unipelt.hosts.quantised import is_quantised
 from unipelt.injection.inject import inject_as, remove

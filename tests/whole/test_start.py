@@ -1,0 +1,45 @@
+"""Importing the package, and making its command's parser, imports nothing that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import unipelt
+import unipelt.glue
+
+HEAVY = ("torch", "transformers", "datasets", "sklearn", "scipy", "pyarrow", "pandas", "numpy", "matplotlib", "ray")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "import unipelt",
+        "import unipelt.glue",
+        "from unipelt import UniPELTConfig, PRESETS, ConfigError",
+        "from unipelt.cli import make_parser; make_parser()",
+        "from unipelt.cli import main; main(['report'])",
+        "from unipelt.runs.settings import TrainingSettings",
+    ],
+)
+def test_nothing_heavy_is_imported(what: str) -> None:
+    code = f"import json, sys\n{what}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = json.loads(done.stdout.splitlines()[-1])
+    assert "unipelt" in modules
+    assert not set(HEAVY) & set(modules)
+
+
+@pytest.mark.parametrize("package", [unipelt, unipelt.glue])
+def test_every_name_is_there_when_it_is_asked_for(package: object) -> None:
+    names = vars(package)["__all__"]
+    assert set(names) <= set(dir(package))
+    for name in names:
+        assert getattr(package, name) is getattr(package, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # type: ignore[attr-defined]  # noqa: B018
+    assert unipelt.Spot is unipelt.TargetInfo
+    assert unipelt.__version__

@@ -1,0 +1,289 @@
+"""The settings that every run has: a frozen dataclass whose fields are checked before anything is done."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from unipelt.config.methods import SUBMODULES, UniPELTConfig
+from unipelt.config.presets import PRESETS, resolve
+from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
+from unipelt.files.messages import show
+
+INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads", "eval_tokens")
+"""Fields that say how a run is carried out, as opposed to what it computes."""
+
+
+FILES = ("train_file", "dev_file", "test_file")
+
+
+PATHS = (*FILES, "glue_dir", "tasks_dir")
+"""Fields that are paths of data, of whatever kind of task."""
+
+
+_POSITIVE = (
+    *("epochs", "patience", "batch_size", "eval_batch_size", "train_samples", "dev_samples", "test_samples", "threads"),
+    "train_tokens",
+    *("n_best", "max_answer_length", "beams", "max_target_length", "random_width", "random_layers", "vocabulary"),
+)
+
+
+_NOT_NEGATIVE = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "num_workers", "eval_tokens", "seed", "data_seed"),
+    *("split_seed", "stride", "skip_samples"),
+)
+
+
+_LATER = ("test_samples", "train_tokens")
+
+
+_NAMES = ("label_column", "source", "target")
+
+
+_EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")  # what YAML 1.1 takes for a string
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be meant; the message says which, what was seen and what is possible."""
+
+
+def option(default: Any, help_: str) -> Any:
+    """A field of settings, and what `--help` says of it."""
+    return field(default=default, metadata={"help": help_})
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What every run needs to know, whatever its task; each field's meaning is in its `help`.
+
+    A kind of task adds fields of its own in a subclass, and checks them in `_check_data`.
+
+    Raises:
+        SettingsError, ConfigError: a value cannot be meant, or two contradict each other.
+        FileNotFoundError: the method is a path, and no file is there.
+    """
+
+    model: str = option(
+        "bert-base-uncased",
+        "the pretrained model: a name on the hub, a folder, or package:NAME/FOLDER for a folder inside an installed "
+        "Python package",
+    )
+    model_sha256: str | None = option(
+        None, "SHA-256 that the model's model.safetensors must have; checked before it is loaded"
+    )
+    task: str | None = option(None, "the name of a known task")
+    train_file: str | None = option(None, "instead of a task: your own training data")
+    dev_file: str | None = option(None, "your own dev data")
+    test_file: str | None = option(None, "your own test data")
+    train_samples: int | None = option(None, "K: train on the first K examples of the shuffled train data")
+    dev_samples: int = option(1000, "examples of the dev set")
+    data_seed: int | None = option(None, "seed of that shuffle; by default seed")
+    test_samples: int | None = option(
+        None, "test on that many rows, the same for every run (drawn once for all seeds); by default on all"
+    )
+    seed: int = option(1, "seed of initialisation, dropout and the order of examples")
+    method: str | Mapping[str, Any] = option(
+        "unipelt-apl",
+        "a preset, a path to JSON or YAML, or (in a file) a mapping; single fields as --method.lora.rank 4, "
+        "--method.gate.pooling mean, --method.prefix null",
+    )
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate; by default the paper's for BERT-base: fine-tuning 2e-5, adapter and bitfit 1e-4, "
+        "prefix 2e-4, lora and combinations 5e-4",
+    )
+    epochs: int = option(50, "at most this many passes over the train data")
+    patience: int | None = option(
+        10, "stop after this many evaluations (one an epoch) without a better dev score; null: never"
+    )
+    batch_size: int = option(16, "examples a step")
+    eval_batch_size: int = option(64, "examples a batch of evaluation")
+    max_length: int = option(128, "tokens, special ones included; longer texts are cut")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    warmup_ratio: float = option(0.0, "fraction of all steps in which the learning rate rises from 0")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
+    precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 for bfloat16 autocast")
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU where there is one), cpu or cuda")
+    num_workers: int = option(0, "processes that prepare batches; 0: the main one")
+    threads: int | None = option(None, "CPU threads; by default PyTorch's choice")
+    output_dir: str | None = option(
+        None,
+        "folder of the result; by default runs/ and a name made of the configuration file and the options",
+    )
+    overwrite: bool = option(False, "run again although the folder holds a result, or replace another run's")
+    keep_checkpoints: bool = option(False, "keep the trainer's last and best checkpoint after the run")
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_values()
+        self._check_data()
+        object.__setattr__(self, "method", expand_method(self.method))
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", paper_learning_rate(self.config))
+        if self.data_seed is None:
+            object.__setattr__(self, "data_seed", self.seed)
+        if self.output_dir is None:
+            name = clean_name(f"{self._data_name()}-{self.method_name}-seed={self.seed}")
+            object.__setattr__(self, "output_dir", str(Path("runs") / name))
+
+    def _check_data(self) -> None:
+        """Check that the fields which name data go together; the data themselves are not touched."""
+
+    def _data_name(self) -> str:
+        """What the data are called in the name of a folder."""
+        return self.task or Path(str(self.train_file)).stem
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, hint in ((item.name, hints[item.name]) for item in fields(self)):
+            if name == "method":
+                continue
+            value = getattr(self, name)
+            if float in (hint, *get_args(hint)):
+                value = _as_number(value)
+            try:
+                object.__setattr__(self, name, convert(hint, value, name))
+            except ConfigError as error:
+                raise SettingsError(str(error)) from None
+
+    def _check_values(self) -> None:
+        for name, least in (*dict.fromkeys(_POSITIVE, 1).items(), *dict.fromkeys(_NOT_NEGATIVE, 0).items()):
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise SettingsError(f"{name} must be {least} or more, not {show(value)}")
+        for item in fields(self):  # a seed is of 32 bits; no other whole number is meant to be as large
+            value = getattr(self, item.name)
+            if type(value) is int and value >= 2**32:
+                raise SettingsError(f"{item.name} must be below {2**32}, not {show(value)}")
+        if self.learning_rate == 0:
+            raise SettingsError("learning_rate must be above 0")
+        if not 0 <= self.warmup_ratio < 1:
+            raise SettingsError(f"warmup_ratio is a fraction, at least 0 and below 1, not {self.warmup_ratio}")
+        if self.max_length < 3:
+            raise SettingsError(f"max_length must be 3 or more tokens, not {show(self.max_length)}")
+        for name in ("model", "output_dir", *PATHS, *_NAMES):
+            if getattr(self, name, None) == "":
+                raise SettingsError(f"{name} is empty; give a value or leave it out")
+        if self.model_sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", self.model_sha256):
+            raise SettingsError(
+                f"model_sha256 must be 64 hexadecimal digits in lower case, not {show(self.model_sha256)}"
+            )
+
+    @property
+    def config(self) -> UniPELTConfig:
+        """The method, resolved."""
+        return resolve(self.method)
+
+    @property
+    def method_name(self) -> str:
+        """The preset's name, followed by what differs from it, as in `unipelt-apl, lora.rank=4`."""
+        preset = (self.method.get("preset") or "unipelt-apl") if isinstance(self.method, Mapping) else self.method
+        config = self.config
+        for name, known in PRESETS.items():
+            if config == known:
+                return name
+        before, after = flatten(PRESETS[preset].to_dict()), flatten(config.to_dict())
+        changed = [f"{key}={json.dumps(after[key])}" for key in after if after[key] != before.get(key, MISSING)]
+        return ", ".join([preset, *changed])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain types that JSON holds."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the outcome: the fields but for those of how and where the run is carried out."""
+        values = {name: value for name, value in self.to_dict().items() if name not in INCIDENTAL}
+        for name in PATHS:
+            if values.get(name) is not None:
+                values[name] = os.path.abspath(values[name])
+        for name in _LATER:  # runs from before there were these fields stay the runs that they were
+            if values.get(name, MISSING) is None:
+                del values[name]
+        values["method"] = self.config.to_dict()
+        return values
+
+    def digest(self) -> str:
+        """SHA-256 of `identity`: two runs with the same digest are the same run."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def paper_learning_rate(config: UniPELTConfig) -> float:
+    """The learning rate of the paper's tables for a method on BERT-base (section 4.1); what it lacks has UniPELT's."""
+    if config.train_base:
+        return 2e-5
+    parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
+    if parts in ([], ["adapter"]):
+        return 1e-4
+    return 2e-4 if parts == ["prefix"] else 5e-4
+
+
+def expand_method(method: Any) -> str | dict[str, Any]:
+    """A preset's name, or a mapping; a path is read. Raises as `resolve`."""
+    if isinstance(method, (str, Path)) and str(method).endswith((".json", ".yaml", ".yml")):
+        method = read_mapping(method)
+    if isinstance(method, Mapping):
+        method = with_numbers(method)
+    elif not isinstance(method, str):
+        raise SettingsError(f"method must be a preset's name, a path or a mapping, not {show(method)}")
+    try:
+        resolve(method)
+    except ConfigError as error:
+        raise ConfigError(f"method: {error}") from None
+    return method
+
+
+def with_numbers(value: Any) -> Any:
+    """The same plain types, with numbers such as 5e-4, which YAML 1.1 reads as text, as numbers."""
+    if isinstance(value, Mapping):
+        return {key: with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _as_number(value: Any) -> Any:
+    """A number that is spelt as text, as one; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def clean_name(name: str) -> str:
+    """A name that every file system takes."""
+    clean = re.sub(r"[^\w.=+-]+", "_", name)
+    return clean if len(clean) <= 120 else f"{clean[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def locate_model(model: str) -> str:
+    """The folder behind `package:NAME/FOLDER`, found without importing the package; other names as they are.
+
+    Raises:
+        SettingsError: the package is not installed, or has no such folder.
+    """
+    if not model.startswith("package:"):
+        return model
+    package, _, inside = model.removeprefix("package:").partition("/")
+    if not package.isidentifier():
+        raise SettingsError(f"{show(model)} is not of the form package:NAME/FOLDER")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SettingsError(
+            f"the model is a part of the Python package {package!r}, which is not installed; "
+            "install the extra 'demo' (pip install -e '.[demo]') or the package itself"
+        )
+    folders = [Path(place) / inside for place in spec.submodule_search_locations]
+    found = [folder for folder in folders if (folder / "config.json").is_file()]
+    if not found:
+        raise SettingsError(f"the package {package!r} holds no model at {inside!r}: {folders[0]} has no config.json")
+    return str(found[0])
