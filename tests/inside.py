@@ -1,0 +1,47 @@
+"""Look inside an injected model: every part of what was added, by name, wherever it is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from unipelt.submodules.entry import Entry
+from unipelt.submodules.room import DEFAULT, ROOM, OwnPart, own_parts
+
+
+def name_of(own: OwnPart) -> str:
+    """The path of the layer or stack, `cross.` in cross-attention, and the part: `….layer.0.lora_query.A`."""
+    host = own.room.rpartition(".")[0]
+    return ".".join(part for part in (host, "cross" if own.cross else "", own.part.name) if part)
+
+
+def parts(model: nn.Module) -> dict[str, Tensor]:
+    """Every part as a view without gradient, which may be written to."""
+    return {name_of(own): own.tensor for own in own_parts(model)}
+
+
+def gradients_of_parts(model: nn.Module) -> dict[str, Tensor | None]:
+    """The gradient of every part, None where its parameter has none."""
+    return {
+        name_of(own): None if own.parameter.grad is None else own.part.of(own.parameter.grad)
+        for own in own_parts(model)
+    }
+
+
+def fill(model: nn.Module, end: str, value: float) -> int:
+    """Set every part whose name ends so to a number; returns how many there were."""
+    found = [tensor for name, tensor in parts(model).items() if name.endswith(end)]
+    for tensor in found:
+        tensor.fill_(value)
+    return len(found)
+
+
+def added_to(layer: Any, name: str = DEFAULT) -> Any:
+    """The set of a layer, or of a stack."""
+    return layer._modules[ROOM][name]
+
+
+def entries(model: nn.Module) -> list[Entry]:
+    """Every entry of a model."""
+    return [module for module in model.modules() if isinstance(module, Entry)]
