@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from conftest import shake
+from helpers import shake
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from tiny import ENCODER_DECODERS, ENCODERS, EOS, INSERTED, PAD, VOCABULARY, WITH_PREFIX, tiny_config, tiny_model

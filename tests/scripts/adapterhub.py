@@ -1,4 +1,4 @@
-"""Checkpoints of AdapterHub's `adapters` with what that package computes, for tests/test_adapterhub.py.
+"""Checkpoints of AdapterHub's `adapters` with what that package computes, for tests/bridges/test_adapterhub.py.
 
 It wants Transformers 4.57 and so an environment of its own, which has nothing of this project but this file.
 

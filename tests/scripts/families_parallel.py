@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from conftest import shake
+from helpers import shake
 from tiny import ENCODER_DECODERS, ENCODERS, VOCABULARY, WITH_PREFIX, tiny_batch, tiny_model
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -189,7 +189,7 @@ Target = tuple[Callable[[Any], None], list[bytes], tuple[type[BaseException], ..
 def make_targets(home: Path) -> dict[str, Target]:
     """By name: what reads an input, valid inputs to start from, and the errors that it documents."""
     import torch
-    from conftest import shake, tiny_bert
+    from helpers import shake, tiny_bert
     from safetensors import SafetensorError
     from safetensors.torch import load as load_tensors
     from safetensors.torch import save as dump_tensors

@@ -1,6 +1,6 @@
 """Mutation testing: change the code a little, and see whether a test notices.
 
-    python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests tests/test_inject.py
+    python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests tests/injection/test_inject.py
     python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests ... --sample 40 --seed 1 --out gate.json
     python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests ... --again gate.json
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from conftest import shake, tiny_batch
+from helpers import shake, tiny_batch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import tiny_batch, tiny_bert
+from helpers import tiny_batch, tiny_bert
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments

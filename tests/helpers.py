@@ -1,0 +1,158 @@
+"""What many tests use: tiny models and batches, logits, and what a refusal must leave as it was."""
+
+from __future__ import annotations
+
+import os
+
+# read when transformers and torch are imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # over tensors as small as these, threads only wait for each other
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+
+import unipelt
+from unipelt.checkpoint.manifest import MANIFEST, WEIGHTS, CheckpointError
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+SMALL = {"adapter": {"bottleneck": 6}, "prefix": {"length": 4, "hidden": 10}, "lora": {"rank": 3, "alpha": 5.0}}
+
+
+def tiny_bert(
+    num_labels: int = 2, seed: int = 0, dropout: float = 0.0, **config: object
+) -> BertForSequenceClassification:
+    """A random BERT, the same for the same seed, in evaluation mode."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {**SIZES, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertForSequenceClassification(BertConfig(**{**sizes, "num_labels": num_labels, **config})).eval()
+
+
+def tiny_batch(seed: int = 0, lengths: tuple[int, ...] = (5, 9, 7), tokens: int = 9) -> dict[str, Tensor]:
+    """Random texts of the given lengths, padded on the right to `tokens`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, SIZES["vocab_size"], (len(lengths), tokens), generator=generator)
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def shake(model: torch.nn.Module, seed: int = 1, std: float = 0.1) -> None:
+    """Move every trainable parameter away from its start, so that no term is zero by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(std * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def small(preset: str = "unipelt-apl", **changes: object) -> unipelt.UniPELTConfig:
+    """A preset with submodules as small as the tiny model."""
+    config = unipelt.resolve(preset)
+    return config.updated({name: part for name, part in SMALL.items() if getattr(config, name)}).updated(changes)
+
+
+def trained(preset: str = "unipelt-apl", model: Any = None, **changes: object) -> Any:
+    """A model with a method in it, everything that trains moved away from its start."""
+    model = unipelt.inject(tiny_bert() if model is None else model, small(preset, **changes))
+    shake(model)
+    return model
+
+
+def logits(model: Any, batch: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
+    """What a model gives, without gradients; by default for `tiny_batch()`."""
+    with torch.no_grad():
+        found: Tensor = model(**(tiny_batch() if batch is None else batch), **options).logits
+    return found
+
+
+def bits(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every parameter as it is now."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal, for numbers as large as the largest (logits of a random mT5 are near 25)."""
+    torch.testing.assert_close(got, want, atol=tolerance * max(1.0, want.abs().max().item()), rtol=0)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def edit(folder: Path, where: str, value: object) -> None:
+    """Put a value into the manifest, at a path with dots."""
+    manifest = read(folder)
+    *path, last = where.split(".")
+    part = manifest
+    for key in path:
+        part = part[key]
+    part[last] = value
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def seal(folder: Path) -> None:
+    """Let the manifest vouch for the weights that are there, so that a later check has to find the fault."""
+    edit(folder, "weights.sha256", hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
+
+
+def what_is_there(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything of a model that a refusal must leave as it was."""
+    modules = list(model.modules())
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "trains": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "types": [type(module) for module in modules],
+        "attributes": [sorted(vars(module)) for module in modules],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
+        "config": model.config.to_dict(),
+        "training": [module.training for module in modules],
+    }
+
+
+def assert_same(now: dict[str, Any], before: dict[str, Any]) -> None:
+    tensors, expected = now.pop("tensors"), before.pop("tensors")
+    assert now == before
+    assert list(tensors) == list(expected)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def refused(load: Callable[[Any, Any], Any], folder: Path, *parts: str, model: Any = None) -> None:
+    """`load(model, folder)` raises an error with these parts in its message, and leaves the model as it was."""
+    base = tiny_bert() if model is None else model
+    before, flags = bits(base), [parameter.requires_grad for parameter in base.parameters()]
+    with pytest.raises(CheckpointError) as caught:
+        load(base, folder)
+    assert all(part in str(caught.value) for part in parts), caught.value
+    assert len(str(caught.value)) < 700
+    assert not hasattr(base, "unipelt_injection")
+    after = bits(base)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert flags == [parameter.requires_grad for parameter in base.parameters()]
+
+
+@contextmanager
+def refusing(model: PreTrainedModel, *said: str, error: type[Exception] = CheckpointError) -> Iterator[None]:
+    """The block raises one sentence with these words, and the model is bitwise what it was."""
+    before = what_is_there(model)
+    with pytest.raises(error) as caught:
+        yield
+    for words in said:
+        assert words in str(caught.value), f"{words!r} is not in {str(caught.value)!r}"
+    assert_same(what_is_there(model), before)
