@@ -32,6 +32,7 @@ from unipelt.checkpoint.model_card import model_card
 from unipelt.files.atomic import write_whole
 from unipelt.injection.parameters import is_sharded, kept_names, parameter_counts, unfrozen_names
 from unipelt.injection.state import injection_of
+from unipelt.submodules.entry import Entry, join_rows
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
 
 
@@ -118,4 +119,7 @@ def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, dep
                 tensors[f"{path}.keys_values"] = prefixes[network][module.index]
         for path in networks.values():
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
+    for path, module in model.named_modules():
+        if isinstance(module, Entry):
+            join_rows(module, tensors, f"{path}.", None)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -77,6 +77,8 @@ class Entry(nn.Module):
         network: the network that x goes through first, or None.
         has_input: whether the gates read x.
         parts: the named parts of the parameters.
+        is_separate: whether gates and further rows are parameters of their own, `gate_weight` and `row_weight` (and
+            biases alike), so that an optimizer may give them different rates. A state dict has them as one.
     """
 
     weight: nn.Parameter
@@ -110,6 +112,7 @@ class Entry(nn.Module):
         if self._row_bias:
             bias = torch.cat([bias, *(row.bias.detach() for row in rows if row.bias is not None)])
         self.bias = nn.Parameter(bias)
+        self.is_separate = False
         self.parts = self._name_parts()
 
     def forward(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -126,16 +129,47 @@ class Entry(nn.Module):
         if not self.has_input:
             lead = x.shape[:-1] if self.gates.pooling == "token" else (len(x), 1)
             return self.gates(self.bias.expand(*lead, count), weights), None
-        x = x.to(self.weight.dtype)
+        x = x.to((self.gate_weight if self.is_separate else self.weight).dtype)
         if self.network is not None:
             return self.gates(nn.functional.linear(self.network(x, weights), self.weight, self.bias), weights), None
         if not self._rows:
             return self.gates(nn.functional.linear(x, self.weight, self.bias), weights), None
-        product = nn.functional.linear(x, self.weight, self.bias if self._row_bias else None)
+        weight, bias = self._whole()
+        product = nn.functional.linear(x, weight, bias if self._row_bias else None)
         logits, further = product.split([count, product.shape[-1] - count], dim=-1)
         if not self._row_bias:
             logits = logits + self.bias
         return self.gates(logits, weights), further
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        if not self.is_separate:
+            return self.weight, self.bias
+        weight = torch.cat([self.gate_weight, self.row_weight])
+        return weight, torch.cat([self.gate_bias, self.row_bias]) if self._row_bias else self.bias
+
+    def separate(self) -> None:
+        """Keep the gates and the further rows as parameters of their own from now on, in place."""
+        if self.is_separate or not self._rows:
+            return
+        count = len(self.gates.names)
+        for name in ("weight", "bias") if self._row_bias else ("weight",):
+            whole: nn.Parameter = self._parameters.pop(name)  # type: ignore[assignment]
+            for part, rows in (("gate", whole[:count]), ("row", whole[count:])):
+                self.register_parameter(f"{part}_{name}", nn.Parameter(rows.detach().clone(), whole.requires_grad))
+        self.is_separate = True
+        self.parts = self._name_parts()
+        self.register_state_dict_post_hook(join_rows)
+        self.register_load_state_dict_pre_hook(_part_rows)
+
+    def _join(self) -> None:
+        """Keep gates and further rows as one parameter again."""
+        if self.is_separate:
+            weight, bias = self._whole()
+            for name in [name for name in self._parameters if name.startswith(("gate_", "row_"))]:
+                del self._parameters[name]
+            self.weight, self.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+            self.is_separate = False
+            self.parts = self._name_parts()
 
     @property
     def row_names(self) -> tuple[str, ...]:
@@ -144,6 +178,7 @@ class Entry(nn.Module):
 
     def keep(self, names: Collection[str]) -> None:
         """Keep the gates of these names, with the further rows of the same names, and drop all others, in place."""
+        self._join()
         kept: dict[str, list[int]] = {"weight": [], "bias": []}
         for part in self.parts:
             if (part.gate or part.row) in names:
@@ -177,21 +212,40 @@ class Entry(nn.Module):
 
     def _name_parts(self) -> tuple[Part, ...]:
         parts = []
+        gates, rows = ("gate_weight", "row_weight") if self.is_separate else ("weight", "weight")
+        gate_bias, row_bias = ("gate_bias", "row_bias") if self.is_separate and self._row_bias else ("bias", "bias")
         for index, name in enumerate(self.gates.names):
             if self.has_input:
-                parts.append(Part(f"gate.{name}.weight", "gate", "weight", index, 1, gate=name))
-            parts.append(Part(f"gate.{name}.bias", "gate", "bias", index, 1, gate=name))
-        start = len(self.gates.names)
+                parts.append(Part(f"gate.{name}.weight", "gate", gates, index, 1, gate=name))
+            parts.append(Part(f"gate.{name}.bias", "gate", gate_bias, index, 1, gate=name))
+        start = 0 if self.is_separate else len(self.gates.names)
         for name, part, kind, count in self._rows:
-            weight = f"{part}.weight" if self._row_bias else part
-            parts.append(Part(weight, kind, "weight", start, count, row=name))
+            parts.append(Part(f"{part}.weight" if self._row_bias else part, kind, rows, start, count, row=name))
             if self._row_bias:
-                parts.append(Part(f"{part}.bias", kind, "bias", start, count, row=name))
+                parts.append(Part(f"{part}.bias", kind, row_bias, start, count, row=name))
             start += count
         if self.network is not None:
             names = [f"network.{name}" for name, _ in self.network.named_parameters()]
             parts += [Part(f"gate.{name}", "gate", name, gate="network") for name in names]
         return tuple(parts)
+
+
+def join_rows(entry: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """State-dict hook of a separate entry: gates and further rows as one tensor, under the name that it always has."""
+    for name in ("weight", "bias"):
+        pieces = [state.pop(key) for key in (f"{prefix}gate_{name}", f"{prefix}row_{name}") if key in state]
+        if pieces:
+            state[f"{prefix}{name}"] = torch.cat(pieces)
+
+
+def _part_rows(entry: Entry, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook before loading a state dict into a separate entry: the one tensor as two."""
+    count = len(entry.gates.names)
+    for name in ("weight", "bias"):
+        whole = state.get(f"{prefix}{name}")
+        if whole is not None and f"gate_{name}" in entry._parameters:
+            del state[f"{prefix}{name}"]
+            state[f"{prefix}gate_{name}"], state[f"{prefix}row_{name}"] = whole[:count], whole[count:]
 
 
 def shares_product(config: GateConfig) -> bool:
