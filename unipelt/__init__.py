@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from unipelt.gates.record import GateRecord, gate_penalty, record_gates
     from unipelt.hosts.families import Attention, Family, Stack, register_family
     from unipelt.hosts.locate import InjectionError
+    from unipelt.injection.disable import disable
     from unipelt.injection.inject import remove
+    from unipelt.injection.parameter_groups import parameter_groups, print_trainable_parameters
     from unipelt.injection.parameters import ParameterCounts, parameter_counts
     from unipelt.multitask.batch_rows import MixedOutput
     from unipelt.multitask.tasks import Tasks
@@ -88,6 +90,7 @@ else:
             "TargetInfo": "unipelt.submodules.register",
             "Tasks": "unipelt.multitask.tasks",
             "UniPELTConfig": "unipelt.config.methods",
+            "disable": "unipelt.injection.disable",
             "fold": "unipelt.gates.fold",
             "from_pretrained": "unipelt.checkpoint.load",
             "gate_penalty": "unipelt.gates.record",
@@ -98,6 +101,8 @@ else:
             "load_release_state_dict": "unipelt.bridges.release",
             "load_tokenizer": "unipelt.checkpoint.push",
             "parameter_counts": "unipelt.injection.parameters",
+            "parameter_groups": "unipelt.injection.parameter_groups",
+            "print_trainable_parameters": "unipelt.injection.parameter_groups",
             "push_to_hub": "unipelt.checkpoint.push",
             "record_gates": "unipelt.gates.record",
             "register_family": "unipelt.hosts.families",
@@ -146,6 +151,7 @@ __all__ = [
     "TargetInfo",
     "Tasks",
     "UniPELTConfig",
+    "disable",
     "fold",
     "from_pretrained",
     "gate_penalty",
@@ -156,6 +162,8 @@ __all__ = [
     "load_release_state_dict",
     "load_tokenizer",
     "parameter_counts",
+    "parameter_groups",
+    "print_trainable_parameters",
     "push_to_hub",
     "record_gates",
     "register_family",

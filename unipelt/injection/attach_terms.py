@@ -42,7 +42,11 @@ class Plan:
     def like(self, projection: Projection) -> Tensor:
         """Return a tensor of the type and on the device of the submodules at this projection."""
         like = template_for(projection.module.weight, self.dtype, self.config.dtype)
-        return like if self.device is None else torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        device = self.device
+        if device is None and like.is_meta:  # accelerate brings the weight in for each pass
+            hook = getattr(projection.module, "_hf_hook", None)
+            device = getattr(hook, "execution_device", None) or "cpu"
+        return like if device is None else torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
 def build_term(target: TermTarget, plan: Plan) -> FunctionTerm:

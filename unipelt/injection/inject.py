@@ -13,11 +13,12 @@ from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.hosts.quantised import find_obstacle
 from unipelt.injection.attach import build, build_prompt, install, install_prompt
 from unipelt.injection.parameters import bias_names, head_names, kept_names, set_trainable
+from unipelt.injection.precision import widen
 from unipelt.injection.state import Injection, injection_of
 from unipelt.injection.wire import detach
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.outputs import matrix_of
-from unipelt.submodules.room import placed_terms, rooms
+from unipelt.submodules.room import own_parameters, placed_terms, rooms
 
 
 def inject_as(
@@ -38,6 +39,8 @@ def inject_as(
     )
     if unknown := injection.head - injection.required_grad.keys():
         raise InjectionError(f"this {type(model).__name__} has no head parameter {show(sorted(unknown)[0])}")
+    if absent := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+        _check_memory(model, absent)
     if obstacle := find_obstacle(model, config, injection.head):
         raise InjectionError(obstacle)
     record: Any = model
@@ -51,11 +54,13 @@ def inject_as(
         if config.bitfit and not bias_names(model) - injection.head:
             raise InjectionError(f"bitfit trains biases, and this {type(model).__name__} has none")
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        widened = trained & injection.head if config.dtype == "float32" else set()
         injection.originals = {
             name: parameter.detach().to("meta" if parameter.is_meta else "cpu", copy=True)
             for name, parameter in model.named_parameters()
             if name in injection.required_grad and (name in trained or name in injection.head)
         }
+        widen(model, widened)
         # Transformers drops these names when it saves, and Trainer expects just them to be missing when it loads
         kept = set(kept_names(model))
         record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
@@ -80,13 +85,35 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
     if injection.shares:
         raise ValueError("this model is one of several tasks on one base; call delete(name) of their unipelt.Tasks")
     before = injection.before
+    _check_as_it_was(model, injection)
     _strip(model)
     for name, parameter in model.named_parameters():
         if name in before:
-            parameter.data.copy_(before[name])
-        parameter.grad = None
-        parameter.requires_grad_(injection.required_grad[name])
+            value = before[name]
+            if value.dtype == parameter.dtype:
+                parameter.data.copy_(value)
+            else:  # it trained in float32 over a base in half precision
+                parameter.data = value.to(parameter.device, copy=True)
+        if name in injection.required_grad:
+            parameter.grad = None
+            parameter.requires_grad_(injection.required_grad[name])
     return model
+
+
+def _check_as_it_was(model: PreTrainedModel, injection: Injection) -> None:
+    """Raise `ValueError` if the pretrained parameters are not those that submodules were added beside."""
+    ours = own_parameters(model).keys()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name not in ours}
+    if gone := sorted(injection.required_grad.keys() - shapes.keys()):
+        raise ValueError(
+            f"the parameter {gone[0]!r} is no longer in the model, so it cannot be put back; nothing was removed"
+        )
+    for name, value in injection.before.items():
+        if shapes[name] != value.shape:
+            raise ValueError(
+                f"the parameter {name!r} was {tuple(value.shape)} when submodules were added and is "
+                f"{tuple(shapes[name])} now, so it cannot be put back; nothing was removed"
+            )
 
 
 def start_from_weights(model: PreTrainedModel, lora: LoRAConfig) -> None:
@@ -105,6 +132,15 @@ def start_from_weights(model: PreTrainedModel, lora: LoRAConfig) -> None:
     except BaseException:
         remove(model)
         raise
+
+
+def _check_memory(model: PreTrainedModel, name: str) -> None:
+    """Raise `InjectionError` for a parameter on the device `meta`, unless accelerate brings its numbers in."""
+    module: Any = model.get_submodule(name.rpartition(".")[0])
+    if getattr(module, "_hf_hook", None) is None:
+        raise InjectionError(
+            f"{name} is on the device meta and has no numbers, and submodules start beside those; load the model first"
+        )
 
 
 def _strip(model: nn.Module) -> None:

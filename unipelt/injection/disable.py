@@ -1,0 +1,60 @@
+"""An injected model as its base, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from unipelt.injection.state import injection_of
+from unipelt.submodules.room import rooms
+
+
+@contextmanager
+def disable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Inside the block, a model computes what its base computed before `inject`, bit for bit, heads included.
+
+        with unipelt.disable(model), torch.no_grad():
+            reference = model(**batch).logits
+
+    Every room is left aside, and every pretrained parameter that trained, or that low-rank terms were merged into, has
+    its former value. After the block, also after an exception, the model is as it was. The block is for one thread: it
+    switches the model, and not a copy. Gradients of what trained must not be computed inside.
+
+    Raises:
+        ValueError: nothing was injected, or the base's parameters have other shapes now.
+    """
+    injection = injection_of(model)
+    parameters = dict(model.named_parameters())
+    before = injection.before
+    for name, value in before.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise ValueError(
+                f"the parameter {name!r} was {tuple(value.shape)} when submodules were added, and is not now"
+            )
+    active = [(room, room.active) for _, room in rooms(model)]
+    values = {name: parameters[name].data for name in before}
+    chunked: list[tuple[Any, int]] = [
+        (module, vars(module)["unipelt_chunk_size"])
+        for module in model.modules()
+        if "unipelt_chunk_size" in vars(module)
+    ]
+    try:
+        for room, _ in active:
+            room.active = None
+        for module, size in chunked:
+            module.chunk_size_feed_forward = size
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].data = value.to(parameters[name].device, copy=True)
+        yield model
+    finally:
+        for name, data in values.items():
+            parameters[name].data = data
+        for room, name in active:
+            room.active = name
+        for module, _ in chunked:
+            module.chunk_size_feed_forward = 0

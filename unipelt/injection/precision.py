@@ -1,0 +1,37 @@
+"""Parts of a model in half precision that train: they do so in float32, where small steps are not rounded away."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unipelt.injection.hooks import hook, put
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def widen(model: nn.Module, names: Collection[str]) -> None:
+    """Make the modules that hold these parameters float32, if they are in half precision.
+
+    Their input is converted on its way in, and their output stays float32: they are heads, and nothing of the base
+    follows.
+    """
+    for path, module in model.named_modules():
+        own = {f"{path}.{name}" if path else name: parameter for name, parameter in module._parameters.items()}
+        wide = [parameter for name, parameter in own.items() if name in names and parameter is not None]
+        if not any(parameter.dtype in HALF for parameter in wide):
+            continue
+        for parameter in own.values():
+            if parameter is not None and parameter.dtype in HALF:
+                parameter.data = parameter.data.float()
+        put(module, widen_input)
+
+
+@hook("input")
+def widen_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Convert what a module is given to the type of its parameters."""
+    kind = next(parameter.dtype for parameter in module._parameters.values() if parameter is not None)
+    return tuple(value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value for value in args)
