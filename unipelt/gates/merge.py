@@ -62,8 +62,9 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
             prefix.deploy(both)
         _drop_networks(model)
         for module in model.modules():
-            if isinstance(module, Prompt) and settled.get(module) is not None:
-                module.scale_by(settled[module])
+            constant = settled.get(module)
+            if isinstance(module, Prompt) and constant is not None:
+                module.scale_by(constant)
         for _, layer, part in list(layer_sets(model)):
             _fold_set(part, settled)
             rewire_layer(layer)

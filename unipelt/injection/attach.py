@@ -107,7 +107,7 @@ def room_of(host: Any, passes: Passes | None) -> Room:
 def _build_set(
     layer: LayerTargets, plan: Plan, own: list[AttentionTargets], cross: list[AttentionTargets]
 ) -> SubmoduleSet:
-    terms = [build_term(target, plan) for target in layer.terms]
+    terms: list[Term] = [build_term(target, plan) for target in layer.terms]
     terms += [build_low_rank(target, plan) for target in layer.low_rank]
     mine = [(target, term) for target, term in zip((*layer.terms, *layer.low_rank), terms, strict=True)]
     built = SubmoduleSet(Wiring())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.register import MODULES, TargetInfo
 from unipelt.submodules.term import FunctionTerm, SharedParameters, Term
+
+
+OwnTerm = TypeVar("OwnTerm", bound=Term)
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def build_adapter(layer: LayerTargets, plan: Plan) -> Adapter:
     return adapter
 
 
-def _settle(term: Term, target: TermTarget, plan: Plan, entry: Entry | None) -> Term:
+def _settle(term: OwnTerm, target: TermTarget, plan: Plan, entry: Entry | None) -> OwnTerm:
     label = plan.found.cross_label if target.in_cross else plan.found.label
     term.gate_name = f"{label}{target.name}" if target.config.gate else ""
     term.entry = entry

@@ -33,20 +33,16 @@ def disable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     for name, value in before.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise ValueError(
-                f"the parameter {name!r} was {tuple(value.shape)} when submodules were added, and is not now"
+                f"the parameter {name!r} was {tuple(value.shape)} when submodules were added, and has another shape now"
             )
     active = [(room, room.active) for _, room in rooms(model)]
     values = {name: parameters[name].data for name in before}
-    chunked: list[tuple[Any, int]] = [
-        (module, vars(module)["unipelt_chunk_size"])
-        for module in model.modules()
-        if "unipelt_chunk_size" in vars(module)
-    ]
+    chunked: list[Any] = [module for module in model.modules() if "unipelt_chunk_size" in vars(module)]
     try:
         for room, _ in active:
             room.active = None
-        for module, size in chunked:
-            module.chunk_size_feed_forward = size
+        for module in chunked:
+            module.chunk_size_feed_forward = module.unipelt_chunk_size
         with torch.no_grad():
             for name, value in before.items():
                 parameters[name].data = value.to(parameters[name].device, copy=True)
@@ -54,7 +50,7 @@ def disable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     finally:
         for name, data in values.items():
             parameters[name].data = data
-        for room, name in active:
-            room.active = name
-        for module, _ in chunked:
+        for room, before_name in active:
+            room.active = before_name
+        for module in chunked:
             module.chunk_size_feed_forward = 0

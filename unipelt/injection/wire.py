@@ -34,13 +34,14 @@ def wire_stack(owner: Any, layer: nn.Module) -> None:
 
 def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
     """Give every host of a set its port and its hooks."""
+    room: Any = layer._modules[ROOM]
     for cross, part in enumerate(added.attentions()):
         wiring = part.wiring
 
         def port(path: str, cross: bool = bool(cross)) -> Any:
             host: Any = layer.get_submodule(path)
             if "unipelt_port" not in vars(host):
-                host.unipelt_port = Port((layer._modules[ROOM],), path, cross)
+                host.unipelt_port = Port((room,), path, cross)
             return host
 
         if part.needs_pass:

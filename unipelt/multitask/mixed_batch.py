@@ -84,7 +84,7 @@ def furnish(base: nn.Module, models: Mapping[str, nn.Module]) -> Passes:
     for path, host in list(base.named_modules()):
         own = {task: module for task, model in models.items() if _differs(host, module := _at(model, path))}
         if own:
-            host.unipelt_own_modules = OwnModules(own, passes)  # type: ignore[assignment]
+            host.unipelt_own_modules = OwnModules(own, passes)
             put(host, compute_own)
     for module in base.modules():
         if getattr(module, "chunk_size_feed_forward", None):
@@ -118,4 +118,9 @@ def compute_own(host: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | No
     if rows is None or not any(name in own.modules for name in rows.names):
         return None
     pieces = zip(rows.names, rows.split(args[0]), rows.split(output), strict=True)
-    return torch.cat([own.modules[name](given) if name in own.modules else piece for name, given, piece in pieces])
+    return torch.cat(
+        [
+            own.modules[name](given) if name is not None and name in own.modules else piece
+            for name, given, piece in pieces
+        ]
+    )

@@ -82,6 +82,10 @@ class Entry(nn.Module):
     """
 
     weight: nn.Parameter
+    gate_weight: nn.Parameter
+    row_weight: nn.Parameter
+    gate_bias: nn.Parameter
+    row_bias: nn.Parameter
 
     def __init__(
         self,

@@ -233,7 +233,11 @@ class Passes:
         again = ForwardPass(PassFacts())
         thread = get_ident()
         self._recomputed[thread] = (task, again)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputed.pop(thread, None))
+
+        def end() -> None:
+            self._recomputed.pop(thread, None)
+
+        torch.autograd.Variable._execution_engine.queue_callback(end)
         return again
 
     def enter(self, facts: PassFacts, args: tuple[Any, ...], by_layer: bool = False) -> tuple[Any, ...]:

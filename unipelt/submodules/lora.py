@@ -118,7 +118,8 @@ class LoRA(Term):
                 return out
             require(now, self.name).served.add(self.name)
         gate, low = self.open_gate(x, now)
-        down_start, up = None, self.B
+        down_start: Tensor | None = None
+        up: Tensor = self.B
         if hasattr(self, "A0"):
             down_start, up = self.A0, torch.cat([self.B, -self.B0], dim=1)
         if low is None:

@@ -24,7 +24,7 @@ NETWORK_NAMES = ("prefix_network", "cross_prefix_network")
 class _Blocks(nn.Linear):
     """A projection whose outputs are blocks of equal size, of which one alone may be asked for."""
 
-    def forward(self, x: Tensor, index: int | None = None, size: int = 0) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, index: int | None = None, size: int = 0) -> Tensor:
         """Return all outputs of x, or the `size` outputs of block `index`."""
         if index is None:
             return super().forward(x)

@@ -273,6 +273,7 @@ class PlacedTerm:
         host: the host.
         owner: the set that holds the term.
         term: the term.
+        cross: whether the term belongs to the layer's cross-attention.
     """
 
     layer: str
@@ -280,15 +281,7 @@ class PlacedTerm:
     host: Any
     owner: SubmoduleSet
     term: Any
-
-    def factor(self, name: str) -> Tensor | None:
-        """Return the numbers of a part of the term, wherever they are kept: `A`, `down.weight`, …; None without it."""
-        wanted = f"{self.term.name}.{name}"
-        for module in (self.term, self.term.entry, self.owner.entry):
-            for part in getattr(module, "parts", ()):
-                if part.name == wanted:
-                    return part.of(module.get_parameter(part.parameter).detach())
-        return None
+    cross: bool
 
     def factors(self) -> dict[str, Tensor]:
         """Return the numbers of all parts of the term, by name."""
@@ -296,13 +289,14 @@ class PlacedTerm:
         return {
             part.name.removeprefix(prefix): part.of(module.get_parameter(part.parameter).detach())
             for module in (self.term, self.term.entry, self.owner.entry)
-            for part in getattr(module, "parts", ())
+            if module is not None
+            for part in module.parts
             if part.name.startswith(prefix)
         }
 
 
 def layer_sets(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Any, SubmoduleSet]]:
-    """Find each layer that carries a set of this name: its path, the layer, and the set or that of its cross-attention."""
+    """Find each layer that carries a set of this name; yields its path, the layer, and each attention's set."""
     for path, room in rooms(model):
         found = room.present(name)
         if isinstance(found, SubmoduleSet):
@@ -319,6 +313,5 @@ def placed_terms(model: nn.Module, name: str = DEFAULT) -> Iterator[PlacedTerm]:
         places = [(path, terms) for places in (wiring.outputs, wiring.inputs) for path, terms in places.items()]
         for path, terms in (*places, *([(wiring.norm, ("adapter",))] if wiring.norm else [])):
             for term in terms:
-                yield PlacedTerm(
-                    layer_path, f"{layer_path}.{path}", layer.get_submodule(path), part, part._modules[term]
-                )
+                host, cross = layer.get_submodule(path), part is not layer._modules[ROOM][name]
+                yield PlacedTerm(layer_path, f"{layer_path}.{path}", host, part, part._modules[term], cross)
