@@ -20,10 +20,7 @@ from transformers import AutoModelForSequenceClassification, BertForTokenClassif
 
 import unipelt
 from unipelt.injection.state import injection_of
-from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import LoRA
-from unipelt.submodules.prefix import Prefix
+from unipelt.submodules.room import layer_sets, own_parts, placed_terms
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "adapterhub.py"
 METHODS = ("unipelt-apl", "unipelt-al", "unipelt-pl-nogate", "adapter", "prefix", "lora")
@@ -129,31 +126,30 @@ def written(model: PreTrainedModel, folder: Path) -> Path:
     config = injection_of(model).config
     tensors: dict[str, Tensor] = {}
     flat = []
-    for path, module in model.named_modules():
-        host = path.rpartition(".")[0]
-        if isinstance(module, LoRA):
-            tensors |= {f"{host}.loras.it.lora_{half}": getattr(module, half) for half in "AB"}
-        elif isinstance(module, Adapter):
-            owner = path.replace("LayerNorm.adapter", "adapters.it.")
-            for theirs, linear in (("adapter_down.0", module.down), ("adapter_up", module.up)):
-                tensors |= {f"{owner}{theirs}.weight": linear.weight, f"{owner}{theirs}.bias": linear.bias}
-        elif isinstance(module, Gates):
-            owners = {
-                "adapter": path.replace("LayerNorm.adapter.gates", "adapters.it.gate"),
-                "prefix": f"{host}.prefix_tuning.prefix_gates.it",
-                "lora_query": f"{host}.query.loras.it.gate",
-                "lora_value": f"{host}.value.loras.it.gate",
-            }
-            for row, name in enumerate(module.names):
-                tensors[f"{owners[name]}.weight"] = module.weight[row : row + 1]
-                tensors[f"{owners[name]}.bias"] = module.bias[row : row + 1]
-        elif isinstance(module, Prefix):
-            flat.append(module().detach())
+    for placed in placed_terms(model):
+        owner = f"{placed.layer}.output.adapters.it." if placed.term.name == "adapter" else f"{placed.path}.loras.it."
+        names = {"down": "adapter_down.0", "up": "adapter_up", "A": "lora_A", "B": "lora_B"}
+        for name, tensor in placed.factors().items():
+            first, _, rest = name.partition(".")
+            tensors[f"{owner}{names[first]}{'.' if rest else ''}{rest}"] = tensor
+    for row in own_parts(model):
+        if row.part.kind == "gate":
+            where = row.room.removesuffix(".unipelt")
+            owner = {
+                "adapter": f"{where}.output.adapters.it.gate",
+                "prefix": f"{where}.attention.self.prefix_tuning.prefix_gates.it",
+                "lora_query": f"{where}.attention.self.query.loras.it.gate",
+                "lora_value": f"{where}.attention.self.value.loras.it.gate",
+            }[row.part.gate]
+            tensors[f"{owner}.{row.part.parameter}"] = row.tensor
+    for _, _, part in layer_sets(model):
+        if part.prefix is not None:
+            flat.append(part.prefix().detach())
     prefix = "prefix_tuning.prefix_tunings.it.self_prefix."
     if flat and injection_of(model).deployed:
         tensors[f"bert.{prefix}control_trans"] = torch.stack(flat).permute(2, 0, 1, 3).flatten()
     elif flat:
-        network: Any = model.get_submodule("bert.encoder.prefix_network")
+        network: Any = model.get_submodule("bert.encoder.unipelt.default.prefix_network")
         tensors[f"bert.{prefix}wte.weight"] = network.embedding
         for theirs, linear in (("control_trans.0", network.w1), ("control_trans.2", network.w2)):
             tensors[f"bert.{prefix}{theirs}.weight"] = linear.weight
@@ -248,10 +244,9 @@ def test_a_scaled_adapter_is_scaled_for_good(tmp_path: Path) -> None:
     folder = written(model, tmp_path / "it")
     edit(folder, scaling=0.5)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Adapter):
-                module.up.weight.mul_(0.5)
-                module.up.bias.mul_(0.5)
+        for placed in placed_terms(model):
+            placed.term.up.weight.mul_(0.5)
+            placed.term.up.bias.mul_(0.5)
     back = unipelt.load_adapterhub(tiny_bert(), folder)
     assert torch.equal(logits(back, **tiny_batch()), logits(model, **tiny_batch()))
 
@@ -263,7 +258,7 @@ def test_a_model_without_a_head_takes_what_was_saved_from_one_with(tmp_path: Pat
     back = unipelt.load_adapterhub(BertModel(tiny_bert().config), folder)
     whole: Any = unipelt.load_adapterhub(tiny_bert(), folder)
     ours = dict(whole.bert.named_parameters())
-    assert all(torch.equal(ours[n], p) for n, p in back.named_parameters() if "lora" in n or "adapter" in n)
+    assert all(torch.equal(ours[n], p) for n, p in back.named_parameters() if ".unipelt." in n)
 
 
 def test_a_head_of_adapterhubs_own_replaces_bert_s_pooler(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from unipelt.cli import main
 from unipelt.config.methods import PROJECTIONS
 from unipelt.hosts.families import FAMILIES
 from unipelt.injection.state import injection_of
-from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import LoRA
+from unipelt.submodules.entry import Entry
+from unipelt.submodules.room import placed_terms
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
@@ -232,27 +232,34 @@ def test_a_start_is_that_of_peft() -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], init_lora_weights="pissa")
     theirs = peft.get_peft_model(tiny_bert(), config)
     model: Any = unipelt.inject(tiny_bert(), {"preset": "lora", "lora": {"rank": 4, "alpha": 6.0, "start": "pissa"}})
-    for path, module in model.named_modules():
-        if isinstance(module, LoRA):
-            other = theirs.base_model.model.get_submodule(path.rpartition(".")[0])
-            first = other.lora_B["default"].weight @ other.lora_A["default"].weight
-            torch.testing.assert_close(module.B0 @ module.A0, first, rtol=0, atol=1e-5)
-            torch.testing.assert_close(module.A0.norm(dim=1), other.lora_A["default"].weight.norm(dim=1))
+    found = list(placed_terms(model))
+    assert len(found) == 6
+    for placed in found:
+        other = theirs.base_model.model.get_submodule(placed.path)
+        first = other.lora_B["default"].weight @ other.lora_A["default"].weight
+        torch.testing.assert_close(placed.term.B0 @ placed.term.A0, first, rtol=0, atol=1e-5)
+        torch.testing.assert_close(placed.term.A0.norm(dim=1), other.lora_A["default"].weight.norm(dim=1))
 
 
 # Folded
 
 
-def gates(model: PreTrainedModel) -> dict[str, Gates]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, Gates)}
+def gates(model: PreTrainedModel) -> list[tuple[str, int, Tensor, Tensor]]:
+    """Every gate: its name, the place of its entry in the model, weight and bias as views into the entry."""
+    found = []
+    for place, entry in enumerate(module for module in model.modules() if isinstance(module, Entry)):
+        rows = {part.name: part.of(getattr(entry, part.parameter).detach()) for part in entry.parts if part.gate}
+        found += [(n, place, rows[f"gate.{n}.weight"], rows[f"gate.{n}.bias"]) for n in entry.gates.names]
+    return found
 
 
 def constant_gates(model: PreTrainedModel) -> None:
     """Every gate the same for all texts, each another: 0.3, 0.35, ..."""
-    with torch.no_grad():
-        for place, module in enumerate(gates(model).values()):
-            module.weight.zero_()
-            module.bias.copy_(torch.logit(0.3 + 0.05 * place + 0.02 * torch.arange(len(module.bias))))
+    rows: dict[int, int] = {}
+    for _, place, weight, bias in gates(model):
+        row = rows[place] = rows.get(place, -1) + 1
+        weight.zero_()
+        bias.fill_(torch.logit(torch.tensor(0.3 + 0.05 * place + 0.02 * row)))
 
 
 @pytest.mark.parametrize("gating", ["replace", "multiply"])
@@ -284,9 +291,9 @@ def test_closed_gates_leave_nothing_behind(tmp_path: Path) -> None:
     model = unipelt.inject(tiny_bert(), "unipelt-al")
     shake(model)
     constant_gates(model)
-    with torch.no_grad():
-        for path, module in gates(model).items():
-            module.bias[slice(None) if "adapter" in path else slice(1, 2)] = -20.0
+    for name, _, _, bias in gates(model):
+        if name in ("adapter", "lora_value"):
+            bias.fill_(-20.0)
     unipelt.fold(model, [bert_batch()])
     unipelt.save_peft(model, tmp_path)
     names = load_file(tmp_path / "adapter_model.safetensors")
@@ -338,9 +345,8 @@ def test_a_gate_that_varies_is_named_after_folding(tmp_path: Path) -> None:
 
 def test_a_model_of_closed_gates_has_nothing_to_send(tmp_path: Path) -> None:
     model = with_lora(tiny_bert(), lora={"gate": True})
-    with torch.no_grad():
-        for module in gates(model).values():
-            module.bias.fill_(-20.0)
+    for _, _, _, bias in gates(model):
+        bias.fill_(-20.0)
     unipelt.fold(model, [bert_batch()], tolerance=1.0)
     with pytest.raises(unipelt.CheckpointError, match="none is left"):
         unipelt.save_peft(model, tmp_path / "peft")
@@ -416,13 +422,15 @@ def test_heads_that_peft_would_mistake(place: str, part: Any, message: str | Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", ["base", "float32"])
 @pytest.mark.parametrize("gate", [False, True])
-def test_half_precision_stays(gate: bool, tmp_path: Path) -> None:
-    model = with_lora(tiny_bert().bfloat16(), lora={"gate": gate})
+def test_the_types_of_a_model_stay(gate: bool, dtype: str, tmp_path: Path) -> None:
+    model = with_lora(tiny_bert().bfloat16(), lora={"gate": gate}, dtype=dtype)
     constant_gates(model)
     unipelt.fold(model, [bert_batch()])
     unipelt.save_peft(model, tmp_path)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        assert tensor.dtype == (torch.float32 if "lora" in name and dtype == "float32" else torch.bfloat16), name
     back = unipelt.load_peft(tiny_bert().bfloat16(), tmp_path)
     torch.testing.assert_close(logits(back, bert_batch()), logits(model, bert_batch()), rtol=0, atol=2e-2)
 
@@ -460,7 +468,7 @@ def test_ranks_that_fill_up_can_train(tmp_path: Path) -> None:
     with_peft(tiny_bert(), tmp_path, rank_pattern={"query": 2})
     model = unipelt.load_peft(tiny_bert(), tmp_path)
     model(**bert_batch(), labels=torch.tensor([0, 1, 0])).loss.backward()
-    term: Any = model.get_submodule("bert.encoder.layer.0.attention.self.query.lora_query")
+    term: Any = model.get_submodule("bert.encoder.layer.0.unipelt.default.lora_query")
     assert term.A.shape[0] == 4
     assert term.B.grad[:, 2:].abs().min() > 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridges.test_peft import edit, in_peft, logits
+from bridges.test_peft import edit, gates, in_peft, logits
 from helpers import bits, refused, shake, tiny_bert
 from helpers import tiny_batch as bert_batch
 from safetensors.torch import load_file, save_file
@@ -96,12 +96,15 @@ def test_some_places_and_some_layers(family: str, config: dict[str, Any], tmp_pa
     check(family, config, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["base", "float32"])
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_stays(method: str, tmp_path: Path) -> None:
-    model = unipelt.inject(tiny_bert().bfloat16(), METHODS[method])
+def test_the_types_of_a_model_stay(method: str, dtype: str, tmp_path: Path) -> None:
+    model = unipelt.inject(tiny_bert().bfloat16(), {**METHODS[method], "dtype": dtype})
     shake(model)
     unipelt.save_peft(model, tmp_path)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        added = "lora" in name or "ia3" in name
+        assert tensor.dtype == (torch.float32 if added and dtype == "float32" else torch.bfloat16), name
     back = unipelt.load_peft(tiny_bert().bfloat16(), tmp_path)
     torch.testing.assert_close(logits(back, bert_batch()), logits(model, bert_batch()), rtol=0, atol=2e-2)
 
@@ -112,10 +115,9 @@ def test_a_folded_model_keeps_its_dora_and_sends_it(tmp_path: Path) -> None:
     config = {"preset": "unipelt-pl", "prefix": {"gating": "mass"}, "lora": lora}
     model = unipelt.inject(tiny_bert(), config)
     shake(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gates." in name:
-                parameter.fill_(0.0 if name.endswith("weight") else -20.0)
+    for _, _, weight, bias in gates(model):
+        weight.zero_()
+        bias.fill_(-20.0)
     want = logits(model, bert_batch())
     unipelt.fold(model, [bert_batch()])
     unipelt.save_peft(model, tmp_path)

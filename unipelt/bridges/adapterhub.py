@@ -8,7 +8,8 @@ decoder its gates average over tokens still to come, which is not done here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,11 @@ from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.schema import ConfigError, read_mapping
 from unipelt.files.messages import shorten, show, show_path
 from unipelt.files.strict import read_bytes
-from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.locate import InjectionError
-from unipelt.injection.attention_hooks import Site
 from unipelt.injection.inject import inject_as, remove
 from unipelt.injection.parameters import head_names
 from unipelt.injection.state import injection_of
-from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.gate import Gates
-from unipelt.submodules.lora import LoRA
-from unipelt.submodules.prefix import Prefix, PrefixNetwork
+from unipelt.submodules.room import OwnPart, layer_sets, own_parts, placed_terms
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
@@ -102,12 +98,13 @@ def load_adapterhub(model: PreTrainedModel, folder: str | Path, *, head: bool = 
         saved = _read_head(model, folder) if head else {}
         injected = bind(inject_as(model, config, deployed=deployed, head=head_names(model) | saved.keys()))
         try:
-            ours = {**_sort(injected, name, given, scaling), **saved}
-            for path, tensor in ours.items():
-                _check_tensor(path, tensor, tuple(model.get_parameter(path).shape))
+            ours = _sort(injected, name, given, scaling)
+            ours += [_Value(path, model.get_parameter(path).detach(), tensor) for path, tensor in saved.items()]
+            for value in ours:
+                _check_tensor(value.name, value.tensor, tuple(value.place.shape))
             with torch.no_grad():
-                for path, tensor in ours.items():
-                    model.get_parameter(path).copy_(tensor)
+                for value in ours:
+                    value.place.copy_(value.tensor)
         except BaseException:
             remove(model)
             raise
@@ -186,8 +183,80 @@ def _own(
     return name, given
 
 
-def _sort(model: PreTrainedModel, name: str, given: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """The tensors by the names that they have in the injected model; every one is used, and none is missing."""
+@dataclass(frozen=True)
+class _Value:
+    """A tensor of the checkpoint, and its place in the model.
+
+    Attributes:
+        name: what a message calls the place.
+        place: a view into a parameter, without gradient.
+        tensor: what goes there.
+    """
+
+    name: str
+    place: Tensor
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How that package names the parts of what was added to a model.
+
+    Attributes:
+        adapter: the adapter's name.
+        prefix: what the names of the prefix start with.
+        owner: what it calls the owner of a layer's adapter.
+        hosts: paths of the hosts of terms, by the layer's path and the term's name.
+        attentions: paths of the attentions, by the layer's path.
+    """
+
+    adapter: str
+    prefix: str
+    owner: str
+    hosts: Mapping[tuple[str, str], str]
+    attentions: Mapping[str, str]
+
+    def theirs(self, own: OwnPart) -> str:
+        """Return that package's name of a part; the keys and values of all layers are one tensor there."""
+        layer, (first, _, rest) = _layer(own), own.part.name.partition(".")
+        end = rest.rpartition(".")[2]
+        adapter, low_rank = f"{layer}.{self.owner}.adapters.{self.adapter}", f"loras.{self.adapter}"
+        if first == "prefix":
+            return f"{self.prefix}control_trans"
+        if first == "prefix_network":
+            return f"{self.prefix}{_NETWORK[rest]}"
+        if first == "adapter":
+            return f"{adapter}.{'adapter_down.0' if rest.startswith('down') else 'adapter_up'}.{end}"
+        if first != "gate":
+            return f"{self.hosts[layer, first]}.{low_rank}.lora_{end}"
+        if own.part.gate == "adapter":
+            return f"{adapter}.gate.{end}"
+        if own.part.gate == "prefix":
+            return f"{self.attentions[layer]}.prefix_tuning.prefix_gates.{self.adapter}.{end}"
+        return f"{self.hosts[layer, own.part.gate]}.{low_rank}.gate.{end}"
+
+    def ours(self, own: OwnPart) -> str:
+        """Return what a message calls a part: its name behind the path of its host."""
+        layer = _layer(own)
+        host = self.hosts.get((layer, own.part.name.partition(".")[0]), self.attentions.get(layer, layer))
+        return f"{host}.{own.part.name}"
+
+
+_NETWORK = {"embedding": "wte.weight"} | {
+    f"{ours}.{end}": f"{theirs}.{end}"
+    for ours, theirs in (("w1", "control_trans.0"), ("w2", "control_trans.2"))
+    for end in ("weight", "bias")
+}
+"""That package's names of the parts of a prefix's network."""
+
+
+def _layer(own: OwnPart) -> str:
+    """Return the path of the layer that a part belongs to, or of the stack."""
+    return own.room.rpartition(".")[0]
+
+
+def _sort(model: PreTrainedModel, name: str, given: Mapping[str, Tensor], scaling: float) -> list[_Value]:
+    """Find the place of every tensor in the injected model; every one is used, and none is missing."""
     left = dict(given)
 
     def take(key: str) -> Tensor:
@@ -195,45 +264,31 @@ def _sort(model: PreTrainedModel, name: str, given: Mapping[str, Tensor], scalin
             raise CheckpointError(f"it lacks {show(key)}")
         return left.pop(key)
 
-    kind = model.config.model_type
-    norm = FAMILIES[kind].stacks[0].norm
     start = "" if model.base_model is model else f"{model.base_model_prefix}."
-    prefix = f"{start}prefix_tuning.prefix_tunings.{name}.self_prefix."
-    ours: dict[str, Tensor] = {}
-    prefixes: dict[str, Prefix] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoRA):
-            theirs = f"{path.rpartition('.')[0]}.loras.{name}."
-            ours |= {f"{path}.A": take(f"{theirs}lora_A"), f"{path}.B": take(f"{theirs}lora_B")}
-        elif isinstance(module, Adapter):
-            theirs = f"{path.removesuffix(f'{norm}.adapter')}{_ADAPTERS_AT[kind]}.adapters.{name}."
-            for inner, outer, factor in (("down", "adapter_down.0", 1.0), ("up", "adapter_up", scaling)):
-                for part in ("weight", "bias"):
-                    tensor = take(f"{theirs}{outer}.{part}")
-                    ours[f"{path}.{inner}.{part}"] = tensor if factor == 1 else tensor * factor
-            if module.gates is not None:
-                ours |= _gates(f"{path}.gates", [f"{theirs}gate."], take)
-        elif isinstance(site := getattr(module, "unipelt_site", None), Site) and isinstance(module.gates, Gates):
-            owners = [
-                f"{path}.prefix_tuning.prefix_gates.{name}."
-                if target == ("prefix",)
-                else f"{path}.{'.'.join(target[:-1])}.loras.{name}.gate."
-                for target in site.targets
-            ]
-            ours |= _gates(f"{path}.gates", owners, take)
-        elif isinstance(module, PrefixNetwork):
-            ours[f"{path}.embedding"] = take(f"{prefix}wte.weight")
-            for inner, outer in (("w1", "control_trans.0"), ("w2", "control_trans.2")):
-                for part in ("weight", "bias"):
-                    ours[f"{path}.{inner}.{part}"] = take(f"{prefix}{outer}.{part}")
-        if isinstance(module, Prefix) and module.keys_values is not None:
-            prefixes[path] = module
+    names = _Names(
+        adapter=name,
+        prefix=f"{start}prefix_tuning.prefix_tunings.{name}.self_prefix.",
+        owner=_ADAPTERS_AT[model.config.model_type],
+        hosts={(placed.layer, placed.term.name): placed.path for placed in placed_terms(model)},
+        attentions={layer: f"{layer}.{part.wiring.attention}" for layer, _, part in layer_sets(model)},
+    )
+    ours: list[_Value] = []
+    first: dict[tuple[str, str], tuple[str, Tensor]] = {}  # the first gate of each entry
+    prefixes: list[OwnPart] = []
+    for own in own_parts(model):
+        key = names.theirs(own)
+        if own.part.name == "prefix.keys_values":
+            prefixes.append(own)
+            continue
+        tensor = take(key)
+        if own.part.kind == "gate":
+            begin, row = first.setdefault((own.path, own.part.parameter), (key, tensor))
+            if tensor.shape != row.shape or tensor.shape[:1] != (1,):
+                raise CheckpointError(f"{show(begin)} and its likes are not of one shape, with one row each")
+        factor = scaling if own.part.name.startswith("adapter.up.") else 1.0
+        ours.append(_Value(names.ours(own), own.tensor, tensor if factor == 1 else tensor * factor))
     if prefixes:
-        # (L, layers, keys and values, W) in one row
-        flat, (_, length, width) = take(f"{prefix}control_trans"), next(iter(prefixes.values())).keys_values.shape  # type: ignore[union-attr]
-        _check_tensor(f"{prefix}control_trans", flat, (length * len(prefixes) * 2 * width,))
-        rows = flat.view(length, len(prefixes), 2, width).permute(1, 2, 0, 3)
-        ours |= {f"{path}.keys_values": rows[module.index] for path, module in prefixes.items()}
+        ours += _split(names, prefixes, take)
     if left:
         raise CheckpointError(
             f"it has {show(min(left))}{f' and {len(left) - 1} more' if len(left) > 1 else ''}, for which there is no "
@@ -242,15 +297,14 @@ def _sort(model: PreTrainedModel, name: str, given: Mapping[str, Tensor], scalin
     return ours
 
 
-def _gates(path: str, owners: list[str], take: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Gates that are modules of their own there and rows of one parameter here."""
-    both = {}
-    for part in ("weight", "bias"):
-        rows = [take(f"{owner}{part}") for owner in owners]
-        if any(row.shape != rows[0].shape or len(row) != 1 for row in rows):
-            raise CheckpointError(f"{show(f'{owners[0]}{part}')} and its likes are not of one shape, with one row each")
-        both[f"{path}.{part}"] = torch.cat(rows)
-    return both
+def _split(names: _Names, prefixes: list[OwnPart], take: Callable[[str], Tensor]) -> Iterator[_Value]:
+    """Split the one row of all layers' keys and values: (L, layers, keys and values, W)."""
+    key, (_, length, width) = names.theirs(prefixes[0]), prefixes[0].tensor.shape
+    flat = take(key)
+    _check_tensor(key, flat, (length * len(prefixes) * 2 * width,))
+    rows = flat.view(length, len(prefixes), 2, width).permute(1, 2, 0, 3)
+    for own, tensor in zip(prefixes, rows, strict=True):
+        yield _Value(names.ours(own), own.tensor, tensor)
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -19,7 +19,6 @@ from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.register import MODULES, TargetInfo
 from unipelt.submodules.term import FunctionTerm, SharedParameters, Term
 
-
 OwnTerm = TypeVar("OwnTerm", bound=Term)
 
 

@@ -38,6 +38,11 @@ def outputs_of(tensor: Tensor, rows: OutputSlice) -> Tensor:
     return tensor.unflatten(0, (rows.groups, -1)).narrow(1, rows.start, rows.size)
 
 
+def join(*parts: str) -> str:
+    """Return a path of these parts, the empty ones left out."""
+    return ".".join(part for part in parts if part)
+
+
 def name_modules(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """Modules by the last part of their names, as is usual, if that means no other module; else whole."""
     paths = set(paths)

@@ -20,7 +20,7 @@ from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import IA3Config, Place
 from unipelt.files.messages import show
 from unipelt.submodules.outputs import own_rows
-from unipelt.submodules.term import Term
+from unipelt.submodules.room import placed_terms
 
 _FACTOR = re.compile(r"(.+)\.ia3_l")
 _IGNORED = IGNORED | {"feedforward_modules", "init_ia3_weights"}  # the tensors' shapes say the first
@@ -31,22 +31,18 @@ def write_factors(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Ten
     """PEFT's fields and tensors for all factors of a model. Raises `CheckpointError` for what it has no place for."""
     factors: dict[str, Tensor] = {}
     inputs: set[str] = set()
-    for path, term in model.named_modules():
-        if not isinstance(term, Term):
-            continue
-        host, _, name = path.rpartition(".")
-        leaf: Any = model.get_submodule(host)
-        own: Any = term.function
-        reads = name == "ia3_activation"
+    for placed in placed_terms(model):
+        host, offset = placed.path, placed.factors()["function.offset"]
+        reads = placed.term.name == "ia3_activation"
         if host in factors and reads != (host in inputs):
             raise CheckpointError(
                 f"PEFT's (IA)3 multiplies what {host} is given or what it gives, and this model both; choose other "
                 "places, or keep the model whole with unipelt.save"
             )
-        width = _widths(leaf)[0 if reads else 1]
-        factor = factors.setdefault(host, own.offset.detach().new_ones(width, device="cpu"))
-        rows = outputs_of(factor, term.rows)
-        rows *= 1 + own.offset.detach().cpu().view(rows.shape)
+        width = _widths(placed.host)[0 if reads else 1]
+        factor = factors.setdefault(host, offset.new_ones(width, device="cpu"))
+        rows = outputs_of(factor, placed.term.outputs)
+        rows *= 1 + offset.cpu().view(rows.shape)
         if reads:
             inputs.add(host)
     leaves = [model.get_submodule(path) for path in factors]

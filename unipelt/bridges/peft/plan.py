@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unipelt.bridges.peft.files import join
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
 from unipelt.files.messages import show
-from unipelt.hosts.locate import InjectionError, Projection, find_stacks
-from unipelt.submodules.lora import FUSED_WITH_GATES
+from unipelt.hosts.locate import ENTRY_PLACES, InjectionError, Projection, find_stacks
+from unipelt.submodules.room import own_parts, placed_terms
 
 IGNORED = frozenset(
     {
@@ -33,8 +34,8 @@ class Plan:
 
     Attributes:
         config: what is injected.
-        values: by the name of a parameter of a submodule, what goes into its first rows and columns.
-        saved: likewise the parameters of the model itself.
+        values: by the name of a place (`find_places`), what goes into its first rows and columns.
+        saved: by name, what goes into the parameters of the model itself.
     """
 
     config: UniPELTConfig
@@ -76,14 +77,33 @@ def find_slots(model: PreTrainedModel, config: UniPELTConfig) -> list[Slot]:
         own = "decoder" if stack.causal else "encoder"
         for index, layer in stack.layers.items():
             for part, place in ((own, layer.attention), ("cross", layer.cross)):
-                for name, projection in zip(
-                    FUSED_WITH_GATES, (place.query, place.value) if place else (), strict=False
-                ):
-                    if name.removeprefix("lora_") in plain:
-                        found.append(Slot(paths[projection.module], name, projection, part, index))
+                here = zip(ENTRY_PLACES, (place.query, place.value), strict=True) if place is not None else ()
+                for name, projection in here:
+                    if name in plain:
+                        found.append(Slot(paths[projection.module], f"lora_{name}", projection, part, index))
             for term in (*layer.terms, *layer.low_rank):
                 part = "cross" if term.in_cross else own
                 found.append(Slot(paths[term.projection.module], term.name, term.projection, part, index))
+    return found
+
+
+def find_places(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what was added to a model, as views into its parameters.
+
+    Args:
+        model: an injected model.
+
+    Returns:
+        Views without gradient by name: `HOST.lora_query.A` for a factor of a term, `HOST.prompt.embedding`.
+    """
+    found = {
+        join(placed.path, placed.term.name, name): tensor
+        for placed in placed_terms(model)
+        for name, tensor in placed.factors().items()
+    }
+    for own in own_parts(model):
+        if own.part.kind == "prompt":
+            found[join(own.room.rpartition(".")[0], own.part.name)] = own.tensor
     return found
 
 

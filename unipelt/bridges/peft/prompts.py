@@ -20,7 +20,7 @@ from unipelt.config.schema import ConfigError
 from unipelt.files.messages import show
 from unipelt.hosts.locate import find_stacks
 from unipelt.injection.attach import find_entry
-from unipelt.submodules.prompt import Prompt
+from unipelt.submodules.room import own_parts
 
 _NAME = "prompt_embeddings"
 _IGNORED = IGNORED | {
@@ -33,8 +33,8 @@ _IGNORED = IGNORED | {
 def write_prompt(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's fields and tensors for a model's prompt. Raises `CheckpointError` where PEFT's means something else."""
     _check_model(model)
-    prompt = next(module for module in model.modules() if isinstance(module, Prompt))
-    length, width = prompt.embedding.shape
+    embedding = next(own.tensor for own in own_parts(model) if own.part.kind == "prompt")
+    length, width = embedding.shape
     fields = {
         "num_virtual_tokens": length,
         "token_dim": width,
@@ -43,7 +43,7 @@ def write_prompt(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tens
         "num_layers": model.config.num_hidden_layers,
         "prompt_tuning_init": "RANDOM",
     }
-    return fields, {_NAME: prompt.embedding}
+    return fields, {_NAME: embedding}
 
 
 def plan_prompt(model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:

@@ -21,7 +21,15 @@ from transformers.utils import logging
 
 from unipelt.bridges.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, outputs_of, scaled
 from unipelt.bridges.peft.ia3 import plan_factors
-from unipelt.bridges.peft.plan import IGNORED, Plan, check_saved, check_tensor, place_exactly, possible_slots
+from unipelt.bridges.peft.plan import (
+    IGNORED,
+    Plan,
+    check_saved,
+    check_tensor,
+    find_places,
+    place_exactly,
+    possible_slots,
+)
 from unipelt.bridges.peft.prompts import plan_prompt
 from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import CheckpointError
@@ -91,10 +99,11 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         raise CheckpointError(f"{show_path(folder)} cannot be loaded: {error}") from error
     bind(inject_as(model, plan.config, deployed=False, head=head_names(model) | plan.saved.keys()))
     try:
+        places = find_places(model)
         with torch.no_grad():
             for name, tensor in plan.values.items():
                 # ranks beyond its own, where other terms have more, stay as they start: with B zero
-                model.get_parameter(name)[tuple(slice(size) for size in tensor.shape)] = tensor
+                places[name][tuple(slice(size) for size in tensor.shape)] = tensor
             for name, tensor in plan.saved.items():
                 model.get_parameter(name).copy_(tensor)
     except BaseException:

@@ -17,22 +17,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from unipelt.bridges.peft.files import CONFIG, PREFIX, WEIGHTS, name_modules, outputs_of, scaled, task_of
+from unipelt.bridges.peft.files import CONFIG, PREFIX, WEIGHTS, join, name_modules, outputs_of, scaled, task_of
 from unipelt.bridges.peft.ia3 import write_factors
 from unipelt.bridges.peft.prompts import write_prompt
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import UniPELTConfig
 from unipelt.files.atomic import write_whole
 from unipelt.gates.measure import find_gates
+from unipelt.hosts.locate import ENTRY_PLACES
 from unipelt.injection.inject import inject_as
-from unipelt.injection.parameters import is_sharded, kept_names, submodule_parameters
-from unipelt.injection.state import Injection, injection_of
-from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.lora import LoRA, low_rank_factors
+from unipelt.injection.parameters import is_sharded, kept_names
+from unipelt.injection.state import Folded, Injection, injection_of
+from unipelt.submodules.lora import low_rank_factors
 from unipelt.submodules.outputs import OutputSlice
-from unipelt.submodules.prefix import Prefix
-from unipelt.submodules.prompt import Prompt
-from unipelt.submodules.term import Term
+from unipelt.submodules.room import PlacedTerm, layer_sets, own_parameters, own_parts, placed_terms
 
 _ALSO_SAVED = {
     "SEQ_CLS": ("classifier", "score"),
@@ -127,29 +125,29 @@ def _method(config: UniPELTConfig) -> str:
     )
 
 
+_METHODS = {"LORA": ("LoRA", "lora"), "IA3": ("(IA)3", "ia3"), "PROMPT_TUNING": ("a prompt", "prompt")}
+"""By PEFT's name of a method: what a message calls it, and the kind of submodule that it is here."""
+_OTHERS = {"adapter": "an adapter", "prefix": "a prefix", "prompt": "a prompt"}
+"""What a message calls the other kinds; the rest go by their names."""
+
+
 def _check_travels(model: PreTrainedModel, injection: Injection, method: str) -> None:
     """Raise `CheckpointError` for the first thing in a model that a folder of this method cannot hold."""
-    names = {"LORA": ("LoRA", "lora"), "IA3": ("(IA)3", "ia3"), "PROMPT_TUNING": ("a prompt", "prompt")}
-    called, kept = names[method]
-    parts = {Adapter: "an adapter", Prefix: "a prefix"} | ({} if kept == "prompt" else {Prompt: "a prompt"})
-    for path, module in model.named_modules():
-        what = module.name if isinstance(module, Term) else parts.get(type(module), kept)
-        if what != kept:
+    called, kept = _METHODS[method]
+    for path, kind, module in _added(model):
+        if kind != kept:
             raise CheckpointError(
-                f"{path} is {what}, which a PEFT folder of {called} cannot hold; train without it (the preset "
-                f"{kept!r}), or keep the model whole with unipelt.save"
+                f"{path} is {_OTHERS.get(kind, kind)}, which a PEFT folder of {called} cannot hold; train without it "
+                f"(the preset {kept!r}), or keep the model whole with unipelt.save"
             )
-        if isinstance(module, Prompt) and module.gates is not None:
+        if not module.gate_name:
+            continue
+        if module.folds_to == "constant":
             raise CheckpointError(
                 f"{path} has a gate, and PEFT has none; unipelt.fold(model, batches) makes it a constant, which can "
                 "travel, or keep the model whole with unipelt.save"
             )
-        if isinstance(module, Term) and (module.gates is not None or module.gate is not None):
-            raise CheckpointError(
-                f"the gate of {path} depends on the text, and PEFT has no gates; train without (gate: false), or keep "
-                "the model whole with unipelt.save"
-            )
-        if isinstance(module, LoRA) and (module.low or module.gates or module.gate):
+        if module.folds_to == "merged":
             advice = (
                 "unipelt.fold(model, batches) makes gates that hardly vary constants, which can travel"
                 if injection.folded is None
@@ -157,7 +155,11 @@ def _check_travels(model: PreTrainedModel, injection: Injection, method: str) ->
                 "one, which moves the logits, or keep it whole with unipelt.save"
             )
             raise CheckpointError(f"the gate of {path} depends on the text, and PEFT's LoRA has no gates: {advice}")
-    ours = {name for _, name, _ in submodule_parameters(model)}
+        raise CheckpointError(
+            f"the gate of {path} depends on the text, and PEFT has no gates; train without (gate: false), or keep "
+            "the model whole with unipelt.save"
+        )
+    ours = own_parameters(model).keys()
     if others := [name for name in kept_names(model) if name not in ours and name not in injection.head]:
         raise CheckpointError(
             f"this model trains parameters of its base too ({others[0]} and {len(others) - 1} more), which a PEFT "
@@ -165,39 +167,70 @@ def _check_travels(model: PreTrainedModel, injection: Injection, method: str) ->
         )
 
 
+def _added(model: PreTrainedModel) -> list[tuple[str, str, Any]]:
+    """Return every submodule of a model in the order of their hosts: path of the host and name, kind, and module."""
+    order: dict[str, int] = {}  # the place of the last module in each module
+    for index, (path, _) in enumerate(model.named_modules()):
+        names = path.split(".")
+        order |= {join(*names[:depth]): index for depth in range(len(names) + 1)}
+    found = [(placed.path, placed.term.name, placed.term.kind, placed.term) for placed in _placed(model)]
+    for layer, _, part in layer_sets(model):
+        if part.prefix is not None:
+            found.append((join(layer, part.wiring.attention), "prefix", "prefix", part.prefix))
+    for own in own_parts(model):
+        if own.part.kind == "prompt":
+            found.append((own.room.rpartition(".")[0], "prompt", "prompt", model.get_submodule(own.path)))
+    found.sort(key=lambda one: order[one[0]])
+    return [(join(host, name), kind, module) for host, name, kind, module in found]
+
+
+def _placed(model: PreTrainedModel) -> list[PlacedTerm]:
+    """Return every term; plain ones of queries and values come last, so that the ranks of one module keep their order.
+
+    In a folder, the ranks of keys have always stood before those of queries and values.
+    """
+    last = [f"lora_{place}" for place in ENTRY_PLACES]
+    return sorted(placed_terms(model), key=lambda placed: placed.term.folds_to == "merged" and placed.term.name in last)
+
+
 def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
     """Every low-rank term, with what scales it. In a folded model they are in the weights; it remembers them."""
-    folded = injection.folded
-    host: Any = model
+    host = model
     scales: dict[Any, float | None] = {}
-    if folded is not None:
-        # where each term was and which gate was its: the model as it was before folding, of nothing but shapes
-        with torch.device("meta"):
-            host = type(model)(copy.deepcopy(model.config))
-        inject_as(host, injection.config, deployed=True, head=injection.head)
+    if injection.folded is not None:
+        host = _before_folding(model, injection, injection.folded)
         for gate in find_gates(host):
-            constant = folded.constants.get(gate.path, {}).get(gate.name)
-            if constant is not None and isinstance(gate.target, LoRA):
+            constant = injection.folded.constants.get(gate.path, {}).get(gate.name)
+            if constant is not None and gate.target.folds_to == "merged":
                 constant *= gate.target.gated_scale
             scales[gate.target] = constant
     found = []
-    for path, module in host.named_modules():
-        scale = scales.get(module, module.scale) if isinstance(module, LoRA) else None
-        if scale is None:
-            continue  # what was dropped, behind a closed gate, is no more
-        parts = dict(module.named_parameters(recurse=False))
-        low, high = low_rank_factors(
-            parts if folded is None else {part: folded.tensors[f"{path}.{part}"] for part in parts}
-        )
-        found.append(_Term(path.rpartition(".")[0], module.rows, low.detach().cpu(), high.detach().cpu(), scale))
-    for path, module in model.named_modules():
-        if isinstance(module, Term):  # decomposed, which folding leaves as it is
-            own: Any = module.function
-            low, high, length = (part.detach().cpu() for part in (own.A, own.B, own.magnitude))
-            found.append(_Term(path.rpartition(".")[0], module.rows, low, high, own.scale, length))
+    for placed in _placed(host):
+        term = placed.term
+        if term.kind != "lora":
+            continue
+        factors = {name: tensor.cpu() for name, tensor in placed.factors().items()}
+        magnitude = factors.get("function.magnitude")  # decomposed, which folding leaves as it is
+        if magnitude is None:
+            scale = scales.get(term, term.scale)
+            low, high = low_rank_factors(factors)
+        else:
+            scale, low, high = term.function.scale, factors["function.A"], factors["function.B"]
+        if scale is not None:  # what was dropped, behind a closed gate, is no more
+            found.append(_Term(placed.path, term.outputs, low, high, scale, magnitude))
     if not found:
         raise CheckpointError("every gate of this model's LoRA was closed, and the terms dropped: none is left")
     return found
+
+
+def _before_folding(model: PreTrainedModel, injection: Injection, folded: Folded) -> PreTrainedModel:
+    """Return the model as it was before folding: what was added, with its numbers, on a base of nothing but shapes."""
+    kind: Any = type(model)
+    with torch.device("meta"):
+        host: PreTrainedModel = kind(copy.deepcopy(model.config))
+    inject_as(host, injection.config, deployed=True, head=injection.head)
+    host.load_state_dict(folded.tensors, strict=False, assign=True)
+    return host
 
 
 def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
