@@ -172,7 +172,7 @@ def _impossible_size(
 
 
 def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong between the parameters of a model and the tensors for them, or None."""
+    """The first mismatch between a model's parameters and the tensors for them, in words, or None."""
     if missing := sorted(places.keys() - tensors.keys()):
         return f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
     if extra := sorted(tensors.keys() - places.keys()):
