@@ -48,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 
 def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a manifest says of the base: class, origin, configuration, what it computes by, fingerprint of its weights.
+    """The manifest's entry on the base: class, origin, configuration, compared fields, fingerprint of its weights.
 
     Args:
         model: an injected model.
@@ -73,14 +73,14 @@ def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[s
 
 
 def base_location(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
-    """Where the base of a manifest is, if the caller knows better than the model."""
+    """Base name and revision as overridden by the caller; empty if not."""
     if base is None and revision is None:
         return {}
     return {"name_or_path": model.config._name_or_path if base is None else base, "revision": revision}
 
 
 def _computation(model: PreTrainedModel) -> dict[str, Any]:
-    """What of the configuration the numbers depend on, defaults included, nested fields with dots in their names.
+    """The fields of a configuration that the numbers depend on, defaults included; nested names have dots.
 
     All that is not known to be harmless counts: a field that nobody thought of is refused rather than missed.
     """
@@ -108,7 +108,7 @@ def _other_computation(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str
 
 
 def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
-    """What identifies a pretrained base: a SHA-256 over a sample of every parameter.
+    """Fingerprint of a pretrained base: a SHA-256 over a sample of every parameter.
 
     Submodules and the names `apart` do not count; where a name has a value in `before`, that does. Of quantised
     weights the names count alone: another device may round otherwise, and a quantiser packs them as it needs them.
@@ -159,7 +159,7 @@ def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
 def find_base(
     source: str | Path, described: Mapping[str, Any], base: str | Path | None, base_revision: str | None
 ) -> tuple[str, str | None]:
-    """Where a checkpoint's base is, and its revision.
+    """Location and revision of a checkpoint's base.
 
     Args:
         source: of the checkpoint.
@@ -265,5 +265,5 @@ def _without_back_ends(values: Any) -> Any:
 
 
 def _source(base: Mapping[str, Any]) -> str:
-    """Where a base came from, for a message."""
+    """The origin of a base, for a message."""
     return show_path(base["name_or_path"]) or "built in memory"

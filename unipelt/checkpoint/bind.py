@@ -1,4 +1,4 @@
-"""What makes an injected model save and upload itself: `save_pretrained` and `push_to_hub` of its own."""
+"""Bind `save_pretrained` and `push_to_hub` of an injected model to those of this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in the folder of a checkpoint, on the disk or the hub: read and checked, before any model is touched."""
+"""Read and check the files of a checkpoint, on disk or on the hub, before any model is touched."""
 
 from __future__ import annotations
 

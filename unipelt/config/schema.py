@@ -123,9 +123,9 @@ def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), al
 
 
 def omitted_if_default(default: Any) -> Any:
-    """A field that came later: left out of what is written where it has its default, as if it were not there.
+    """A field that is left out of what is written where it has its default.
 
-    So the configurations of before, and what is named after them, are the same with it and without.
+    So configurations from before the field existed, and folders named after them, stay the same.
     """
     return field(default=default, metadata={"later": True})
 

@@ -117,7 +117,7 @@ def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a run takes of a split: all rows, or some in this order; the labels too, or not."""
+    """Part of a split that a run uses: all rows, or some in this order; with labels or without."""
 
     split: str
     rows: np.ndarray | None = None
@@ -150,7 +150,7 @@ def _load_data(settings: RunSettings, kept: SharedCache) -> Corpus:
 
 
 def _choose_parts(settings: RunSettings, corpus: Corpus) -> tuple[dict[str, _Part], list[str]]:
-    """What the run takes, and notes on it.
+    """Parts of the data that the run uses, and notes on them.
 
     `train`; what chooses the checkpoint, `dev`; what is tested once at the end, `test`; and all that is to be
     predicted, `predict:NAME`.
@@ -181,7 +181,7 @@ def _choose_parts(settings: RunSettings, corpus: Corpus) -> tuple[dict[str, _Par
 
 
 def _choose_splits(settings: RunSettings, whole: DatasetDict, notes: list[str]) -> tuple[_Part, _Part, _Part]:
-    """What trains, what chooses the checkpoint, and what is tested once at the end."""
+    """Parts for training, for choosing the checkpoint, and for the one test at the end."""
     dev = _Part("dev") if "dev" in whole else None
     test = _Part("test") if "test" in whole and "label" in whole["test"].column_names else None
     if settings.train_samples is None:

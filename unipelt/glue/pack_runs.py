@@ -38,7 +38,7 @@ _OWN = (
 
 
 def pack_key(settings: RunSettings) -> str:
-    """What runs must have in common to share a pack, as JSON."""
+    """Key that is equal for runs that can share a pack, as JSON."""
     common = {name: value for name, value in settings.to_dict().items() if name not in _OWN}
     common["method"] = settings.config.to_dict()
     task = None if settings.task is None else get_task(settings.task)

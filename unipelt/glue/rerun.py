@@ -196,7 +196,7 @@ def check_same(job: Job, record: Mapping[str, Any]) -> list[str]:
 
 
 def _name(path: Path) -> str:
-    """What the run of a record is called."""
+    """Name of a record's run."""
     return path.absolute().parent.name if path.name == RESULT else path.stem
 
 

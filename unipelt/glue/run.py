@@ -133,7 +133,7 @@ def finish(
     log: Callable[[str], None],
     **notes: Any,
 ) -> dict[str, Any]:
-    """What follows training: one test of the model as it is, then everything is written, the record last.
+    """Finish a run after training: one test of the model as it is, then write everything, the record last.
 
     Args:
         trainer: as `make_trainer` makes it.
@@ -201,7 +201,7 @@ def _predict(trainer: Trainer, job: Job, name: str, folder: Path) -> Path:
 
 
 def _layers(job: Job, gates: Mapping[str, torch.Tensor]) -> list[int]:
-    """What the columns are; where layers are shared there is one for each pass, and an index says little."""
+    """Layer of each column; where layers are shared, a column is a pass through the layer."""
     count, chosen = max(values.shape[1] for values in gates.values()), job.settings.config.layers
     return list(chosen if chosen is not None and len(chosen) == count else range(count))
 

@@ -1,4 +1,4 @@
-"""What one run is: a frozen dataclass whose fields are checked, alone and together, before anything is done."""
+"""Settings of a run on GLUE, or on a classification of your own."""
 
 from __future__ import annotations
 

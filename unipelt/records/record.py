@@ -129,7 +129,7 @@ def _check_record(record: Any, path: Path) -> None:
 
 
 def mismatch(value: Any, shape: Any, where: str) -> str | None:
-    """Where a value read from JSON is not as it must be, in words, or None.
+    """The first place where a value read from JSON has not the shape it must have, in words, or None.
 
     Args:
         value: what was read.

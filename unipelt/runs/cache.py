@@ -1,4 +1,4 @@
-"""What the runs of one process have in common, kept from one to the next: data, token ids, tokenizer, base.
+"""A cache for the runs of one process: data, token ids, tokenizer, base.
 
 Everything is kept with the state of the files that it came from, and is read again when one of them has changed.
 """
@@ -47,7 +47,7 @@ def files_in(folder: str | Path) -> list[str]:
 
 
 class SharedCache:
-    """What the runs of one process have in common. Give the same cache to each run, or a new one to a single run."""
+    """Cache of what the runs of one process share. Give the same to each run, or a new one to a single run."""
 
     def __init__(self) -> None:
         self._data: dict[Hashable, tuple[State, Any]] = {}

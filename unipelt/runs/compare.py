@@ -65,7 +65,7 @@ def compare(
 
 
 def surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What surrounded two runs and was not the same, the likeliest reasons for other numbers first."""
+    """Differences of surroundings between two runs, likeliest reasons for other numbers first."""
     pairs = [("packed", then.get("packed"), now.get("packed"))]
     pairs += [(name, then["hardware"].get(name), now["hardware"].get(name)) for name in _HARDWARE]
     pairs += [("eval_tokens", then["settings"].get("eval_tokens"), now["settings"]["eval_tokens"])]
@@ -80,7 +80,7 @@ def surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[s
 
 
 def model_pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What of configuration and tokenizer differs, by name, then and now; of old records, which lack them, nothing."""
+    """Fields of configuration and tokenizer that differ: (name, then, now); old records, which lack them, give none."""
     found = []
     if isinstance(then.get("config"), Mapping):
         old, new = (flatten(model["config"]) for model in (then, now))

@@ -1,4 +1,4 @@
-"""What can go wrong with a run, before and while it trains, each in one sentence that says what to do."""
+"""Errors of a run, before and during training; each message is one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_losses(**losses: float) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """Why training ended with this error, and what to do; None where that can only be a mistake in the code."""
+    """Explain why training ended with this error and what to do; None for a mistake in the code."""
     if is_out_of_memory(error):
         return (
             f"memory ran out{_because(error)}; with more of it free {_ON}, with less a run needs a smaller batch_size "
@@ -88,7 +88,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_named(what: str, remedy: str, kind: type[Exception]) -> Iterator[None]:
-    """Where memory runs out, raise an error of this kind that says while doing what, and what to do."""
+    """Turn running out of memory into an error of this kind, which names the step and a remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -50,7 +50,7 @@ class LockedError(RunError):
 
 @dataclass
 class Progress:
-    """What has been spent on a run so far, over all attempts, each up to its last complete checkpoint.
+    """Time and attempts spent on a run so far, each attempt counted up to its last complete checkpoint.
 
     Attributes:
         settings: digest of the run's settings.
@@ -180,7 +180,7 @@ def is_final(checkpoint: Path) -> bool:
 
 
 def checkpoint_at(folder: Path, step: int | None) -> Path:
-    """Where the checkpoint of a step is, in the words of Transformers."""
+    """Path of a step's checkpoint, as Transformers names it."""
     return folder / CHECKPOINTS / f"checkpoint-{step}"
 
 
@@ -216,7 +216,7 @@ def _remove_checkpoint(checkpoint: Path) -> None:
 
 
 def _read_marker(checkpoint: Path) -> dict[str, Any]:
-    """What a marker says; nothing if it is damaged, so that the checkpoint does not count."""
+    """Contents of a marker; empty if it is damaged, so that the checkpoint does not count."""
     try:
         marker = read_plain(checkpoint / _MARKER)
     except (FileNotFoundError, NotADirectoryError, PlainError):
@@ -225,7 +225,7 @@ def _read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_progress(path: Path) -> Progress | None:
-    """What was spent so far; None if there is nothing. Raises `PlainError` if it is damaged."""
+    """Progress so far; None if there is none. Raises `PlainError` if the file is damaged."""
     try:
         values = read_plain(path)
     except FileNotFoundError:
@@ -240,7 +240,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _difference(theirs: Mapping[str, Any], settings: TrainingSettings) -> str:
-    """What differs between the settings of a record and these, in words."""
+    """Differences between a record's settings and these, in words."""
     ours = settings.to_dict()
     names = [name for name in settings.identity() if theirs.get(name) != ours[name]]
     shown = [f"{name} is {theirs.get(name)!r:.60} there and {ours[name]!r:.60} here" for name in names[:2]]

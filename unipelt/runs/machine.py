@@ -1,4 +1,4 @@
-"""What a run was computed with: code, packages, hardware, memory."""
+"""Description of code, packages, hardware and memory, for the record of a run."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def peak_memory(device: str) -> dict[str, int | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git answers, or None."""
+    """Git's answer, or None."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -29,7 +29,7 @@ from unipelt.runs.training import common_record, header, run_in_folder, train
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the one test at the end gave.
+    """Result of the one test at the end.
 
     Attributes:
         loss: mean over examples.
@@ -79,7 +79,7 @@ class TaskJob(ABC):
 
     @property
     def base(self) -> str:
-        """What the base is called."""
+        """Name of the base."""
         return self.settings.model
 
     @property

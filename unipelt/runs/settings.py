@@ -61,7 +61,7 @@ def option(default: Any, help_: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What every run needs to know, whatever its task; each field's meaning is in its `help`.
+    """Settings of a run, whatever its task; each field's meaning is in its `help`.
 
     A kind of task adds fields of its own in a subclass, and checks them in `_check_data`.
 
@@ -138,7 +138,7 @@ class TrainingSettings:
         """Check that the fields which name data go together; the data themselves are not touched."""
 
     def _data_name(self) -> str:
-        """What the data are called in the name of a folder."""
+        """Name of the data, for the name of a folder."""
         return self.task or Path(str(self.train_file)).stem
 
     def _check_types(self) -> None:
@@ -199,7 +199,7 @@ class TrainingSettings:
         return json.loads(json.dumps(asdict(self)))
 
     def identity(self) -> dict[str, Any]:
-        """What determines the outcome: the fields but for those of how and where the run is carried out."""
+        """The fields that determine the outcome, without those of how and where the run is carried out."""
         values = {name: value for name, value in self.to_dict().items() if name not in INCIDENTAL}
         for name in PATHS:
             if values.get(name) is not None:

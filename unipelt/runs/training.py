@@ -41,7 +41,7 @@ MakeTrainer = Callable[[list[TrainerCallback]], Trainer]
 
 
 class Training(Protocol):
-    """What was loaded for a run, as far as it matters to training."""
+    """A loaded run, as far as training needs to know it."""
 
     @property
     def settings(self) -> TrainingSettings:
@@ -49,7 +49,7 @@ class Training(Protocol):
 
     @property
     def model(self) -> PreTrainedModel:
-        """What trains."""
+        """The model that trains."""
 
     @property
     def primary(self) -> str:
@@ -61,7 +61,7 @@ class Training(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the score must know."""
+        """Notes that a reader of the score must know."""
 
     @property
     def device(self) -> str:
@@ -199,7 +199,7 @@ class _Reporter(TrainerCallback):
 
 
 def training_arguments(job: Training, folder: Path, kind: type[Arguments], **options: Any) -> Arguments:
-    """What Trainer is to do in a run.
+    """Trainer's arguments for a run.
 
     Args:
         job: what was loaded.
@@ -283,7 +283,7 @@ def train(
 
 
 def header(job: Training, model: str, task: str) -> list[str]:
-    """What is about to be done, for the reader.
+    """Lines that announce a run: model, task, method, counts.
 
     Args:
         job: what was loaded.

@@ -69,7 +69,7 @@ class State:
         return [settings for settings in self.sweep.runs if folder_of(settings) not in self.seconds]
 
     def seconds_left(self, left: Sequence[RunSettings]) -> float | None:
-        """What `left` will take: as long as finished runs of the same task, K and method took, else as all did."""
+        """Estimated seconds for `left`, from finished runs of the same task, K and method, else from all."""
         if not self.seconds:
             return None
         known = defaultdict(list)
@@ -118,7 +118,7 @@ def duration(seconds: float) -> str:
 
 
 def run_folder(out: str | Path, settings: RunSettings) -> Path:
-    """Where a run of a sweep into `out` lives; the name is for people, the digest at its end makes it unique."""
+    """Folder of a run of a sweep into `out`; the name is for people, the digest at its end makes it unique."""
     task = settings.task or Path(str(settings.train_file)).stem
     parts = [task, settings.method_name, f"K={settings.train_samples or 'all'}", f"seed={settings.seed}"]
     if settings.learning_rate != paper_learning_rate(settings.config):
@@ -163,7 +163,7 @@ def write_request(sweep: Sweep, out: str | Path) -> None:
 
 
 def read_request(out: str | Path) -> dict[str, Any] | None:
-    """What sweeps into `out` have asked for, as `write_request` left it; None where it left nothing.
+    """The request of sweeps into `out`, as `write_request` wrote it; None if there is none.
 
     Raises:
         SweepError: the file is damaged, or of another kind or format.
@@ -217,7 +217,7 @@ def finished(settings: RunSettings) -> dict[str, Any] | None:
 
 
 def read_failure(folder: str | Path) -> dict[str, Any] | None:
-    """What the last process in the folder of a run left if it failed; None if there is nothing.
+    """Failure that the last process of a run recorded; None if there is none.
 
     What is damaged, or of another kind, is a failure all the same, whose error says so: the run is tried again.
 
@@ -234,7 +234,7 @@ def read_failure(folder: str | Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a file of JSON holds; None if there is none.
+    """Contents of a JSON file; None if there is no file.
 
     Raises:
         SweepError: it cannot be read.

@@ -1,4 +1,4 @@
-"""What a sweep file asks for: the product of its lists as settings of runs, each once, less what is narrowed away."""
+"""Read a sweep file: the product of its lists as settings of runs, each once, without those narrowed away."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sweep:
     chosen: tuple[str, ...] = ()
 
     def cell(self, settings: RunSettings) -> str:
-        """What the runs of a cell have in common, all but seeds and chosen fields, as JSON."""
+        """Settings that the runs of a cell share, without seeds and chosen fields, as JSON."""
         values = {name: value for name, value in settings.identity().items() if name not in (*_SEEDS, *self.chosen)}
         return json.dumps(values, sort_keys=True)
 

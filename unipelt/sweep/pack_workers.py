@@ -62,7 +62,7 @@ def by_pack(sweep: Sweep) -> Sweep:
 
 
 def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Event], str | None]:
-    """What starts a run in a process that has a place free, for as many callers at once as there are places.
+    """Make a function that starts a run in a process with a free place, for as many callers as there are places.
 
     Args:
         places: runs that a process does at a time.
@@ -234,7 +234,7 @@ def _serve(places: int, asked: queue.Queue[str], answers: IO[str]) -> None:
 
 
 def voice(settings: RunSettings) -> Callable[[str], None]:
-    """What takes a run's lines to its log."""
+    """Make a function that appends lines to a run's log."""
     path = Path(str(settings.output_dir)) / LOG
 
     def log(text: str) -> None:

@@ -55,7 +55,7 @@ def capacity(ray: Any, cpus: float, gpus: float) -> int:
 def on_cluster(
     ray: Any, *, cpus: float = 1.0, gpus: float = 0.0, retries: int = 3
 ) -> Callable[[RunSettings, threading.Event], str | None]:
-    """What starts a run on the cluster, for `unipelt.sweep.carry_out`.
+    """Make a function that starts a run on the cluster, for `unipelt.sweep.carry_out`.
 
     Every machine must see the folder of the sweep, and data and models, at the same path. A run whose worker is lost
     (killed, out of memory, a machine gone) is tried again, anywhere, and goes on from its last checkpoint.

@@ -134,7 +134,7 @@ def _attempt(
 
 
 def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | None]:
-    """What does a run in a process of its own, which ends when this one does; cores are shared by `workers`."""
+    """Make a function that does a run in a process of its own, which ends when this one does; `workers` share cores."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
     defaults |= {"OMP_NUM_THREADS": threads} if workers > 1 else {}  # or each takes all cores

@@ -52,7 +52,7 @@ _DEV, _TEST = 0.1, 0.2
 
 @dataclass
 class QAJob(TaskJob):
-    """What a run on questions needs, loaded.
+    """A loaded run on questions.
 
     Attributes:
         questions: of each split, `train`, `dev` and `test`.

@@ -1,4 +1,4 @@
-"""What a run of another task needs to know beside what every training does."""
+"""Settings of runs on questions and on translation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TASKS_DIR = "UNIPELT_TASKS_DIR"
 
 @dataclass(frozen=True)
 class TaskSettings(TrainingSettings):
-    """What both tasks need to know; each field's meaning is in its `help`.
+    """Settings that both tasks share; each field's meaning is in its `help`.
 
     Raises:
         As `TrainingSettings`.

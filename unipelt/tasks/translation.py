@@ -51,7 +51,7 @@ Pair = tuple[str, str]
 
 @dataclass
 class TranslationJob(TaskJob):
-    """What a run on translations needs, loaded.
+    """A loaded run on translations.
 
     Attributes:
         pairs: of each split, `train`, `dev` and `test`.
@@ -113,7 +113,7 @@ class TranslationJob(TaskJob):
 
     @property
     def base(self) -> str:
-        """What the base is called, or that it started at random."""
+        """Name of the base, or that it started at random."""
         return self.settings.model if self.settings.random == "no" else f"random {self.settings.random}"
 
     def save(self, folder: Path) -> dict[str, Any]:
