@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unipelt.api import inject
     from unipelt.bridges.adapterhub import load_adapterhub
     from unipelt.bridges.peft import load_peft, save_peft
+    from unipelt.bridges.plain_model import MergeError, merge
     from unipelt.bridges.release import load_release_state_dict, release_state_dict
     from unipelt.checkpoint.load import from_pretrained, load
     from unipelt.checkpoint.manifest import CheckpointError
@@ -74,6 +75,7 @@ else:
             "IA3Config": "unipelt.config.methods",
             "InjectionError": "unipelt.hosts.locate",
             "LoRAConfig": "unipelt.config.methods",
+            "MergeError": "unipelt.bridges.plain_model",
             "MixedOutput": "unipelt.multitask.batch_rows",
             "PRESETS": "unipelt.config.presets",
             "Parallel": "unipelt.submodules.bottleneck",
@@ -100,6 +102,7 @@ else:
             "load_peft": "unipelt.bridges.peft",
             "load_release_state_dict": "unipelt.bridges.release",
             "load_tokenizer": "unipelt.checkpoint.push",
+            "merge": "unipelt.bridges.plain_model",
             "parameter_counts": "unipelt.injection.parameters",
             "parameter_groups": "unipelt.injection.parameter_groups",
             "print_trainable_parameters": "unipelt.injection.parameter_groups",
@@ -138,6 +141,7 @@ __all__ = [
     "IA3Config",
     "InjectionError",
     "LoRAConfig",
+    "MergeError",
     "MixedOutput",
     "Parallel",
     "ParallelConfig",
@@ -161,6 +165,7 @@ __all__ = [
     "load_peft",
     "load_release_state_dict",
     "load_tokenizer",
+    "merge",
     "parameter_counts",
     "parameter_groups",
     "print_trainable_parameters",

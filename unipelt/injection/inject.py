@@ -67,7 +67,7 @@ def inject_as(
         if getattr(model, "is_quantized", False):
             record._hf_peft_config_loaded = True  # or Trainer takes it for a quantised model that nothing was added to
     except BaseException:
-        _strip(model)
+        strip(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(injection.required_grad[name])
         raise
@@ -86,7 +86,7 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("this model is one of several tasks on one base; call delete(name) of their unipelt.Tasks")
     before = injection.before
     _check_as_it_was(model, injection)
-    _strip(model)
+    strip(model)
     for name, parameter in model.named_parameters():
         if name in before:
             value = before[name]
@@ -143,7 +143,7 @@ def _check_memory(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _strip(model: nn.Module) -> None:
+def strip(model: nn.Module) -> None:
     """Take out everything, and the record; the parameters' values and flags are the caller's."""
     detach(model)
     injection: Injection | None = model.__dict__.pop("unipelt_injection", None)

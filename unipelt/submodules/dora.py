@@ -48,5 +48,10 @@ class DoRA(nn.Module):
         plain = y if bias is None else y - bias
         return (factor - 1) * plain + factor * low
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the updated projection W', (O, I), and its bias as it is."""
+        updated = weight + self.scale * (self.B.detach() @ self.A.detach()).to(weight)
+        return self.magnitude.detach().to(weight)[:, None] * updated / updated.norm(dim=1, keepdim=True), bias
+
 
 MODULES[LoRAConfig] = DoRA

@@ -29,5 +29,14 @@ class IA3(nn.Module):
         """The term, (B, T, O)."""
         return y * self.offset
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return a projection (O, I), and its bias (O,), whose output is multiplied already."""
+        factor = 1 + self.offset.detach().to(weight)
+        return factor[:, None] * weight, None if bias is None else factor * bias
+
+    def merged_input(self, weight: Tensor) -> Tensor:
+        """Return a projection (O, I) that multiplies its input itself."""
+        return weight * (1 + self.offset.detach().to(weight))
+
 
 register_submodule("ia3", IA3Config, IA3)

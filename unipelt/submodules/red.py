@@ -31,5 +31,10 @@ class RED(nn.Module):
         """The term, (B, T, O)."""
         return y * self.offset + self.shift
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return a projection (O, I), and its bias (O,), whose output is edited already."""
+        factor, shift = 1 + self.offset.detach().to(weight), self.shift.detach().to(weight)
+        return factor[:, None] * weight, shift if bias is None else factor * bias + shift
+
 
 register_submodule("red", REDConfig, RED)
