@@ -76,7 +76,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from unipelt.report import write_report
 
-    for path in write_report(arguments.folder, arguments.out):
+    for path in write_report(arguments.folder, arguments.out, arguments.latex):
         print(path)
     return 0
 
@@ -200,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(do=_report)
     report.add_argument("folder", metavar="DIR", help="folder of the runs")
     report.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
+    report.add_argument("--latex", action="store_true", help="write the tables of scores as report.tex, too")
 
     collecting = commands.add_parser(
         "collect",
