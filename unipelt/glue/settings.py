@@ -40,7 +40,8 @@ _NOT_NEGATIVE = (
     *("learning_rate", "weight_decay", "max_grad_norm", "num_workers", "eval_tokens", "seed", "data_seed"),
     *("split_seed", "stride", "skip_samples"),
 )
-_LATER = ("test_samples", "train_tokens")
+LATER = {"test_samples": None, "train_tokens": None, "pad_to_max_length": False}
+"""Fields that came later, and the values with which a run is what it was before there were these fields."""
 _NAMES = ("label_column", "source", "target")
 _EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")  # what YAML 1.1 takes for a string
 
@@ -199,8 +200,8 @@ class TrainingSettings:
         for name in PATHS:
             if values.get(name) is not None:
                 values[name] = os.path.abspath(values[name])
-        for name in _LATER:  # runs from before there were these fields stay the runs that they were
-            if values.get(name, MISSING) is None:
+        for name, default in LATER.items():  # runs from before there were these fields stay the runs that they were
+            if values.get(name, MISSING) is default:
                 del values[name]
         values["method"] = self.config.to_dict()
         return values
@@ -250,6 +251,11 @@ class RunSettings(TrainingSettings):
         "of texts of like length, and its step stays that of the whole; saves padding and memory, and draws other "
         "dropout. By default whole batches",
     )
+    pad_to_max_length: bool = option(
+        False,
+        "pad every text to max_length, in training and in evaluation, as the authors' program does by default; it "
+        "costs time, and changes what a model computes only where gates average over padding (gate.pooling mean)",
+    )
     eval_tokens: int | None = option(
         None,
         "tokens a batch of evaluation, padding included; by default 1024 on a CPU and 8192 on a GPU; "
@@ -267,6 +273,8 @@ class RunSettings(TrainingSettings):
                 "train_tokens changes how texts are padded, and with gate.pooling mean a gate averages over padding; "
                 "leave train_tokens out, or take gate.pooling masked_mean"
             )
+        if self.train_tokens is not None and self.pad_to_max_length:
+            raise SettingsError("train_tokens saves padding, and pad_to_max_length adds it; leave one of them out")
 
     def _check_data(self) -> None:
         """Check that the fields which name data go together; the data themselves are not touched."""

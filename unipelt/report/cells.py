@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
-from unipelt.glue.settings import FILES, INCIDENTAL
+from unipelt.glue.settings import FILES, INCIDENTAL, LATER
 from unipelt.report.paper import Printed, paper
 from unipelt.report.significance import mean_effect
 
@@ -95,7 +95,11 @@ class Run:
         rows = self.record["data"].get("test")
         config = json.dumps(self.config, sort_keys=True)
         return {
-            **{key: value for key, value in settings.items() if key not in _NOT_A_VARIANT},
+            **{
+                key: value
+                for key, value in settings.items()
+                if key not in _NOT_A_VARIANT and not (key in LATER and value == LATER[key])
+            },
             "learning_rate": self.record["method"]["learning_rate"],
             "model": self.record["model"]["name"],
             "model_sha256": short_digest(self.record["model"]["sha256"]),

@@ -57,7 +57,7 @@ def compose(results: Results, pictures: Sequence[Picture], name: str) -> list[Bl
             "gates",
             "Gates",
             "Mean gate values on the test data, layers by submodules, averaged over seeds. A gate of 0 is closed, one "
-            "of 1 is open. The colours of all pictures share one scale, from the least to the largest value here.",
+            "of 1 is open. All pictures share one scale of colours, on which nine tenths of the values here lie.",
         ),
     ):
         if sections[pictured]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -121,8 +123,9 @@ def _panels(results: Results) -> Iterator[Panel]:
     gated = [(cell, means) for cell in results.cells if (means := _gate_means(cell)) is not None]
     if not gated:
         return
-    least, most = (float(pick([pick(m[2][np.isfinite(m[2])]) for _, m in gated])) for pick in (np.min, np.max))
-    scale = (max(0.0, np.floor(20 * least) / 20), min(1.0, np.ceil(20 * most) / 20))
+    every = np.concatenate([means[2][np.isfinite(means[2])] for _, means in gated])
+    least, most = np.percentile(every, [5, 95])  # a few gates that are all but closed would leave the rest one colour
+    scale = (max(0.0, float(np.floor(20 * least)) / 20), min(1.0, float(np.ceil(20 * most)) / 20))
     for cell, means in gated:
         title = f"{cell.task}, {k_name(cell.k)}\n{cell.row}"
         values = "; ".join(
@@ -230,14 +233,15 @@ def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray
             share = (value - scale[0]) / max(scale[1] - scale[0], 1e-9)
             colour = "black" if share > 0.55 else "white"  # on cividis, which is light above that
             axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
-    axes.figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(image, ax=axes, extend="both")
 
 
 def _svg(paint: Callable[[Any], None], title: str, size: tuple[float, float]) -> bytes:
     figure = _figure(*size)
     axes = figure.subplots()
     paint(axes)
-    axes.set_title(_plain(title))
+    lines = (textwrap.wrap(line, max(16, int(11 * size[0]))) for line in title.splitlines())
+    axes.set_title(_plain("\n".join(itertools.chain.from_iterable(lines))))
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts count, not these

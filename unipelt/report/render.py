@@ -30,7 +30,8 @@ a { color: #1d4ed8; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .9rem; }
 .warn { color: var(--warn); }
 p.warn { border-left: 3px solid var(--warn); padding-left: .7rem; }
-.scroll { overflow-x: auto; width: fit-content; max-width: 100%; margin: .8rem 0; border: 1px solid var(--line); border-radius: 6px; }
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%; margin: .8rem 0; border: 1px solid var(--line);
+  border-radius: 6px; }
 .scroll:focus-visible { outline: 2px solid #1d4ed8; }
 table { border-collapse: collapse; font-size: .85rem; line-height: 1.35; overflow-wrap: normal; }
 th, td { padding: .4rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
