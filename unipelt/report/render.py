@@ -138,11 +138,7 @@ def _block_html(block: Block) -> str:
 
 def _grid_html(grid: Grid) -> str:
     head = "".join(f'<th scope="col">{_head_html(name)}</th>' for name in grid.head)
-    shown = [[[line for line in entry if line[1] != "hover"] for entry in row] for row in grid.rows]
-    longest = [
-        max((len(text) for entry in column for text, _ in entry), default=0) for column in zip(*shown, strict=True)
-    ]
-    kinds = [' class="words"' if length > 34 else "" for length in longest]
+    kinds = ["" if short else ' class="words"' for short in _numeric(grid)]
     rows = "\n".join(
         f'<tr><th scope="row">{_breakable(_entry_html(row[0]))}</th>'
         + "".join(
@@ -159,6 +155,13 @@ def _grid_html(grid: Grid) -> str:
         f"<table{pinned}>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>"
     )
+
+
+def _numeric(grid: Grid) -> list[bool]:
+    """For each column, whether it holds numbers or short words, and not names or running text."""
+    columns = zip(*grid.rows, strict=True)
+    longest = [max((len(text) for entry in c for text, mark in entry if mark != "hover"), default=0) for c in columns]
+    return [index > 0 and length <= 34 for index, length in enumerate(longest)]
 
 
 def _breakable(name: str) -> str:
@@ -219,7 +222,8 @@ def _block_markdown(block: Block, folder: str) -> str:
     if isinstance(block, Items):
         return "\n".join(f"- {_plain(item)}" for item in block.items)
     if isinstance(block, Grid):
-        lines = ["| " + " | ".join(map(_head_markdown, block.head)) + " |", "|" + " --- |" * len(block.head)]
+        marks = " | ".join("---:" if short else "---" for short in _numeric(block))
+        lines = ["| " + " | ".join(map(_head_markdown, block.head)) + " |", f"| {marks} |"]
         lines += ["| " + " | ".join(map(_entry_markdown, row)) + " |" for row in block.rows]
         return "\n".join(lines)
     if isinstance(block, Fold):
