@@ -139,13 +139,14 @@ def _add_report(commands: Any) -> None:
     )
     parser.add_argument("folder", metavar="DIR", help="folder of the runs")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
+    parser.add_argument("--latex", action="store_true", help="write the tables of scores as report.tex, too")
     parser.set_defaults(do=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from unipelt.report import write_report
 
-    for path in write_report(arguments.folder, arguments.out):
+    for path in write_report(arguments.folder, arguments.out, arguments.latex):
         print(path)
     return 0
 

@@ -7,15 +7,17 @@ import re
 import statistics
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from unipelt.report import read_results
-from unipelt.report.cells import Cell, Table
-from unipelt.report.compare import Difference, gate_agreements, head_effects, paired_tests, variant_effects
+from unipelt.report.cells import Cell
+from unipelt.report.compare import gate_agreements
+from unipelt.report.differences import Difference, Kind, compare_all
+from unipelt.report.group import PICKED
 from unipelt.report.paper import paper
-from unipelt.report.significance import paired_test
+from unipelt.report.results import Table
+from unipelt.report.significance import MeanEffect, mean_effect
 
 HOME = Path(__file__).parents[2]
 RESULTS = HOME / "docs" / "results"
@@ -28,6 +30,7 @@ METHODS = {
     "prefix, 10 tokens": "prefix",
     "prefix, 50 tokens": "prefix, prefix.length=50",
     "LoRA": "lora",
+    "picked on dev": PICKED,
     "UniPELT (AP)": "unipelt-ap",
     "UniPELT (APL)": "unipelt-apl",
     "APL, `prefix.softmax: own`": OWN,
@@ -63,6 +66,18 @@ def table(folder: str, k: int = 100) -> Table:
 
 
 @cache
+def comparisons(folder: str) -> list[Difference]:
+    """All comparisons of a report, p values corrected for their number."""
+    results = read_results(RESULTS / folder / "records")
+    return compare_all([results.table(k) for k in results.ks])
+
+
+def compared(row: str, kind: Kind, folder: str = "gte-small", k: int = 100) -> Difference:
+    [found] = [one for one in comparisons(folder) if (one.row, one.kind, one.k) == (row, kind, k)]
+    return found
+
+
+@cache
 def page(name: str = "docs/evidence.md") -> str:
     """A page's text, its lines joined."""
     return re.sub(r"\s+", " ", (HOME / name).read_text(encoding="utf-8"))
@@ -86,49 +101,74 @@ def signed(fraction: float) -> str:
     return ("" if fraction < 0 else "+") + number(100 * fraction, 1)
 
 
-def span(low: float, high: float) -> str:
-    return f"{number(100 * low, 1)} to {number(100 * high, 1)}"
+def span(effect: MeanEffect) -> str:
+    """The interval."""
+    assert effect.low is not None
+    assert effect.high is not None
+    return f"{number(100 * effect.low, 1)} to {number(100 * effect.high, 1)}"
 
 
-def shown(cell: Cell | None) -> str:
+def spanned(effect: MeanEffect) -> str:
+    return f"{signed(effect.mean)} ({span(effect)})"
+
+
+def shown(cell: Cell | None, folder: str = "gte-small") -> str:
+    """Mean and deviation, in italics where it is at chance."""
     if cell is None:
         return ""
     assert len(cell.runs) == 5
     assert cell.std is not None
-    return f"{number(100 * cell.mean)} ± {100 * cell.std:.2f}"
+    at = cell.at_chance(table(folder, cell.k or 0).chance(cell.task))
+    mean = f"*{number(100 * cell.mean)}*" if at else number(100 * cell.mean)
+    return f"{mean}<br>± {100 * cell.std:.2f}"
+
+
+def flat(cell: Cell) -> str:
+    """The same in a line of text."""
+    return f"{number(100 * cell.mean)} ± {100 * (cell.std or 0.0):.2f}"
 
 
 def cells(folder: str, method: str, k: int = 100) -> dict[str, Cell]:
     return table(folder, k).row(method) if method in table(folder, k).rows else {}
 
 
-def effect(found: list[Any], row: str) -> Difference:
-    [one] = [difference for difference in found if difference.row == row]
-    return one
+def averaged(folder: str, method: str) -> str:
+    average = table(folder).average(method)
+    return "" if average is None else f"{number(100 * average[0])}<br>± {100 * (average[1] or 0.0):.2f}"
 
 
 def test_scores() -> None:
-    columns, found = rows("| method | SST-2, 6 layers | SST-2 |")
-    assert [*found] == [*METHODS]
-    assert (columns[0], columns[-1]) == ("SST-2, 6 layers", "average")
-    tasks = [TASKS[name] for name in columns[1:-1]]
+    columns, found = rows("| method | average | SST-2 |")
+    assert [*found] == [*METHODS, "majority vote"]
+    tasks = [TASKS[name] for name in columns[1:]]
+    whole = table("gte-small")
+    levels = [whole.chance(task) for task in tasks]
+    assert found.pop("majority vote") == [number(100 * level) for level in (statistics.fmean(levels), *levels)]
     for label, entries in found.items():
         here = cells("gte-small", METHODS[label])
-        wanted = [shown(cells("minilm", METHODS[label]).get("sst2")), *(shown(here.get(task)) for task in tasks)]
-        assert [entry.replace("not run", "") for entry in entries[:-1]] == wanted, label
-        whole = all(task in here for task in tasks)
-        assert entries[-1] == (number(100 * statistics.fmean(here[task].mean for task in tasks)) if whole else "")
-    assert {task for row in table("gte-small").rows for task in table("gte-small").row(row)} == {*tasks}, "all are told"
+        assert [entry.replace("not run", "") for entry in entries[1:]] == [shown(here.get(task)) for task in tasks], (
+            label
+        )
+        assert entries[0] == averaged("gte-small", METHODS[label]), label
+    assert {task for row in whole.rows for task in whole.row(row)} == {*tasks}, "all are told"
+
+
+def test_scores_with_6_layers() -> None:
+    columns, found = rows("| 6 layers | SST-2 |")
+    assert columns == ["SST-2"]
+    for label, (entry,) in found.items():
+        assert entry == shown(cells("minilm", METHODS[label])["sst2"], "minilm"), label
+    assert {METHODS[label] for label in found} == {METHODS[label] for label in METHODS} - {"unipelt-al"}
 
 
 def test_the_papers_scores() -> None:
-    columns, found = rows("| method | SST-2 | STS-B |")
-    tasks = [TASKS[name] for name in columns[:-1]]
-    assert tasks == [TASKS[name] for name in rows("| method | SST-2, 6 layers | SST-2 |")[0][1:-1]]
+    columns, found = rows("| the paper's | average |")
+    tasks = [TASKS[name] for name in columns[1:]]
+    assert tasks == [TASKS[name] for name in rows("| method | average | SST-2 |")[0][1:]]
     for label, entries in found.items():
         printed = [paper()[100, METHODS[label], task] for task in tasks]
-        assert entries[:-1] == [f"{one.mean:.2f} ± {one.std:.2f}" for one in printed], label
-        assert entries[-1] == number(statistics.fmean(one.mean for one in printed)), label
+        assert entries[1:] == [f"{one.mean:.2f}<br>± {one.std:.2f}" for one in printed], label
+        assert entries[0] == number(statistics.fmean(one.mean for one in printed)), label
 
 
 def test_variants_on_stsb() -> None:
@@ -137,15 +177,13 @@ def test_variants_on_stsb() -> None:
     assert [*found] == [*VARIANTS]
     for label, (score, against, deployed) in found.items():
         cell = cells("gte-small", VARIANTS[label])["stsb"]
-        assert score == shown(cell), label
+        assert score == flat(cell), label
         assert {deployed} == {f"{run.record['parameters']['deployed']:,}" for run in cell.runs}, label
         if VARIANTS[label] == "unipelt-apl":
             assert against == ""
             continue
-        difference = effect(variant_effects(table("gte-small")), VARIANTS[label])
-        mean, interval = difference.by_task.get("stsb", (difference.difference, (difference.low, difference.high)))
-        assert interval is not None
-        assert against == f"{signed(mean)} ({span(*interval)})", label
+        difference = compared(VARIANTS[label], "paper")
+        assert against == spanned(difference.by_task.get("stsb", difference.effect)), label
 
 
 def test_more_examples_and_longer_training() -> None:
@@ -155,7 +193,8 @@ def test_more_examples_and_longer_training() -> None:
     for label, entries in found.items():
         method = METHODS[label]
         there = (("gte-small", 100), ("gte-small", 500), (EPOCHS, 100))
-        wanted = [shown(cells(folder, method, k).get("stsb")) for folder, k in there]
+        found_cells = [cells(folder, method, k).get("stsb") for folder, k in there]
+        wanted = ["" if cell is None else flat(cell) for cell in found_cells]
         assert [entry.replace("not run", "") for entry in entries] == wanted, label
 
 
@@ -172,114 +211,156 @@ def test_runs_and_hours() -> None:
     ]
 
 
+def corrected(difference: Difference) -> str:
+    """The p value, corrected."""
+    assert difference.holm is not None
+    return "p < 0.001" if difference.holm < 0.001 else f"p = {difference.holm:.3f}"
+
+
+def over_tasks(difference: Difference) -> str:
+    assert difference.over_tasks is not None
+    return span(difference.over_tasks)
+
+
 def against_single() -> list[str]:
-    """The combination against the best single method, in the page's words."""
-    found = effect(paired_tests(table("gte-small")), "unipelt-apl")
-    assert found.single == "lora"  # type: ignore[attr-defined]
-    assert found.drawn is not None
-    assert found.t_tasks is not None
-    assert found.t is not None
-    assert found.wilcoxon is not None
-    below = sorted(((-100 * mean, task) for task, (mean, _) in found.by_task.items()), reverse=True)
-    side = ["below ", *[""] * (len(below) - 1)]
-    if above := [index for index, (mean, _) in enumerate(below) if mean < 0]:
-        side[above[0]] = "above "
-    parts = [f"{abs(mean):.1f} {words}on {NAMES[task]}" for (mean, task), words in zip(below, side, strict=True)]
-    alone = {task: f"{signed(mean)} ({span(*both)})" for task, (mean, both) in found.by_task.items() if both}
+    """Against the best single method, in the page's words."""
+    apl, tuned, picked = (compared(row, "single") for row in ("unipelt-apl", "fine-tuning", PICKED))
+    assert {found.against for found in (apl, tuned, picked)} == {"lora"}
+    assert [found.clear for found in (apl, tuned, picked)] == [True, True, False]
+    below = sorted(((effect.mean, task) for task, effect in apl.by_task.items()))
+    parts = [f"{signed(mean)} on {NAMES[task]}" for mean, task in below]
+    small = compared("unipelt-apl", "single", "minilm")
+    assert small.against == "lora, train_head=false"
+    assert not small.clear
     return [
-        f"it is {number(-100 * found.difference, 1)} below (95 % interval over the {found.pairs} pairs of task and "
-        f"seed {span(found.low, found.high)}, t-test p = {found.t:.3f}, Wilcoxon {found.wilcoxon:.3f})",
-        f"with tasks drawn too the interval is {span(*found.drawn)}, and a t-test over the tasks has p = "
-        f"{found.t_tasks:.2f}",
-        f": {', '.join(parts)}.",
-        f"LoRA {alone['qnli']}, that variant",
-        f"APL is below LoRA on each seed, {alone['mnli']};",
+        f"{spanned(apl.effect)} against LoRA, {corrected(apl)}",
+        f"by task: {', '.join(parts)}",
+        f"for other tasks like these the interval is {over_tasks(apl)}",
+        f"With 6 layers, on SST-2 alone, it is {spanned(small.effect)} against the best there",
+        f"{spanned(tuned.effect)} against LoRA, {corrected(tuned)}; for other tasks {over_tasks(tuned)}",
+        f"{spanned(picked.effect)} against LoRA. After the correction that is not clear ({corrected(picked)})",
+        f"all {len(comparisons('gte-small'))} comparisons on 12 layers, and all {len(comparisons('minilm'))} on 6",
     ]
+
+
+def against_the_picked() -> list[str]:
+    """Combinations against the single method that is picked on dev."""
+    apl, own = (compared(row, "picked") for row in ("unipelt-apl", OWN))
+    assert [apl.clear, own.clear] == [True, False]
+    assert own.effect.differs
+    score = averaged("gte-small", PICKED).replace("<br>", " ")
+    return [
+        f"It scores {score}",
+        f"APL is {spanned(apl.effect)} against it, {corrected(apl)}",
+        f"APL with a softmax of its own {spanned(own.effect)}, {corrected(own)}",
+    ]
+
+
+def steadiness() -> list[str]:
+    """Deviations over tasks, and of averages."""
+    whole = table("gte-small")
+    rows = {label: whole.row(method) for label, method in METHODS.items() if method != "unipelt-al"}
+    mean = {label: statistics.fmean(cell.std or 0.0 for cell in found.values()) for label, found in rows.items()}
+    of_average = {label: (whole.average(METHODS[label]) or (0, 0))[1] or 0.0 for label in rows}
+    assert sorted(mean, key=mean.__getitem__)[:2] == ["picked on dev", "UniPELT (APL)"]
+    order = sorted(of_average, key=of_average.__getitem__)
+    assert order[:3] == ["BitFit", "picked on dev", "UniPELT (APL)"]
+    apl, lora = "UniPELT (APL)", "LoRA"
+    return [
+        f"APL has the smallest, {100 * mean[apl]:.2f}; fine-tuning has {100 * mean['fine-tuning']:.2f}, LoRA "
+        f"{100 * mean[lora]:.2f}, the adapter {100 * mean['adapter']:.2f}",
+        f"The method picked on dev, which trains three times, has {100 * mean['picked on dev']:.2f}",
+        f"{100 * of_average['BitFit']:.2f} for BitFit, {100 * of_average['picked on dev']:.2f} for the method picked "
+        f"on dev, {100 * of_average[apl]:.2f} for APL, {100 * of_average['fine-tuning']:.2f} for fine-tuning and "
+        f"{100 * of_average[lora]:.2f} for LoRA",
+    ]
+
+
+def at_chance() -> list[str]:
+    """Scores that are not clearly above a majority vote."""
+    whole = table("gte-small")
+    low = {
+        task: [cell.row for cell in whole.column(task) if cell.at_chance(whole.chance(task))] for task in whole.tasks
+    }
+    assert {task for task, found in low.items() if len(found) == len(whole.column(task))} == {"mrpc", "rte"}
+    above = {task: {c.row for c in whole.column(task)} - {*low[task]} for task in ("cola", "qnli", "mnli")}
+    assert above["cola"] == {"fine-tuning"}
+    assert above["qnli"] == {"fine-tuning", OWN}
+    assert above["mnli"] == {"fine-tuning", "bitfit", "lora", PICKED, OWN}
+    return [f"{sum(map(len, low.values()))} of the {len(whole.cells)} scores"]
 
 
 def against_apl() -> list[str]:
     """A softmax of the prefix's own against the paper's, in the page's words."""
-    found = effect(variant_effects(table("gte-small")), OWN)
-    assert found.drawn is not None
-    assert found.t_tasks is not None
-    assert found.t is not None
-    assert found.wilcoxon is not None
-    by_task = {task: f"{signed(mean)} on {NAMES[task]}" for task, (mean, _) in found.by_task.items()}
-    spans = {task: f" ({span(*both)})" for task, (_, both) in found.by_task.items() if both}
-    mean, (low, high) = found.by_task["mnli"]  # type: ignore[misc]
-    return [
-        f"**{signed(found.difference)} on average over the {WORDS[len(found.tasks)]} tasks of 12 layers "
-        f"({span(found.low, found.high)}; {found.pairs} pairs, t-test p = {found.t:.3f}, Wilcoxon "
-        f"{found.wilcoxon:.3f})**",
-        f"with tasks drawn as well the interval is {span(*found.drawn)}, and over tasks p = {found.t_tasks:.2f}",
-        by_task["stsb"],
-        *(f"{by_task[task]}{spans[task]}" for task in by_task if task != "stsb"),
-        f"by as little as chance makes: {signed(-mean)} ({span(-high, -low)})",
-    ]
-
-
-def own_beside_lora() -> list[str]:
-    """The same against the best single method, and its prefix's gate by task."""
-    found = effect(paired_tests(table("gte-small")), OWN)
-    assert found.single == "lora"  # type: ignore[attr-defined]
+    own, single, small = compared(OWN, "paper"), compared(OWN, "single"), compared(OWN, "paper", "minilm")
+    assert [own.clear, single.clear, small.clear] == [True, False, False]
     [gates] = [one.tasks for one in gate_agreements(table("gte-small")) if one.row == OWN]
     open_least = sorted((parts["prefix"][0], task) for task, parts in gates.items())
-    by_task = {name: found.by_task[task] for name, task in TASKS.items() if task in ("sst2", "qqp")}
+    order = ("stsb", "qqp", "qnli", "mnli", "cola", "mrpc", "rte", "sst2")
     return [
-        f"LoRA {signed(found.difference)} ({span(found.low, found.high)})",
-        *(f"{name} {signed(mean)} ({span(*interval)})" for name, (mean, interval) in by_task.items() if interval),
+        f"**{spanned(own.effect)} on average over the {WORDS[len(own.tasks)]} tasks of 12 layers, {corrected(own)}**",
+        f"For other tasks like these the interval is {over_tasks(own)}",
+        ", ".join(f"{spanned(own.by_task[task])} on {NAMES[task]}" for task in order),
+        f"On SST-2 with 6 layers it is {spanned(small.effect)}",
+        f"By the average it is level with LoRA: {spanned(single.effect)}",
         ", ".join(f"{gate:.2f} on {NAMES[task]}" for gate, task in open_least),
     ]
 
 
-def with_6_layers() -> list[str]:
-    """What the smaller model says, of SST-2 alone."""
-    variants = {found.row: found for found in variant_effects(table("minilm"))}
-    heads = {found.trained: found for found in head_effects(table("minilm"))}
-    lora = statistics.fmean(cells("minilm", "lora")["sst2"].scores.values())
-    apl = statistics.fmean(cells("minilm", "unipelt-apl")["sst2"].scores.values())
-    single = effect(paired_tests(table("minilm")), "unipelt-apl")
-    assert single.t is not None
-    mean, mass = (variants[f"unipelt-apl, {change}"] for change in ('gate.pooling="mean"', 'prefix.gating="mass"'))
-    bare, own = variants["unipelt-apl-nogate"], variants[OWN]
-    gains = [(number(100 * heads[name].difference, 1), span(heads[name].low, heads[name].high)) for name in HEADS]
-    assert mean.t is not None
+def turned(effect: MeanEffect) -> MeanEffect:
+    """The same difference, the other way round."""
+    return MeanEffect(-effect.mean, -(effect.high or 0.0), -(effect.low or 0.0), effect.p, effect.count)
+
+
+def predicted() -> list[str]:
+    """What had been said of QNLI and MNLI."""
+    apl, own = compared("unipelt-apl", "single").by_task, compared(OWN, "paper").by_task
+    against = {
+        task: MeanEffect(-one.mean, -(one.high or 0.0), -(one.low or 0.0), one.p, one.count)
+        for task, one in own.items()
+    }
     return [
-        f"With 6 layers it is {number(100 * (lora - apl), 1)} below LoRA, and {number(-100 * single.difference, 1)} "
-        f"below the best there, LoRA with a frozen head ({span(single.low, single.high)}; 5 pairs, p = {single.t:.3f})",
-        "gains {} points for BitFit ({}; 5 pairs), {} for the prefix ({}) and {} for LoRA ({})".format(
-            *(words for gain in gains for words in gain)
-        ),
-        f"APL without gates is {number(-100 * bare.difference, 1)} below it ({span(bare.low, bare.high)}; 5 pairs)",
-        f"it is {number(100 * mean.difference, 1)} above ({span(mean.low, mean.high)})",
-        f"(`mass`) {number(100 * mass.difference, 1)} above ({span(mass.low, mass.high)})",
-        f"its t-test does not say so (p = {mean.t:.3f})",
-        f"On SST-2 with 6 layers: {signed(own.difference)} ({span(own.low, own.high)})",
+        f"{spanned(apl['qnli'])} against LoRA, {spanned(against['qnli'])} against that variant",
+        f"{spanned(apl['mnli'])} against LoRA, {spanned(against['mnli'])} against that variant",
+    ]
+
+
+def with_6_layers() -> list[str]:
+    """What heads and gates do on the smaller model, on SST-2 alone."""
+    heads = [compared(name, "head", "minilm") for name in HEADS]
+    changes = ('gate.pooling="mean"', 'prefix.gating="mass"')
+    mean, mass = (compared(f"unipelt-apl, {change}", "paper", "minilm") for change in changes)
+    bare = compared("unipelt-apl-nogate", "paper", "minilm")
+    assert not any(found.clear or found.effect.differs for found in (mean, mass, bare))
+    assert not any(found.clear for found in heads)
+    return [
+        "{} for BitFit, {} for the prefix and {} for LoRA".format(*(spanned(found.effect) for found in heads)),
+        f"APL without gates is {spanned(bare.effect)}",
+        f"with gates that average over the padding of their batch too {spanned(mean.effect)}",
+        f"with gates that take away the prefix's softmax mass {spanned(mass.effect)}",
     ]
 
 
 def heads_with_12_layers() -> list[str]:
     """What a head that does not train costs LoRA on STS-B."""
-    heads = {found.trained: found for found in head_effects(table("gte-small"))}
-    lora = heads["lora"]
+    lora = compared("lora", "head")
+    assert lora.clear
     return [
-        f"training it gains {number(100 * lora.difference, 1)} for LoRA ({span(lora.low, lora.high)}; 5 pairs)",
-        f"without it scores {shown(cells('gte-small', lora.frozen)['stsb'])}",
+        f"training it gains LoRA {spanned(lora.effect)}, {corrected(lora)}",
+        f"without it LoRA scores {flat(cells('gte-small', lora.against)['stsb'])}",
     ]
 
 
 def with_500() -> list[str]:
     """What K = 500 says, of STS-B alone."""
-    singles = {found.row: found for found in paired_tests(table("gte-small", 500))}
-    assert {found.single for found in singles.values()} == {"lora"}
-    apl, own = singles["unipelt-apl"], singles[OWN]
-    better = effect(variant_effects(table("gte-small", 500)), OWN)
-    assert better.t is not None
-    assert own.t is not None
+    apl, own = (compared(row, "single", k=500) for row in ("unipelt-apl", OWN))
+    better = compared(OWN, "paper", k=500)
+    assert {apl.against, own.against} == {"lora"}
+    assert not any(found.clear or found.effect.differs for found in (apl, own, better))
     return [
-        f"it is {signed(apl.difference)} against LoRA ({span(apl.low, apl.high)}; 5 pairs)",
-        f"{signed(better.difference)} against APL ({span(better.low, better.high)}; t-test p = {better.t:.3f})",
-        f"{signed(own.difference)} against LoRA ({span(own.low, own.high)}; p = {own.t:.3f})",
+        f"it is {spanned(apl.effect)} against LoRA",
+        f"{spanned(better.effect)} against APL",
+        f"{spanned(own.effect)} against LoRA",
     ]
 
 
@@ -290,8 +371,7 @@ def with_50_epochs() -> list[str]:
     for method in ("unipelt-apl", OWN):
         before = cells("gte-small", method)["stsb"].scores
         assert [*before] == [*longer]
-        mean, low, high, _, _ = paired_test([longer[seed] - before[seed] for seed in longer])
-        words.append(f"{signed(mean)} ({span(low, high)})")
+        words.append(spanned(mean_effect([longer[seed] - before[seed] for seed in longer])))
     runs = cells(EPOCHS, "unipelt-apl")["stsb"].runs
     first, second, third, fourth, fifth = (f"{run.record['best']['epoch']:g}" for run in runs)
     gates = [
@@ -311,7 +391,7 @@ def with_50_epochs() -> list[str]:
 
 
 SAID = [
-    *(*against_single(), *against_apl(), *own_beside_lora()),
+    *(*against_single(), *against_the_picked(), *steadiness(), *at_chance(), *against_apl(), *predicted()),
     *(*with_6_layers(), *heads_with_12_layers(), *with_500(), *with_50_epochs()),
 ]
 
@@ -321,15 +401,32 @@ def test_differences(words: str) -> None:
     assert words in page()
 
 
+def test_runs_of_code_that_no_commit_holds() -> None:
+    results = read_results(RESULTS / "gte-small" / "records")
+    dirty = [run for run in results.runs if run.record["code"]["dirty"]]
+    assert {(run.method, run.seed) for run in dirty} == {("lora", (1, 1))}
+    names = " ".join(sorted(NAMES[run.task] for run in dirty))
+    assert names == "CoLA MNLI MRPC QNLI QQP"
+    assert "seed 1 of LoRA on CoLA, MNLI, MRPC, QNLI and QQP" in page()
+
+
+def test_the_chart_at_the_top() -> None:
+    text = (HOME / "docs" / "evidence.md").read_text(encoding="utf-8")
+    name = re.findall(r"\]\((results/[^)]*\.svg)\)", text)[0]
+    assert (HOME / "docs" / name).is_file()
+    assert text.index(name) < text.index("\n## ")
+    alt = re.findall(r"!\[([^\]]*)\]", text)[0]
+    assert alt in (RESULTS / "gte-small" / "report.md").read_text(encoding="utf-8"), "the report's own words"
+
+
 def test_readme() -> None:
-    found = effect(variant_effects(table("gte-small")), OWN)
-    assert found.drawn is not None
+    found = compared(OWN, "paper")
     sentence = (
-        f"it gains {number(100 * found.difference, 1)} points on average over {WORDS[len(found.tasks)]} tasks (95 % "
-        f"interval {span(found.low, found.high)}; {span(*found.drawn)} with tasks drawn too)"
+        f"it gains {number(100 * found.effect.mean, 1)} points on average over {WORDS[len(found.tasks)]} tasks (95 % "
+        f"interval {span(found.effect)}; {over_tasks(found)} for other tasks like these)"
     )
     assert sentence in page("README.md")
-    for task, (mean, _) in found.by_task.items():
-        assert f"{number(100 * mean, 1)} on {NAMES[task]}" in page("README.md")
-    apl, own = (effect(paired_tests(table("gte-small", 500)), row).difference for row in ("unipelt-apl", OWN))
+    for task, effect in found.by_task.items():
+        assert f"{number(100 * effect.mean, 1)} on {NAMES[task]}" in page("README.md")
+    apl, own = (compared(row, "single", k=500).effect.mean for row in ("unipelt-apl", OWN))
     assert f"LoRA by {number(-100 * apl, 1)} and above it by {number(100 * own, 1)}" in page("README.md")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from report.test_report import make_record, save
+from report_records import make_record, save
 
 from unipelt.cli import main
 from unipelt.records.record import read_result

@@ -288,7 +288,9 @@ def test_defaults() -> None:
     expected = {
         **dict.fromkeys(("model_sha256", "glue_dir", "train_file", "dev_file", "test_file", "text_columns")),
         **dict.fromkeys(("regression", "train_samples", "train_tokens", "eval_tokens", "threads")),
-        **dict.fromkeys(("gradient_checkpointing", "overwrite", "do_predict", "keep_checkpoints"), False),
+        **dict.fromkeys(
+            ("gradient_checkpointing", "overwrite", "do_predict", "keep_checkpoints", "pad_to_max_length"), False
+        ),
         "model": "bert-base-uncased",
         "task": "rte",
         "label_column": "label",

@@ -97,7 +97,7 @@ def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
     sha256, weights = weights_sha256(settings, place, kept)
     splits, order = {}, {}
     for name, part in parts.items():
-        splits[name], rows = _tokens(corpus, part, tokenizer, settings.max_length, in_order=name == "train")
+        splits[name], rows = _tokens(corpus, part, tokenizer, settings, in_order=name == "train")
         if rows is not None:
             order[name] = rows
     model = load_model(settings, place, config, AutoModelForSequenceClassification)
@@ -221,13 +221,14 @@ def _labels(corpus: Corpus, part: _Part) -> np.ndarray:
 
 
 def _tokens(
-    corpus: Corpus, part: _Part, tokenizer: PreTrainedTokenizerBase, max_length: int, in_order: bool
+    corpus: Corpus, part: _Part, tokenizer: PreTrainedTokenizerBase, settings: RunSettings, in_order: bool
 ) -> tuple[Dataset, np.ndarray | None]:
     """Token ids of a part; unless they are to stay in order, longest text first, and where each row was."""
-    of_this = (part.split, part.labelled, tokenizer, max_length)
+    whole = settings.pad_to_max_length
+    of_this = (part.split, part.labelled, tokenizer, settings.max_length, whole)
 
     def encode(rows: Dataset) -> Dataset:
-        return _encode(rows, corpus.task, tokenizer, max_length)
+        return _encode(rows, corpus.task, tokenizer, settings.max_length, whole)
 
     def sort() -> tuple[Dataset, np.ndarray]:
         # longest first: least padding, and too little memory shows at once
@@ -240,11 +241,12 @@ def _tokens(
     return corpus.cached(("sorted", *of_this), sort) if part.rows is None else sort()
 
 
-def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Texts as token ids, cut at `max_length`; padding is left to the batch."""
+def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, whole: bool) -> Dataset:
+    """Texts as token ids, cut at `max_length`; padded to it if they are to be, else padding is left to the batch."""
+    padding = {"padding": "max_length"} if whole else {}
 
     def tokenize(rows: Mapping[str, list[str]]) -> Mapping[str, Any]:
-        return tokenizer(*[rows[column] for column in task.columns], truncation=True, max_length=max_length)
+        return tokenizer(*[rows[column] for column in task.columns], truncation=True, max_length=max_length, **padding)
 
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

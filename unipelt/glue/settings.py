@@ -58,6 +58,11 @@ class RunSettings(TrainingSettings):
         "of texts of like length, and its step stays that of the whole; saves padding and memory, and draws other "
         "dropout. By default whole batches",
     )
+    pad_to_max_length: bool = option(
+        False,
+        "pad every text to max_length, in training and in evaluation, as the authors' program does by default; it "
+        "costs time, and changes what a model computes only where gates average over padding (gate.pooling mean)",
+    )
     eval_tokens: int | None = option(
         None,
         "tokens a batch of evaluation, padding included; by default 1024 on a CPU and 8192 on a GPU; "
@@ -75,6 +80,8 @@ class RunSettings(TrainingSettings):
                 "train_tokens changes how texts are padded, and with gate.pooling mean a gate averages over padding; "
                 "leave train_tokens out, or take gate.pooling masked_mean"
             )
+        if self.train_tokens is not None and self.pad_to_max_length:
+            raise SettingsError("train_tokens saves padding, and pad_to_max_length adds it; leave one of them out")
 
     def _check_data(self) -> None:
         """Check that the fields which name data go together; the data themselves are not touched."""

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from unipelt.files.atomic import write_whole
-from unipelt.report.cells import Results
+from unipelt.report.cells import kinds
 from unipelt.report.collect import collect
-from unipelt.report.page import compose, seeds_text
+from unipelt.report.differences import compare_all
+from unipelt.report.latex import to_latex
+from unipelt.report.page import compose
 from unipelt.report.pictures import check_matplotlib, draw
 from unipelt.report.read import ReportError, read_results
 from unipelt.report.render import to_html, to_markdown
+from unipelt.report.results import Results
+from unipelt.report.scores import seeds_text
 
-__all__ = ["ReportError", "Results", "collect", "read_results", "write_report"]
+__all__ = ["ReportError", "Results", "collect", "kinds", "read_results", "write_report"]
 
 PICTURES = "pictures"
 
 
-def write_report(folder: str | Path, out: str | Path) -> list[Path]:
+def write_report(folder: str | Path, out: str | Path, latex: bool = False) -> list[Path]:
     """Read finished runs and write what they show.
 
     Args:
@@ -29,6 +33,7 @@ def write_report(folder: str | Path, out: str | Path) -> list[Path]:
             `folder/sweep.json`, where it is there, for what should be.
         out: made if absent; gets `index.html` (one page that needs nothing else), `report.md` and `pictures/*.svg`,
             `report.csv` (a line a cell; scores in percent) and `runs.csv` (a line a run; scores are fractions).
+        latex: also write `report.tex`, the tables of scores for a paper.
 
     Returns:
         The files, each written whole or not at all.
@@ -45,7 +50,8 @@ def write_report(folder: str | Path, out: str | Path) -> list[Path]:
     if not results.runs:
         reasons = "".join(f"; left out: {name}, as {reason}" for name, reason in results.left_out[:3])
         raise ReportError(f"{folder} holds no finished run: neither result.json nor */result.json{reasons}")
-    pictures = draw(results)
+    tables = [results.table(k) for k in results.ks]
+    pictures = draw(results, compare_all(tables))
     blocks = compose(results, pictures, folder.resolve().name)
     contents = {
         **{out / PICTURES / f"{picture.name}.svg": picture.svg for picture in pictures},
@@ -54,6 +60,8 @@ def write_report(folder: str | Path, out: str | Path) -> list[Path]:
         out / "report.md": to_markdown(blocks, PICTURES).encode(),
         out / "index.html": to_html(blocks).encode(),
     }
+    if latex:
+        contents[out / "report.tex"] = to_latex(tables).encode()
     for path in (out, out / PICTURES):
         path.mkdir(parents=True, exist_ok=True)
     for path, content in contents.items():
@@ -62,7 +70,7 @@ def write_report(folder: str | Path, out: str | Path) -> list[Path]:
 
 
 def _cell_line(results: Results) -> Iterable[Mapping[str, Any]]:
-    for cell in results.cells:
+    for cell in (*results.cells, *results.picked):
         printed = cell.paper
         counts = [run.record["parameters"] for run in cell.runs]
         yield {
@@ -71,7 +79,7 @@ def _cell_line(results: Results) -> Iterable[Mapping[str, Any]]:
             "k": "all" if cell.k is None else cell.k,
             "method": cell.row,
             "model": cell.runs[0].record["model"]["name"],
-            "learning_rate": cell.runs[0].record["method"]["learning_rate"],
+            "learning_rate": "" if cell.picked else cell.runs[0].record["method"]["learning_rate"],
             "seeds": len(cell.runs),
             "mean": _number(100 * cell.mean),
             "std": "" if cell.std is None else _number(100 * cell.std),
@@ -82,9 +90,10 @@ def _cell_line(results: Results) -> Iterable[Mapping[str, Any]]:
             "trained": max(count["trained"] for count in counts),
             "deployed": max(count["deployed"] for count in counts),
             "head": max(count["head"] for count in counts),
-            "seconds": _number(cell.average(lambda run: run.record["seconds"]["total"])),
+            "seconds": _number(cell.seconds),
             "missing_seeds": seeds_text(cell.missing),
             "chosen": cell.chosen,
+            "trainings": len(cell.picked) or 1,
         }
 
 

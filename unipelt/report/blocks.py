@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from unipelt.report.pictures import Picture
 
-MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
-# A line of a table's entry: text, and how it is marked (best, second, minor, warn, or nothing).
+# A line of a table's entry: text, and how it is marked: best, second, clear (a difference), minor, chance (not clearly
+# above a constant answer), warn, hover (shown by HTML under the pointer only), or nothing.
 Line = tuple[str, str]
 Entry = Sequence[Line]
 
@@ -38,10 +38,17 @@ class Items:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; the first column names its rows."""
+    """A table; the first column names its rows.
+
+    Attributes:
+        head: a name for each column; what follows a line break in it is small.
+        rows: an entry for each column.
+        pinned: columns that stay in sight when the others scroll, 1 or 2.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[Entry]]
+    pinned: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,12 @@ class Panels:
     pictures: Sequence[Picture]
 
 
-Block = Heading | Paragraph | Items | Grid | Panels
+@dataclass(frozen=True)
+class Fold:
+    """Blocks behind a title, which a reader opens."""
+
+    title: str
+    blocks: Sequence[Block]
 
 
-def percent(value: float, std: float | None = None) -> str:
-    """A fraction in percent, as the paper prints it."""
-    return f"{100 * value:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
-
-
-def signed(value: float) -> str:
-    """A difference, of two digits, with a true minus."""
-    return f"{value:+.2f}".replace("-", MINUS)
+Block = Heading | Paragraph | Items | Grid | Panels | Fold

@@ -1,4 +1,4 @@
-"""Runs brought together: cells over seeds, in the order of the paper's tables, the paper's numbers beside them.
+"""One run, and one cell of a table: the runs of a task, K and method, which differ in their seeds only.
 
 Scores are fractions, as the records hold them; the paper's numbers are percent, as printed. A standard deviation is
 that of a sample (n - 1); the paper does not say which it prints.
@@ -10,23 +10,25 @@ import hashlib
 import json
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any
 
-from unipelt.report.paper import TASKS, Printed, paper
-from unipelt.runs.settings import FILES, INCIDENTAL
+from unipelt.report.paper import Printed, paper
+from unipelt.report.significance import mean_effect
+from unipelt.runs.settings import FILES, INCIDENTAL, LATER
 
 PARTS = ("adapter", "prefix", "lora")
-_ORDER = ("fine-tuning", "bitfit", "adapter", "prefix", "lora", "unipelt-ap-nogate", "unipelt-ap", "unipelt-apl")
+"""The paper's submodules, in its order."""
+_NO_PARTS = ("gate",)  # mappings in a method's configuration that are no submodule
+_DULL = ("train", "training", "data")  # names of files that say nothing about a task
 # Settings that say where and how a run was carried out, or that have a place of their own in a cell's name.
 _NOT_A_VARIANT = {
     *("task", "train_samples", "seed", "data_seed", "method", "learning_rate"),
     *(*INCIDENTAL, *FILES, "do_predict", "glue_dir", "model_sha256"),
 }
-_OF_THE_METHOD = ("learning_rate", "method_config")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,13 @@ class Run:
 
     @property
     def task(self) -> str:
-        """The task's name."""
-        return self.record["task"]["name"]
+        """The task's name; a task of the user's own files has that of its training file."""
+        settings = self.record["settings"]
+        file = settings.get("train_file")
+        if settings.get("task") is not None or not isinstance(file, str):
+            return self.record["task"]["name"]
+        path = PurePath(file)
+        return path.parent.name if path.stem in _DULL and path.parent.name else path.stem
 
     @property
     def primary(self) -> str:
@@ -88,11 +95,15 @@ class Run:
         rows = self.record["data"].get("test")
         config = json.dumps(self.config, sort_keys=True)
         return {
-            **{key: value for key, value in settings.items() if key not in _NOT_A_VARIANT},
+            **{
+                key: value
+                for key, value in settings.items()
+                if key not in _NOT_A_VARIANT and not (key in LATER and value == LATER[key])
+            },
             "learning_rate": self.record["method"]["learning_rate"],
             "model": self.record["model"]["name"],
-            "model_sha256": _short(self.record["model"]["sha256"]),
-            "test_data": _short(rows.get("sha256")) if isinstance(rows, Mapping) else None,
+            "model_sha256": short_digest(self.record["model"]["sha256"]),
+            "test_data": short_digest(rows.get("sha256")) if isinstance(rows, Mapping) else None,
             "method_config": hashlib.sha256(config.encode()).hexdigest()[:8],
         }
 
@@ -106,6 +117,8 @@ class Cell:
         setting: of that, what rows of different methods must share to be compared: all but the learning rate.
         expected: the seeds that should be there.
         chosen: where there were candidates, what was chosen on dev, from what.
+        picked: the methods among which each run is the best on dev; empty for a cell of one method.
+        seconds_of_all: of a cell that is picked, what training all candidates took, a mean over the seeds.
     """
 
     task: str
@@ -115,11 +128,20 @@ class Cell:
     runs: tuple[Run, ...]
     expected: frozenset[tuple[int, int]]
     chosen: str = ""
+    picked: tuple[str, ...] = ()
+    seconds_of_all: float | None = None
 
     @property
     def method(self) -> str:
         """The method's name."""
-        return self.runs[0].method
+        return self.row.partition(" [")[0] if self.picked else self.runs[0].method
+
+    @property
+    def seconds(self) -> float:
+        """What one score took, in seconds: the run, or all the runs that it was picked from."""
+        if self.seconds_of_all is not None:
+            return self.seconds_of_all
+        return self.average(lambda run: run.record["seconds"]["total"])
 
     @property
     def scores(self) -> dict[tuple[int, int], float]:
@@ -151,116 +173,33 @@ class Cell:
         """Mean over the runs of something that each has."""
         return statistics.fmean(value(run) for run in self.runs)
 
+    def at_chance(self, level: float) -> bool:
+        """Whether the mean is not clearly above a level, such as the score of a constant answer.
 
-@dataclass(frozen=True)
-class Results:
-    """What a folder of runs holds.
-
-    Attributes:
-        runs: each once.
-        left_out: files that are no records, or damaged, or say a run twice: name and reason.
-        failures: runs that failed and have no result: name and message.
-        absent: planned runs without result and without failure, by name.
-        seeds: the planned seeds by task, K and method's name; empty where there is no plan.
-        choose: settings that a sweep varies to choose by dev score.
-        plan: the sweep's configuration, where there is a plan.
-    """
-
-    runs: tuple[Run, ...]
-    left_out: tuple[tuple[str, str], ...] = ()
-    failures: tuple[tuple[str, str], ...] = ()
-    absent: tuple[str, ...] = ()
-    seeds: Mapping[tuple[str, int | None, str], frozenset[tuple[int, int]]] = field(default_factory=dict)
-    choose: tuple[str, ...] = ()
-    plan: str | None = None
-
-    @cached_property
-    def cells(self) -> tuple[Cell, ...]:
-        """All cells, in the order of the paper's tables."""
-        return tuple(_cells(self))
-
-    @property
-    def ks(self) -> list[int | None]:
-        """Each K once, all data last."""
-        return sorted({cell.k for cell in self.cells}, key=k_order)
-
-    def table(self, k: int | None) -> Table:
-        """The cells of one K."""
-        cells = {(cell.row, cell.task): cell for cell in self.cells if cell.k == k}
-        return Table(k, cells)
-
-
-@dataclass(frozen=True)
-class Table:
-    """The cells of one K, by row and task."""
-
-    k: int | None
-    cells: Mapping[tuple[str, str], Cell]
-
-    @property
-    def rows(self) -> list[str]:
-        """The rows' names, in the order of the paper's tables."""
-        return list(dict.fromkeys(row for row, _ in self.cells))
-
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks, in that order too."""
-        return sorted({task for _, task in self.cells}, key=_task_order)
-
-    def row(self, name: str) -> dict[str, Cell]:
-        """A row's cells by task."""
-        return {task: self.cells[name, task] for task in self.tasks if (name, task) in self.cells}
-
-    def average(self, row: str) -> tuple[float, float | None] | None:
-        """Mean over the tasks, and its standard deviation over seeds; None where a task is not there.
-
-        The deviation is that of the seeds' averages, so it is None where tasks have different seeds.
+        It is clear where the 95 % t interval over seeds is above the level. Of fewer than three seeds, which make an
+        interval too wide to be of use, the mean must be two standard errors of the test set above it.
         """
-        cells = self.row(row)
-        if len(cells) < len(self.tasks):
-            return None
-        seeds = {frozenset(cell.scores) for cell in cells.values()}
-        mean = statistics.fmean(cell.mean for cell in cells.values())
-        if len(seeds) > 1:
-            return mean, None
-        return mean, sample_std([statistics.fmean(c.scores[seed] for c in cells.values()) for seed in seeds.pop()])
-
-    def paper_average(self, row: str) -> float | None:
-        """The mean of the paper's numbers for the row over the table's tasks; None where one is not there."""
-        printed = [cell.paper for cell in self.row(row).values()]
-        if len(printed) < len(self.tasks) or None in printed:
-            return None
-        return statistics.fmean(number.mean for number in printed if number is not None)
-
-    def first(self, row: str) -> Cell:
-        """A row's first cell, for what all its cells share."""
-        return next(iter(self.row(row).values()))
-
-    def singles(self, setting: str) -> list[str]:
-        """Rows whose method adds one kind of submodule, of a setting."""
-        return [row for row in self.rows if self._adds(row) == 1 and self.first(row).setting == setting]
-
-    def combined(self) -> list[str]:
-        """Rows whose method adds more than one."""
-        return [row for row in self.rows if self._adds(row) > 1]
-
-    def named(self, method: str, setting: str) -> dict[str, Cell]:
-        """The row of a method and setting; of several (learning rates), the one with the most tasks."""
-        rows = [self.row(row) for row in self.rows]
-        found = [
-            row for row in rows for cell in [*row.values()][:1] if (cell.method, cell.setting) == (method, setting)
-        ]
-        return max(found, key=len, default={})
-
-    def _adds(self, row: str) -> int:
-        return len(kinds(self.first(row).runs[0].config))
+        effect = mean_effect([score - level for score in self.scores.values()])
+        if effect.count > 2 and effect.low is not None:
+            return effect.low <= 0
+        test = self.runs[0].record["data"].get("test")
+        rows = test.get("rows") if isinstance(test, Mapping) else None
+        spread = math.sqrt(level * (1 - level)) if 0 < level < 1 else 1.0  # of a proportion, else of a correlation
+        error = spread / math.sqrt(rows) if isinstance(rows, int) and rows > 0 else 0.0
+        return effect.mean <= 2 * error
 
 
 def kinds(config: Mapping[str, Any]) -> list[str]:
-    """The kinds of submodule that a method's configuration adds; of fine-tuning, none."""
+    """The parts that a method adds: every submodule of its configuration, and BitFit; of fine-tuning, none.
+
+    A configuration holds each submodule as a mapping under its name, so that submodules which were registered in
+    another program count as well. The paper's come first.
+    """
     if config.get("train_base"):
         return []
-    return [part for part in PARTS if config.get(part) is not None] + (["bitfit"] if config.get("bitfit") else [])
+    parts = {name for name, value in config.items() if isinstance(value, Mapping) and name not in _NO_PARTS}
+    known = [part for part in PARTS if part in parts]
+    return [*known, *sorted(parts - set(PARTS)), *(["bitfit"] if config.get("bitfit") else [])]
 
 
 def sample_std(values: Iterable[float]) -> float | None:
@@ -279,79 +218,6 @@ def k_order(k: int | None) -> float:
     return math.inf if k is None else k
 
 
-def _cells(results: Results) -> Iterable[Cell]:
-    """Runs by task, K, method and whatever else sets them apart; of candidates, the best on dev."""
-    groups: dict[tuple[str, int | None, str], list[Run]] = defaultdict(list)
-    for run in results.runs:
-        groups[run.task, run.k, run.method].append(run)
-    seen = {k: frozenset(run.seed for run in results.runs if run.k == k) for k in {run.k for run in results.runs}}
-    # What sets runs of one task, K and method apart is named in every row, so that rows can be compared by it; but
-    # what belongs to a method in the rows of that method only.
-    apart: set[str] = set()
-    own: dict[str, set[str]] = defaultdict(set)
-    for (_, _, method), runs in groups.items():
-        for key in set().union(*(run.variant for run in runs)) - set(results.choose):
-            if len({_text(run.variant.get(key)) for run in runs}) > 1:
-                (own[method] if key in _OF_THE_METHOD else apart).add(key)
-    models = {(run.variant["model"], run.variant["model_sha256"]) for run in results.runs}
-    if "model" in apart and len(models) == len({name for name, _ in models}):
-        apart.discard("model_sha256")  # the names tell them apart
-    cells = []
-    for (task, k, method), runs in groups.items():
-        variants: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
-        for run in runs:
-            setting, rest = (
-                ", ".join(f"{key}={_text(run.variant.get(key))}" for key in sorted(keys))
-                for keys in (apart, own[method])
-            )
-            candidate = ", ".join(f"{key}={_text(run.variant.get(key))}" for key in results.choose)
-            variants[setting, rest][candidate].append(run)
-        for (setting, rest), candidates in variants.items():
-            words = ", ".join(filter(None, (setting, rest)))
-            row = f"{method} [{words}]" if words else method
-            best, note = _choose(candidates)
-            planned = results.seeds.get((task, k, method))
-            cells.append(
-                Cell(
-                    task,
-                    k,
-                    row,
-                    setting,
-                    tuple(sorted(candidates[best], key=lambda run: run.seed)),
-                    planned or seen[k],
-                    note,
-                )
-            )
-    return sorted(cells, key=lambda cell: (k_order(cell.k), _row_order(cell.row), _task_order(cell.task)))
-
-
-def _choose(candidates: Mapping[str, Sequence[Run]]) -> tuple[str, str]:
-    """The candidate with the best mean dev score over the seeds that all have, and a sentence about it."""
-    if len(candidates) == 1:
-        return next(iter(candidates)), ""
-    common = frozenset.intersection(*(frozenset(run.seed for run in runs) for runs in candidates.values()))
-    means = {}
-    for name, runs in sorted(candidates.items(), key=lambda item: item[0]):
-        over = [run.dev for run in runs if run.seed in common] or [run.dev for run in runs]
-        means[name] = statistics.fmean(over)
-    best = largest(means)
-    tried = "; ".join(f"{name}: {100 * mean:.2f}" for name, mean in means.items())
-    over_what = f"the {len(common)} seeds that all have" if common else "different seeds, as none is in all"
-    return best, f"{best} of {len(means)} candidates by mean dev score over {over_what} ({tried})"
-
-
-def _row_order(row: str) -> tuple[int, str]:
-    base = row.partition(" [")[0].partition(",")[0]
-    return (_ORDER.index(base) if base in _ORDER else len(_ORDER), row)
-
-
-def _task_order(task: str) -> tuple[int, str]:
-    return (TASKS.index(task) if task in TASKS else len(TASKS), task)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _short(digest: Any) -> str | None:
+def short_digest(digest: Any) -> str | None:
+    """The first digits of a SHA-256; None of anything else."""
     return digest[:8] if isinstance(digest, str) else None

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from unipelt.report.cells import Cell, Run, Table
+from unipelt.report.cells import Cell, Run
+from unipelt.report.results import Table
 
 
 def costs(table: Table) -> list[dict[str, Any]]:
@@ -23,13 +24,14 @@ def costs(table: Table) -> list[dict[str, Any]]:
         lines.append(
             {
                 "row": row,
-                "method": runs[0].method,
+                "method": table.first(row).method,
+                "trainings": max(len(cell.picked) for cell in cells.values()) or 1,
                 **{
                     name: sorted({run.record["parameters"][name] for run in runs})
                     for name in ("trained", "deployed", "head")
                 },
                 "base": max(run.record["parameters"]["base"] for run in runs),
-                "seconds": statistics.fmean(run.record["seconds"]["total"] for run in runs),
+                "seconds": statistics.fmean(cell.seconds for cell in cells.values() for _ in cell.runs),
                 "training": _relative(_seconds_a_step, cells, base),
                 "inference": _relative(_seconds_an_example, cells, base),
             }

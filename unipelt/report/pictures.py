@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +16,20 @@ from typing import Any
 import numpy as np
 
 from unipelt.gates.plot import new_figure
-from unipelt.report.cells import Cell, Results
+from unipelt.report.cells import Cell
 from unipelt.report.compare import Curve, curves
+from unipelt.report.differences import Difference
+from unipelt.report.forest import draw_forest, forests
+from unipelt.report.numbers import k_name, percent
+from unipelt.report.results import Results
 
-_COLOURS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#66ccee",
-    "#aa3377",
-    "#777777",
-    "#ee7733",
-    "#009988",
-    "#222255",
-)
+# Okabe and Ito's, which people with any colour vision tell apart; beyond them, marks tell rows apart.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+Looks = dict[str, tuple[str, str]]
+"""The colour and the mark of each row."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Picture:
         section: which group of pictures it belongs to.
         name: of its file, without suffix; unlike all others.
         title: what it shows.
+        alt: its numbers in words, for those who do not see it.
         svg: the file's bytes.
     """
 
     section: str
     name: str
     title: str
+    alt: str
     svg: bytes
 
 
@@ -53,8 +56,8 @@ def check_matplotlib() -> None:
     new_figure(width=1.0, height=1.0)
 
 
-def draw(results: Results) -> list[Picture]:
-    """All pictures that there are data for."""
+def draw(results: Results, differences: Sequence[Difference] = ()) -> list[Picture]:
+    """All pictures that there are data for; the forest plots are of the differences."""
     import matplotlib
 
     # words stay words: smaller files, which can be searched; the same salt makes the same file of the same data
@@ -68,26 +71,29 @@ def draw(results: Results) -> list[Picture]:
     with matplotlib.rc_context(style):
         pictures = []
         taken: set[str] = set()
-        for section, words, title, paint, size in _panels(results):
+        for section, words, title, alt, paint, size in (*_forests(results, differences), *_panels(results)):
             name = stem = _clean("-".join((section, *words)))
             while name in taken:  # names that differ only in signs that no file may have
                 name = f"{stem}-{len(taken)}"
             taken.add(name)
-            pictures.append(Picture(section, name, title, _svg(paint, title, size)))
+            pictures.append(Picture(section, name, title, alt, _svg(paint, title, size)))
         return pictures
 
 
-def k_name(k: int | None) -> str:
-    """How a K is called."""
-    return "all data" if k is None else f"K = {k}"
+Panel = tuple[str, tuple[str, ...], str, str, Callable[[Any], None], tuple[float, float]]
 
 
-Panel = tuple[str, tuple[str, ...], str, Callable[[Any], None], tuple[float, float]]
+def _forests(results: Results, differences: Sequence[Difference]) -> Iterator[Panel]:
+    for forest in forests(results, differences):
+        over = f"{len(forest.tasks)} tasks" if len(forest.tasks) > 1 else forest.tasks[0]
+        title = f"Against the best single method, {k_name(forest.k)}, {over}"
+        words = (str(forest.k), forest.against)
+        yield "forest", words, title, forest.words, partial(draw_forest, forest=forest), forest.size
 
 
 def _panels(results: Results) -> Iterator[Panel]:
     rows = list(dict.fromkeys(cell.row for cell in results.cells))
-    colours = {row: _COLOURS[index % len(_COLOURS)] for index, row in enumerate(rows)}
+    looks = {row: (_COLOURS[i % len(_COLOURS)], _MARKS[i % len(_MARKS)]) for i, row in enumerate(rows)}
     groups: dict[tuple[int | None, str], list[Cell]] = defaultdict(list)
     for cell in results.cells:
         groups[cell.k, cell.task].append(cell)
@@ -98,44 +104,50 @@ def _panels(results: Results) -> Iterator[Panel]:
         sized[curve.key, first.k, first.task].append(curve)
     for (key, k, task), found in sized.items():
         title = f"{task}, {k_name(k)}: {key}"
-        yield "sizes", (key, task, str(k)), title, partial(_draw_sizes, found=found), (3.4, 2.8)
+        series = (f"{c.name}: {', '.join(f'{x:g} {percent(cell.mean)}' for x, cell in c.cells.items())}" for c in found)
+        alt = f"Test score by {key}, {task}, {k_name(k)}. {'; '.join(series)}."
+        yield "sizes", (key, task, str(k)), title, alt, partial(_draw_sizes, found=found), (3.4, 2.8)
 
     for (k, task), cells in groups.items():
-        height = 0.9 + 0.3 * len(cells)
-        yield (
-            "scores",
-            (task, str(k)),
-            f"{task}, {k_name(k)}",
-            partial(_draw_boxes, cells=cells, colours=colours),
-            (3.8, height),
-        )
+        words, title = (task, str(k)), f"{task}, {k_name(k)}"
+        values = "; ".join(f"{cell.row} {percent(cell.mean, cell.std)}" for cell in cells)
+        alt = f"Test scores of the seeds, {title}: {values}."
+        size = (3.8, 0.9 + 0.3 * len(cells))
+        yield "scores", words, title, alt, partial(_draw_boxes, cells=cells, looks=looks), size
     for (k, task), cells in groups.items():
-        yield (
-            "learning",
-            (task, str(k)),
-            f"{task}, {k_name(k)}",
-            partial(_draw_learning, cells=cells, colours=colours),
-            (3.8, 2.5 + 0.15 * len(cells)),
+        words, title = (task, str(k)), f"{task}, {k_name(k)}"
+        values = "; ".join(f"{cell.row} {percent(cell.average(lambda run: run.dev))}" for cell in cells)
+        alt = f"Dev score by epoch, {title}. The best: {values}."
+        size = (3.8, 2.5 + 0.15 * len(cells))
+        yield "learning", words, title, alt, partial(_draw_learning, cells=cells, looks=looks), size
+    gated = [(cell, means) for cell in results.cells if (means := _gate_means(cell)) is not None]
+    if not gated:
+        return
+    every = np.concatenate([means[2][np.isfinite(means[2])] for _, means in gated])
+    least, most = np.percentile(every, [5, 95])  # a few gates that are all but closed would leave the rest one colour
+    scale = (max(0.0, float(np.floor(20 * least)) / 20), min(1.0, float(np.ceil(20 * most)) / 20))
+    for cell, means in gated:
+        title = f"{cell.task}, {k_name(cell.k)}\n{cell.row}"
+        values = "; ".join(
+            f"{name} {mean:.2f}" for name, mean in zip(means[0], np.nanmean(means[2], axis=0), strict=True)
         )
-    for cell in results.cells:
-        means = _gate_means(cell)
-        if means is not None:
-            title = f"{cell.task}, {k_name(cell.k)}\n{cell.row}"
-            size = (1.2 + 0.62 * len(means[0]), 1.3 + 0.21 * len(means[1]))
-            yield "gates", (cell.task, str(cell.k), cell.row), title, partial(_draw_gates, means=means), size
+        alt = f"Mean gates by layer, {cell.task}, {k_name(cell.k)}, {cell.row}. Over the layers: {values}."
+        size = (1.2 + 0.62 * len(means[0]), 1.3 + 0.21 * len(means[1]))
+        paint = partial(_draw_gates, means=means, scale=scale)
+        yield "gates", (cell.task, str(cell.k), cell.row), title, alt, paint, size
 
 
-def _draw_boxes(axes: Any, cells: Sequence[Cell], colours: dict[str, str]) -> None:
+def _draw_boxes(axes: Any, cells: Sequence[Cell], looks: Looks) -> None:
     """A box over seeds for each method, the seeds as dots, the paper's mean as a diamond."""
     places = range(len(cells))
     for place, cell in zip(places, cells, strict=True):
         scores = [100 * score for score in cell.scores.values()]
         low, middle, high = np.percentile(scores, [25, 50, 75])
-        colour = colours[cell.row]
+        colour, mark = looks[cell.row]
         axes.barh(place, high - low, left=low, height=0.6, color=colour, alpha=0.35)
         axes.plot([min(scores), max(scores)], [place, place], color=colour, linewidth=0.8)
         axes.plot([middle, middle], [place - 0.3, place + 0.3], color="black", linewidth=1.2)
-        axes.plot(scores, [place] * len(scores), "o", color=colour, markersize=3.5)
+        axes.plot(scores, [place] * len(scores), mark, color=colour, markersize=3.5)
     printed = [(cell.paper.mean, place) for place, cell in zip(places, cells, strict=True) if cell.paper]
     if printed:
         axes.plot(*zip(*printed, strict=True), "D", color="none", markeredgecolor="black", markersize=5, label="paper")
@@ -146,7 +158,7 @@ def _draw_boxes(axes: Any, cells: Sequence[Cell], colours: dict[str, str]) -> No
     axes.grid(axis="x", alpha=0.3)
 
 
-def _draw_learning(axes: Any, cells: Sequence[Cell], colours: dict[str, str]) -> None:
+def _draw_learning(axes: Any, cells: Sequence[Cell], looks: Looks) -> None:
     """Dev score by epoch: mean and range of the seeds that reached it; dotted where some had ended."""
     for cell in cells:
         series = [
@@ -157,9 +169,9 @@ def _draw_learning(axes: Any, cells: Sequence[Cell], colours: dict[str, str]) ->
         values = [[item[epoch] for item in series if epoch in item] for epoch in epochs]
         means = [float(np.mean(item)) for item in values]
         whole = sum(len(item) == len(series) for item in values)
-        colour = colours[cell.row]
-        mark = "o" if len(epochs) == 1 else ""
-        axes.plot(epochs[:whole], means[:whole], marker=mark, color=colour, linewidth=1.4, label=_short(cell.row))
+        colour, mark = looks[cell.row]
+        line = {"marker": mark, "markersize": 4, "markevery": max(1, len(epochs) // 6)}
+        axes.plot(epochs[:whole], means[:whole], **line, color=colour, linewidth=1.4, label=_short(cell.row))
         axes.plot(epochs[max(whole - 1, 0) :], means[max(whole - 1, 0) :], ":", color=colour, linewidth=1)
         low, high = [min(item) for item in values], [max(item) for item in values]
         axes.fill_between(epochs[:whole], low[:whole], high[:whole], color=colour, alpha=0.12, linewidth=0)
@@ -175,9 +187,9 @@ def _draw_sizes(axes: Any, found: Sequence[Curve]) -> None:
         sizes = list(curve.cells)
         means = [100 * cell.mean for cell in curve.cells.values()]
         stds = [100 * (cell.std or 0.0) for cell in curve.cells.values()]
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour, mark = _COLOURS[index % len(_COLOURS)], _MARKS[index % len(_MARKS)]
         axes.errorbar(
-            sizes, means, yerr=stds, marker="o", markersize=4, capsize=3, color=colour, label=_short(curve.name)
+            sizes, means, yerr=stds, marker=mark, markersize=4, capsize=3, color=colour, label=_short(curve.name)
         )
     first = next(iter(found[0].cells.values()))
     axes.set_xticks(sorted({size for curve in found for size in curve.cells}))
@@ -205,10 +217,10 @@ def _gate_means(cell: Cell) -> tuple[list[str], list[str], np.ndarray] | None:
     return names, layers if len(layers) == len(values) else [str(row) for row in range(len(values))], values
 
 
-def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray]) -> None:
-    """Layers by submodules, from 0 (closed) to 1 (open) in every picture."""
+def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray], scale: tuple[float, float]) -> None:
+    """Layers by submodules, with the colours of a scale that all pictures of a report share."""
     names, layers, values = means
-    image = axes.pcolormesh(values, vmin=0.0, vmax=1.0, cmap="viridis")
+    image = axes.pcolormesh(values, vmin=scale[0], vmax=scale[1], cmap="cividis")
     axes.set_xticks(
         np.arange(len(names)) + 0.5, [name.replace("_", "\n").replace(".", "\n") for name in names], fontsize=7
     )
@@ -218,16 +230,18 @@ def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray
     axes.tick_params(length=0)
     for row, column in np.ndindex(values.shape):
         if np.isfinite(value := values[row, column]):
-            colour = "black" if value > 0.6 else "white"  # on viridis, which is light above that
+            share = (value - scale[0]) / max(scale[1] - scale[0], 1e-9)
+            colour = "black" if share > 0.55 else "white"  # on cividis, which is light above that
             axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
-    axes.figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(image, ax=axes, extend="both")
 
 
 def _svg(paint: Callable[[Any], None], title: str, size: tuple[float, float]) -> bytes:
     figure = new_figure(*size)
     axes = figure.subplots()
     paint(axes)
-    axes.set_title(_plain(title))
+    lines = (textwrap.wrap(line, max(16, int(11 * size[0]))) for line in title.splitlines())
+    axes.set_title(_plain("\n".join(itertools.chain.from_iterable(lines))))
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts count, not these

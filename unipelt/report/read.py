@@ -11,7 +11,8 @@ from typing import Any
 
 from unipelt.files.messages import show_path
 from unipelt.records.record import RESULT, ResultError, read_result
-from unipelt.report.cells import Results, Run
+from unipelt.report.cells import Run
+from unipelt.report.results import Results
 from unipelt.sweep import FAILURE, REQUEST, SweepError, read_failure, read_request
 
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from unipelt.report.blocks import NONE, Block, Entry, Grid, Heading, Paragraph, percent, signed
-from unipelt.report.cells import Table
-from unipelt.report.compare import (
-    Difference,
-    gate_agreements,
-    head_effects,
-    marks,
-    paired_tests,
-    upper_bounds,
-    variant_effects,
-)
+from unipelt.report.blocks import Block, Entry, Fold, Grid, Heading, Items, Line, Panels, Paragraph
+from unipelt.report.compare import gate_agreements, marks, upper_bounds
 from unipelt.report.costs import costs
+from unipelt.report.differences import Difference
+from unipelt.report.numbers import NONE, interval, k_name, percent, signed
 from unipelt.report.paper import paper_costs
-from unipelt.report.pictures import k_name
-from unipelt.report.significance import RESAMPLES
+from unipelt.report.pictures import Picture
+from unipelt.report.results import Table
+from unipelt.report.significance import MeanEffect
 
 
 def compare_with_upper_bounds(tables: Sequence[Table]) -> list[Block]:
@@ -39,88 +33,108 @@ def compare_with_upper_bounds(tables: Sequence[Table]) -> list[Block]:
     return [
         Heading(2, "Upper bound"),
         Paragraph(
-            "The best submodule of each task (the one with the best mean over seeds), averaged over tasks, beside the "
-            "method that combines them, on the tasks that have all of these; the paper's Table 2."
+            "The best submodule of each task is the one with the best mean over seeds. Its average over tasks stands "
+            "beside that of the method that combines them, on the tasks that have all of these."
+            + (" The paper's Table 2 does the same." if any(table.has_paper for table in tables) else "")
         ),
         Grid(["method", "K", "best submodule (%)", "combined (%)", "difference", "best by task"], rows),
     ]
 
 
-def compare_with_singles(tables: Sequence[Table]) -> list[Block]:
-    """Combinations against the best single method, pair by pair."""
-    rows: list[list[Entry]] = []
-    for table in tables:
-        for test in paired_tests(table):
-            rows.append(
-                [
-                    [(test.row, "")],
-                    [(k_name(table.k), "")],
-                    [(test.single, ""), (f"of {', '.join(test.among)}", "minor")],
-                    *_tested(test),
-                ]
+_AGAINST = {
+    "single": (
+        "Every method against the best single method",
+        "The best single method is the best by its mean over the same tasks.",
+    ),
+    "picked": (
+        "Combinations against the single method that is picked on dev",
+        "It is picked for each task and seed by its dev score, which takes one training for each candidate.",
+    ),
+    "paper": ("Other combinations against UniPELT(APL)", "The same tasks and seeds."),
+    "head": (
+        "Heads that train against heads that do not",
+        "All else is equal, the learning rate too. A head that does not train stays at its random start.",
+    ),
+}
+
+
+def compare_rows(differences: Sequence[Difference], charts: Sequence[Picture] = ()) -> list[Block]:
+    """All comparisons of rows, pair by pair, with the charts that are not at the top of the page."""
+    blocks: list[Block] = []
+    for kind, (title, text) in _AGAINST.items():
+        found = [difference for difference in differences if difference.kind == kind]
+        if not found:
+            continue
+        blocks += [
+            Heading(2, title),
+            Paragraph(text),
+            *([Panels(charts)] if charts and kind == "single" else []),
+            Grid(
+                ["method", "K", "against", "difference\n95 % interval", "p\ncorrected", "other tasks\n95 % interval"],
+                [_compared(difference) for difference in found],
+            ),
+        ]
+        tasks = list(dict.fromkeys(task for difference in found for task in difference.by_task))
+        if tasks:
+            rows = [_by_task(difference, tasks) for difference in found if difference.by_task]
+            note = Paragraph(
+                "Each difference has its own 95 % t interval over seeds, without a correction for the number of tasks."
             )
-    if not rows:
-        return []
-    head = ["method", "K", "best single method", "difference, 95 % interval", "t-test, p", "Wilcoxon, p", "pairs"]
+            blocks.append(Fold("By task", [note, Grid(["method", *tasks], rows)]))
+    if blocks:
+        blocks.append(Fold("How the intervals and p values are made", [Items(_METHOD)]))
+    return blocks
+
+
+_METHOD = (
+    "Pairs have the same task and the same seed. A difference is the mean over all pairs.",
+    "Its interval, for these tasks and other seeds, is a t interval: each seed gives one number, its mean difference "
+    "over the tasks. Where tasks have different seeds, or one seed each, it is over pairs instead.",
+    "The p value is that of the same t-test, two-sided. It is corrected by Holm's method for all comparisons of this "
+    "page that have one.",
+    "The interval for other tasks is a t interval over the tasks' means, given for three tasks or more. Its p values "
+    "are corrected in the same way, as a family of their own.",
+)
+
+
+def _compared(found: Difference) -> list[Entry]:
+    effect, other = found.effect, found.over_tasks
+    more = [(f"of {', '.join(found.among)}", "hover")] if found.among else []
     return [
-        Heading(2, "Combination against the best single method"),
-        Paragraph(
-            "Pairs have the same task and the same seed. The best single method is the one with the best mean over "
-            "the tasks at this K among those that add one kind of submodule: it is picked by these same scores, so "
-            "the difference is rather too small than too large. The interval is a bootstrap over pairs "
-            f"({RESAMPLES:,} resamples, seeded); p values are two-sided. Pairs of one task are not independent of "
-            "each other, so these speak of these tasks. Of three tasks or more there is an interval where tasks are "
-            "drawn too, and pairs from each, with p of the t-test over the tasks' means: they speak of other tasks "
-            "like these, as far as so few can."
-        ),
-        Grid(head, rows),
-    ]
-
-
-def compare_heads(tables: Sequence[Table]) -> list[Block]:
-    """Methods whose head does not train, beside the same with one that does."""
-    rows: list[list[Entry]] = [
+        [(found.row, "")],
+        [(k_name(found.k), "")],
+        [(found.against, ""), *more],
         [
-            [(effect.trained, "")],
-            [(k_name(table.k), "")],
-            *_tested(effect)[::3],  # without p values
-        ]
-        for table in tables
-        for effect in head_effects(table)
-    ]
-    if not rows:
-        return []
-    return [
-        Heading(2, "What the head does"),
-        Paragraph(
-            "Points that a method gains when its head trains, against a head that stays at its random start as in the "
-            "authors' program: pairs of the same task and seed, with the interval of a bootstrap over pairs."
-        ),
-        Grid(["method", "K", "gain, 95 % interval", "pairs"], rows),
+            (signed(100 * effect.mean), "clear" if found.clear else ""),
+            (_interval(effect), "minor"),
+            (f"{found.pairs} pairs, {effect.count} {found.unit}", "hover"),
+        ],
+        [(_p(found.holm), ""), (f"without correction {_p(effect.p)}", "hover")],
+        [(NONE, "minor")]
+        if other is None
+        else [(_interval(other), ""), (f"p {_p(found.holm_tasks)}, corrected", "hover")],
     ]
 
 
-def compare_variants(tables: Sequence[Table]) -> list[Block]:
-    """Other combinations against the paper's."""
-    rows: list[list[Entry]] = [
-        [
-            [(effect.row, ""), (f"against {effect.against}", "minor")],
-            [(k_name(table.k), "")],
-            *_tested(effect),
-        ]
-        for table in tables
-        for effect in variant_effects(table)
-    ]
-    if not rows:
-        return []
-    return [
-        Heading(2, "Other combinations against UniPELT(APL)"),
-        Paragraph(
-            "Pairs of the same task and seed, with the interval of a bootstrap over pairs and two-sided p values, for "
-            "these tasks; of three tasks or more also with tasks drawn, for others like them."
-        ),
-        Grid(["method", "K", "difference, 95 % interval", "t-test, p", "Wilcoxon, p", "pairs"], rows),
-    ]
+def _by_task(found: Difference, tasks: Sequence[str]) -> list[Entry]:
+    row: list[Entry] = [[(found.row, ""), (f"{k_name(found.k)}, against {found.against}", "minor")]]
+    for task in tasks:
+        effect = found.by_task.get(task)
+        if effect is None:
+            row.append([(NONE, "minor")])
+        else:
+            row.append([(signed(100 * effect.mean), "clear" if effect.differs else ""), (_interval(effect), "minor")])
+    return row
+
+
+def _interval(effect: MeanEffect) -> str:
+    return NONE if effect.low is None or effect.high is None else interval(effect.low, effect.high)
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def compare_gates(tables: Sequence[Table]) -> list[Block]:
@@ -155,41 +169,21 @@ def compare_gates(tables: Sequence[Table]) -> list[Block]:
     return [
         Heading(2, "Gates and the better submodule"),
         Paragraph(
-            "Mean gates over layers, test examples and seeds (bold: the most open), and what the submodule scores "
-            "alone (%). The correlation is over tasks and submodules, gates and scores each less their submodule's "
-            "mean over the tasks, since gates of one kind are more open than those of another whatever the task."
+            "Mean gates over layers, test examples and seeds. Below each is the score (%) of its submodule alone. Bold "
+            "is the most open gate."
         ),
         *blocks,
+        Fold(
+            "How gates and scores are correlated",
+            [
+                Paragraph(
+                    "Gates of one kind are more open than those of another on every task. So gates and scores are "
+                    "each taken less their submodule's mean over the tasks, and Spearman's correlation is over all "
+                    "tasks and submodules."
+                )
+            ],
+        ),
     ]
-
-
-def _tested(found: Difference) -> list[Entry]:
-    """The entries of a difference: itself, the p values, the pairs with what each of several tasks has."""
-    tasks = [(f"{task} {_points(*difference)}", "minor") for task, difference in found.by_task.items()]
-    drawn, over = [], []
-    if found.drawn is not None:
-        drawn = [(f"tasks drawn too: {_interval(*found.drawn)}", "minor")]
-        over = [(f"over tasks: {_p(found.t_tasks)}", "minor")]
-    return [
-        [(signed(100 * found.difference), ""), (_interval(found.low, found.high), "minor"), *drawn],
-        [(_p(found.t), ""), *over],
-        [(_p(found.wilcoxon), "")],
-        [(str(found.pairs), ""), *(tasks or [(", ".join(found.tasks), "minor")])],
-    ]
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{signed(100 * low)} to {signed(100 * high)}"
-
-
-def _points(difference: float, interval: tuple[float, float] | None) -> str:
-    return signed(100 * difference) + ("" if interval is None else f" ({_interval(*interval)})")
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def compare_costs(tables: Sequence[Table]) -> list[Block]:
@@ -204,26 +198,37 @@ def compare_costs(tables: Sequence[Table]) -> list[Block]:
             ]
             if line["base"]:
                 counted[0].append((f"{100 * line['trained'][-1] / line['base']:.2f} % of the base", "minor"))
-            if (method, "parameters") in paper_costs():
+            if table.has_paper and (method, "parameters") in paper_costs():
                 counted[1].append((f"paper {paper_costs()[method, 'parameters']}", "minor"))
             times: list[Entry] = []
             for name, key in (("training", "train_time_percent"), ("inference", "inference_time_percent")):
-                value, printed = line[name], paper_costs().get((method, key))
+                value, printed = line[name], paper_costs().get((method, key)) if table.has_paper else None
                 entry = [(NONE if value is None else f"{100 * value:.0f} %", "")]
                 times.append([*entry, (f"paper {printed} %", "minor")] if printed else entry)
-            rows.append(
-                [[(line["row"], "")], [(k_name(table.k), "")], *counted, [(f"{line['seconds']:.0f}", "")], *times]
-            )
-    head = ["method", "K", "trained", "deployed", "head", "seconds a run", "training time", "inference time"]
+            seconds: list[Line] = [(f"{line['seconds']:.0f}", "")]
+            if line["trainings"] > 1:
+                seconds.append((f"{line['trainings']} trainings", "minor"))
+            rows.append([[(line["row"], "")], [(k_name(table.k), "")], *counted, seconds, *times])
+    head = ["method", "K", "trained", "deployed", "head", "seconds", "training time", "inference time"]
+    counts = " That is the number in the paper's Table 4." if any(table.has_paper for table in tables) else ""
     return [
         Heading(2, "Parameters and time"),
-        Paragraph(
-            "Parameters are without the head, which has a column of its own; deployed is what remains after training, "
-            "and what the paper's Table 4 counts. Times are relative to fine-tuning on the same tasks and K: training "
-            "by the second a step, inference by the second an evaluated example. They compare only where all runs "
-            "had the same machine to themselves."
-        ),
         Grid(head, rows),
+        Fold(
+            "What is counted",
+            [
+                Items(
+                    [
+                        "trained, deployed: parameters without the head. Deployed are those that remain after "
+                        f"training.{counts}",
+                        "seconds: of one score, evaluation included. A method that is picked takes all its candidates.",
+                        "training time, inference time: relative to fine-tuning on the same tasks and K, by the second "
+                        "a step and by the second an evaluated example. They compare only where all runs had the "
+                        "same machine to themselves.",
+                    ]
+                )
+            ],
+        ),
     ]
 
 

@@ -41,7 +41,8 @@ _NOT_NEGATIVE = (
 )
 
 
-_LATER = ("test_samples", "train_tokens")
+LATER = {"test_samples": None, "train_tokens": None, "pad_to_max_length": False}
+"""Fields that came later, and the values with which a run is what it was before there were these fields."""
 
 
 _NAMES = ("label_column", "source", "target")
@@ -204,8 +205,8 @@ class TrainingSettings:
         for name in PATHS:
             if values.get(name) is not None:
                 values[name] = os.path.abspath(values[name])
-        for name in _LATER:  # runs from before there were these fields stay the runs that they were
-            if values.get(name, MISSING) is None:
+        for name, default in LATER.items():  # runs from before there were these fields stay the runs that they were
+            if values.get(name, MISSING) is default:
                 del values[name]
         values["method"] = self.config.to_dict()
         return values

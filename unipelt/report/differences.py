@@ -1,0 +1,172 @@
+"""Rows compared pair by pair: the same task, the same seed, another method. All comparisons of a page are one family.
+
+An interval is a t interval. For the tasks of a table it is over seeds: each seed gives one number, its mean difference
+over the tasks. For other tasks like these it is over tasks: each gives its mean difference over the seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from unipelt.report.cells import Cell, largest
+from unipelt.report.results import Table
+from unipelt.report.significance import MeanEffect, holm, mean_effect
+
+PAPERS = "unipelt-apl"
+"""The combination that others are compared with."""
+
+Kind = Literal["single", "picked", "paper", "head"]
+"""Compared with what: the best single method, the one picked on dev, the paper's combination, its own frozen head."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One row less another, over the pairs of task and seed that both have.
+
+    Attributes:
+        kind: against what.
+        k: training examples of the table; None: all.
+        row, against: the rows.
+        tasks: that both have.
+        pairs: how many.
+        effect: the mean over the pairs, with the interval for these tasks.
+        unit: what the interval is over: `seeds`, or `pairs` where tasks have different seeds or one seed.
+        over_tasks: the mean over the tasks' means, with the interval for other tasks like these; None of fewer than
+            three tasks.
+        by_task: each task's mean over its pairs, where there are several tasks.
+        among: of the best single method, the methods that it is the best of.
+        holm, holm_tasks: `effect.p` and `over_tasks.p`, corrected for all comparisons of the page.
+    """
+
+    kind: Kind
+    k: int | None
+    row: str
+    against: str
+    tasks: tuple[str, ...]
+    pairs: int
+    effect: MeanEffect
+    unit: Literal["seeds", "pairs"]
+    over_tasks: MeanEffect | None
+    by_task: Mapping[str, MeanEffect]
+    among: tuple[str, ...] = ()
+    holm: float | None = None
+    holm_tasks: float | None = None
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is a difference after the correction, for these tasks."""
+        return self.holm is not None and self.holm < 0.05
+
+
+def compare_all(tables: Sequence[Table]) -> list[Difference]:
+    """Every comparison of a page, with p values that are corrected for their number."""
+    found = [
+        difference
+        for table in tables
+        for compare in (against_best_single, against_picked, against_papers, against_frozen_heads)
+        for difference in compare(table)
+    ]
+    effects = holm([difference.effect.p for difference in found])
+    tasks = holm([difference.over_tasks.p if difference.over_tasks else None for difference in found])
+    return [
+        replace(difference, holm=one, holm_tasks=other)
+        for difference, one, other in zip(found, effects, tasks, strict=True)
+    ]
+
+
+def against_best_single(table: Table) -> list[Difference]:
+    """Every row against the best single method, over the pairs that both have.
+
+    The best is sought among the single methods that have all of the row's tasks; if none has, among all of them on
+    the tasks that all of them have.
+    """
+    found: list[Difference] = []
+    for row in table.rows:
+        cells = table.row(row)
+        everyone = table.singles(table.first(row).setting)
+        singles = [name for name in everyone if all(task in table.row(name) for task in cells)] or everyone
+        tasks = [task for task in cells if all(task in table.row(single) for single in singles)]
+        if not singles or not tasks:
+            continue
+        best = largest({name: statistics.fmean(table.row(name)[task].mean for task in tasks) for name in singles})
+        if row != best:
+            found += _compare("single", table, row, best, tasks, tuple(singles))
+    return found
+
+
+def against_picked(table: Table) -> Iterator[Difference]:
+    """Every combination against the single method that is picked on dev."""
+    for row in table.combined():
+        for picked in table.picked(table.first(row).setting):
+            yield from _compare("picked", table, row, picked)
+
+
+def against_papers(table: Table) -> Iterator[Difference]:
+    """Every other combination against `unipelt-apl`."""
+    for row in table.combined():
+        first = table.first(row)
+        theirs = table.named(PAPERS, first.setting)
+        if theirs and first.method != PAPERS:
+            yield from _compare("paper", table, row, next(iter(theirs.values())).row)
+
+
+def against_frozen_heads(table: Table) -> Iterator[Difference]:
+    """A method whose head trains against the same with a head that does not, all else equal: the learning rate too."""
+    for frozen, trained in itertools.permutations(table.rows, 2):
+        one, other = table.first(frozen), table.first(trained)
+        if one.picked or other.picked or one.setting != other.setting:
+            continue
+        if one.runs[0].config.get("train_head") is not False:
+            continue
+        rates = [cell.runs[0].record["method"]["learning_rate"] for cell in (one, other)]
+        if {**one.runs[0].config, "train_head": True} == other.runs[0].config and rates[0] == rates[1]:
+            yield from _compare("head", table, trained, frozen)
+
+
+def _compare(
+    kind: Kind,
+    table: Table,
+    row: str,
+    against: str,
+    tasks: Sequence[str] | None = None,
+    among: tuple[str, ...] = (),
+) -> list[Difference]:
+    """A row less another on these tasks, by default all that both have; nothing of fewer than two pairs."""
+    ours, theirs = table.row(row), table.row(against)
+    pairs = {
+        task: paired
+        for task in (ours if tasks is None else tasks)
+        if task in theirs and (paired := _pairs(ours[task], theirs[task]))
+    }
+    if sum(map(len, pairs.values())) < 2:
+        return []
+    values = [value for paired in pairs.values() for value in paired.values()]
+    seeds = {frozenset(paired) for paired in pairs.values()}
+    over_seeds = len(seeds) == 1 and len(next(iter(seeds))) > 1
+    if over_seeds:
+        values = [statistics.fmean(paired[seed] for paired in pairs.values()) for seed in sorted(seeds.pop())]
+    by_task = {task: mean_effect([*paired.values()]) for task, paired in pairs.items()}
+    return [
+        Difference(
+            kind,
+            table.k,
+            row,
+            against,
+            tuple(pairs),
+            sum(map(len, pairs.values())),
+            mean_effect(values),
+            "seeds" if over_seeds else "pairs",
+            mean_effect([effect.mean for effect in by_task.values()]) if len(by_task) > 2 else None,
+            by_task if len(by_task) > 1 else {},
+            among,
+        )
+    ]
+
+
+def _pairs(ours: Cell, theirs: Cell) -> dict[tuple[int, int], float]:
+    """The differences of the seeds that both have, by seed."""
+    return {seed: ours.scores[seed] - theirs.scores[seed] for seed in sorted(ours.scores) if seed in theirs.scores}

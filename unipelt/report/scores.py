@@ -1,0 +1,173 @@
+"""The table of scores: compact, and whole in a fold."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from unipelt.report.blocks import Block, Entry, Fold, Grid, Heading, Items, Line, Paragraph
+from unipelt.report.cells import Cell
+from unipelt.report.compare import marks
+from unipelt.report.numbers import NONE, k_name, percent, signed
+from unipelt.report.paper import TASKS
+from unipelt.report.results import Results, Table
+
+CONSTANT = "majority vote"
+"""The row of the scores of a constant answer."""
+
+
+def score_sections(table: Table, results: Results) -> list[Block]:
+    """The scores of one K: the compact table, then folds with all of its numbers and with how to read it."""
+    blocks: list[Block] = [
+        Heading(2, f"Scores, {k_name(table.k)}"),
+        Paragraph(
+            "Percent on the test data, the standard deviation over seeds below. Bold is the best of a column, "
+            "underlined the second best; grey is not clearly above a majority vote."
+        ),
+        _compact(table),
+        Fold("All numbers: seeds, and the paper's scores" if table.has_paper else "All numbers", [_whole(table)]),
+        Fold("How to read this table", [Items([*_reading(table, results), *_notes(table)])]),
+    ]
+    chosen = [f"{cell.task}, {cell.row}: {cell.chosen}" for cell in table.cells.values() if cell.chosen]
+    if chosen:
+        words = "These settings were chosen by their dev scores. Only the chosen are in the tables and pictures."
+        blocks.append(Fold("Settings that were chosen on dev", [Paragraph(words), Items(chosen)]))
+    return blocks
+
+
+def column_marks(table: Table) -> dict[str, list[str]]:
+    """For each task, and for `average`, how each row's score is marked: best, second, chance, or not at all."""
+    found = {}
+    for task in table.tasks:
+        level = table.chance(task)
+        cells = [table.cells.get((row, task)) for row in table.rows]
+        low = [cell is not None and cell.at_chance(level) for cell in cells]
+        best = marks([None if cell is None or at else cell.mean for cell, at in zip(cells, low, strict=True)])
+        found[task] = ["chance" if at else mark for at, mark in zip(low, best, strict=True)]
+    averages = [table.average(row) for row in table.rows]
+    found["average"] = marks([average[0] if average else None for average in averages])
+    return found
+
+
+def seeds_text(seeds: Iterable[tuple[int, int]]) -> str:
+    """Seeds as text; the data's is named where it is another."""
+    return ", ".join(str(run) if run == data else f"{run} (data {data})" for run, data in seeds)
+
+
+def metric_of(table: Table, task: str) -> str:
+    """The metric that a task is judged by, in words."""
+    return table.column(task)[0].runs[0].primary.replace("_", " ")
+
+
+def _head(table: Table) -> list[str]:
+    average = ["average"] if len(table.tasks) > 1 else []
+    return ["method", *average, *(f"{task}\n{metric_of(table, task)}" for task in table.tasks)]
+
+
+def _compact(table: Table) -> Grid:
+    """A line a method, the average first, and a line of constant answers."""
+    several = len(table.tasks) > 1
+    marked = column_marks(table)
+    rows: list[list[Entry]] = []
+    for index, row in enumerate(table.rows):
+        entries: list[Entry] = [[(row, "")]]
+        if several:
+            average = table.average(row)
+            entries.append(_short(*average, marked["average"][index]) if average else [(NONE, "minor")])
+        for task in table.tasks:
+            cell = table.cells.get((row, task))
+            if cell is None:
+                entries.append([(NONE, "minor")])
+                continue
+            lines = _short(cell.mean, cell.std, marked[task][index])
+            if cell.missing:
+                lines.append((f"n = {len(cell.runs)}", "warn"))
+            entries.append([*lines, ("; ".join(text for text, _ in _score(cell, "")), "hover")])
+        rows.append(entries)
+    levels = [table.chance(task) for task in table.tasks]
+    constant: list[Entry] = [[(CONSTANT, "minor")]]
+    if several:
+        constant.append([(percent(sum(levels) / len(levels)), "minor")])
+    rows.append([*constant, *([(percent(level), "minor")] for level in levels)])
+    return Grid(_head(table), rows, pinned=2 if several else 1)
+
+
+def _short(mean: float, std: float | None, mark: str) -> list[Line]:
+    return [(percent(mean), mark), *([(f"± {100 * std:.2f}", "minor")] if std is not None else [])]
+
+
+def _whole(table: Table) -> Grid:
+    several = len(table.tasks) > 1
+    marked = column_marks(table)
+    rows: list[list[Entry]] = []
+    for index, row in enumerate(table.rows):
+        entries: list[Entry] = [[(row, "")]]
+        if several:
+            entries.append(_average(table, row, marked["average"][index]))
+        for task in table.tasks:
+            cell = table.cells.get((row, task))
+            entries.append([(NONE, "minor")] if cell is None else _score(cell, marked[task][index]))
+        rows.append(entries)
+    return Grid(_head(table), rows, pinned=2 if several else 1)
+
+
+def _score(cell: Cell, mark: str) -> list[Line]:
+    lines = [(percent(cell.mean, cell.std), mark)]
+    printed = cell.paper
+    if printed is not None:
+        std = "" if printed.std is None else f" ± {printed.std:.2f}"
+        lines.append((f"paper {printed.mean:.2f}{std}", "minor"))
+        lines.append((f"{signed(100 * cell.mean - printed.mean)} · n = {len(cell.runs)}", "minor"))
+    else:
+        lines.append((f"n = {len(cell.runs)}", "minor"))
+    if cell.missing:
+        lines.append((f"without seed {seeds_text(cell.missing)}", "warn"))
+    return lines
+
+
+def _average(table: Table, row: str, mark: str) -> Entry:
+    average = table.average(row)
+    if average is None:
+        return [(NONE, "minor")]
+    lines = [(percent(*average), mark)]
+    printed = table.paper_average(row)
+    if printed is not None:
+        lines += [(f"paper {printed:.2f}", "minor"), (signed(100 * average[0] - printed), "minor")]
+    return lines
+
+
+def _reading(table: Table, results: Results) -> list[str]:
+    known = "those of the sweep's plan" if results.seeds else "those of any run of this K"
+    items = [
+        "A score is a mean over n seeds with the standard deviation of a sample (n - 1)."
+        + (" The paper does not say which deviation it prints." if table.has_paper else ""),
+        f"Seeds that should be there are {known}.",
+        f"{CONSTANT}: the score of the most frequent class among the training examples, the best over the seeds. It "
+        "is 0 for correlations, and for F1 where that class is the negative one.",
+        "Grey: the 95 % t interval over seeds reaches the majority vote. Of fewer than three seeds, the mean is less "
+        "than two standard errors of the test set above it. A grey score is never marked as the best.",
+    ]
+    if len(table.tasks) > 1:
+        also = (
+            " The paper's average is over the same tasks." if table.has_paper and set(table.tasks) != {*TASKS} else ""
+        )
+        items.append(
+            "The average is over all tasks of this table, of methods that have all of them. Its deviation is that of "
+            f"the seeds' averages.{also}"
+        )
+    if any(cell.picked for cell in table.cells.values()):
+        names = next(cell.picked for cell in table.cells.values() if cell.picked)
+        items.append(
+            f"picked on dev: for each task and seed, the one of {', '.join(names)} with the best dev score. One such "
+            f"score takes {len(names)} trainings."
+        )
+    return items
+
+
+def _notes(table: Table) -> list[str]:
+    said: dict[str, set[str]] = defaultdict(set)
+    for cell in table.cells.values():
+        for run in cell.runs:
+            for note in run.record["task"]["notes"]:
+                said[str(note)].add(cell.task)
+    return [f"{', '.join(sorted(names))}: {note}" for note, names in said.items()]
