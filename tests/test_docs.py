@@ -8,22 +8,32 @@ import importlib
 import importlib.util
 import io
 import re
-from collections.abc import Iterator
+import runpy
+import shlex
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytest
+import torch
 import yaml
+from test_hub import hub  # noqa: F401 - a fixture
+from tiny_task import save_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 import unipelt
+from unipelt import cli
+from unipelt.config import SUBMODULES
+from unipelt.hosts.families import FAMILIES
 from unipelt.report import write_report
+from unipelt.submodules.term import MODULES
 
 HOME = Path(__file__).parent.parent
 DOCS = HOME / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in (*DOCS.glob("*.md"), *DOCS.glob("guides/*.md")))
 TEXTS = [*(DOCS / name for name in PAGES), HOME / "README.md"]
 REPORTS = sorted(path.parent for path in DOCS.glob("results/*/report.md"))
 
@@ -52,27 +62,105 @@ def blocks(page: Path) -> Iterator[Block]:
     assert language is None, f"a block of {page} does not end"
 
 
-def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block in one namespace; a block of text says what the one before it prints."""
-    (tmp_path / "examples").symlink_to(HOME / "examples")
+NAMES = {"bert-base-uncased": "bert", "HuggingFaceTB/SmolLM2-135M": "llama"}
+"""What pages call models on the hub: a folder of that name is here, with a tiny random model of that family."""
+
+IN_ONE = ("tutorial.md", "index.md", "README.md", "several-tasks.md", "guides/")
+"""Pages whose blocks are one program. A block of any other page stands alone, with the names of `given`."""
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of somebody who reads: examples and configurations, and models under the names that pages use."""
+    for name in ("examples", "configs"):
+        (tmp_path / name).symlink_to(HOME / name)
+    for name, family in NAMES.items():
+        save_model(tmp_path / name, family)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    page, names, printed, ran = DOCS / "tutorial.md", {"__name__": "tutorial"}, None, 0
-    for block in blocks(page):
+    families, submodules = set(FAMILIES), set(SUBMODULES)
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)
+    for name in set(FAMILIES) - families:
+        del FAMILIES[name]
+    for name in set(SUBMODULES) - submodules:
+        del MODULES[SUBMODULES.pop(name)]
+
+
+def given(block: Block) -> dict[str, Any]:
+    """What a block that stands alone may use: a model, injected unless the block does that, and what goes into it."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "page", "tokenizer": AutoTokenizer.from_pretrained("bert-base-uncased")}
+    for name in ("model", "base_model"):
+        names[name] = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
+    if "unipelt.inject(model" not in block.text and "Tasks(model)" not in block.text:
+        unipelt.inject(names["model"], "unipelt-apl")
+    texts = ["the cat was lovely", "a dull grey dog sat on the mat"]
+    names["batch"] = {
+        **names["tokenizer"](texts, padding=True, return_tensors="pt"),
+        "labels": torch.tensor([1, 0]),
+    }
+    names["dev_batches"] = [names["batch"]]
+    return names
+
+
+def python_of(pages: Iterable[str]) -> list[str]:
+    """The pages that have code in Python."""
+    return [page for page in pages if any(block.language == "python" for block in blocks(path_of(page)))]
+
+
+def path_of(page: str) -> Path:
+    """A page of the docs, or of the top."""
+    return HOME / page if page == "README.md" else DOCS / page
+
+
+def command(line: str) -> None:
+    """Do what a line for a shell does, here, in this process."""
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "python":
+        script = runpy.run_path(arguments[0])
+        assert script["main"](arguments[1:]) in (0, None), line
+    else:
+        assert program == "unipelt", line
+        assert cli.main(arguments) == 0, line
+
+
+SLOW = ("guides/compare.md", "guides/learning-rate.md")
+"""Pages with sweeps: a process for every run."""
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in python_of([*PAGES, "README.md"])],
+)
+def test_the_code_runs(page: str, reader: Path, request: pytest.FixtureRequest) -> None:
+    """Block by block; a block of text says what the one before it prints, and commands on files of the page run too."""
+    if page == "hub.md":
+        request.getfixturevalue("hub")
+    path, printed = path_of(page), None
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(path):
         if block.language == "python":
+            if "BitsAndBytesConfig" in block.text and importlib.util.find_spec("bitsandbytes") is None:
+                continue  # tests/test_quantised.py has it
+            names = names if page.startswith(IN_ONE) else given(block)
             output = io.StringIO()
-            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # so that errors name its line
+            code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")  # so that errors name its line
             with contextlib.redirect_stdout(output):
                 exec(code, names)
             # Trainer tells its log this way
             printed = "".join(line for line in output.getvalue().splitlines(True) if not line.startswith("{"))
-            ran += 1
-        elif block.language == "text":
+        elif block.language == "bash" and page.startswith("guides/"):
+            for line in block.text.splitlines():
+                if any(name in line for name in ("mine", "rates", "runs/compare")):
+                    command(line)
+        elif block.language == "text" and printed is not None:
             assert printed == block.text, f"{page}, line {block.line}"
             printed = None
-    assert ran >= 8
-    assert (tmp_path / "runs" / "tutorial" / "gates.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("folder", REPORTS, ids=lambda path: path.name)
