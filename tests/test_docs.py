@@ -10,6 +10,8 @@ import io
 import re
 import runpy
 import shlex
+import sys
+import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,9 @@ import matplotlib
 import pytest
 import torch
 import yaml
+from conftest import tiny_bert
+from test_adapterhub import injected
+from test_adapterhub import written as write_adapterhub
 from test_hub import hub  # noqa: F401 - a fixture
 from tiny_task import save_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -92,10 +97,12 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def given(block: Block) -> dict[str, Any]:
     """What a block that stands alone may use: a model, injected unless the block does that, and what goes into it."""
     torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": "page", "tokenizer": AutoTokenizer.from_pretrained("bert-base-uncased")}
+    names: dict[str, Any] = {"torch": torch, "unipelt": unipelt}
+    names["AutoModelForSequenceClassification"] = AutoModelForSequenceClassification
+    names["tokenizer"] = AutoTokenizer.from_pretrained("bert-base-uncased")
     for name in ("model", "base_model"):
         names[name] = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
-    if "unipelt.inject(model" not in block.text and "Tasks(model)" not in block.text:
+    if "unipelt.inject(model" not in block.text or "unipelt.remove(model)" in block.text:
         unipelt.inject(names["model"], "unipelt-apl")
     texts = ["the cat was lovely", "a dull grey dog sat on the mat"]
     names["batch"] = {
@@ -132,26 +139,38 @@ SLOW = ("guides/compare.md", "guides/learning-rate.md")
 
 
 @pytest.mark.filterwarnings("ignore:.*use_reentrant")
+@pytest.mark.filterwarnings("ignore:`[a-z_]*gradient_checkpointing[a-z_]*` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in python_of([*PAGES, "README.md"])],
 )
-def test_the_code_runs(page: str, reader: Path, request: pytest.FixtureRequest) -> None:
+def test_the_code_runs(
+    page: str, reader: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Block by block; a block of text says what the one before it prints, and commands on files of the page run too."""
     if page == "hub.md":
+        whole = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
+        whole.save_pretrained("bert-base-uncased")  # with a head: what loads it brings no random one
         request.getfixturevalue("hub")
+    elif page == "bridges.md":
+        tiny_bert().save_pretrained("bert-base-uncased")
+        write_adapterhub(injected(), reader / "adapterhub")
+        for name in ("pytorch_adapter.bin", "pytorch_model_head.bin"):
+            torch.save({"weight": torch.ones(2)}, name)
     path, printed = path_of(page), None
-    names: dict[str, Any] = {"__name__": "page"}
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # classes of a block look for their module
     for block in blocks(path):
         if block.language == "python":
             if "BitsAndBytesConfig" in block.text and importlib.util.find_spec("bitsandbytes") is None:
                 continue  # tests/test_quantised.py has it
-            names = names if page.startswith(IN_ONE) else given(block)
+            if not page.startswith(IN_ONE):
+                module.__dict__.update(given(block))
             output = io.StringIO()
             code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")  # so that errors name its line
             with contextlib.redirect_stdout(output):
-                exec(code, names)
+                exec(code, module.__dict__)
             # Trainer tells its log this way
             printed = "".join(line for line in output.getvalue().splitlines(True) if not line.startswith("{"))
         elif block.language == "bash" and page.startswith("guides/"):
