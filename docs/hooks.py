@@ -1,8 +1,8 @@
 """Hooks of the docs site: tables made from the library, and mathematics rendered by KaTeX while the site is built.
 
-Formulas need `npm` and `node`: KaTeX (MIT) is fetched once into `.cache/katex`, renders every formula to HTML and MathML,
-and its style sheet and fonts are copied into the site, so that pages load nothing from elsewhere and run no script.
-Without `npm` formulas stay as TeX.
+Formulas need `npm` and `node`. KaTeX (MIT) is fetched once into `.cache/katex` and renders every formula to HTML and
+MathML. Its style sheet and fonts are copied into the site, so pages load nothing from elsewhere and run no script for
+formulas. Without `npm` formulas stay as TeX.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ def on_page_content(content: str, **_: Any) -> str:
     if done.returncode:
         raise ValueError(f"a formula is not TeX that KaTeX knows: {done.stderr[-600:]}")
     made = iter(json.loads(done.stdout))
-    return re.sub(pattern, lambda match: f'<{match[1]} class="arithmatex">{next(made)}</{match[1]}>', content, flags=re.S)
+
+    def put(match: re.Match[str]) -> str:
+        return f'<{match[1]} class="arithmatex">{next(made)}</{match[1]}>'
+
+    return re.sub(pattern, put, content, flags=re.S)
 
 
 def on_post_build(config: Any) -> None:

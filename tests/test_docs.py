@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import re
 import runpy
 import shlex
@@ -134,6 +135,8 @@ def command(line: str) -> None:
         assert cli.main(arguments) == 0, line
 
 
+LOG = ("{'loss", "{'train_", "{'eval_")
+"""How the lines begin that Trainer prints of its log."""
 SLOW = ("guides/compare.md", "guides/learning-rate.md")
 """Pages with sweeps: a process for every run."""
 
@@ -171,8 +174,7 @@ def test_the_code_runs(
             code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")  # so that errors name its line
             with contextlib.redirect_stdout(output):
                 exec(code, module.__dict__)
-            # Trainer tells its log this way
-            printed = "".join(line for line in output.getvalue().splitlines(True) if not line.startswith("{"))
+            printed = "".join(line for line in output.getvalue().splitlines(True) if not line.startswith(LOG))
         elif block.language == "bash" and page.startswith("guides/"):
             for line in block.text.splitlines():
                 if any(name in line for name in ("mine", "rates", "runs/compare")):
@@ -180,6 +182,24 @@ def test_the_code_runs(
         elif block.language == "text" and printed is not None:
             assert printed == block.text, f"{page}, line {block.line}"
             printed = None
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("path", sorted(HOME.glob("examples/notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+    """Cell by cell, in a folder with nothing in it; the first cell of code would install a missing library."""
+    monkeypatch.chdir(tmp_path)
+    logging.set_verbosity_error()
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = [("".join(cell["source"]), cell) for cell in notebook["cells"]]
+    assert not any(cell.get("outputs") for _, cell in cells), "cleared of what some machine printed"
+    code = [source for source, cell in cells if cell["cell_type"] == "code"]
+    assert "pip" in code[0]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for number, source in enumerate(code):
+            exec(compile(source, f"{path.name}, cell {number} of code", "exec"), names)
 
 
 @pytest.mark.parametrize("folder", REPORTS, ids=lambda path: path.name)
@@ -204,7 +224,7 @@ def test_python_in_pages(page: Path) -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "unipelt":
                 module = importlib.import_module(str(node.module))
                 assert all(hasattr(module, alias.name) for alias in node.names), where
-            elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("unipelt."):
+            elif isinstance(node, ast.Attribute) and re.fullmatch(r"unipelt(\.\w+)+", ast.unparse(node)):
                 find(ast.unparse(node), where)
 
 

@@ -329,7 +329,5 @@ def test_readme() -> None:
         f"interval {span(found.low, found.high)}; {span(*found.drawn)} with tasks drawn too)"
     )
     assert sentence in page("README.md")
-    for task, (mean, _) in found.by_task.items():
-        assert f"{number(100 * mean, 1)} on {NAMES[task]}" in page("README.md")
     apl, own = (effect(paired_tests(table("gte-small", 500)), row).difference for row in ("unipelt-apl", OWN))
     assert f"LoRA by {number(-100 * apl, 1)} and above it by {number(100 * own, 1)}" in page("README.md")
