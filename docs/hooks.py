@@ -35,7 +35,8 @@ process.stdout.write(JSON.stringify(made));
 
 
 def on_config(config: Any) -> Any:
-    """Add KaTeX's style sheet where KaTeX is there."""
+    """Import this package, whichever else is installed; add KaTeX's style sheet where KaTeX is there."""
+    sys.path.insert(0, str(HOME))
     if katex_folder() is not None:
         config["extra_css"].append(_STYLE)
     return config
