@@ -237,6 +237,34 @@ def find(path: str, where: str) -> Any:
     return found
 
 
+def test_the_readme_is_short() -> None:
+    assert len((HOME / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_commands_in_pages_have_these_options(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Of every line for a shell that starts a run or a command of the package."""
+    monkeypatch.setenv("COLUMNS", "200")
+    helps: dict[str, str] = {}
+    found = 0
+    for page in TEXTS:
+        for block in blocks(page):
+            lines = block.text.replace("\\\n", " ").splitlines() if block.language == "bash" else []
+            for line in lines:
+                match = re.search(r"\b(?:python examples/(\w+)\.py|unipelt (\w+)) (.*)", line.partition("#")[0])
+                if match is None or match[1] in ("several_tasks", "own_model"):
+                    continue
+                name = match[1] or match[2]
+                if name not in helps:
+                    main = runpy.run_path(str(HOME / "examples" / f"{name}.py"))["main"] if match[1] else cli.main
+                    with contextlib.suppress(SystemExit):
+                        main(["--help"] if match[1] else [name, "--help"])
+                    helps[name] = capsys.readouterr().out
+                for option in re.findall(r"(--[a-z]\w*)", match[3]):
+                    found += 1
+                    assert option in helps[name] or option == "--method", f"{page.name}: {line}"
+    assert found > 50
+
+
 def test_the_pages_name_files_that_are_there() -> None:
     paths = r"`((?:unipelt|tests|examples|configs|docs|\.ci)/[\w./-]+?\.(?:py|yaml|md|tsv))`"
     missing = {
