@@ -176,7 +176,7 @@ def test_the_code_runs(
                 exec(code, module.__dict__)
             printed = "".join(line for line in output.getvalue().splitlines(True) if not line.startswith(LOG))
         elif block.language == "bash" and page.startswith("guides/"):
-            for line in block.text.splitlines():
+            for line in block.text.replace("\\\n", " ").splitlines():
                 if any(name in line for name in ("mine", "rates", "runs/compare")):
                     command(line)
         elif block.language == "text" and printed is not None:
