@@ -426,7 +426,5 @@ def test_readme() -> None:
         f"interval {span(found.effect)}; {over_tasks(found)} for other tasks like these)"
     )
     assert sentence in page("README.md")
-    for task, effect in found.by_task.items():
-        assert f"{number(100 * effect.mean, 1)} on {NAMES[task]}" in page("README.md")
     apl, own = (compared(row, "single", k=500).effect.mean for row in ("unipelt-apl", OWN))
     assert f"LoRA by {number(-100 * apl, 1)} and above it by {number(100 * own, 1)}" in page("README.md")

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
-from report_records import by_row, make_record, plan, results_of, save, spoil
 from faults.spoilt import BAD_FAILURES, BAD_REQUESTS
+from report_records import by_row, make_record, plan, results_of, save, spoil
 
 from unipelt.config.methods import SUBMODULES
 from unipelt.config.presets import resolve
