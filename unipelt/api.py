@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from unipelt.checkpoint.bind import bind
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
-from unipelt.injection.inject import inject_as, start_from_weights
+from unipelt.injection.inject import check_memory, inject_as, start_from_weights
 
 
 def inject(
@@ -38,6 +38,8 @@ def inject(
             take one of them; the message says why.
     """
     resolved = resolve(config)
+    if isinstance(model, PreTrainedModel):
+        check_memory(model)
     inject_as(model, resolved, deployed=False, head=None)
     bind(model)
     if resolved.lora is not None and resolved.lora.start == "pissa":

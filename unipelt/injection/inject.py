@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,8 +40,6 @@ def inject_as(
     )
     if unknown := injection.head - injection.required_grad.keys():
         raise InjectionError(f"this {type(model).__name__} has no head parameter {show(sorted(unknown)[0])}")
-    if absent := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
-        _check_memory(model, absent)
     if obstacle := find_obstacle(model, config, injection.head):
         raise InjectionError(obstacle)
     record: Any = model
@@ -134,8 +133,16 @@ def start_from_weights(model: PreTrainedModel, lora: LoRAConfig) -> None:
         raise
 
 
-def _check_memory(model: PreTrainedModel, name: str) -> None:
-    """Raise `InjectionError` for a parameter on the device `meta`, unless accelerate brings its numbers in."""
+def check_memory(model: PreTrainedModel) -> None:
+    """Raise `InjectionError` for a parameter on the device `meta`, unless accelerate brings its numbers in.
+
+    Inside `torch.device("meta")` shapes alone are asked for, and nothing is checked.
+    """
+    if torch.get_default_device().type == "meta":
+        return
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if name is None:
+        return
     module: Any = model.get_submodule(name.rpartition(".")[0])
     if getattr(module, "_hf_hook", None) is None:
         raise InjectionError(
