@@ -35,7 +35,7 @@ from unipelt import cli
 from unipelt.config import SUBMODULES
 from unipelt.hosts.families import FAMILIES
 from unipelt.report import write_report
-from unipelt.submodules.term import MODULES
+from unipelt.submodules.register import MODULES
 
 HOME = Path(__file__).parents[2]
 DOCS = HOME / "docs"

@@ -68,11 +68,11 @@ def _attend(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    prefix = None if part is None else part.prefix
+    prefix: Any = None if part is None else part._modules.get("prefix")
     name, function = attention_function(module, module.unipelt_port.config)
     if part is None or prefix is None:
         return function(module, query, key, value, mask, **kwargs)
-    gate, both = _gate_of_prefix(part, now), prefix.by_head(now.facts, key.shape[1])
+    gate, both = _gate_of_prefix(part, prefix, now), prefix.by_head(now.facts, key.shape[1])
     if prefix.gating == "added":
         output, weights = function(module, query, key, value, mask, **kwargs)
         return output + prefix.attention(both, query, gate, **kwargs), weights
@@ -98,9 +98,9 @@ def _attend(
     )
 
 
-def _gate_of_prefix(part: SubmoduleSet, now: ForwardPass) -> Tensor | None:
+def _gate_of_prefix(part: SubmoduleSet, prefix: Any, now: ForwardPass) -> Tensor | None:
     """Return the prefix's gate, (B, 1) or (B, T), or None without one."""
-    name = part.prefix.gate_name
+    name = prefix.gate_name
     return now.attention(part.key).gate_for(name, False).squeeze(-1) if name else None
 
 
@@ -127,7 +127,7 @@ def lengthen_text(
     pass_ = note_mask(part, now, mask, len(hidden))
     if part.entry is not None:
         open_entry(part, hidden, pass_)
-    gate, length = _gate_of_prefix(part, now), prefix.length
+    gate, length = _gate_of_prefix(part, prefix, now), prefix.length
     _lengthen_low(pass_, length)
     both = prefix.by_head(now.facts, 1).squeeze(1)
     rows = prefix.scaled(both, len(hidden), hidden.dtype, gate)

@@ -149,62 +149,64 @@ def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> At
 def change_input(host: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Add the terms of what a projection is given."""
     port: Port = host.unipelt_port
-    now = port.room[0].passes.current()
-
-    def add(part: SubmoduleSet, x: Tensor, _: Tensor) -> Tensor:
-        for name in part.wiring.inputs.get(port.path, ()):
-            term: Any = part._modules[name]
-            x = term(x, x, _attention(part, now))
-        return x
-
-    changed = _by_set(port, now, add, args[0], args[0])
+    changed = _by_set(port, port.room[0].passes.current(), _add_to_input, args[0], args[0])
     return None if changed is args[0] else (changed, *args[1:])
+
+
+def _add_to_input(part: SubmoduleSet, port: Port, now: ForwardPass | None, x: Tensor, _: Tensor) -> Tensor:
+    attention = None if now is None else now.attention(part.key)
+    for name in part.wiring.inputs.get(port.path, ()):
+        term: Any = part._modules[name]
+        x = term(x, x, attention)
+    return x
 
 
 @hook("output")
 def add_terms(host: Any, args: tuple[Any, ...], out: Any) -> Any:
     """Add the terms of what a projection, or a feed-forward network, gives."""
     port: Port = host.unipelt_port
-    now = port.room[0].passes.current()
+    passes = port.room[0].passes
+    now = passes.current_or_recomputed() if port.begins else passes.current()
     if isinstance(out, tuple):  # a mixture of experts gives its router's logits, too
-        return (_add_all(port, now, args, out[0]), *out[1:])
-    return _add_all(port, now, args, out)
+        return (_by_set(port, now, _add_to_output, args[0] if args else out[0], out[0]), *out[1:])
+    return _by_set(port, now, _add_to_output, args[0] if args else out, out)
 
 
-def _add_all(port: Port, now: ForwardPass | None, args: tuple[Any, ...], out: Tensor) -> Tensor:
-    def add(part: SubmoduleSet, x: Tensor, y: Tensor) -> Tensor:
-        attention = _attention(part, now)
-        if attention is not None:
-            if not attention.opened and part.entry is not None and port.path in part.wiring.readers:
-                open_entry(part, x, attention)
-            for name in part.wiring.handed.get(port.path, ()):
-                attention.inputs[name] = x
-        modules = part._modules
-        for name in part.wiring.outputs.get(port.path, ()):
-            term: Any = modules[name]
-            given = y if term.reads_output else x if attention is None else attention.inputs.get(name, x)
-            y = term(given, y, attention)
-        return y
-
-    return _by_set(port, now, add, args[0] if args else out, out)
+def _add_to_output(part: SubmoduleSet, port: Port, now: ForwardPass | None, x: Tensor, y: Tensor) -> Tensor:
+    modules, wiring, path = part._modules, part.wiring, port.path
+    attention = None
+    if now is not None:
+        attention = now.attention(part.key)
+        if port.begins and attention.begun_by == path:
+            # a second call of the same projection: gradient checkpointing computes a shared layer again
+            attention = now.attentions[part.key] = AttentionPass()
+        if path in wiring.readers and not attention.opened and modules.get("entry") is not None:
+            attention.begun_by = path
+            open_entry(part, x, attention)
+        for name in wiring.handed.get(path, ()):
+            attention.inputs[name] = x
+    for name in wiring.outputs.get(path, ()):
+        term: Any = modules[name]
+        given = y if term.reads_output else x if attention is None else attention.inputs.get(name, x)
+        y = term(given, y, attention)
+    return y
 
 
 def open_entry(part: SubmoduleSet, x: Tensor, attention: AttentionPass) -> None:
     """Compute all that reads the attention's input: gates, and the gated `A x` of low-rank terms."""
     attention.opened = True
-    entry = part.entry
-    assert entry is not None
-    values, further = entry(x, attention.weights if entry.gates.averages else None)
-    names, rows = entry.gates.names, entry.row_names
+    entry: Any = part._modules["entry"]
+    values, further = entry(x, attention.weights if entry.averages else None)
+    first, rows, names = entry.first_row, entry.row_names, entry.gate_names
     if further is None:
         attention.note_gates(names, values)
         return
     # one split, since each piece of a tensor costs an operation in the backward pass
-    first = names.index(rows[0])
     behind = first + len(rows)
-    before, scaling, after = values.split((first, len(rows), len(names) - behind), dim=-1)
+    before, scaling, *after = values.split(entry.gate_split, dim=-1)
     attention.note_gates(names[:first], before)
-    attention.note_gates(names[behind:], after)
+    if after:
+        attention.note_gates(names[behind:], after[0])
     low = further.unflatten(-1, (len(rows), -1)) * scaling.unsqueeze(-1)
     attention.low.update(zip(rows, low.unbind(dim=-2), strict=True))
 
@@ -213,14 +215,15 @@ def open_entry(part: SubmoduleSet, x: Tensor, attention: AttentionPass) -> None:
 def adapt_norm(norm: Any, args: tuple[Tensor, ...], normed: Tensor) -> Tensor:
     """Compute `LN(s + g * adapter(LN(s)))` behind a post-LN layer's feed-forward network (`Adapter`)."""
     port: Port = norm.unipelt_port
-    now = port.room[0].passes.current()
-
-    def add(part: SubmoduleSet, x: Tensor, y: Tensor) -> Tensor:
-        adapter: Any = part._modules["adapter"]
-        return adapter(x, y, _attention(part, now))
-
-    added = _by_set(port, now, lambda part, x, y: add(part, x, y) if part.wiring.norm else y, normed, args[0])
+    added = _by_set(port, port.room[0].passes.current(), _adapt, normed, args[0])
     return normed if added is args[0] else norm.forward(added)
+
+
+def _adapt(part: SubmoduleSet, port: Port, now: ForwardPass | None, normed: Tensor, given: Tensor) -> Tensor:
+    if not part.wiring.norm:
+        return given
+    adapter: Any = part._modules["adapter"]
+    return adapter(normed, given, None if now is None else now.attention(part.key))
 
 
 # Sets: the active one, or those of the rows
@@ -241,25 +244,18 @@ def split_mask(mask: Any, facts: PassFacts) -> tuple[Any, ...]:
     return facts.once(mask, "rows", lambda: rows.split(mask))
 
 
-def _attention(part: SubmoduleSet, now: ForwardPass | None) -> AttentionPass | None:
-    return None if now is None else now.attention(part.key)
+Compute = Callable[[SubmoduleSet, Port, ForwardPass | None, Tensor, Tensor], Tensor]
 
 
-def _by_set(
-    port: Port,
-    now: ForwardPass | None,
-    compute: Callable[[SubmoduleSet, Tensor, Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-) -> Tensor:
+def _by_set(port: Port, now: ForwardPass | None, compute: Compute, x: Tensor, y: Tensor) -> Tensor:
     """Compute for the active set, or for every set on its own rows; rows of no set stay as they are."""
-    rows = None if now is None else now.facts.rows
-    if rows is None:
+    if now is None or now.facts.rows is None:
         part = port.part(port.room[0].active)
-        return y if part is None else compute(part, x, y)
+        return y if part is None else compute(part, port, now, x, y)
+    rows = now.facts.rows
     parts = [port.part(name) for name in rows.names]
     if all(part is None for part in parts):
         return y
     pieces = zip(parts, rows.split(x), rows.split(y), strict=True)
-    done = [own_y if part is None else compute(part, own_x, own_y) for part, own_x, own_y in pieces]
+    done = [own_y if part is None else compute(part, port, now, own_x, own_y) for part, own_x, own_y in pieces]
     return torch.cat(done)

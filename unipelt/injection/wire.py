@@ -53,8 +53,12 @@ def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
             put(attention, shorten_text)
             put(port(wiring.keys), insert_prefix)
             put(port(wiring.values), insert_prefix)
-        elif part.needs_pass:
+        elif part.averages or any(term.once for term in part.terms.values()):
             put(port(wiring.attention), enter_attention)
+        elif part.entry is not None:
+            port(wiring.readers[0]).unipelt_port.begins = True
+        for path in wiring.handed:
+            port(path).unipelt_port.begins = True
         for path in wiring.inputs:
             put(port(path), change_input)
         for path in dict.fromkeys((*wiring.readers[:1], *wiring.handed, *wiring.outputs)):

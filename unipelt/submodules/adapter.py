@@ -5,6 +5,8 @@ Shapes: B examples, T tokens, D hidden size, M bottleneck.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -66,8 +68,9 @@ class Adapter(Term):
 
     def add(self, x: Tensor, y: Tensor, gate: Tensor | None, low: Tensor | None) -> Tensor:
         """Return `y + g * up(ReLU(down(x)))`, all (B, T, D)."""
+        up: Any = self._modules["up"]
         if low is None:
             assert self.down is not None
-            low = self.down(x.to(self.up.weight.dtype))
-        update = self.up(nn.functional.relu(low)).to(y.dtype)
+            low = self.down(x.to(up.weight.dtype))
+        update = up(nn.functional.relu(low)).to(y.dtype)
         return add_scaled(y, gate, update)

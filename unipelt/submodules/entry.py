@@ -117,7 +117,18 @@ class Entry(nn.Module):
             bias = torch.cat([bias, *(row.bias.detach() for row in rows if row.bias is not None)])
         self.bias = nn.Parameter(bias)
         self.is_separate = False
+        self._note()
+
+    def _note(self) -> None:
+        """Keep what every pass asks for, so that it need not be put together anew."""
         self.parts = self._name_parts()
+        self.gate_names = self.gates.names
+        self.row_names = tuple(row[0] for row in self._rows)
+        self.averages = self.gates.averages
+        self.sizes = [len(self.gate_names), sum(row[3] for row in self._rows)]
+        self.first_row = self.gate_names.index(self.row_names[0]) if self.row_names else 0
+        after = len(self.gate_names) - self.first_row - len(self.row_names)
+        self.gate_split = [self.first_row, len(self.row_names), *([after] if after else [])]
 
     def forward(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Compute the gates, and the products of the further rows.
@@ -129,25 +140,28 @@ class Entry(nn.Module):
         Returns:
             The gates, (B, 1, G) or (..., G); and `W x + b` of the further rows, (..., R), or None without such rows.
         """
-        count = len(self.gates.names)
+        gates: Any = self._modules["gates"]
+        held = self._parameters  # looked up here, since an attribute of a module costs a call
+        bias: Any = held.get("bias")
         if not self.has_input:
-            lead = x.shape[:-1] if self.gates.pooling == "token" else (len(x), 1)
-            return self.gates(self.bias.expand(*lead, count), weights), None
-        x = x.to((self.gate_weight if self.is_separate else self.weight).dtype)
+            lead = x.shape[:-1] if gates.pooling == "token" else (len(x), 1)
+            return gates(bias.expand(*lead, -1), weights), None
+        weight: Any = held.get("weight")
+        if self.is_separate:
+            weight, bias = self._whole()
+        x = x.to(weight.dtype)
         if self.network is not None:
-            return self.gates(nn.functional.linear(self.network(x, weights), self.weight, self.bias), weights), None
-        if not self._rows:
-            return self.gates(nn.functional.linear(x, self.weight, self.bias), weights), None
-        weight, bias = self._whole()
-        product = nn.functional.linear(x, weight, bias if self._row_bias else None)
-        logits, further = product.split([count, product.shape[-1] - count], dim=-1)
-        if not self._row_bias:
-            logits = logits + self.bias
-        return self.gates(logits, weights), further
+            return gates(nn.functional.linear(self.network(x, weights), weight, bias), weights), None
+        if not self.row_names:
+            return gates(nn.functional.linear(x, weight, bias), weights), None
+        if self._row_bias:
+            logits, further = nn.functional.linear(x, weight, bias).split(self.sizes, dim=-1)
+        else:
+            logits, further = nn.functional.linear(x, weight).split(self.sizes, dim=-1)
+            logits = logits + bias
+        return gates(logits, weights), further
 
     def _whole(self) -> tuple[Tensor, Tensor]:
-        if not self.is_separate:
-            return self.weight, self.bias
         weight = torch.cat([self.gate_weight, self.row_weight])
         return weight, torch.cat([self.gate_bias, self.row_bias]) if self._row_bias else self.bias
 
@@ -161,7 +175,7 @@ class Entry(nn.Module):
             for part, rows in (("gate", whole[:count]), ("row", whole[count:])):
                 self.register_parameter(f"{part}_{name}", nn.Parameter(rows.detach().clone(), whole.requires_grad))
         self.is_separate = True
-        self.parts = self._name_parts()
+        self._note()
         self.register_state_dict_post_hook(join_rows)
         self.register_load_state_dict_pre_hook(_part_rows)
 
@@ -173,12 +187,7 @@ class Entry(nn.Module):
                 del self._parameters[name]
             self.weight, self.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
             self.is_separate = False
-            self.parts = self._name_parts()
-
-    @property
-    def row_names(self) -> tuple[str, ...]:
-        """The names of the further rows."""
-        return tuple(row[0] for row in self._rows)
+            self._note()
 
     def keep(self, names: Collection[str]) -> None:
         """Keep the gates of these names, with the further rows of the same names, and drop all others, in place."""
@@ -192,7 +201,7 @@ class Entry(nn.Module):
             self.weight = nn.Parameter(self.weight.detach()[kept["weight"]])
         self._rows = tuple(row for row in self._rows if row[0] in names)
         self.gates.names = tuple(name for name in self.gates.names if name in names)
-        self.parts = self._name_parts()
+        self._note()
 
     def start_rows(self, row: str, weight: Tensor, bias: Tensor | None = None) -> None:
         """Set the numbers that the further rows of this name start at: weight (R, I), bias (R,)."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 UNSEEN: Any = object()
 """The mask of an attention whose call was not seen."""
@@ -115,6 +116,7 @@ class AttentionPass:
         low: `g A x` of the low-rank terms that read the attention's input, (B, T, r), by name.
         inputs: inputs of other projections, by the name of the term that reads them.
         served: names of gated terms whose projection has been called for the text in this pass.
+        begun_by: path of the projection that opened the entry.
         lengthened: how many rows of a prefix the attention's text begins with (MPNet).
         inserted: keys and values (B, L, W) for those rows, by name.
     """
@@ -126,6 +128,7 @@ class AttentionPass:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     served: set[str] = field(default_factory=set)
     opened: bool = False
+    begun_by: str = ""
     lengthened: int = 0
     inserted: dict[str, Tensor] = field(default_factory=dict)
 
@@ -211,7 +214,7 @@ class Passes:
 
     def current(self) -> ForwardPass | None:
         """Return the pass that this thread is in, or None."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._traced
         reference = self._by_thread.get(get_ident())
         found = None if reference is None else reference()

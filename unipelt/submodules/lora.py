@@ -18,6 +18,8 @@ from unipelt.submodules.forward_pass import AttentionPass
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.term import Term, flat_like, require
 
+SMALL = 1 << 14
+"""Numbers of an output up to which fewer calls are faster than fewer passes over memory."""
 FROZEN_FACTORS = ("A0", "B0")
 """Names of a term's parameters that never train."""
 
@@ -118,25 +120,31 @@ class LoRA(Term):
                 return out
             require(now, self.name).served.add(self.name)
         gate, low = self.open_gate(x, now)
-        down_start: Tensor | None = None
-        up: Tensor = self.B
-        if hasattr(self, "A0"):
-            down_start, up = self.A0, torch.cat([self.B, -self.B0], dim=1)
+        held: Any = self._parameters  # looked up here, since an attribute of a module costs a call
+        start, up = held.get("A0"), held["B"]
+        if start is not None:
+            up = torch.cat([up, -held["B0"]], dim=1)
         if low is None:
-            down = self.A if down_start is None else torch.cat([self.A, down_start])
+            down = held["A"] if start is None else torch.cat([held["A"], start])
             low = nn.functional.linear(x.to(down.dtype), down)
         if gate is not None:
             low = low * flat_like(gate, x)
         scale = self.gated_scale if self.gate_name else self.scale
-        if self.outputs.count == out.shape[-1] and low.dtype == out.dtype == up.dtype:
-            both = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale)
-            return both.view(out.shape)
+        if self.count == out.shape[-1]:
+            if low.dtype == out.dtype == up.dtype and not is_small(out):
+                both = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale)
+                return both.view(out.shape)
+            return torch.add(out, nn.functional.linear(low.to(up.dtype), up).to(out.dtype), alpha=scale)
         update = nn.functional.linear(low.to(up.dtype), up).to(out.dtype)
-        if self.outputs.count != out.shape[-1]:
-            rest = out.shape[-1] // self.outputs.groups - self.outputs.start - self.outputs.size
-            groups = update.unflatten(-1, (self.outputs.groups, self.outputs.size))
-            update = nn.functional.pad(groups, (self.outputs.start, rest)).flatten(-2)
+        rest = out.shape[-1] // self.outputs.groups - self.outputs.start - self.outputs.size
+        groups = update.unflatten(-1, (self.outputs.groups, self.outputs.size))
+        update = nn.functional.pad(groups, (self.outputs.start, rest)).flatten(-2)
         return torch.add(out, update, alpha=scale)
+
+
+def is_small(out: Tensor) -> bool:
+    """Return whether a tensor is so small that calls cost more than numbers, as in decoding token by token."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and out.numel() <= SMALL
 
 
 def low_rank_factors(parts: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,8 @@ class Prefix(nn.Module):
 
     def forward(self) -> Tensor:
         """Return keys and values before the gate, computed for this attention alone: (2, L, W)."""
-        return self.network[0](self.index) if self.keys_values is None else self.keys_values
+        own = self._parameters.get("keys_values")
+        return self.network[0](self.index) if own is None else own
 
     def by_head(self, facts: PassFacts, heads: int) -> Tensor:
         """Return keys and values before the gate, (2, H, L, d), from those that the pass computed for all, if any."""

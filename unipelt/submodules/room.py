@@ -193,17 +193,19 @@ class Port:
         path: the host's path from the layer.
         cross: whether the host belongs to the layer's cross-attention.
         config: the host's own configuration, where a prefix put another in its place.
+        begins: whether the host begins the pass of its attention, where no hook of the attention does.
     """
 
     room: tuple[Room]
     path: str
     cross: bool = False
     config: Any = None
+    begins: bool = False
 
     def part(self, name: str | None) -> SubmoduleSet | None:
         """Return the set of this name at this host, or None."""
-        found = self.room[0].present(name)
-        return found if found is None or not self.cross else found.cross
+        found: Any = self.room[0]._modules.get(name) if name is not None else None
+        return found._modules.get("cross") if self.cross and found is not None else found
 
 
 def rooms(model: nn.Module) -> Iterator[tuple[str, Room]]:

@@ -43,6 +43,7 @@ class Term(nn.Module):
         self.name = name
         self.kind = kind
         self.outputs = outputs
+        self.count = outputs.count
         self.entry: Entry | None = None
         self.gate_name = ""
         self.in_attention = False
@@ -66,7 +67,7 @@ class Term(nn.Module):
                 return out
             require(now, self.name).served.add(self.name)
         gate, low = self.open_gate(x, now)
-        if self.outputs.count == out.shape[-1]:
+        if self.count == out.shape[-1]:
             return self.add(x, out, gate, low)
         groups = out.unflatten(-1, (self.outputs.groups, -1))
         size = groups.shape[-1]
@@ -80,10 +81,10 @@ class Term(nn.Module):
         """Return the gate, or None without one; and the first projection of x, where it comes with the gate."""
         if not self.gate_name:
             return None, None
-        if self.entry is None:
+        entry: Any = self._modules.get("entry")
+        if entry is None:
             return flat_like(require(now, self.name).gate_for(self.gate_name, self.in_attention), x), None
-        weights = require(now, self.name).weights_for(self.in_attention, x) if self.entry.gates.averages else None
-        return self.entry(x, weights)
+        return entry(x, require(now, self.name).weights_for(self.in_attention, x) if entry.averages else None)
 
     def add(self, x: Tensor, y: Tensor, gate: Tensor | None, low: Tensor | None) -> Tensor:
         """Return `y + g f(x, y)`, (B, T, O), for y (B, T, O)."""
