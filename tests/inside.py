@@ -16,9 +16,9 @@ def name_of(own: OwnPart) -> str:
     return ".".join(part for part in (host, "cross" if own.cross else "", own.part.name) if part)
 
 
-def parts(model: nn.Module) -> dict[str, Tensor]:
-    """Every part as a view without gradient, which may be written to."""
-    return {name_of(own): own.tensor for own in own_parts(model)}
+def parts(model: nn.Module, kind: str = "") -> dict[str, Tensor]:
+    """Every part, or all of one kind, as a view without gradient, which may be written to."""
+    return {name_of(own): own.tensor for own in own_parts(model) if kind in ("", own.part.kind)}
 
 
 def gradients_of_parts(model: nn.Module) -> dict[str, Tensor | None]:
