@@ -29,6 +29,21 @@ def gradients_of_parts(model: nn.Module) -> dict[str, Tensor | None]:
     }
 
 
+def parts_in(added: nn.Module) -> dict[str, Tensor]:
+    """The same of one set, those of its cross-attention apart: `lora_query.A`, `gate.adapter.weight`."""
+    return {
+        part.name: part.of(module.get_parameter(part.parameter).detach())
+        for path, module in added.named_modules()
+        if path.partition(".")[0] != "cross"
+        for part in getattr(module, "parts", ())
+    }
+
+
+def added_at(host: Any, name: str = DEFAULT) -> Any:
+    """The set that computes at a host: of its layer, or of the layer's cross-attention."""
+    return host.unipelt_port.part(name)
+
+
 def fill(model: nn.Module, end: str, value: float) -> int:
     """Set every part whose name ends so to a number; returns how many there were."""
     found = [tensor for name, tensor in parts(model).items() if name.endswith(end)]
