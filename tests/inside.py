@@ -16,9 +16,9 @@ def name_of(own: OwnPart) -> str:
     return ".".join(part for part in (host, "cross" if own.cross else "", own.part.name) if part)
 
 
-def parts(model: nn.Module) -> dict[str, Tensor]:
-    """Every part as a view without gradient, which may be written to."""
-    return {name_of(own): own.tensor for own in own_parts(model)}
+def parts(model: nn.Module, kind: str = "") -> dict[str, Tensor]:
+    """Every part, or all of one kind, as a view without gradient, which may be written to."""
+    return {name_of(own): own.tensor for own in own_parts(model) if kind in ("", own.part.kind)}
 
 
 def gradients_of_parts(model: nn.Module) -> dict[str, Tensor | None]:
@@ -27,6 +27,21 @@ def gradients_of_parts(model: nn.Module) -> dict[str, Tensor | None]:
         name_of(own): None if own.parameter.grad is None else own.part.of(own.parameter.grad)
         for own in own_parts(model)
     }
+
+
+def parts_in(added: nn.Module) -> dict[str, Tensor]:
+    """The same of one set, those of its cross-attention apart: `lora_query.A`, `gate.adapter.weight`."""
+    return {
+        part.name: part.of(module.get_parameter(part.parameter).detach())
+        for path, module in added.named_modules()
+        if path.partition(".")[0] != "cross"
+        for part in getattr(module, "parts", ())
+    }
+
+
+def added_at(host: Any, name: str = DEFAULT) -> Any:
+    """The set that computes at a host: of its layer, or of the layer's cross-attention."""
+    return host.unipelt_port.part(name)
 
 
 def fill(model: nn.Module, end: str, value: float) -> int:

@@ -9,6 +9,7 @@ import reference
 import tiny
 import torch
 from helpers import SIZES, shake, tiny_batch, tiny_bert
+from inside import parts
 from torch import Tensor, nn
 
 import unipelt
@@ -85,10 +86,9 @@ def test_rows_are_examples_in_order_and_columns_layers() -> None:
 def test_only_layers_that_carry_the_gate_have_a_column() -> None:
     whole, model = gated(), gated(layers=[2, 0])
     for module in (whole, model):
-        for name, parameter in module.named_parameters():
-            if "gates." in name:
-                layer = int(name.split("layer.")[1].split(".")[0])
-                nn.init.constant_(parameter, float(layer) if name.endswith("bias") else 0.0)
+        for name, part in parts(module, "gate").items():
+            layer = int(name.split("layer.")[1].split(".")[0])
+            part.fill_(float(layer) if name.endswith("bias") else 0.0)
     for module, layers in ((whole, [0.0, 1.0, 2.0]), (model, [0.0, 2.0])):
         with unipelt.record_gates(module) as record, torch.no_grad():
             module(**tiny_batch())

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from helpers import shake
+from inside import added_at, parts_in
 from tiny import DECODERS, DEPTH, ENCODER_DECODERS, EOS, PAD, VOCABULARY, tiny_batch, tiny_model
 from torch import Tensor
 from transformers import (
@@ -29,8 +30,10 @@ import unipelt
 from unipelt.hosts.attention_interface import ATTENTION
 from unipelt.injection.attention_hooks import attend
 from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.forward_pass import PassFacts
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.prefix import Prefix
+from unipelt.submodules.room import layer_sets, placed_terms
 
 LENGTH = 4
 SMALL: dict[str, Any] = {"adapter": {"bottleneck": 8}, "lora": {"rank": 4}}
@@ -267,7 +270,7 @@ def by_hand(call: dict[str, Any], gate: Tensor, allowed: Tensor) -> Tensor:
     """softmax over [prefix logits + log g_t ; own logits where allowed]; gate is (B, T), the result (B, T, H, d)."""
     batch, heads = call["query"].shape[:2]
     own_heads = call["key"].shape[1]
-    rows = call["module"].prefix().detach()
+    rows = added_at(call["module"]).prefix().detach()
     rows = rows.view(2, 1, LENGTH, own_heads, -1).transpose(2, 3).expand(-1, batch, -1, -1, -1)
     keys, values = (torch.cat([rows[i], call[name]], dim=2) for i, name in enumerate(("key", "value")))
     keys, values = (tensor.repeat_interleave(heads // own_heads, dim=1) for tensor in (keys, values))
@@ -283,10 +286,11 @@ def by_hand(call: dict[str, Any], gate: Tensor, allowed: Tensor) -> Tensor:
     return (weights @ values).transpose(1, 2)
 
 
-def gate_of(gates: Gates, name: str, x: Tensor) -> Tensor:
+def gate_of(added: Any, name: str, x: Tensor) -> Tensor:
     """g_t = sigmoid(w x_t + b)."""
-    row = [full.rpartition(".")[2] for full in gates.names].index(name)
-    return torch.sigmoid((x * gates.weight[row]).sum(-1) + gates.bias[row]).detach()
+    own = parts_in(added)
+    [gate] = {part.rpartition(".")[0] for part in own if part.startswith("gate.") and part.split(".")[-2] == name}
+    return torch.sigmoid((x * own[f"{gate}.weight"]).sum(-1) + own[f"{gate}.bias"])
 
 
 def watch_inputs(modules: Any) -> dict[Any, Tensor]:
@@ -304,10 +308,15 @@ def watch_inputs(modules: Any) -> dict[Any, Tensor]:
 def gated_attentions(model: Any) -> list[Any]:
     """Attentions with a gate a token."""
     return [
-        module
-        for module in model.modules()
-        if getattr(getattr(module, "gates", None), "pooling", "") == "token" and hasattr(module, "unipelt_site")
+        layer.get_submodule(added.wiring.attention)
+        for _, layer, added in layer_sets(model)
+        if added.entry is not None and added.entry.gates.pooling == "token"
     ]
+
+
+def is_cross(attention: Any) -> bool:
+    names: tuple[str, ...] = added_at(attention).entry.gates.names
+    return names[0].startswith("cross.")
 
 
 @pytest.mark.parametrize("kind", ["none", "left"])
@@ -326,9 +335,9 @@ def test_the_gate_of_a_query_is_the_mass_of_its_prefix(
     crossing = 0
     for call in calls:
         module = call["module"]
-        gate = gate_of(module.gates, "prefix", inputs[module])
+        gate = gate_of(added_at(module), "prefix", inputs[module])
         assert gate.std() > 1e-3
-        if module.gates.names[0].startswith("cross."):
+        if is_cross(module):
             crossing += 1
             allowed = (torch.arange(7) < 5).view(1, 1, 1, 7)  # the source of `run`: 5 tokens of 7
         else:
@@ -358,11 +367,10 @@ def test_the_low_rank_term_of_a_token_is_scaled_by_its_gate(family: str) -> None
     model, base = make(family, further=False), tiny_model(family)
     attentions = gated_attentions(model)
     terms = {
-        (attention, name): leaf
+        (attention, placed.term.name): placed.host
+        for placed in placed_terms(model)
         for attention in attentions
-        for leaf in attention.children()
-        for name in ("lora_query", "lora_value")
-        if hasattr(leaf, name)
+        if placed.owner is added_at(attention) and placed.term.name in ("lora_query", "lora_value")
     }
     assert len(terms) == 2 * len(attentions) == 2 * DEPTH * (1 + (family in ENCODER_DECODERS))
     inputs = watch_inputs({*attentions, *terms.values()})
@@ -376,19 +384,16 @@ def test_the_low_rank_term_of_a_token_is_scaled_by_its_gate(family: str) -> None
             x = inputs[leaf]
             want = base.get_submodule(paths[leaf])(x).detach()
             for i, name in enumerate(("lora_query", "lora_value")):
-                if not hasattr(leaf, name):
+                if terms[attention, name] is not leaf:
                     continue
-                term = getattr(leaf, name)
-                crosses_to_source = attention.gates.names[0].startswith("cross.") and name == "lora_value"
-                assert (term.gates is not None) == crosses_to_source
+                added = added_at(attention)
+                own = parts_in(added)
+                crosses_to_source = is_cross(attention) and name == "lora_value"
+                assert (added.terms[name].entry is not None) == crosses_to_source
                 # the value of a cross-attention is gated by what it reads: the encoder's states
-                gate = (
-                    gate_of(term.gates, name, x)
-                    if crosses_to_source
-                    else gate_of(attention.gates, name, inputs[attention])
-                )
+                gate = gate_of(added, name, x if crosses_to_source else inputs[attention])
                 assert gate.std() > 1e-3
-                update = gate[..., None] * (x @ term.A.mT @ term.B.mT).detach()
+                update = gate[..., None] * (x @ own[f"{name}.A"].mT @ own[f"{name}.B"].mT)
                 layout = LAYOUTS[family]
                 want[..., slice(None) if layout is None else layout[i]] += update
             torch.testing.assert_close(outputs[leaf], want, atol=1e-5, rtol=1e-5)
@@ -399,8 +404,10 @@ def test_the_low_rank_term_of_a_token_is_scaled_by_its_gate(family: str) -> None
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bart", "mbart"])
 def test_the_adapter_of_a_token_is_scaled_by_its_gate(family: str) -> None:
     model = make(family, further=False)
-    decoder = model.get_decoder()
-    hosts = [module for module in decoder.modules() if isinstance(getattr(module, "adapter", None), Adapter)]
+    inside = set(model.get_decoder().modules())
+    hosts = [
+        placed.host for placed in placed_terms(model) if isinstance(placed.term, Adapter) and placed.host in inside
+    ]
     assert len(hosts) == DEPTH
     seen: dict[Any, tuple[Tensor, Tensor]] = {}
     final: dict[Any, Tensor] = {}
@@ -409,9 +416,11 @@ def test_the_adapter_of_a_token_is_scaled_by_its_gate(family: str) -> None:
         host.register_forward_hook(lambda m, args, out: final.update({m: out}))
     run(family, model, random_ids(), None)
     for host in hosts:
-        (given, raw), adapter = seen[host], host.adapter
-        low = (raw @ adapter.down.weight.mT + adapter.down.bias).clamp_min(0)
-        adapted = gate_of(adapter.gates, "adapter", raw)[..., None] * (low @ adapter.up.weight.mT + adapter.up.bias)
+        (given, raw), added = seen[host], added_at(host)
+        own = parts_in(added)
+        low = (raw @ own["adapter.down.weight"].mT + own["adapter.down.bias"]).clamp_min(0)
+        adapted = low @ own["adapter.up.weight"].mT + own["adapter.up.bias"]
+        adapted = gate_of(added, "adapter", raw)[..., None] * adapted
         if family == "bart":  # post-LN
             width = given.shape[-1:]
             want = torch.nn.functional.layer_norm(given + adapted, width, host.weight, host.bias, host.eps)
@@ -496,7 +505,8 @@ def test_sdpa_without_a_mask_does_not_see_keys_that_no_query_has_reached(queries
     model = make(family)
     attention = gated_attentions(model)[0]
     generator = torch.Generator().manual_seed(0)
-    heads = attention.prefix().shape[-1] // 8
+    added, passes = added_at(attention), attention.unipelt_port.room[0].passes
+    heads = added.prefix().shape[-1] // 8
     query = torch.randn(2, 4, queries, 8, generator=generator)
     key, value = torch.randn(2, 2, heads, keys, 8, generator=generator)
     bias = torch.randn(1, 4, queries, keys, generator=generator) if biased else None
@@ -510,9 +520,12 @@ def test_sdpa_without_a_mask_does_not_see_keys_that_no_query_has_reached(queries
         model.set_attn_implementation(name)
         if mask is not None:
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None, None]
-        attention.prefix.gate.put(gate)
+        held = passes.enter(PassFacts(), ())
+        passes.current().attention(added.key).note_gates((added.prefix.gate_name,), gate.unsqueeze(-1))
         with torch.no_grad():
             got, _ = attend(attention, query, key, value, mask, **options)
+        passes.leave()
+        del held
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=f"{name}, mask {mask is not None}")
 
 
@@ -581,7 +594,7 @@ def test_a_decoder_made_by_its_configuration_is_causal(
         whole = model(input_ids=ids, use_cache=False, **source).logits
         for call in attention_calls:
             module = call["module"]
-            gate = gate_of(module.gates, "prefix", inputs[module])
+            gate = gate_of(added_at(module), "prefix", inputs[module])
             allowed = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
             if call["key"].shape[2] == 7:
                 allowed = source["encoder_attention_mask"][:, None, None].bool()

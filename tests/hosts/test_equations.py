@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import shake
+from inside import added_to, parts
 from tiny import DECODERS, DEPTH, ENCODER_DECODERS, INSERTED, SIMPLE, WITH_PREFIX, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import (
@@ -31,8 +32,6 @@ from transformers import (
 
 import unipelt
 from unipelt.hosts.families import FAMILIES
-from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import Prefix
 
@@ -311,18 +310,17 @@ def merge(projection: Any, rows: Tensor, update: Tensor) -> None:
 def set_gates(model: Any, seed: int = 5) -> None:
     """Gates that are the same number for every text, another for every gate."""
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, Gates):
-            module.weight.zero_()
-            module.bias.copy_(3 * torch.randn(module.bias.shape, generator=generator))
+    for name, part in parts(model, "gate").items():
+        if name.endswith(".weight"):
+            part.zero_()
+        else:
+            part.copy_(3 * torch.randn(part.shape, generator=generator))
 
 
-@torch.no_grad()
-def scale_of(attention: Any, term: Any, name: str, gated: bool) -> Tensor | float:
-    if not gated:
-        return ALPHA / RANK
-    gates = term.gates or attention.gates  # a cross-attention's value reads another input and has a gate of its own
-    return gates.bias[gates.names.index(next(own for own in gates.names if own.endswith(name)))].sigmoid()
+def added_at(layer: nn.Module, stack: Layers, heads: Heads) -> tuple[Any, str, str]:
+    """What was added to an attention, where its parts are among the layer's, and what its gates are called."""
+    added = added_to(layer)
+    return (added, "", stack.label) if heads is stack.own else (added.cross, "cross.", "cross.")
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -336,11 +334,14 @@ def test_low_rank_updates_are_the_model_whose_weights_were_merged(name: str, gat
     for stack in CASES[name].stacks:
         for layer, plain in zip(layers_of(model, stack), layers_of(merged, stack), strict=True):
             for heads in attentions_of(stack):
-                attention = layer.get_submodule(heads.path)
+                added, where, label = added_at(layer, stack, heads)
+                own = parts(layer)
                 for path, term_name in ((heads.query, "lora_query"), (heads.value, "lora_value")):
-                    term: Any = getattr(layer.get_submodule(path), term_name)
-                    touched.add(term)
-                    update = scale_of(attention, term, term_name, gated) * term.B @ term.A
+                    touched.add(getattr(added, term_name))
+                    bias = own.get(f"{where}gate.{label}{term_name}.bias")
+                    assert (bias is not None) == gated
+                    scale = ALPHA / RANK if bias is None else bias.sigmoid()
+                    update = scale * own[f"{where}{term_name}.B"] @ own[f"{where}{term_name}.A"]
                     leaf: Any = plain.get_submodule(path)
                     outputs = leaf.bias.shape[0] if leaf.bias is not None else leaf.weight.shape[0]
                     rows = rows_of(heads.layout, model.config, outputs, term_name == "lora_query")
@@ -363,8 +364,8 @@ def test_low_rank_updates_are_the_model_whose_weights_were_merged(name: str, gat
 def test_ungated_low_rank_updates_reach_the_relative_positions_of_deberta_too() -> None:
     model = injected("deberta-v2", LORA)
     seen: list[tuple[int, ...]] = []
-    terms = [model.base_model.encoder.layer[0].attention.self.query_proj.lora_query]
-    terms[0].register_forward_hook(lambda _, args, out: seen.append(tuple(args[0].shape)))
+    term = added_to(model.base_model.encoder.layer[0]).lora_query
+    term.register_forward_hook(lambda _, args, out: seen.append(tuple(args[0].shape)))
     states(model, batch_of("deberta-v2"))
     assert seen == [(3, 9, 32), (1, 8, 32)]
 
@@ -380,14 +381,14 @@ def first_call(module: nn.Module, record: list[Any], of: str) -> None:
     module.register_forward_hook(keep)
 
 
-def adapt(adapter: Any, x: Tensor) -> Tensor:
-    low = (x @ adapter.down.weight.T + adapter.down.bias).clamp_min(0)
-    return low @ adapter.up.weight.T + adapter.up.bias
+def adapt(own: dict[str, Tensor], x: Tensor) -> Tensor:
+    low = (x @ own["adapter.down.weight"].T + own["adapter.down.bias"]).clamp_min(0)
+    return low @ own["adapter.up.weight"].T + own["adapter.up.bias"]
 
 
-def gate_of(gates: Any, row: int, x: Tensor, real: Tensor | None) -> Tensor:
+def gate_of(own: dict[str, Tensor], gate: str, x: Tensor, real: Tensor | None) -> Tensor:
     """(B, 1) where `real` tokens are averaged over, (B, T) where None are."""
-    open_ = 1 / (1 + (-(x @ gates.weight[row] + gates.bias[row])).exp())
+    open_ = 1 / (1 + (-(x @ own[f"{gate}.weight"][0] + own[f"{gate}.bias"])).exp())
     if real is None:
         return open_
     return torch.stack([row[mask.bool()].mean() for row, mask in zip(open_, real, strict=True)])[:, None]
@@ -416,12 +417,12 @@ def test_an_adapter_after_the_feed_forward_network(name: str, place: int, gated:
     states(base, batch)
     states(model, batch)
     inner[0] = inner[0].view_as(before[0])  # OPT puts the tokens of all texts in one row there
-    adapter: Any = next(module for module in layer.modules() if isinstance(module, Adapter))
+    own = parts(layer)
     real = None if stack.causal else batch["attention_mask"]
 
     def update(x: Tensor) -> Tensor:
-        gate = gate_of(adapter.gates, 0, x, real)[..., None] if gated else 1.0
-        return gate * adapt(adapter, x)
+        gate = gate_of(own, f"gate.{stack.label}adapter", x, real)[..., None] if gated else 1.0
+        return gate * adapt(own, x)
 
     if stack.norm:
         norm: Any = plain.get_submodule(stack.norm)
@@ -454,13 +455,13 @@ def without_feed_forward(name: str, stack: Layers, at: int, batch: dict[str, Ten
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_gates_of_attention_read_its_input(name: str) -> None:
-    parts = (
+    gated = (
         ("prefix", "lora_query", "lora_value") if CASES[name].family in WITH_PREFIX else ("lora_query", "lora_value")
     )
-    config = {"preset": "unipelt-pl" if "prefix" in parts else "unipelt-al", "train_head": False}
+    config = {"preset": "unipelt-pl" if "prefix" in gated else "unipelt-al", "train_head": False}
     model, batch = injected(name, config), batch_of(name)
     inputs: dict[tuple[str, str], list[list[Tensor]]] = {}
-    modules: dict[tuple[str, str], list[Any]] = {}
+    owners: dict[tuple[str, str], list[nn.Module]] = {}
 
     def watch(leaf: nn.Module, calls: list[Tensor], tokens: int | None) -> None:
         def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -473,18 +474,15 @@ def test_gates_of_attention_read_its_input(name: str) -> None:
         for heads in attentions_of(stack):
             label = stack.label if heads is stack.own else "cross."
             for layer in layers_of(model, stack):
-                for part in parts:
-                    attention: Any = layer.get_submodule(heads.path)
+                for part in gated:
                     leaf: Any = layer.get_submodule(heads.query)
-                    gates = attention.gates
-                    if label == "cross." and part == "lora_value":
+                    if label == "cross." and part == "lora_value":  # it reads what the encoder gave
                         leaf = layer.get_submodule(heads.value)
-                        gates = leaf.lora_value.gates
                     calls: list[Tensor] = []
                     # MPNet's text is longer by the prefix while its attention runs
                     watch(leaf, calls, 9 if name == "mpnet" else None)
                     inputs.setdefault((label, part), []).append(calls)
-                    modules.setdefault((label, part), []).append(gates)
+                    owners.setdefault((label, part), []).append(layer)
     with unipelt.record_gates(model) as record:
         model(**batch)
     wanted = {f"{label}{part}" for label, part in inputs}
@@ -493,11 +491,11 @@ def test_gates_of_attention_read_its_input(name: str) -> None:
     passes = DEPTH if CASES[name].family == "albert" else 1
     for (label, part), layers in inputs.items():
         columns = []
-        for calls, gates in zip(layers, modules[label, part], strict=True):
+        gate = f"{'cross.' if label == 'cross.' else ''}gate.{label}{part}"
+        for calls, layer in zip(layers, owners[label, part], strict=True):
             assert len(calls) == passes
             real = None if causal[label] else batch["attention_mask"]
-            row = gates.names.index(f"{label}{part}")
-            columns += [gate_of(gates, row, x, real).mean(dim=1) for x in calls]
+            columns += [gate_of(parts(layer), gate, x, real).mean(dim=1) for x in calls]
         got = record[f"{label}{part}"]
         assert got.shape == (3, DEPTH)
         torch.testing.assert_close(got, torch.stack(columns, dim=1), atol=1e-6, rtol=1e-4)
@@ -647,10 +645,9 @@ def test_attention_with_a_prefix(name: str, place: int, which: int, gating: str)
     if CASES[name].family == "albert":
         config["layers"] = [0]
     model = injected(name, config, back_end)
-    owner = model.base_model.get_submodule(stack.owner)
-    attention: Any = layers_of(model, stack)[at].get_submodule(heads.path)
+    shared = added_to(model.base_model.get_submodule(stack.owner))
     groups, size = given.key.shape[1], given.key.shape[3]
-    network = owner.cross_prefix_network if crosses else owner.prefix_network
+    network = shared.cross_prefix_network if crosses else shared.prefix_network
     rows = [
         part.view(1, LENGTH, groups, size).transpose(1, 2).expand(3, -1, -1, -1)
         for part in from_network(network, 0, groups * size)
@@ -659,7 +656,8 @@ def test_attention_with_a_prefix(name: str, place: int, which: int, gating: str)
     gate = torch.ones(3, 1)
     if kind["gate"]:
         real = None if stack.causal else batch["attention_mask"]
-        gate = gate_of(attention.gates, attention.gates.names.index(gate_name(stack, crosses)), given.states, real)
+        _, where, label = added_at(layers_of(model, stack)[at], stack, heads)
+        gate = gate_of(parts(layers_of(model, stack)[at]), f"{where}gate.{label}prefix", given.states, real)
         if stack.causal or gating == "mass":
             shift = shift + gate.log()[..., None]
         elif not own:
@@ -687,28 +685,24 @@ def test_attention_with_a_prefix(name: str, place: int, which: int, gating: str)
         assert weights.shape[-1] == (0 if own else LENGTH) + given.key.shape[2]
 
 
-def gate_name(stack: Layers, crosses: bool) -> str:
-    return "cross.prefix" if crosses else f"{stack.label}prefix"
-
-
 @pytest.mark.parametrize("name", ["bert", "bart", "llama", "gpt2 behind an encoder"])
 @torch.no_grad()
 def test_each_layer_has_its_own_part_of_the_prefix_network(name: str) -> None:
     model = injected(name, changed(PREFIX, "prefix", [0, 2]))
     for stack in CASES[name].stacks:
-        owner = model.base_model.get_submodule(stack.owner)
+        shared = added_to(model.base_model.get_submodule(stack.owner))
         for heads in attentions_of(stack):
-            network = owner.prefix_network if heads is stack.own else owner.cross_prefix_network
-            parts = []
+            network = shared.prefix_network if heads is stack.own else shared.cross_prefix_network
+            found = []
             for index, at in enumerate([0, 2]):
-                prefix = layers_of(model, stack)[at].get_submodule(heads.path).prefix
+                prefix = added_at(layers_of(model, stack)[at], stack, heads)[0].prefix
                 assert isinstance(prefix, Prefix)
-                parts.append(prefix())
-                assert parts[-1].shape[:2] == (2, LENGTH)
+                found.append(prefix())
+                assert found[-1].shape[:2] == (2, LENGTH)
                 torch.testing.assert_close(
-                    parts[-1], torch.stack(from_network(network, index, parts[-1].shape[-1])), atol=1e-6, rtol=1e-5
+                    found[-1], torch.stack(from_network(network, index, found[-1].shape[-1])), atol=1e-6, rtol=1e-5
                 )
-            assert (parts[0] - parts[1]).abs().max() > 1e-2
+            assert (found[0] - found[1]).abs().max() > 1e-2
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import shake
+from inside import added_to
 from torch import Tensor, nn
 
 import unipelt
 from unipelt.hosts.families import FAMILIES
 from unipelt.submodules.prefix import Prefix
+from unipelt.submodules.room import own_parameters
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_model.py"
 ATTENTION = unipelt.Attention("attention", "q", "v")
@@ -98,11 +100,11 @@ def test_everything_of_a_described_model_is_injected_trained_and_removed(own: Mo
     out.loss.backward()
     for name, parameter in model.named_parameters():
         head = name.startswith("classifier.")
-        ours = any(part in name for part in ("adapter", "gates", "lora_", "prefix"))
+        ours = name in own_parameters(model)
         assert parameter.requires_grad == (head or ours), name
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (head or ours), name
     assert unipelt.parameter_counts(model).head == sum(p.numel() for p in model.classifier.parameters())
-    assert model.model.prefix_network.layers == 3, "the network is of the list's owner"
+    assert added_to(model.model).prefix_network.layers == 3, "the network is of the list's owner"
     unipelt.remove(model)
     assert_untouched(model, before)
     torch.testing.assert_close(model(**batch).logits, want, atol=0, rtol=0)
@@ -126,7 +128,7 @@ def test_causality_is_what_the_description_says(own: ModuleType) -> None:
         FAMILIES.pop("own", None)
         unipelt.register_family("own", unipelt.Stack("blocks", ATTENTION, output="down", causal=causal))
         model: Any = unipelt.inject(own.pretrained(), "unipelt-apl")
-        assert {block.attention.gates.pooling for block in model.model.blocks} == {pooling}
+        assert {added_to(block).entry.gates.pooling for block in model.model.blocks} == {pooling}
 
 
 def test_the_same_description_again_is_fine_and_another_is_not() -> None:
@@ -282,6 +284,49 @@ def test_a_feed_forward_network_in_a_row_of_modules_gets_its_adapter_once(own: M
     shake(other)
     batch = own.texts(4, seed=0)
     torch.testing.assert_close(model(**batch).logits, other(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+class Routed(nn.Module):
+    """A feed-forward network that gives more than its output, as mixtures of experts do."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.up, self.down = block.up, block.down
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        inner = nn.functional.gelu(self.up(states))
+        return self.down(inner), inner
+
+
+def _forward_routed(self: Any, states: Tensor, attention_mask: Tensor) -> Tensor:
+    states = states + self.attention(self.norm1(states), attention_mask)
+    update, inner = self.mlp(self.norm2(states))
+    assert inner.shape[-1] == self.up.out_features
+    return states + update
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_feed_forward_network_that_gives_more_than_its_output(own: ModuleType, causal: bool) -> None:
+    """The adapter, and its gate, belong to the first of what it gives."""
+    models = []
+    for routed in (True, False):
+        model = own.pretrained()
+        if routed:
+            for block in model.model.blocks:
+                block.mlp = Routed(block)
+                block.forward = _forward_routed.__get__(block)
+        FAMILIES.pop("own", None)
+        output = "mlp" if routed else "down"
+        unipelt.register_family("own", unipelt.Stack("blocks", ATTENTION, output=output, causal=causal))
+        torch.manual_seed(1)
+        models.append(unipelt.inject(model, "unipelt-apl"))
+        shake(models[-1])
+    batch = own.texts(4, seed=0)
+    torch.testing.assert_close(models[0](**batch).logits, models[1](**batch).logits, atol=1e-5, rtol=1e-5)
+    models[0](**batch).loss.backward()
+    for name, parameter in own_parameters(models[0]).items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
 
 
 def _forward_by_row(self: Any, states: Tensor, attention_mask: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import logits, shake, tiny_batch, tiny_bert
+from inside import added_to, gradients_of_parts, parts
 from tiny import FURTHER, WITH_PREFIX, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 
 import unipelt
 from unipelt.config.schema import ConfigError
-from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.gate import Gates
+from unipelt.submodules.room import ROOM
 
 GATES: dict[str, dict[str, Any]] = {
     "token": {"pooling": "token"},
@@ -48,26 +49,37 @@ def make(gate: dict[str, Any], family: str = "bert", **changes: Any) -> Any:
 # What a gate is
 
 
-def expected(gates: Any, config: unipelt.GateConfig, x: Tensor, mask: Tensor) -> Tensor:
+def numbers(layer: nn.Module, names: tuple[str, ...]) -> tuple[Tensor | None, Tensor]:
+    """The weights of gates, (G, h), and their biases, (G,); no weights where they have no input."""
+    own = parts(layer, "gate")
+    weights = [own[f"gate.{name}.weight"] for name in names if f"gate.{name}.weight" in own]
+    return torch.cat(weights) if weights else None, torch.cat([own[f"gate.{name}.bias"] for name in names])
+
+
+def expected(layer: nn.Module, config: unipelt.GateConfig, x: Tensor, mask: Tensor) -> Tensor:
     """(B, G), averaged over real tokens where there is one a token: written out for one text at a time."""
+    entry = added_to(layer).entry
+    network = entry.network
+    weight, bias = numbers(layer, entry.gates.names)
     rows = []
     for text, real in zip(x, mask.bool(), strict=True):
         tokens = text[real]
         states = tokens
         if config.network == "mlp":
-            states = torch.tanh(gates.network.inner(tokens))
+            states = torch.tanh(network.inner(tokens))
         elif config.network == "recurrent":
             state = torch.zeros(config.hidden)
             for token in tokens:
-                update = torch.sigmoid(gates.network.update(token))
-                state = (1 - update) * state + update * gates.network.candidate(token)
+                update = torch.sigmoid(network.update(token))
+                state = (1 - update) * state + update * network.candidate(token)
             states = state[None]
         elif config.network == "transformer":
-            embedded = gates.network.embed(tokens)
-            query, key, value = gates.network.attend(embedded).split(config.hidden, dim=-1)
+            embedded = network.embed(tokens)
+            query, key, value = network.attend(embedded).split(config.hidden, dim=-1)
             weights = torch.softmax(query @ key.t() / math.sqrt(config.hidden), dim=-1)
             states = (embedded + weights @ value).mean(0, keepdim=True)
-        scores = states @ gates.weight.t() + gates.bias if config.pooling != "static" else gates.bias[None]
+        assert (weight is None) == (config.pooling == "static")
+        scores = bias[None] if weight is None else states @ weight.t() + bias
         scores = scores / config.temperature
         opened = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "softmax": lambda s: torch.softmax(s, -1)}[
             config.activation
@@ -85,21 +97,24 @@ def test_a_gate_is_what_its_configuration_says(kind: str) -> None:
     with unipelt.record_gates(model) as record, torch.no_grad():
         states = model(**batch, output_hidden_states=True).hidden_states
         for index, layer in enumerate(model.bert.encoder.layer):
-            gates: Any = layer.attention.self.gates
-            want = expected(gates, config, states[index], batch["attention_mask"])
-            got = torch.stack([record[name][:, index] for name in gates.names], dim=1)
+            names = added_to(layer).entry.gates.names
+            want = expected(layer, config, states[index], batch["attention_mask"])
+            got = torch.stack([record[name][:, index] for name in names], dim=1)
             torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
-            assert set(gates.names) >= {"prefix", "lora_query", "lora_value"}
-            assert ("adapter" in gates.names) == config.shared
+            assert set(names) >= {"prefix", "lora_query", "lora_value"}
+            assert ("adapter" in names) == config.shared
 
 
 def test_gates_of_tokens_are_recorded_by_their_mean_over_the_pass() -> None:
     model, batch = make(GATES["token"]), tiny_batch(lengths=(9, 9, 9))
     with unipelt.record_gates(model) as record, torch.no_grad():
         states = model(**batch, output_hidden_states=True).hidden_states
-    gates: Any = model.bert.encoder.layer[1].attention.self.gates
-    want = torch.sigmoid(states[1] @ gates.weight.t() + gates.bias).mean(1)
-    torch.testing.assert_close(torch.stack([record[name][:, 1] for name in gates.names], dim=1), want)
+    layer: Any = model.bert.encoder.layer[1]
+    names = added_to(layer).entry.gates.names
+    weight, bias = numbers(layer, names)
+    assert weight is not None
+    want = torch.sigmoid(states[1] @ weight.t() + bias).mean(1)
+    torch.testing.assert_close(torch.stack([record[name][:, 1] for name in names], dim=1), want)
 
 
 # What it does
@@ -126,6 +141,7 @@ def test_every_kind_of_gate_keeps_the_promises(family: str, kind: str, tmp_path:
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
         assert parameter.grad is None or parameter.grad.any(), name
+    assert all(gradient is not None and gradient.any() for gradient in gradients_of_parts(model).values())
     unipelt.remove(model.eval())
     assert torch.equal(logits(model, batch), logits(base, batch))
 
@@ -136,19 +152,15 @@ def test_equal_gates_act_as_static_ones_do(family: str, kind: str) -> None:
     """With weights at zero a gate is sigmoid(bias), however it is computed and brought to where it acts."""
     mass = {"prefix": {"length": 4, "hidden": 8, "gating": "mass"}}
     model, static = make(GATES[kind], family, **mass), make(GATES["static"], family, **mass)
-    biases: dict[tuple[str, str], Tensor] = {}
     with torch.no_grad():
-        for path, module in model.named_modules():
-            if isinstance(module, Gates):
-                module.weight.zero_()
-                layer = next(part for part in path.split(".") if part.isdigit())
-                biases |= {(layer, name): bias for name, bias in zip(module.names, module.bias, strict=True)}
-        for path, module in static.named_modules():
-            if isinstance(module, Gates):
-                layer = next(part for part in path.split(".") if part.isdigit())
-                module.bias.copy_(torch.stack([biases[layer, name] for name in module.names]))
+        for name, part in parts(model, "gate").items():
+            if name.endswith(".weight") and ".gate.network." not in name:
+                part.zero_()
+        own = parts(model)
+        for name, part in parts(static).items():
+            part.copy_(own[name])
         for name, parameter in static.named_parameters():
-            if "gates" not in name:
+            if ROOM not in name.split("."):
                 parameter.copy_(model.get_parameter(name))
     batch = batch_of(family)
     torch.testing.assert_close(logits(model, batch), logits(static, batch), atol=1e-5, rtol=0)
@@ -157,12 +169,13 @@ def test_equal_gates_act_as_static_ones_do(family: str, kind: str) -> None:
 def test_the_gate_of_a_token_scales_that_tokens_adapter() -> None:
     model = unipelt.inject(tiny_bert(), {"preset": "adapter", "adapter": {"gate": True}, "gate": GATES["token"]})
     shake(model)
-    adapter: Any = next(module for module in model.modules() if isinstance(module, Adapter))
+    layer: Any = model.bert.encoder.layer[0]
+    own, adapter = parts(layer), added_to(layer).adapter
     x = torch.randn(2, 5, 32)
-    gate = torch.sigmoid(x @ adapter.gates.weight[0] + adapter.gates.bias)
-    want = gate[..., None] * (torch.relu(x @ adapter.down.weight.t() + adapter.down.bias) @ adapter.up.weight.t())
-    want = want + gate[..., None] * adapter.up.bias
-    torch.testing.assert_close(adapter(x, torch.zeros_like(x)), want)
+    gate = torch.sigmoid(x @ own["gate.adapter.weight"][0] + own["gate.adapter.bias"])
+    low = torch.relu(x @ own["adapter.down.weight"].t() + own["adapter.down.bias"])
+    want = gate[..., None] * (low @ own["adapter.up.weight"].t() + own["adapter.up.bias"])
+    torch.testing.assert_close(adapter(x, torch.zeros_like(x), None), want)
 
 
 # Where gates begin
@@ -243,8 +256,8 @@ def test_a_zero_start_is_the_model_itself() -> None:
     model = unipelt.inject(copy.deepcopy(base), {"preset": "unipelt-al", "gate": {"activation": "tanh"}, **FURTHER})
     assert torch.equal(logits(model, tiny_batch()), logits(base, tiny_batch()))
     model(**tiny_batch()).logits.sum().backward()
-    moved = [name for name, parameter in model.named_parameters() if "gates" in name and parameter.grad.any()]  # type: ignore[union-attr]
-    assert any("adapter" in name for name in moved), "gates learn from there"
+    moved = [name for name, gradient in gradients_of_parts(model).items() if gradient is not None and gradient.any()]
+    assert any(".gate.adapter." in name for name in moved), "gates learn from there"
 
 
 # Parameters
@@ -278,12 +291,10 @@ def test_penalties() -> None:
     torch.testing.assert_close(unipelt.gate_penalty(record, "entropy"), entropy)
     torch.testing.assert_close(unipelt.gate_penalty(record, "sparsity"), gates.mean())
     unipelt.gate_penalty(record, "sparsity").backward()
-    touched = {
-        name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
-    }
-    assert {name for name in touched if ".gates.bias" in name} == {
-        name for name, _ in model.named_parameters() if ".gates.bias" in name
-    }
+    touched = {name for name, gradient in gradients_of_parts(model).items() if gradient is not None and gradient.any()}
+    biases = {name for name in parts(model, "gate") if name.endswith(".bias")}
+    assert len(biases) == 3 * len(record)
+    assert biases <= touched
     with pytest.raises(ValueError, match="kind must be entropy or sparsity"):
         unipelt.gate_penalty(record, "l2")  # type: ignore[arg-type]
     with unipelt.record_gates(make(GATES["tanh"], prefix=None)) as record, pytest.raises(KeyError):
