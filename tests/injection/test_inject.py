@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
 import torch
 from helpers import logits, shake, tiny_batch, tiny_bert
+from inside import added_to, fill, parts
 from torch import Tensor
 from transformers import (
     BertForMaskedLM,
@@ -20,15 +22,15 @@ from transformers import (
 import unipelt
 import unipelt.api
 from unipelt.config.presets import resolve
-from unipelt.injection.attention_hooks import Site
+from unipelt.injection.draft import draft, shapes
 from unipelt.injection.inject import inject_as
-from unipelt.injection.parameters import submodule_parameters
 from unipelt.injection.state import injection_of
 from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.forward_pass import Slot
-from unipelt.submodules.gate import Gates, token_weights
+from unipelt.submodules.forward_pass import AttentionPass, ForwardPass, PassFacts
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
+from unipelt.submodules.room import own_parameters, own_parts, rooms
+from unipelt.submodules.tokens import token_weights
 
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
 
@@ -77,17 +79,34 @@ def test_the_original_checkpoint_still_loads(preset: str) -> None:
 
 
 def test_every_layer_carries_what_the_config_says() -> None:
-    model: Any = unipelt.inject(tiny_bert(), "unipelt-apl")
+    base: Any = tiny_bert()
+    names = {name for name, _ in base.named_modules()}
+    model: Any = unipelt.inject(base, "unipelt-apl")
     for layer in model.bert.encoder.layer:
-        attention = layer.attention.self
-        assert type(attention.query.lora_query) is type(attention.value.lora_value) is LoRA
-        assert not list(attention.key.children())
-        assert type(attention.prefix) is Prefix
-        assert attention.gates.names == ("prefix", "lora_query", "lora_value")
-        assert type(layer.output.LayerNorm.adapter) is Adapter
-        assert layer.output.LayerNorm.adapter.gates.names == ("adapter",)  # type: ignore[union-attr]
-        assert not list(layer.attention.output.LayerNorm.children())
-    assert type(model.bert.encoder.prefix_network) is PrefixNetwork
+        added = added_to(layer)
+        assert type(added.lora_query) is type(added.lora_value) is LoRA
+        assert set(added.terms) == {"lora_query", "lora_value", "adapter"}
+        assert type(added.prefix) is Prefix
+        assert added.entry.gates.names == ("prefix", "lora_query", "lora_value")
+        assert added.entry.row_names == ("lora_query", "lora_value")
+        assert type(added.adapter) is Adapter
+        assert added.adapter.entry.gates.names == added.adapter.entry.row_names == ("adapter",)
+        assert added.cross is None
+        wiring = added.wiring
+        assert wiring.outputs == {"attention.self.query": ("lora_query",), "attention.self.value": ("lora_value",)}
+        assert (wiring.attention, wiring.norm) == ("attention.self", "output.LayerNorm")
+        assert not wiring.inputs
+        assert not wiring.handed
+        assert not wiring.lengthens
+        hooked = {name for name, part in layer.named_modules() if part._forward_hooks or part._forward_pre_hooks}
+        assert hooked == {"", wiring.attention, *wiring.outputs, wiring.norm}
+    assert type(added_to(model.bert.encoder).prefix_network) is PrefixNetwork
+    assert [path for path, _ in rooms(model)] == [
+        *(f"bert.encoder.layer.{index}.unipelt" for index in range(3)),
+        "bert.encoder.unipelt",
+    ]
+    inside = {name for path, room in rooms(model) for name in (path, *(f"{path}.{n}" for n, _ in room.named_modules()))}
+    assert {name for name, _ in model.named_modules()} - names == {name.rstrip(".") for name in inside}
 
 
 def test_layers_without_submodules_are_untouched() -> None:
@@ -104,41 +123,61 @@ def test_layers_without_submodules_are_untouched() -> None:
 
 def test_initialisation() -> None:
     model: Any = unipelt.inject(tiny_bert(hidden_size=256, intermediate_size=64), "unipelt-apl")
-    network = model.bert.encoder.prefix_network
+    network = added_to(model.bert.encoder).prefix_network
     for weight in (network.embedding, network.w1.weight, network.w2.weight):
         assert abs(weight.std().item() - 0.02) < 2e-3
-    layer = model.bert.encoder.layer[1]
-    adapter = layer.output.LayerNorm.adapter
-    for linear in (adapter.down, adapter.up, network.w1, network.w2):
+    for linear in (network.w1, network.w2):
         assert not linear.bias.any()
-    assert abs(adapter.up.weight.std().item() - 0.02) < 2e-3
-    query = layer.attention.self.query.lora_query
-    assert not query.B.any()
+    of_layer = {name.partition("layer.1.")[2]: tensor for name, tensor in parts(model).items() if "layer.1." in name}
+    for name in ("adapter.down", "adapter.up"):
+        assert not of_layer[f"{name}.bias"].any()
+        assert abs(of_layer[f"{name}.weight"].std().item() - 0.02) < 2e-3
     bound = (1 / 256) ** 0.5  # Kaiming-uniform, a = sqrt(5): sqrt(6 / ((1 + 5) fan_in))
-    assert bound * 0.97 < query.A.abs().max() <= bound
+    for name in ("lora_query", "lora_value"):
+        assert not of_layer[f"{name}.B"].any()
+        assert bound * 0.97 < of_layer[f"{name}.A"].abs().max() <= bound
+    for name in ("prefix", "lora_query", "lora_value", "adapter"):
+        assert abs(of_layer[f"gate.{name}.weight"].std().item() - 0.02) < 5e-3
+        assert not of_layer[f"gate.{name}.bias"].any()
     with unipelt.record_gates(model) as gates:
         logits(model, tiny_batch())
     assert all((values - 0.5).abs().max() < 0.25 for values in gates.values())
 
 
 @pytest.mark.parametrize("deployed", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_submodules_are_of_their_hosts_kind(device: str, deployed: bool) -> None:
-    model: Any = tiny_bert()
-    model.to(device, torch.bfloat16)
-    inject_as(model, unipelt.resolve("unipelt-apl"), deployed=deployed, head=None)
-    ours = list(submodule_parameters(model))
-    assert {kind for kind, _, _ in ours} == {"adapter", "prefix", "lora", "gate"}
-    for _, name, parameter in ours:
-        assert (parameter.device.type, parameter.dtype) == (device, torch.bfloat16), name
+@pytest.mark.parametrize("dtype", ["float32", "base"])
+@pytest.mark.parametrize("base", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_submodules_are_in_single_precision_over_half_or_of_their_hosts_kind(
+    base: torch.dtype, dtype: str, deployed: bool
+) -> None:
+    model: Any = tiny_bert().to(base)
+    config = unipelt.resolve({"preset": "unipelt-apl", "dtype": dtype})
+    inject_as(model, config, deployed=deployed, head=None)
+    assert {own.part.kind for own in own_parts(model)} == {"adapter", "prefix", "lora", "gate"}
+    assert {own.full_name for own in own_parts(model)} == own_parameters(model).keys()
+    want = torch.float32 if dtype == "float32" and base.itemsize == 2 else base
+    for name, parameter in own_parameters(model).items():
+        assert (parameter.device.type, parameter.dtype) == ("cpu", want), name
 
 
-def slots(model: torch.nn.Module) -> list[Slot]:
-    """Every slot that a model holds, of submodules and of their sites."""
-    held = [value for module in model.modules() for value in vars(module).values()]
-    sites = [value for value in held if isinstance(value, Site)]
-    held += [value for site in sites for value in (site.tokens, *site.inserts)]
-    return list({id(value): value for value in held if isinstance(value, Slot)}.values())
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_draft_is_what_injecting_makes_without_memory(base: torch.dtype, deployed: bool) -> None:
+    model: Any = tiny_bert().to(base)
+    config = unipelt.resolve({"preset": "unipelt-apl", "prompt": {"length": 2}})
+    before, modules = state(model), list(model.modules())
+    drawn = shapes(draft(model, config, deployed))
+    assert_same(model, before)
+    assert list(model.modules()) == modules
+    assert all(tensor.is_meta for tensor in drawn.values())
+    inject_as(model, config, deployed=deployed, head=None)
+    made = {name: (parameter.shape, parameter.dtype) for name, parameter in own_parameters(model).items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in drawn.items()} == made
+
+
+def passes_alive() -> list[Any]:
+    """Whatever is there of any pass, without a collection of garbage."""
+    return [found for found in gc.get_objects() if type(found) in (ForwardPass, AttentionPass, PassFacts)]
 
 
 PARTLY_GATED = (
@@ -153,10 +192,49 @@ PARTLY_GATED = (
 @pytest.mark.parametrize("changes", [{}, *PARTLY_GATED], ids=str)
 def test_a_pass_leaves_nothing_behind(changes: dict[str, Any]) -> None:
     """What nobody takes would be kept, with its graph, until the next pass."""
-    model = unipelt.inject(tiny_bert(), changes)
-    assert slots(model)
-    model(**tiny_batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
-    assert all(slot.is_empty() for slot in slots(model))
+    model: Any = unipelt.inject(tiny_bert(), changes)
+    passes = {id(room.passes): room.passes for _, room in rooms(model)}.values()
+    assert len(passes) == 1
+    inside: list[list[Any]] = []
+    model.bert.encoder.layer[1].output.dense.register_forward_hook(lambda *_: inside.append(passes_alive()))
+    gc.collect()
+    loss = model(**tiny_batch(), labels=torch.tensor([0, 1, 1])).loss
+    assert {type(found) for found in inside[0]} >= {ForwardPass, PassFacts}
+    inside.clear()
+    assert not passes_alive()
+    loss.backward()
+    assert not passes_alive()
+    for one in passes:
+        assert one.current() is None
+        assert not any(vars(one).values())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("place", ["encoder.layer.1", "encoder.layer.1.attention.self.key", "encoder.layer.2.output"])
+def test_a_pass_that_breaks_off_leaves_nothing_behind(place: str, error: type[BaseException]) -> None:
+    model: Any = unipelt.inject(tiny_bert(), "unipelt-apl")
+    shake(model)
+    want = logits(model, tiny_batch())
+    passes = next(rooms(model))[1].passes
+
+    def fail(*_: Any) -> None:
+        assert passes.current() is not None
+        raise error("here")
+
+    handle = model.bert.get_submodule(place).register_forward_hook(fail)
+    gc.collect()
+    ended = False
+    try:
+        model(**tiny_batch(), labels=torch.tensor([0, 1, 1]))
+        ended = True
+    except error:  # and not pytest.raises, which keeps the frames
+        pass
+    assert not ended
+    assert not passes_alive()
+    assert passes.current() is None
+    handle.remove()
+    assert torch.equal(logits(model, tiny_batch()), want)
+    assert not any(vars(passes).values())
 
 
 def test_only_what_trains_of_the_base_is_remembered() -> None:
@@ -203,10 +281,7 @@ def test_a_closed_mass_gate_is_the_model_without_prefix(attention: str, padded: 
         shake(model)
         with torch.no_grad():
             model.classifier.load_state_dict(base.classifier.state_dict())
-            for module in model.modules():
-                if isinstance(module, Gates):
-                    module.weight.zero_()
-                    module.bias.fill_(-1e4)
+        assert fill(model, "gate.prefix.weight", 0.0) == fill(model, "gate.prefix.bias", -1e4) == 3
         got = model(**batch).logits
         if gating == "mass":
             torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
@@ -225,10 +300,7 @@ def test_zero_updates_are_the_identity() -> None:
     unipelt.remove(model)
     unipelt.inject(model, "adapter")
     assert (logits(model, batch) - want).abs().max() > 1e-5  # near, not at, the identity
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Adapter):
-                module.up.weight.zero_()
+    assert fill(model, "adapter.up.weight", 0.0) == 3
     torch.testing.assert_close(logits(model, batch), want, atol=1e-6, rtol=0)
 
 
@@ -260,7 +332,7 @@ def test_other_back_ends_are_refused() -> None:
     unipelt.inject(model, "prefix")
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="not 'flex_attention'"):
-        model.bert.encoder.layer[0].attention.self(torch.zeros(1, 2, 32), attention_mask=None)
+        model.bert.encoder.layer[0](torch.zeros(1, 2, 32), attention_mask=None)
 
 
 def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,30 +364,61 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("config", ["unipelt-apl", "prompt"])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("encoder", "unipelt"),
+        ("encoder", "unipelt_layer"),
+        ("encoder.layer.1", "unipelt"),
+        ("encoder.layer.1", "unipelt_chunk_size"),
+        ("encoder.layer.1.attention.self", "unipelt_port"),
+        ("encoder.layer.1.attention.self.query", "unipelt_port"),
+        ("encoder.layer.1.output.LayerNorm", "unipelt_port"),
+        ("", "unipelt"),
+        ("", "unipelt_prompt"),
+    ],
+)
+@pytest.mark.parametrize("mine", ["text", "module"])
+def test_what_a_host_calls_by_one_of_our_names_is_its_own(place: str, name: str, mine: str, config: str) -> None:
+    model: Any = tiny_bert()
+    host = model.bert.get_submodule(place)
+    value = "mine" if mine == "text" else torch.nn.Linear(2, 2)
+    setattr(host, name, value)
+    before, flags = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    attributes = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(unipelt.InjectionError, match=rf"has an attribute '{name}' of its own"):
+        unipelt.inject(model, config)
+    assert getattr(host, name) is value
+    assert_same(model, before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize(
     ("place", "name"),
     [
         ("encoder", "prefix_network"),
         ("encoder.layer.1.attention.self", "gates"),
         ("encoder.layer.1.attention.self", "prefix"),
-        ("encoder.layer.1.attention.self", "unipelt_site"),
         ("encoder.layer.1.attention.self.query", "lora_query"),
         ("encoder.layer.1.attention.self.value", "lora_value"),
-        ("encoder.layer.1.attention.self.value", "unipelt_rows"),
         ("encoder.layer.1.output.LayerNorm", "adapter"),
     ],
 )
-def test_what_a_host_calls_by_one_of_our_names_is_its_own(place: str, name: str) -> None:
+def test_other_names_are_free(place: str, name: str) -> None:
     model: Any = tiny_bert()
     host = model.bert.get_submodule(place)
-    setattr(host, name, "mine")
-    before, flags = state(model), {name: p.requires_grad for name, p in model.named_parameters()}
-    with pytest.raises(unipelt.InjectionError, match=rf"has an attribute '{name}' of its own"):
-        unipelt.inject(model, "unipelt-apl")
-    assert getattr(host, name) == "mine"
+    setattr(host, name, torch.nn.Linear(2, 2))
+    before = state(model)
+    mine = getattr(host, name)
+    unipelt.inject(model, "unipelt-apl")
+    shake(model)
+    assert getattr(host, name) is mine
+    logits(model, tiny_batch())
+    unipelt.remove(model)
     assert_same(model, before)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,12 +485,27 @@ def test_a_head_that_the_model_does_not_have_is_named() -> None:
     assert getattr(model, "unipelt_injection", None) is None
 
 
-def test_a_wrong_count_fails_loudly() -> None:
+@pytest.mark.parametrize("config", ["adapter", "prefix", "lora"])
+@pytest.mark.parametrize("place", ["", "attention", "attention.self.query", "attention.self", "output.LayerNorm"])
+def test_layers_that_share_modules_are_refused(place: str, config: str) -> None:
     model: Any = tiny_bert()
-    model.bert.encoder.layer[2] = model.bert.encoder.layer[1]
-    with pytest.raises(unipelt.InjectionError, match="share modules"):
-        unipelt.inject(model, "adapter")
-    assert not any(isinstance(module, Adapter) for module in model.modules())
+    layers = model.bert.encoder.layer
+    if place:
+        parent, _, name = place.rpartition(".")
+        setattr(layers[2].get_submodule(parent), name, layers[1].get_submodule(place))
+    else:
+        layers[2] = layers[1]
+    before, attributes = state(model), [set(vars(module)) for module in model.modules()]
+    hosts = {"adapter": "output.LayerNorm", "prefix": "attention.self", "lora": "attention.self.query"}
+    if not hosts[config].startswith(place):  # nothing is added at what is shared
+        unipelt.inject(model, config)
+        unipelt.remove(model)
+    else:
+        with pytest.raises(unipelt.InjectionError, match="share modules"):
+            unipelt.inject(model, config)
+    assert not any(isinstance(module, (Adapter, Prefix, LoRA)) for module in model.modules())
+    assert_same(model, before)
+    assert [set(vars(module)) for module in model.modules()] == attributes
 
 
 def test_models_without_a_classification_head() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import shake, tiny_batch, tiny_bert
-from submodules.test_terms import HOSTS
+from inside import added_to, fill
+from test_terms import HOSTS
 from tiny import DECODERS, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
@@ -20,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 import unipelt
 from unipelt.config.methods import PROJECTIONS
 from unipelt.config.schema import ConfigError
-from unipelt.injection.parameters import submodule_parameters
-from unipelt.submodules.gate import Gates
+from unipelt.submodules.entry import Entry
 from unipelt.submodules.lora import LoRA
-from unipelt.submodules.term import Term
+from unipelt.submodules.room import own_parts, placed_terms
+from unipelt.submodules.term import FunctionTerm, Term
 
 ALL = list(PROJECTIONS)
 
@@ -32,6 +33,12 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(**batch)[0]
     return out
+
+
+def factors(model: Any, path: str, name: str) -> dict[str, Tensor]:
+    """The parts of the term at a host, wherever they are kept, by their last name: A, B, A0, B0, magnitude."""
+    (placed,) = (placed for placed in placed_terms(model) if (placed.path, placed.term.name) == (path, name))
+    return {part.rpartition(".")[2]: tensor for part, tensor in placed.factors().items()}
 
 
 def merged(family: str, base: Any, model: Any, scale: float, decomposed: bool) -> Any:
@@ -44,15 +51,15 @@ def merged(family: str, base: Any, model: Any, scale: float, decomposed: bool) -
         for place in ALL:
             host = HOSTS[family][place]
             leaf: Any = plain.get_submodule(host.path)
-            term: Any = model.get_submodule(f"{host.path}.lora_{place}")
-            term = term.function if decomposed else term
+            term = factors(model, host.path, f"lora_{place}")
+            assert ("magnitude" in term) is decomposed
             weight = leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight
             rows = slice(None) if host.rows is None else list(host.rows)
-            new = weight[rows] + scale * term.B @ term.A
-            if hasattr(term, "A0"):
-                new -= scale * term.B0 @ term.A0
+            new = weight[rows] + scale * term["B"] @ term["A"]
+            if "A0" in term:
+                new -= scale * term["B0"] @ term["A0"]
             if decomposed:
-                new = term.magnitude[:, None] * new / new.square().sum(1, keepdim=True).sqrt()
+                new = term["magnitude"][:, None] * new / new.square().sum(1, keepdim=True).sqrt()
             weight[rows] = new
     return plain
 
@@ -83,11 +90,9 @@ def test_a_gate_leads_from_frozen_to_updated(family: str, shared: bool, kind: di
     shake(model)
     open_ = merged(family, base, model, 2.0 if kind else 1.0, "decomposed" in kind)
     for value, want in ((0.0, base), (1.0, open_)):
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, Gates):
-                    module.weight.zero_()
-                    module.bias.fill_(200.0 if value else -200.0)
+        for place in ALL:
+            assert fill(model, f"gate.lora_{place}.weight", 0.0) == 1
+            assert fill(model, f"gate.lora_{place}.bias", 200.0 if value else -200.0) == 1
         expected = logits(want, batch)
         tolerance = 3e-5 * max(1.0, expected.abs().max().item())
         torch.testing.assert_close(logits(model, batch), expected, atol=tolerance, rtol=0)
@@ -106,12 +111,14 @@ def test_what_is_added_and_counted() -> None:
     counts = unipelt.parameter_counts(model)
     assert counts.submodules == {"lora": 3 * 2 * (32 + 32 + 48 + 32)}
     assert counts.gates == {"lora_key": 3 * 33, "lora_down": 3 * 49}
-    assert not any(hasattr(module, "lora_query") for module in model.modules())
+    assert {placed.term.name for placed in placed_terms(model)} == {"lora_key", "lora_down"}
+    assert not any("lora_query" in module._modules for module in model.modules())
 
     model = unipelt.inject(tiny_bert(), {"preset": "lora", "lora": {"rank": 2, "decomposed": True}})
     assert unipelt.parameter_counts(model).submodules == {"lora": 3 * 2 * (2 * (32 + 32) + 32)}
     assert sum(isinstance(module, Term) for module in model.modules()) == 6
-    assert {kind for kind, _, _ in submodule_parameters(model)} == {"lora"}
+    assert all(isinstance(placed.term, FunctionTerm) for placed in placed_terms(model))
+    assert {own.part.kind for own in own_parts(model)} == {"lora"}
 
 
 def test_a_decomposed_update_starts_as_the_model_itself() -> None:
@@ -127,7 +134,7 @@ def test_a_decomposed_update_follows_its_model() -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.bert.encoder.layer[0].attention.self.query.weight.mul_(2.0)
-    term = other.bert.encoder.layer[0].attention.self.query.lora_query.function
+    term = added_to(other.bert.encoder.layer[0]).lora_query.function
     assert torch.equal(term.spot.matrix(), other.bert.encoder.layer[0].attention.self.query.weight)
     assert not torch.equal(logits(other, tiny_batch()), logits(model, tiny_batch()))
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -137,7 +144,7 @@ def test_a_decomposed_update_follows_its_model() -> None:
 def test_lengths_count_as_constants_in_the_backward_pass() -> None:
     model: Any = unipelt.inject(tiny_bert(), {"preset": "lora", "lora": {"decomposed": True, "rank": 2}})
     shake(model)
-    function = model.bert.encoder.layer[0].attention.self.query.lora_query.function
+    function = added_to(model.bert.encoder.layer[0]).lora_query.function
     x = torch.randn(1, 4, 32)
     weight, bias = function.spot.matrix(), function.spot.bias()
     y = nn.functional.linear(x, weight, bias)
@@ -159,7 +166,7 @@ def test_updates_of_any_projection_are_folded(gate: bool) -> None:
     want = logits(model, tiny_batch())
     report = unipelt.fold(model, [tiny_batch(), tiny_batch(seed=4)], tolerance=0.2)
     assert report.merged == 3 * len(ALL)
-    assert not any(isinstance(module, (LoRA, Gates)) for module in model.modules())
+    assert not any(isinstance(module, (LoRA, Entry)) for module in model.modules())
     torch.testing.assert_close(logits(model, tiny_batch()), want, atol=1e-5 if not gate else 5e-3, rtol=0)
 
 
@@ -181,16 +188,21 @@ def test_a_start_is_the_principal_part_of_the_weight(family: str, gate: dict[str
     model = pissa(base, places=ALL, **gate)
     for place in ALL:
         host = HOSTS[family][place]
-        leaf, term = model.get_submodule(host.path), model.get_submodule(f"{host.path}.lora_{place}")
+        leaf, term = model.get_submodule(host.path), factors(model, host.path, f"lora_{place}")
         weight = (leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight).detach().double().numpy()
         weight = weight if host.rows is None else weight[list(host.rows)]
-        first = (1.0 if gate == {"gate": True} else 2.0) * (term.B0 @ term.A0).detach().double().numpy()
+        first = (1.0 if gate == {"gate": True} else 2.0) * (term["B0"] @ term["A0"]).double().numpy()
         values = np.linalg.svd(weight, compute_uv=False)
         np.testing.assert_allclose(np.linalg.svd(first, compute_uv=False)[:3], values[:3], rtol=1e-5)
         np.testing.assert_allclose(np.linalg.svd(weight - first, compute_uv=False)[:-3], values[3:], atol=1e-5)
-        assert torch.equal(term.A, term.A0)
-        assert torch.equal(term.B, term.B0)
-        assert {term.A0.requires_grad, term.B0.requires_grad} == {False}
+        assert torch.equal(term["A"], term["A0"])
+        assert torch.equal(term["B"], term["B0"])
+        trains = {
+            own.part.name.rpartition(".")[2]: own.parameter.requires_grad
+            for own in own_parts(model)
+            if own.part.name.startswith(f"lora_{place}.")
+        }
+        assert trains == {"A": True, "B": True, "A0": False, "B0": False}
     torch.testing.assert_close(logits(model, batch), want, atol=1e-5 * max(1.0, want.abs().max().item()), rtol=0)
     unipelt.remove(model)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
@@ -216,11 +228,8 @@ def test_a_closed_gate_is_the_model_and_an_open_one_all_of_the_update(shared: bo
     model = unipelt.inject(copy.deepcopy(base), config)
     shake(model)
     for bias, want in ((-200.0, base), (200.0, merged("bert", base, model, 1.0, False))):
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, Gates):
-                    module.weight.zero_()
-                    module.bias.fill_(bias)
+        for place in ALL:
+            assert fill(model, f"gate.lora_{place}.weight", 0.0) == fill(model, f"gate.lora_{place}.bias", bias) == 1
         torch.testing.assert_close(logits(model, batch), logits(want, batch), atol=3e-5, rtol=0)
 
 
@@ -267,7 +276,7 @@ def test_weights_that_have_no_such_start_are_named_and_nothing_is_left() -> None
     with pytest.raises(unipelt.InjectionError, match=r"layer\.1\..*value\.weight is not finite"):
         pissa(model)
     assert not hasattr(model, "unipelt_injection")
-    assert not list(submodule_parameters(model))
+    assert not list(own_parts(model))
     query = model.bert.encoder.layer[2].attention.self.query
     query.weight = nn.Parameter(query.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(unipelt.InjectionError, match="query is quantised, and the start pissa needs its weight's num"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import shake, tiny_batch, tiny_bert
+from inside import entries
+from safetensors.torch import load_file, save_file
 from tiny import DECODERS, FURTHER, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
@@ -20,10 +23,9 @@ import unipelt
 from unipelt.config.methods import SUBMODULES, Place
 from unipelt.config.schema import ConfigError
 from unipelt.hosts.families import FAMILIES
-from unipelt.injection.parameters import submodule_parameters
-from unipelt.submodules.gate import Gates
 from unipelt.submodules.register import MODULES, register_submodule
-from unipelt.submodules.term import Term
+from unipelt.submodules.room import own_parameters, own_parts, placed_terms
+from unipelt.submodules.term import FunctionTerm
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def written_out(family: str, base: Any, model: Any, name: str, part: Any, mask: 
     """The base with the terms of `model`, an injected copy, computed by wrapped modules; only layer 1 has any."""
     plain = copy.deepcopy(base)
     seen: dict[str, Tensor] = {}
+    terms = {(placed.path, placed.term.name): placed.term for placed in placed_terms(model)}
+    assert len(terms) == len(part.places)
 
     def wrap(path: str) -> Wrapped:
         there = plain.get_submodule(path)
@@ -143,21 +147,22 @@ def written_out(family: str, base: Any, model: Any, name: str, part: Any, mask: 
             plain.set_submodule(path, there)
         return there
 
-    def gated(gates: Any, x: Tensor, change: Tensor) -> Tensor:
-        if gates is None:
+    def gated(entry: Any, x: Tensor, change: Tensor) -> Tensor:
+        if entry is None:
             return change
-        opened = torch.sigmoid(x @ gates.weight[0] + gates.bias[0])
+        opened = torch.sigmoid(x @ entry.weight[0] + entry.bias[0])
         if family not in DECODERS:
             opened = (opened * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
         return opened.unsqueeze(-1) * change
 
     for place in part.places:
         host = HOSTS[family]["down" if place in ("activation", "feed_forward") else place]
-        ours: Any = model.get_submodule(f"{host.path}.{name}_{place}")
+        ours: Any = terms[host.path, f"{name}_{place}"]
+        assert (ours.entry is not None) is part.gate
         if place == "activation":
 
             def first(x: Tensor, ours: Any = ours) -> Tensor:
-                return x + gated(ours.gates, x, term(name, part, ours.function, x, x))
+                return x + gated(ours.entry, x, term(name, part, ours.function, x, x))
 
             wrap(host.path).first = first
             continue
@@ -169,7 +174,7 @@ def written_out(family: str, base: Any, model: Any, name: str, part: Any, mask: 
             y = y.clone()
             rows = slice(None) if host.rows is None else list(host.rows)
             own = y[..., rows]
-            y[..., rows] = own + gated(ours.gates, x, term(name, part, ours.function, x, own))
+            y[..., rows] = own + gated(ours.entry, x, term(name, part, ours.function, x, own))
             return y
 
         wrapped, before = wrap(host.path), wrap(host.path).then
@@ -203,13 +208,14 @@ def test_a_closed_gate_is_the_model_without_the_term(name: str) -> None:
     model = copy.deepcopy(base)
     unipelt.inject(model, {"preset": name, name: {**FURTHER[name], "gate": True}, "train_head": False})
     shake(model)
-    gates = [module for module in model.modules() if isinstance(module, Gates)]
+    gates = entries(model)
+    assert len(gates) == 3 * len(unipelt.resolve(name).part(name).places)
     with torch.no_grad():
-        for module in gates:
-            module.bias.fill_(-200.0)
+        for entry in gates:
+            entry.bias.fill_(-200.0)
         assert torch.equal(model(**batch).logits, base(**batch).logits)
-        for module in gates:
-            module.bias.fill_(0.0)
+        for entry in gates:
+            entry.bias.fill_(0.0)
         assert not torch.equal(model(**batch).logits, base(**batch).logits)
 
 
@@ -245,8 +251,9 @@ def test_gates_are_recorded_by_submodule_and_place() -> None:
 
 def test_compacters_left_factors_are_one_for_all_layers() -> None:
     model = unipelt.inject(tiny_bert(), {"preset": "compacter", "compacter": FURTHER["compacter"]})
-    left = [name for kind, name, _ in submodule_parameters(model) if name.endswith("left")]
-    assert left == ["bert.encoder.compacter_shared.left"]
+    left = [name for name in own_parameters(model) if name.endswith("left")]
+    assert left == ["bert.encoder.unipelt.default.compacter_shared.left"]
+    assert [own.part.kind for own in own_parts(model) if own.full_name in left] == ["compacter"]
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.get_parameter(left[0]).zero_()
@@ -310,32 +317,51 @@ def test_a_description_that_does_not_say_where_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["houlsby", "parallel", "compacter"])
-def test_a_checkpoint_that_says_it_is_huge_is_refused_before_memory_is_taken(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_says_it_is_huge_is_refused_before_memory_is_taken(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unipelt.save(unipelt.inject(tiny_bert(), {"preset": name, name: FURTHER[name]}), tmp_path)
     manifest = json.loads((tmp_path / "unipelt.json").read_text())
     manifest["unipelt"][name]["bottleneck"] = 1_000_000
     (tmp_path / "unipelt.json").write_text(json.dumps(manifest))
     model = tiny_bert()
-    with pytest.raises(unipelt.CheckpointError, match=rf"{name} needs \d+ numbers in one place, and it has \d+ in all"):
+    monkeypatch.setattr("unipelt.checkpoint.load.inject_as", lambda *args, **options: pytest.fail("memory was taken"))
+    with pytest.raises(
+        unipelt.CheckpointError,
+        match=rf"does not fit its own configuration: \S+\.unipelt\.default\.{name}\S+ is \(.*(1000000|500000).*\) here",
+    ):
         unipelt.load(model, tmp_path)
     assert not hasattr(model, "unipelt_injection")
 
 
-def test_shared_factors_count_too(tmp_path: Path) -> None:
+def test_shared_factors_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unipelt.save(unipelt.inject(tiny_bert(), {"preset": "compacter", "compacter": FURTHER["compacter"]}), tmp_path)
     manifest = json.loads((tmp_path / "unipelt.json").read_text())
     manifest["unipelt"]["compacter"] |= {"bottleneck": 32, "terms": 32}
     (tmp_path / "unipelt.json").write_text(json.dumps(manifest))
-    with pytest.raises(unipelt.CheckpointError, match=r"compacter needs 3\d{4} numbers in one place"):
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    for name in [name for name in tensors if "function" in name]:
+        side = name.rpartition(".")[2]
+        size = {"s": (32, 1, 1), "t": (32, 1, 1), "bias": (32,)}[side]
+        tensors[name] = torch.zeros(size)
+    save_file(tensors, weights)
+    manifest["weights"]["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (tmp_path / "unipelt.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("unipelt.checkpoint.load.inject_as", lambda *args, **options: pytest.fail("memory was taken"))
+    with pytest.raises(
+        unipelt.CheckpointError, match=r"compacter_shared\.left is \(2, 2, 2\) there and \(32, 32, 32\) here"
+    ):
         unipelt.load(tiny_bert(), tmp_path)
 
 
-def test_a_gating_network_that_is_said_to_be_huge_is_refused(tmp_path: Path) -> None:
+def test_a_gating_network_that_is_said_to_be_huge_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unipelt.save(unipelt.inject(tiny_bert(), {"preset": "unipelt-al", "gate": {"network": "mlp"}}), tmp_path)
     manifest = json.loads((tmp_path / "unipelt.json").read_text())
     manifest["unipelt"]["gate"]["hidden"] = 1_000_000
     (tmp_path / "unipelt.json").write_text(json.dumps(manifest))
-    with pytest.raises(unipelt.CheckpointError, match=r"gate\.hidden is 1000000, and no tensor has that size"):
+    monkeypatch.setattr("unipelt.checkpoint.load.inject_as", lambda *args, **options: pytest.fail("memory was taken"))
+    with pytest.raises(unipelt.CheckpointError, match=r"entry\.\S+ is \(.*\) there and \(.*1000000.*\) here"):
         unipelt.load(tiny_bert(), tmp_path)
 
 
@@ -384,7 +410,7 @@ def test_a_submodule_of_ones_own(shift: Any, tmp_path: Path) -> None:
     unipelt.save(model, tmp_path)
     loaded = unipelt.load(tiny_bert(), tmp_path)
     assert torch.equal(loaded(**batch).logits, want)
-    assert sum(isinstance(module, Term) for module in loaded.modules()) == 6
+    assert sum(isinstance(module, FunctionTerm) for module in loaded.modules()) == 6
     assert "gated shift" in (tmp_path / "README.md").read_text()
 
 

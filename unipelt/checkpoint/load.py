@@ -145,9 +145,10 @@ def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], also:
         return f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
     if also and (extra := sorted(tensors.keys() - places.keys())):
         return f"the model has no {show(extra[0])}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
-    for name, tensor in ((name, tensor) for name, tensor in tensors.items() if name in places):
-        if tensor.shape != places[name].shape:
-            return f"{name} is {tuple(tensor.shape)} there and {tuple(places[name].shape)} here"
+    for name, place in places.items():  # in the model's order: that of a file is another each time
+        tensor = tensors[name]
+        if tensor.shape != place.shape:
+            return f"{name} is {tuple(tensor.shape)} there and {tuple(place.shape)} here"
         if not tensor.is_floating_point():
             return f"{name} holds {tensor.dtype}, not floating-point numbers"
     return None

@@ -15,7 +15,6 @@ from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTCo
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
 from unipelt.hosts.families import FAMILIES, Attention, Stack, describe_unknown
 from unipelt.submodules.outputs import OutputSlice
-from unipelt.submodules.room import ROOM
 
 
 class InjectionError(ValueError):
@@ -184,6 +183,8 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
                 "a stack that looks both ways cannot take submodules in cross-attention; say cross=False"
             )
         indices = [index for index in range(len(layers)) if config.layers is None or index in config.layers]
+        if len({id(layers[index]) for index in indices}) < len(indices):
+            raise _built_otherwise(model, "layers that share modules cannot take submodules, and two are one module")
         try:
             found = {index: _find_layer(layers[index], stack, model, config, own, cross) for index in indices}
         except AttributeError as error:
@@ -227,8 +228,6 @@ def _find_layer(
         attention = _find_attention(layer, stack.attention, model, config)
     if cross and stack.cross is not None and _has(layer, stack.cross.path):
         crossing = _find_attention(layer, stack.cross, model, config, crosses=True)
-    if ROOM in layer._modules or hasattr(layer, ROOM):
-        raise InjectionError(f"{type(layer).__name__} has an attribute {ROOM!r} of its own")
     adapted = layer.get_submodule(stack.norm or stack.output) if own else None
     if isinstance(adapted, nn.Sequential):
         raise InjectionError(

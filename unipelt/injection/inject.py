@@ -16,7 +16,7 @@ from unipelt.injection.attach import build, build_prompt, install, install_promp
 from unipelt.injection.parameters import bias_names, head_names, kept_names, set_trainable
 from unipelt.injection.precision import widen
 from unipelt.injection.state import Injection, injection_of
-from unipelt.injection.wire import detach
+from unipelt.injection.wire import check_names, detach
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.outputs import matrix_of
 from unipelt.submodules.room import own_parameters, placed_terms, rooms
@@ -30,6 +30,7 @@ def inject_as(
         raise InjectionError(f"inject takes a PreTrainedModel of transformers, not {type(model).__name__}")
     if getattr(model, "unipelt_injection", None) is not None or any(True for _ in rooms(model)):
         raise InjectionError("this model carries submodules already; call unipelt.remove(model) first")
+    check_names(model)
     stacks = find_stacks(model, config) if config.has_submodules else []
     injection = Injection(
         config=config,

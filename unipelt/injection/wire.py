@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from unipelt.hosts.attention_interface import redirect
+from unipelt.hosts.locate import InjectionError
 from unipelt.injection.attention_hooks import insert_prefix, lengthen_text, shorten_text
 from unipelt.injection.gradient_checkpointing import wake_input
 from unipelt.injection.hooks import (
@@ -22,6 +23,17 @@ from unipelt.injection.hooks import (
     take_off,
 )
 from unipelt.submodules.room import ROOM, Port, SubmoduleSet
+
+NAMES = (ROOM, "unipelt_port", "unipelt_layer", "unipelt_prompt", "unipelt_chunk_size")
+"""What modules of the model are given, by name; detaching takes all of it away."""
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise `InjectionError` if a module has something of its own under one of our names."""
+    for path, module in model.named_modules():
+        for name in NAMES:
+            if hasattr(module, name):
+                raise InjectionError(f"{path or type(model).__name__} has an attribute {name!r} of its own")
 
 
 def wire_stack(owner: Any, layer: nn.Module) -> None:
@@ -42,6 +54,8 @@ def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
             host: Any = layer.get_submodule(path)
             if "unipelt_port" not in vars(host):
                 host.unipelt_port = Port((room,), path, cross)
+            elif host.unipelt_port.room[0] is not room:
+                raise InjectionError(f"layers that share modules cannot take submodules, and two share their {path}")
             return host
 
         if part.needs_pass:
