@@ -133,6 +133,13 @@ OWN_ATTENTION = (
     "this attention computes its own softmax rather than through Transformers' attention interface, so there is no "
     "place at which a prefix could enter"
 )
+TWO_WIDTHS = (
+    "the heads of its keys and of its values are not as wide, and a prefix has one width for both"
+)
+KEYS_REPEATED = (
+    "its attention is given other keys and values than the projection of the values has, and a prefix as wide as that "
+    "projection does not fit them"
+)
 DISENTANGLED = (
     "disentangled attention scores every key by its relative position to the query, and a prefix has no position"
 )
