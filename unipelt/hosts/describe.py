@@ -6,21 +6,20 @@ what each module is follows from what its output does there.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from unipelt.hosts.families import OWN_ATTENTION, Attention, Family, Stack
+from unipelt.hosts.description import EXPERTS, LAYERS_DIFFER, UNJOINED, Family, Stack
 from unipelt.hosts.feed_forward import Joined, find_joined
 from unipelt.hosts.probe import Call, Pass, Softmax, gradients, random_like, text_batch, watch
 from unipelt.hosts.projections import FoundAttention, find_attentions
+from unipelt.hosts.rows import rows_of
 from unipelt.hosts.shrink import CannotShrink, build_small
 
 
@@ -67,15 +66,24 @@ def describe_class(cls: Any, config: PreTrainedConfig, changes: dict[str, Any] |
         small = build_small(cls, config, changes)
     except CannotShrink as error:
         raise DescribeError(str(error)) from error
-    crossing = bool(getattr(small.config.get_text_config(), "add_cross_attention", False))
+    return describe_small(small)
+
+
+def describe_small(small: PreTrainedModel) -> Family:
+    """`describe`, of a model that is small already (`build_small`)."""
+    config = small.config.get_text_config()
+    crossing = bool(getattr(config, "add_cross_attention", False)) and not small.config.is_encoder_decoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             found = watch(small, text_batch(small, crossing=crossing))
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DescribeError(f"a small {type(small).__name__} does not run: {type(error).__name__}: {reason}") from error
-    return _describe(small, found)
+        except Exception as first:
+            try:  # a classifier of an encoder-decoder makes its decoder's text itself
+                found = watch(small, text_batch(small, crossing=crossing, two=False))
+            except Exception:
+                reason = f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
+                raise DescribeError(f"a small {type(small).__name__} does not run: {reason}") from first
+        return _describe(small, found)
 
 
 def _describe(model: PreTrainedModel, found: Pass) -> Family:
@@ -92,9 +100,11 @@ def _describe(model: PreTrainedModel, found: Pass) -> Family:
         raise DescribeError(f"the text of {name} passes several lists of layers: {', '.join(lists)}")
     described = [_stack(model, path, members) for path, members in lists.items()]
     refused: dict[str, str] = {}
-    for _, reason in described:
+    for stack, reason in described:
         if reason:
             refused["prefix"] = reason
+        if stack.unjoined:
+            refused["adapter"] = stack.unjoined
     return Family(tuple(stack for stack, _ in described), refused)
 
 
@@ -131,9 +141,7 @@ def _has_more(layer: nn.Module, attention: Softmax, found: Pass) -> bool:
     if not inside:
         return False
     own = {id(parameter) for parameter in inside[0].parameters()}
-    return any(
-        parameter.dim() > 1 and id(parameter) not in own for parameter in layer.parameters()
-    )
+    return any(parameter.dim() > 1 and id(parameter) not in own for parameter in layer.parameters())
 
 
 def _starred(base: nn.Module, path: str) -> str:
@@ -160,25 +168,51 @@ def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Sta
     cross = crossing[0].attention if crossing else None
     if crossing:
         prefixes.append(crossing[0].no_prefix)
+    for layer in usable:
+        _check_rows(model, _own(layer))
+    for found in crossing:
+        _check_rows(model, found)
+    if len({int(found.kinds["value"].sum()) for found in map(_own, usable)}) > 1:
+        prefixes.append(LAYERS_DIFFER)
     joined = [layer.joined for layer in usable if layer.joined]
-    if not joined:
-        raise DescribeError(
-            f"in a layer of {name} no module gives what its feed-forward network adds to the residual, and no norm "
-            "reads that sum"
-        )
     ends = Counter((found.norm, found.output) for found in joined)
-    norm, output = ends.most_common(1)[0][0]
+    norm, output = ends.most_common(1)[0][0] if ends else ("", "")
+    joined = [found for found in joined if (found.norm, found.output) == (norm, output)]
     stack = Stack(
         path,
         attention,
         norm=norm,
         output=output,
-        up="|".join(dict.fromkeys(found.up for found in joined if found.up)),
-        down="|".join(dict.fromkeys(found.down for found in joined if found.down)),
+        up=_alternatives(found.up for found in joined),
+        down=_alternatives(found.down for found in joined),
+        gate=_alternatives(found.gate for found in joined),
         causal=all(_is_causal(layer.call) for layer in layers),
         cross=cross,
+        unjoined="" if joined else UNJOINED,
+        missing={part: EXPERTS for part in ("up", "down") if any(not getattr(found, part) for found in joined)},
     )
     return stack, next((reason for reason in prefixes if reason), "")
+
+
+def _alternatives(paths: Iterable[str]) -> str:
+    """Paths of which a layer has one, as a `Stack` has them."""
+    return "|".join(dict.fromkeys(path for path in paths if path))
+
+
+def _check_rows(model: PreTrainedModel, found: FoundAttention) -> None:
+    """Raise `DescribeError` unless the outputs that a description means are those that the pass had."""
+    for place, flags in found.kinds.items():
+        if place == "key" and (found.attention.key or not flags.any()):
+            continue
+        rows = rows_of(found.attention, place, len(flags), model.config)
+        meant = torch.zeros(rows.groups, len(flags) // rows.groups, dtype=torch.bool)
+        meant[:, rows.start : rows.start + rows.size] = True
+        plain = not found.attention.fused  # a query may come with its gate, which is as good as a part of it
+        if flags.any() and not torch.equal(meant.flatten(), flags) and not (plain and place == "query"):
+            raise DescribeError(
+                f"{found.attention.value} of {type(found.call.module).__name__} computes its {place} in an order that "
+                "a description cannot say"
+            )
 
 
 def _own(layer: _Layer) -> FoundAttention:

@@ -70,7 +70,8 @@ def _added(total: Tensor, calls: Sequence[Call]) -> Call | None:
         return None
     direction = random_like(total)
     flat = total.flatten(0, -2).shape  # some layers cut all tokens of a batch into rows first
-    fitting = [call for call in calls if call.alone and _shape(call) in (total.shape, flat) and call.output is not total]
+    shapes = (total.shape, flat)
+    fitting = [call for call in calls if call.alone and _shape(call) in shapes and call.output is not total]
     found = []
     for call, gradient in zip(fitting, gradients(total, [_out(call) for call in fitting], direction), strict=True):
         if gradient is None:
@@ -113,13 +114,15 @@ def _out(call: Call) -> Tensor:
 
 def _find_projections(found: Joined, layer: Call, added: Call, calls: Sequence[Call]) -> None:
     """First and last projection, and the one whose activation scales: by what reaches what is added."""
-    linears = [call for call in calls if is_projection(call.module) and _out(call).dim() == _out(added).dim()]
+    tokens = _shape(added)[:-1].numel()
+    linears = [call for call in calls if is_projection(call.module) and _shape(call)[:-1].numel() == tokens]
     reach = gradients(_out(added), [_out(call) for call in linears])
     reaching = [call for call, gradient in zip(linears, reach, strict=True) if gradient is not None]
     reaching = [call for call in reaching if call is added or call.end <= added.end]
-    if not reaching or _shape(reaching[-1]) != _shape(added):
+    last = [call for call in reaching if _shape(call)[-1] == _shape(added)[-1]]
+    if not last:
         return
-    down = reaching[-1]
+    down = last[-1]
     read = next(iter(down.inputs.values()))
     if not read.requires_grad:
         return

@@ -119,12 +119,13 @@ def watch(model: PreTrainedModel, batch: Mapping[str, Any]) -> Pass:
     return found
 
 
-def text_batch(model: PreTrainedModel, *, crossing: bool = False) -> dict[str, Any]:
+def text_batch(model: PreTrainedModel, *, crossing: bool = False, two: bool = True) -> dict[str, Any]:
     """Random texts, one of them padded, as a small model takes them; the same each time.
 
     Args:
         model: a small model.
         crossing: whether a model that is no encoder-decoder is given the states of an encoder.
+        two: whether the decoder of an encoder-decoder is given a text of its own.
     """
     generator = torch.Generator().manual_seed(1)
     signature = inspect.signature(model.forward).parameters
@@ -136,7 +137,7 @@ def text_batch(model: PreTrainedModel, *, crossing: bool = False) -> dict[str, A
         ids[:, -1] = _END
         return ids
 
-    two = bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in signature
+    two = two and bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in signature
     ids = text(SOURCE_TOKENS if two else TOKENS)
     mask = torch.ones_like(ids)
     mask[1, -2:] = 0  # on the right: the first tokens of a causal model would see nothing else, and so everything
@@ -201,9 +202,9 @@ def _leaving(found: Pass) -> Callable[..., Any]:
         if isinstance(output, Tensor) and output.is_floating_point():
             call.output, call.alone = output, True
             return output.clone()
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and type(output) is tuple:
+        if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
             call.output = output[0]
-            return (output[0].clone(), *output[1:])
+            return type(output)((output[0].clone(), *output[1:]))
         return None
 
     return leave
@@ -227,8 +228,7 @@ class _Functions(TorchFunctionMode):
         owner = self.found.running[-1].module
         if function in _SOFTMAXES:
             scores = args[0] if args else kwargs["input"]
-            lengths = (TOKENS, SOURCE_TOKENS)
-            if scores.dim() >= 3 and scores.shape[-2] in lengths and scores.shape[-1] in (*lengths, TOKENS + 1):
+            if scores.dim() >= 3 and scores.requires_grad and min(scores.shape[-2:]) >= TOKENS:
                 start = self.found.tick()
                 self.found.attentions.append(
                     Softmax(owner, scores, None, None, None, out, False, start, self.found.tick())
@@ -236,18 +236,18 @@ class _Functions(TorchFunctionMode):
         elif function is nn.functional.scaled_dot_product_attention:
             query, key, value = args[:3] if len(args) > 2 else (kwargs["query"], kwargs["key"], kwargs["value"])
             start = self.found.tick()
-            self.found.attentions.append(
-                Softmax(owner, None, query, key, value, out, False, start, self.found.tick())
-            )
+            self.found.attentions.append(Softmax(owner, None, query, key, value, out, False, start, self.found.tick()))
         return out
 
 
-def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     """Attention function of Transformers' interface: record what was given, then attend as the model does eagerly."""
     found = _WATCHED.get()
     assert found is not None
     start, before = found.tick(), len(found.attentions)
-    output = _eager(module)(module, query, key, value, mask, *args, **kwargs)
+    output = _eager(module)(module, query, key, value, attention_mask, *args, **kwargs)
     del found.attentions[before:]  # the softmax inside
     found.attentions.append(Softmax(module, None, query, key, value, output[0], True, start, found.tick()))
     return output

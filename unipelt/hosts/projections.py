@@ -10,14 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from unipelt.hosts.families import KEYS_REPEATED, OWN_ATTENTION, TWO_WIDTHS, Attention
+from unipelt.hosts.description import IN_PARTS, KEYS_REPEATED, OWN_ATTENTION, TWO_WIDTHS, Attention
 from unipelt.hosts.probe import Call, Softmax, gradients, random_like
 
 QUERY, KEY, VALUE = 1, 2, 4
@@ -35,6 +35,7 @@ class FoundAttention:
         linears: its projections, by identity.
         crosses: whether its keys are of another text.
         no_prefix: why no prefix can enter; "" where one can.
+        kinds: of the modules of queries and of values, which outputs are what: place -> (O,).
     """
 
     attention: Attention
@@ -43,6 +44,7 @@ class FoundAttention:
     linears: set[int]
     crosses: bool
     no_prefix: str
+    kinds: dict[str, Tensor]
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -55,21 +57,22 @@ def find_attentions(layer: Call, inside: Sequence[Call], softmaxes: Sequence[Sof
     linears = [call for call in inside if is_projection(call.module) and call.output is not None]
     found: list[FoundAttention] = []
     for softmax in softmaxes:
-        one = _find_attention(layer, inside, linears, softmax)
+        one = _find_attention(layer, inside, linears, softmax, softmaxes)
         if one is not None and not any(one.call.module is other.call.module for other in found):
             found.append(one)
     return found
 
 
 def _find_attention(
-    layer: Call, inside: Sequence[Call], linears: Sequence[Call], softmax: Softmax
+    layer: Call, inside: Sequence[Call], linears: Sequence[Call], softmax: Softmax, softmaxes: Sequence[Softmax]
 ) -> FoundAttention | None:
     before = [call for call in linears if call.end < softmax.start]
     around = [call for call in inside if call.contains(softmax)]
     # the innermost module around the softmax that has the projections inside it
     for attention in reversed(around):
         own = [call for call in before if attention.contains(call)]
-        kinds = _kinds(own, softmax, attention)
+        together = [other for other in softmaxes if attention.contains(other)]  # some attentions take place in parts
+        kinds = _kinds(own, together, attention)
         query = _reads_hidden(attention, [call for call in own if kinds[id(call)][QUERY].any()], kinds, QUERY)
         if query is None:
             continue
@@ -78,7 +81,7 @@ def _find_attention(
         value = _reads_hidden(attention, valued, kinds, VALUE)
         if value is None:
             continue
-        return _assemble(layer, attention, linears, softmax, kinds, hidden, asked, value)
+        return _assemble(layer, attention, linears, together, kinds, hidden, asked, value)
     return None
 
 
@@ -86,7 +89,7 @@ def _assemble(
     layer: Call,
     attention: Call,
     linears: Sequence[Call],
-    softmax: Softmax,
+    softmaxes: Sequence[Softmax],
     kinds: dict[int, dict[int, Tensor]],
     hidden: str,
     query: Call,
@@ -94,6 +97,7 @@ def _assemble(
 ) -> FoundAttention:
     source, value = found_value
     crosses = attention.inputs[source].shape[1] != attention.inputs[hidden].shape[1]
+    softmax = softmaxes[-1]
     own = [call for call in linears if attention.contains(call) and call.end < softmax.start]
     keys = [call for call in own if kinds[id(call)][KEY].any()]
     found_key = _reads_hidden(attention, keys, kinds, KEY)
@@ -117,8 +121,9 @@ def _assemble(
     held = {id(call.module) for call in own if any(flags.any() for flags in kinds[id(call)].values())}
     if output is not None:
         held.add(id(output.module))
+    flags = {"query": kinds[id(query)][QUERY], "key": kinds[id(value)][KEY], "value": kinds[id(value)][VALUE]}
     return FoundAttention(
-        described, attention, softmax, held, crosses, _no_prefix(attention, softmax, value, kinds[id(value)])
+        described, attention, softmax, held, crosses, _no_prefix(attention, softmaxes, kinds[id(value)]), flags
     )
 
 
@@ -126,24 +131,26 @@ def _below(call: Call, owner: Call) -> str:
     return call.path.removeprefix(f"{owner.path}.")
 
 
-def _kinds(linears: Sequence[Call], softmax: Softmax, attention: Call) -> dict[int, dict[int, Tensor]]:
+def _kinds(linears: Sequence[Call], softmaxes: Sequence[Softmax], attention: Call) -> dict[int, dict[int, Tensor]]:
     """For each call of a projection, which of its outputs go into queries, keys and values: each (O,)."""
     outputs = [call.output for call in linears if call.output is not None]
-    kinds: dict[int, dict[int, Tensor]] = {}
-    if softmax.query is not None and softmax.key is not None and softmax.value is not None:
-        found = {
-            kind: [_reached(gradient) for gradient in gradients(tensor, outputs)]
-            for kind, tensor in ((QUERY, softmax.query), (KEY, softmax.key), (VALUE, softmax.value))
-        }
-    else:
-        assert softmax.scores is not None
-        found = _by_scores(softmax.scores, outputs, attention)
-    for index, call in enumerate(linears):
-        width = outputs[index].shape[-1]
-        kinds[id(call)] = {
-            kind: torch.zeros(width, dtype=torch.bool) if flags[index] is None else flags[index]  # type: ignore[misc]
-            for kind, flags in found.items()
-        }
+    kinds = {
+        id(call): {kind: torch.zeros(output.shape[-1], dtype=torch.bool) for kind in (QUERY, KEY, VALUE)}
+        for call, output in zip(linears, outputs, strict=True)
+    }
+    for softmax in softmaxes:
+        if softmax.query is not None and softmax.key is not None and softmax.value is not None:
+            found = {
+                kind: [_reached(gradient) for gradient in gradients(tensor, outputs)]
+                for kind, tensor in ((QUERY, softmax.query), (KEY, softmax.key), (VALUE, softmax.value))
+            }
+        else:
+            assert softmax.scores is not None
+            found = _by_scores(softmax.scores, outputs, attention)
+        for kind, flags in found.items():
+            for call, reached in zip(linears, flags, strict=True):
+                if reached is not None:
+                    kinds[id(call)][kind] |= reached
     return kinds
 
 
@@ -201,7 +208,9 @@ def _reads_hidden(
     return next(iter(pure or found), None)
 
 
-def _fused(query: Call, value: Call, kinds: dict[int, dict[int, Tensor]]) -> Literal["", "qkv", "kv", "heads", "latent"]:
+def _fused(
+    query: Call, value: Call, kinds: dict[int, dict[int, Tensor]]
+) -> Literal["", "qkv", "kv", "heads", "groups", "latent"]:
     """How the module of the values computes other things too; "" where it does not."""
     flags = kinds[id(value)]
     queries, keys, values = flags[QUERY], flags[KEY], flags[VALUE]
@@ -214,7 +223,8 @@ def _fused(query: Call, value: Call, kinds: dict[int, dict[int, Tensor]]) -> Lit
     if order == [KEY, VALUE]:
         return "kv"
     if len(order) > 3 and order == [QUERY, KEY, VALUE] * (len(order) // 3):
-        return "heads"
+        sizes = {size for _, size in runs}
+        return "heads" if len(sizes) == 1 else "groups"
     if KEY + VALUE in order:
         return "latent"
     return ""
@@ -253,7 +263,10 @@ def _mask(attention: Call) -> str:
     return next(iter([*given, *named]), "attention_mask")
 
 
-def _no_prefix(attention: Call, softmax: Softmax, value: Call, kinds: dict[int, Tensor]) -> str:
+def _no_prefix(attention: Call, softmaxes: Sequence[Softmax], kinds: dict[int, Tensor]) -> str:
+    softmax = softmaxes[-1]
+    if sum(other.interface for other in softmaxes) > 1:
+        return IN_PARTS
     if not softmax.interface or softmax.owner is not attention.module:
         return OWN_ATTENTION
     assert softmax.key is not None

@@ -28,9 +28,9 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (
         32,
         """hidden_size d_model n_embd dim embedding_size emb_dim embed_dim embedding_dim word_embed_proj_dim
-        attention_hidden_size lru_width input_embedding_size hidden_size_global pooler_hidden_size d_latents
+        lru_width input_embedding_size hidden_size_global pooler_hidden_size d_latents
         prediction_head_size backbone_hidden_size input_size router_hidden_size audio_hidden_size out_hidden_size
-        mamba_d_ssm encoder_hidden_size output_embedding_size""",
+        encoder_hidden_size output_embedding_size""",
     ),
     (
         40,
@@ -44,7 +44,8 @@ _SIZES: tuple[tuple[int, str], ...] = (
         64,
         """max_position_embeddings n_positions n_ctx max_source_positions max_target_positions max_seq_len
         max_encoder_position_embeddings max_decoder_position_embeddings original_max_position_embeddings context_length
-        max_2d_position_embeddings max_length model_max_length""",
+        max_2d_position_embeddings max_length model_max_length mamba_d_ssm
+        encoder_hash_byte_group_vocab attention_hidden_size""",
     ),
     (
         HEADS,
@@ -56,26 +57,31 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (
         8,
         """head_dim d_kv dim_head d_head attention_head_size attention_head_dim kv_channels v_head_dim
-        qk_nope_head_dim qk_rope_head_dim swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim
+        qk_nope_head_dim qk_rope_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim
         state_size ssm_state_size mamba_d_state time_step_rank mamba_dt_rank hidden_size_per_layer_input
         laurel_rank hc_lowrank gated_norm_rank index_topk ple_embed_dim lang_embed_dim
-        mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim""",
+        mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim mamba_headdim n_mamba_heads""",
     ),
     (
         16,
-        """q_lora_rank kv_lora_rank qk_head_dim o_lora_rank index_head_dim chunk_size mamba_chunk_size
+        """swa_head_dim q_lora_rank kv_lora_rank qk_head_dim o_lora_rank index_head_dim chunk_size mamba_chunk_size
         block_size sliding_window sliding_window_size attention_window_size local_attention
         attention_chunk_size embedding_rank
         rel_extent d_rel local_attention_window_len""",
     ),
-    (4, "num_experts num_local_experts n_routed_experts moe_num_experts num_feedforward_networks rotary_dim "
-        "zero_expert_num"),
+    (
+        4,
+        """shape_size attention_window num_experts num_local_experts n_routed_experts moe_num_experts
+        num_feedforward_networks rotary_dim zero_expert_num""",
+    ),
     (
         2,
         """num_experts_per_tok num_experts_per_token moe_topk moe_k linear_num_key_heads attn_layer_period
         layer_group_size sliding_window_pattern _sliding_window_pattern global_attn_every_n_layers
         no_rope_layer_interval encoder_sparse_step decoder_sparse_step hc_mult hc_count swa_num_key_value_heads""",
     ),
+    (0, "num_kv_shared_layers"),
+    (6, "coordinate_size"),
     (
         1,
         """topk_group n_group attn_layer_offset first_k_dense_replace num_expert_group n_groups
@@ -85,13 +91,16 @@ _SIZES: tuple[tuple[int, str], ...] = (
 )
 SIZE = {name: value for value, names in _SIZES for name in names.split()}
 """Name of a setting -> its value in a small model."""
-_LAYERS = tuple(
+_LAYERS = frozenset(
     """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
-    num_encoder_layers num_blocks speech_encoder_layers t2u_encoder_layers t2u_decoder_layers""".split()
+    num_encoder_layers num_blocks speech_encoder_layers t2u_encoder_layers t2u_decoder_layers""".split()  # noqa: SIM905
 )
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 _SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "padding_idx": 1}
-_UNSAID = {"pad_token_id": 1, "head_dim": 8, "num_key_value_heads": HEADS, "vocab_size": VOCABULARY}
+_UNSAID = {"pad_token_id": 1, "head_dim": 8, "num_key_value_heads": HEADS, "vocab_size": VOCABULARY} | {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+}
 """What takes the place of None."""
 _ROPE_LENGTHENED = ("llama3", "longrope", "yarn", "dynamic", "linear", "su")
 _FEWEST_LAYERS = 2
@@ -116,9 +125,7 @@ def small_model(model: PreTrainedModel, changes: Mapping[str, Any] | None = None
     return build_small(type(model), model.config, changes)
 
 
-def build_small(
-    cls: Any, config: PreTrainedConfig, changes: Mapping[str, Any] | None = None
-) -> PreTrainedModel:
+def build_small(cls: Any, config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A small random model of a class (or by an `AutoModelFor...`), see `small_model`."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet():
         try:
@@ -167,7 +174,7 @@ def sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 def _shrink(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration, as `to_dict` gives them, of a small model."""
     kept = {name: value for name, value in given.items() if not name.startswith("_") or name in SIZE}
-    depth = next((kept[name] for name in _LAYERS if isinstance(kept.get(name), int)), 0)
+    depth = next((value for name, value in kept.items() if name in _LAYERS and isinstance(value, int)), 0)
     chosen = _one_of_each_kind(kept, depth)
     heads = next((given[name] for name in SIZE if SIZE[name] == HEADS and isinstance(given.get(name), int)), 0)
     new: dict[str, Any] = {}
@@ -257,8 +264,10 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
             new[name] = "default"
         elif name == "mrope_section":
             new[name] = [2, 1, 1]
-        elif name in ("short_factor", "long_factor", "original_max_position_embeddings", "factor"):
+        elif name in ("short_factor", "long_factor", "factor"):
             continue
+        elif name == "original_max_position_embeddings":
+            new[name] = SIZE[name]
         else:
             new[name] = value
     return new

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unipelt.hosts.families import Attention, Family, Stack
+from unipelt.hosts.description import Attention, Family, Stack
 
 TABLE = Path(__file__).with_name("table.json")
 
