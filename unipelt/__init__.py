@@ -27,7 +27,9 @@ from unipelt.files.hub import HubError
 from unipelt.gates.fold import FoldedGate, FoldReport, fold
 from unipelt.gates.measure import FoldError
 from unipelt.gates.record import GateRecord, gate_penalty, record_gates
-from unipelt.hosts.families import Attention, Family, Stack, register_family
+from unipelt.hosts.describe import DescribeError, describe
+from unipelt.hosts.description import Attention, Family, Stack
+from unipelt.hosts.families import register_family
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
 from unipelt.multitask.batch_rows import MixedOutput
 from unipelt.multitask.tasks import Tasks
@@ -51,6 +53,7 @@ __all__ = [
     "Compacter",
     "CompacterConfig",
     "ConfigError",
+    "DescribeError",
     "DoRA",
     "Family",
     "FoldError",
@@ -77,6 +80,7 @@ __all__ = [
     "SubmoduleConfig",
     "Tasks",
     "UniPELTConfig",
+    "describe",
     "fold",
     "from_pretrained",
     "gate_penalty",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from unipelt.hosts.description import EXPERTS, LAYERS_DIFFER, UNJOINED, Family, Stack
+from unipelt.hosts.description import EXPERTS, LAYERS_DIFFER, OTHER_WIDTH, UNJOINED, Family, Stack
 from unipelt.hosts.feed_forward import Joined, find_joined
 from unipelt.hosts.probe import Call, Pass, Softmax, gradients, random_like, text_batch, watch
 from unipelt.hosts.projections import FoundAttention, find_attentions
@@ -100,9 +100,8 @@ def _describe(model: PreTrainedModel, found: Pass) -> Family:
         raise DescribeError(f"the text of {name} passes several lists of layers: {', '.join(lists)}")
     described = [_stack(model, path, members) for path, members in lists.items()]
     refused: dict[str, str] = {}
-    for stack, reason in described:
-        if reason:
-            refused["prefix"] = reason
+    for stack, reasons in described:
+        refused |= reasons
         if stack.unjoined:
             refused["adapter"] = stack.unjoined
     return Family(tuple(stack for stack, _ in described), refused)
@@ -154,12 +153,14 @@ def _starred(base: nn.Module, path: str) -> str:
     return ".".join(names[:-1])
 
 
-def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Stack, str]:
-    """A stack, and why it cannot take a prefix ("" where it can)."""
+def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Stack, dict[str, str]]:
+    """A stack, and why it cannot take a prefix or LoRA."""
     name = type(model).__name__
     usable = [layer for layer in layers if any(not found.crosses for found in layer.attentions)]
     if not usable:
-        raise DescribeError(f"no attention of {name} has projections of queries and values that read its input")
+        raise DescribeError(
+            f"no attention of {name} has projections of queries and values that read its input, and a mask"
+        )
     kinds = Counter(_own(layer).attention for layer in usable)
     attention = kinds.most_common(1)[0][0]
     usable = [layer for layer in usable if _own(layer).attention == attention]
@@ -174,7 +175,15 @@ def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Sta
         _check_rows(model, found)
     if len({int(found.kinds["value"].sum()) for found in map(_own, usable)}) > 1:
         prefixes.append(LAYERS_DIFFER)
+    causal = all(_is_causal(layer.call) for layer in layers)
+    mask = _own(usable[0]).call.inputs.get(attention.mask)
+    if not causal and mask is not None and mask.dim() not in (2, 4):
+        raise DescribeError(f"the attention of {name} is given a mask of {mask.dim()} dimensions, not of 2 or 4")
     joined = [layer.joined for layer in usable if layer.joined]
+    width = _own(usable[0]).call.inputs[attention.hidden].shape[-1]
+    unjoined = UNJOINED
+    if any(found.width != width for found in joined):
+        joined, unjoined = [], OTHER_WIDTH
     ends = Counter((found.norm, found.output) for found in joined)
     norm, output = ends.most_common(1)[0][0] if ends else ("", "")
     joined = [found for found in joined if (found.norm, found.output) == (norm, output)]
@@ -186,12 +195,14 @@ def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Sta
         up=_alternatives(found.up for found in joined),
         down=_alternatives(found.down for found in joined),
         gate=_alternatives(found.gate for found in joined),
-        causal=all(_is_causal(layer.call) for layer in layers),
+        causal=causal,
         cross=cross,
-        unjoined="" if joined else UNJOINED,
+        unjoined="" if joined else unjoined,
         missing={part: EXPERTS for part in ("up", "down") if any(not getattr(found, part) for found in joined)},
     )
-    return stack, next((reason for reason in prefixes if reason), "")
+    low_rank = [found.no_lora for found in (*map(_own, usable), *crossing)]
+    reasons = {"prefix": next(filter(None, prefixes), ""), "lora": next(filter(None, low_rank), "")}
+    return stack, {name: reason for name, reason in reasons.items() if reason}
 
 
 def _alternatives(paths: Iterable[str]) -> str:

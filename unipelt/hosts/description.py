@@ -110,6 +110,8 @@ UNJOINED = (
     "no module gives what the feed-forward network of a layer with attention adds to the residual, and no norm reads "
     "that sum"
 )
+OTHER_WIDTH = "its attention reads states of another width than its feed-forward network adds to the residual"
+CALLED_TWICE = "its attention computes values of two texts by one projection, and a gate belongs to one of them"
 EXPERTS = "the experts of a layer keep their weights in one tensor, which is no Linear"
 DISENTANGLED = (
     "disentangled attention scores every key by its relative position to the query, and a prefix has no position"

@@ -92,15 +92,15 @@ def _fits(model: PreTrainedModel, family: Family) -> bool:
 
 def layers_at(base: nn.Module, path: str) -> Iterator[nn.Module]:
     """The layers at `path`, whose stars stand for every item of a list; none if there is no such place."""
-    first, _, rest = path.partition(".*.")
+    first, starred, rest = path.partition(".*")
     try:
         items = base.get_submodule(first)
     except AttributeError:
         return
     for item in items._modules.values():  # children() would leave out a layer that is there twice
         assert item is not None
-        if rest:
-            yield from layers_at(item, rest)
+        if starred:
+            yield from layers_at(item, rest.removeprefix("."))
         else:
             yield item
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from unipelt.hosts.projections import FoundAttention, is_projection
 class Joined:
     """Where one layer's feed-forward network joins the residual; paths from the layer, as in `Stack`.
 
-    `gate` is the path of the projection whose activation scales another's output.
+    `gate` is the path of the projection whose activation scales another's output, `width` that of what is added.
     """
 
     norm: str = ""
@@ -24,13 +25,16 @@ class Joined:
     up: str = ""
     down: str = ""
     gate: str = ""
+    width: int = 0
 
 
 def find_joined(layer: Call, inside: Sequence[Call], attentions: Sequence[FoundAttention]) -> Joined | None:
     """Pre-LN: the module whose output is added. Post-LN: the norm that reads the sum. None if there is neither."""
     if layer.output is None or not attentions:
         return None
-    calls = [call for call in inside if call.output is not None and not _of_attention(call, attentions)]
+    times = Counter(id(call.module) for call in inside)
+    once = [call for call in inside if call.output is not None and times[id(call.module)] == 1]
+    calls = [call for call in once if not _of_attention(call, attentions)]
     found = Joined()
     added = _added(layer.output, calls)
     if added is not None:
@@ -46,6 +50,7 @@ def find_joined(layer: Call, inside: Sequence[Call], attentions: Sequence[FoundA
                 break
     if added is None:
         return None
+    found.width = _shape(added)[-1]
     _find_projections(found, layer, added, calls)
     return found
 

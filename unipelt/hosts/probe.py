@@ -147,8 +147,6 @@ def text_batch(model: PreTrainedModel, *, crossing: bool = False, two: bool = Tr
     if crossing:
         width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
         batch["encoder_hidden_states"] = torch.randn(2, SOURCE_TOKENS, width, generator=generator, requires_grad=True)
-    if "use_cache" in signature or "kwargs" in signature:
-        batch["use_cache"] = False
     return {name: value for name, value in batch.items() if name in signature or "kwargs" in signature}
 
 

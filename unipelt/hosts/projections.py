@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from unipelt.hosts.description import IN_PARTS, KEYS_REPEATED, OWN_ATTENTION, TWO_WIDTHS, Attention
+from unipelt.hosts.description import CALLED_TWICE, IN_PARTS, KEYS_REPEATED, OWN_ATTENTION, TWO_WIDTHS, Attention
 from unipelt.hosts.probe import Call, Softmax, gradients, random_like
 
 QUERY, KEY, VALUE = 1, 2, 4
@@ -35,6 +35,7 @@ class FoundAttention:
         linears: its projections, by identity.
         crosses: whether its keys are of another text.
         no_prefix: why no prefix can enter; "" where one can.
+        no_lora: why no low-rank term can be added; "" where one can.
         kinds: of the modules of queries and of values, which outputs are what: place -> (O,).
     """
 
@@ -44,6 +45,7 @@ class FoundAttention:
     linears: set[int]
     crosses: bool
     no_prefix: str
+    no_lora: str
     kinds: dict[str, Tensor]
 
 
@@ -78,8 +80,12 @@ def _find_attention(
             continue
         hidden, asked = query
         valued = [call for call in own if kinds[id(call)][VALUE].any()]
-        value = _reads_hidden(attention, valued, kinds, VALUE)
-        if value is None:
+        value = _reads_hidden(attention, valued, kinds, VALUE, hidden)
+        if value is None or (value[0] != hidden and not _of_other_text(attention, hidden, value[0])):
+            continue
+        signature = inspect.signature(attention.module.forward).parameters.values()
+        mask = _mask(attention)
+        if not any(parameter.name == mask or parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
             continue
         return _assemble(layer, attention, linears, together, kinds, hidden, asked, value)
     return None
@@ -96,11 +102,11 @@ def _assemble(
     found_value: tuple[str, Call],
 ) -> FoundAttention:
     source, value = found_value
-    crosses = attention.inputs[source].shape[1] != attention.inputs[hidden].shape[1]
+    crosses = _of_other_text(attention, hidden, source)
     softmax = softmaxes[-1]
     own = [call for call in linears if attention.contains(call) and call.end < softmax.start]
     keys = [call for call in own if kinds[id(call)][KEY].any()]
-    found_key = _reads_hidden(attention, keys, kinds, KEY)
+    found_key = _reads_hidden(attention, keys, kinds, KEY, source)
     fused = _fused(query, value, kinds)
     key = found_key[1] if found_key is not None and not fused else None
     if key is not None and (key is query or key is value):
@@ -122,9 +128,9 @@ def _assemble(
     if output is not None:
         held.add(id(output.module))
     flags = {"query": kinds[id(query)][QUERY], "key": kinds[id(value)][KEY], "value": kinds[id(value)][VALUE]}
-    return FoundAttention(
-        described, attention, softmax, held, crosses, _no_prefix(attention, softmaxes, kinds[id(value)]), flags
-    )
+    no_prefix = _no_prefix(attention, softmaxes, kinds[id(value)])
+    no_lora = CALLED_TWICE if sum(call.module is value.module for call in own) > 1 else ""
+    return FoundAttention(described, attention, softmax, held, crosses, no_prefix, no_lora, flags)
 
 
 def _below(call: Call, owner: Call) -> str:
@@ -190,9 +196,12 @@ def _reached(gradient: Tensor | None) -> Tensor | None:
 
 
 def _reads_hidden(
-    attention: Call, candidates: Sequence[Call], kinds: dict[int, dict[int, Tensor]], kind: int
+    attention: Call, candidates: Sequence[Call], kinds: dict[int, dict[int, Tensor]], kind: int, preferred: str = ""
 ) -> tuple[str, Call] | None:
-    """Of the projections of one kind, the one that reads what the attention is given, and by which argument."""
+    """Of the projections of one kind, the one that reads what the attention is given, and by which argument.
+
+    Where there are several, one that reads the argument `preferred`, or else one that computes nothing else.
+    """
     found = []
     for call in candidates:
         given = next(iter(call.inputs.values()), None)
@@ -205,7 +214,15 @@ def _reads_hidden(
         for name, call in found
         if not any(flags.any() for other, flags in kinds[id(call)].items() if other != kind)
     ]
+    for some in (pure, found):
+        if same := [one for one in some if one[0] == preferred]:
+            return same[0]
     return next(iter(pure or found), None)
+
+
+def _of_other_text(attention: Call, hidden: str, source: str) -> bool:
+    """Whether an argument of an attention is of another length than what its queries are computed from."""
+    return attention.inputs[source].shape[1] != attention.inputs[hidden].shape[1]
 
 
 def _fused(

@@ -48,4 +48,5 @@ def key_heads(config: Any) -> int:
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1
     named = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    named = named or getattr(getattr(config, "attn_config", None), "kv_n_heads", None)
     return int(named or config.num_attention_heads)

@@ -159,6 +159,7 @@ def small_config(config: PreTrainedConfig, changes: Mapping[str, Any] | None = N
     small = type(config)(**given)
     for part in (small, *sub_configs(small)):
         part._attn_implementation = "eager"
+        part.use_cache = False
     return small
 
 
