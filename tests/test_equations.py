@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake
-from tiny import DECODERS, DEPTH, ENCODER_DECODERS, INSERTED, SIMPLE, WITH_PREFIX, tiny_batch, tiny_model
+from tiny import DECODERS, DEPTH, ENCODER_DECODERS, FAMILIES, INSERTED, SIMPLE, WITH_PREFIX, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -30,7 +30,6 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.hosts.families import FAMILIES
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA

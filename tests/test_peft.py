@@ -12,14 +12,13 @@ from conftest import bits, refused, shake, tiny_bert
 from conftest import tiny_batch as bert_batch
 from malformed import spoilt_json, spoilt_weights
 from safetensors.torch import load_file, save_file
-from tiny import tiny_batch, tiny_model
+from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import unipelt
 from unipelt.cli import main
 from unipelt.config.methods import PROJECTIONS
-from unipelt.hosts.families import FAMILIES
 from unipelt.injection.parameters import injection_of
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA

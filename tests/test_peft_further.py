@@ -12,12 +12,11 @@ from conftest import bits, refused, shake, tiny_bert
 from conftest import tiny_batch as bert_batch
 from safetensors.torch import load_file, save_file
 from test_peft import edit, in_peft, logits
-from tiny import tiny_batch, tiny_model
+from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 
 import unipelt
 from unipelt.config.methods import PROJECTIONS
-from unipelt.hosts.families import FAMILIES
 from unipelt.injection.parameters import injection_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import shake, tiny_batch, tiny_bert
-from tiny import DECODERS, FURTHER, tiny_model
+from tiny import DECODERS, FAMILIES, FURTHER, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 
 import unipelt
 from unipelt.config.methods import SUBMODULES, Place
 from unipelt.config.schema import ConfigError
-from unipelt.hosts.families import FAMILIES
 from unipelt.injection.parameters import submodule_parameters
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.term import MODULES, Term, register_submodule

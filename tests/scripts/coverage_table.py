@@ -170,8 +170,8 @@ def page(results: list[Result]) -> str:
         "<!-- written by tests/scripts/coverage_table.py --page docs/architectures-table.md -->",
         "",
         f"Every text architecture of Transformers {transformers.__version__}, tried on a small random model: a method "
-        "goes in, moves the",
-        "output, gets gradients, saves, loads to the same output, and comes out again bit for bit. The descriptions are",
+        "goes in, moves the output,",
+        "gets gradients, saves, loads to the same output, and comes out again bit for bit. The descriptions are",
         "found by [inspection](architectures.md#an-architecture-that-is-not-in-the-table).",
         "",
         "| head | model types | adapter and LoRA | and a prefix | LoRA alone | nothing |",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed
 from conftest import shake
-from tiny import ENCODER_DECODERS, ENCODERS, VOCABULARY, WITH_PREFIX, tiny_batch, tiny_model
+from tiny import ENCODER_DECODERS, ENCODERS, FAMILIES, VOCABULARY, WITH_PREFIX, tiny_batch, tiny_model
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,8 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import unipelt
-from unipelt.hosts.families import FAMILIES
-from unipelt.hosts.locate import layers_at
+from unipelt.hosts.families import layers_at
 from unipelt.injection.parameters import injection_of
 
 LENGTHS = ((9, 5, 7, 7), (4, 6, 2, 8))

@@ -159,7 +159,7 @@ def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Sta
     usable = [layer for layer in layers if any(not found.crosses for found in layer.attentions)]
     if not usable:
         raise DescribeError(
-            f"no attention of {name} has projections of queries and values that read its input, and a mask"
+            f"no attention of {name} has a mask, and projections of queries and values that both read its input"
         )
     kinds = Counter(_own(layer).attention for layer in usable)
     attention = kinds.most_common(1)[0][0]

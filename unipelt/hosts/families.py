@@ -46,8 +46,7 @@ def register_family(model_type: str, *stacks: Stack, refused: Mapping[str, str] 
     family = Family(tuple(stacks), dict(refused or {}))
     if unknown := family.refused.keys() - {"adapter", "prefix", "lora"}:
         raise ValueError(f"refused names submodules (adapter, prefix, lora), not {sorted(unknown)[0]!r}")
-    known = FAMILIES.get(model_type)
-    if known is not None and known is _registered.get(model_type) and known != family:
+    if is_registered(model_type) and FAMILIES[model_type] != family:
         raise ValueError(f"{model_type!r} is described already, and otherwise")
     FAMILIES[model_type] = _registered[model_type] = family
     return family
@@ -63,7 +62,7 @@ def family_of(model: PreTrainedModel) -> Family:
     """
     kind = model.config.model_type
     known = FAMILIES.get(kind)
-    if known is not None and (known is _registered.get(kind) or _fits(model, known)):
+    if known is not None and (is_registered(kind) or _fits(model, known)):
         return known
     try:
         found = describe(model)
@@ -80,8 +79,20 @@ def family_of(model: PreTrainedModel) -> Family:
     return found
 
 
+def is_registered(model_type: str) -> bool:
+    """Whether the description of a type is a caller's own."""
+    return model_type in FAMILIES and FAMILIES[model_type] is _registered.get(model_type)
+
+
+SWITCHES = ("use_bidirectional_attention",)
+"""Settings that are off in every default configuration, and that change what the table says where they are on."""
+
+
 def _fits(model: PreTrainedModel, family: Family) -> bool:
     """Whether a model has a layer as described in at least one stack, and no stack that is there without one."""
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) in (True, "all") for name in SWITCHES):
+        return False
     found = []
     for stack in family.stacks:
         layers = list(layers_at(model.base_model, stack.layers))

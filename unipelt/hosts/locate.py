@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
+from unipelt.hosts.check import check_adapted
 from unipelt.hosts.describe import DescribeError
 from unipelt.hosts.description import Attention, Stack
-from unipelt.hosts.families import family_of, has, is_complete, layers_at
+from unipelt.hosts.families import family_of, has, is_complete, is_registered, layers_at
 from unipelt.hosts.rows import rows_of
 from unipelt.injection.attention_hooks import check_back_end, uses_interface
 from unipelt.submodules.lora import ENTRY, NAMES, Rows
@@ -125,6 +126,11 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackPlac
         family = family_of(model)
     except DescribeError as error:
         raise InjectionError(str(error)) from error
+    if config.adapter is not None and is_registered(kind):
+        try:
+            check_adapted(model, family)
+        except DescribeError as error:
+            raise InjectionError(f"the description of {kind!r} models cannot work: {error}") from error
     for name, reason in family.refused.items():
         if config.part(name) is not None:
             raise InjectionError(f"{kind!r} models cannot take {_NAMED.get(name, name)}: {reason}")

@@ -255,7 +255,7 @@ def _eager(module: Any) -> Callable[..., Any]:
     for cls in type(module).__mro__:
         for name, function in vars(sys.modules[cls.__module__]).items():
             if name == "eager_attention_forward" and callable(function):
-                return function  # type: ignore[no-any-return]
+                return function
     return AttentionInterface()["sdpa"]
 
 
@@ -270,7 +270,7 @@ def _by_probe(base: nn.Module) -> Iterator[None]:
                 before.append((module, own))
                 changed = copy.copy(own)
                 changed._attn_implementation_internal = INTERFACE
-                module.config = changed  # type: ignore[assignment]
+                module.config = changed
         yield
     finally:
         for module, own in before:

@@ -175,8 +175,8 @@ def _by_scores(scores: Tensor, outputs: Sequence[Tensor], attention: Call) -> di
             continue
         others = gradient.clone()
         others[:, token] = 0
-        at_token = _reached(gradient[:, token])
-        at_others = _reached(others)
+        at_token = gradient[:, token].flatten(0, -2).ne(0).any(dim=0)
+        at_others = others.flatten(0, -2).ne(0).any(dim=0)
         if gradient.shape[1] != scores.shape[-2]:  # keys of another text
             at_token, at_others = torch.zeros_like(at_token), at_token | at_others
         rows.append(at_token)
