@@ -61,7 +61,7 @@ def try_type(kind: str, head: str) -> Result:
         family = family_of(model)
     except Exception as error:
         return Result(kind, head, "", _short(str(error)))
-    reasons = []
+    reasons: list[str] = []
     for method in METHODS:
         reason = _refusal(family, method) or _try(method, kind, head, family)
         if not reason:

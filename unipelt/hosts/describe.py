@@ -73,17 +73,20 @@ def describe_small(small: PreTrainedModel) -> Family:
     """`describe`, of a model that is small already (`build_small`)."""
     config = small.config.get_text_config()
     crossing = bool(getattr(config, "add_cross_attention", False)) and not small.config.is_encoder_decoder
+    # a classifier of an encoder-decoder makes its decoder's text itself, and a head may want what is no text
+    ways = [(small, True), (small, False), (small.base_model, True)]
+    first: Exception | None = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            found = watch(small, text_batch(small, crossing=crossing))
-        except Exception as first:
-            try:  # a classifier of an encoder-decoder makes its decoder's text itself
-                found = watch(small, text_batch(small, crossing=crossing, two=False))
-            except Exception:
-                reason = f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
-                raise DescribeError(f"a small {type(small).__name__} does not run: {reason}") from first
-        return _describe(small, found)
+        for part, two in ways:
+            try:
+                found = watch(part, text_batch(part, crossing=crossing, two=two))
+            except Exception as error:
+                first = first or error
+            else:
+                return _describe(small, found)
+    reason = f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
+    raise DescribeError(f"a small {type(small).__name__} does not run: {reason}") from first
 
 
 def _describe(model: PreTrainedModel, found: Pass) -> Family:

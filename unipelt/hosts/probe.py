@@ -130,7 +130,10 @@ def text_batch(model: PreTrainedModel, *, crossing: bool = False, two: bool = Tr
     generator = torch.Generator().manual_seed(1)
     signature = inspect.signature(model.forward).parameters
     config = model.config.get_text_config()
-    words = getattr(config, "vocab_size", None) or VOCABULARY
+    try:
+        words = getattr(model.get_input_embeddings(), "num_embeddings", None) or VOCABULARY
+    except NotImplementedError:  # some models hash their characters
+        words = VOCABULARY
 
     def text(tokens: int) -> Tensor:
         ids = torch.randint(FIRST_WORD, VOCABULARY, (2, tokens), generator=generator) % words
