@@ -92,7 +92,7 @@ def _try(method: str, kind: str, head: str, family: Family) -> str:
 def _batch(model: Any, head: str, family: Family) -> dict[str, Any]:
     signature = inspect.signature(model.forward).parameters
     stack = family.stacks[0]
-    crosses = len(family.stacks) == 1 and stack.cross is not None and "encoder_hidden_states" in signature
+    crosses = len(family.stacks) == 1 and stack.cross is not None and "input_ids" in signature
     there = crosses and any(stack.cross is not None and stack.cross.path in name for name, _ in model.named_modules())
     return text_batch(model, crossing=there, two=head in ("Seq2SeqLM", "MaskedLM"))
 

@@ -149,7 +149,8 @@ def text_batch(model: PreTrainedModel, *, crossing: bool = False, two: bool = Tr
         batch["decoder_input_ids"] = text(TOKENS)
     if crossing:
         width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
-        batch["encoder_hidden_states"] = torch.randn(2, SOURCE_TOKENS, width, generator=generator, requires_grad=True)
+        name = "encoder_hidden_states" if "encoder_hidden_states" in signature else "encoder_outputs"
+        batch[name] = torch.randn(2, SOURCE_TOKENS, width, generator=generator, requires_grad=True)
     return {name: value for name, value in batch.items() if name in signature or "kwargs" in signature}
 
 
