@@ -74,7 +74,7 @@ def describe_small(small: PreTrainedModel) -> Family:
     config = small.config.get_text_config()
     crossing = bool(getattr(config, "add_cross_attention", False)) and not small.config.is_encoder_decoder
     # a classifier of an encoder-decoder makes its decoder's text itself, and a head may want what is no text
-    ways = [(small, True), (small, False), (small.base_model, True)]
+    ways: list[tuple[Any, bool]] = [(small, True), (small, False), (small.base_model, True)]
     first: Exception | None = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
