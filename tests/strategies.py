@@ -21,12 +21,22 @@ import transformers
 from helpers import shake
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from tiny import ENCODER_DECODERS, ENCODERS, EOS, INSERTED, PAD, VOCABULARY, WITH_PREFIX, tiny_config, tiny_model
+from tiny import (
+    ENCODER_DECODERS,
+    ENCODERS,
+    EOS,
+    FAMILIES,
+    INSERTED,
+    PAD,
+    VOCABULARY,
+    WITH_PREFIX,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
 
 import unipelt
 from unipelt.config.methods import PROJECTIONS, Place
-from unipelt.hosts.families import FAMILIES
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 AS_DECODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text", "ernie")

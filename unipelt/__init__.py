@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from unipelt.gates.fold import FoldedGate, FoldReport, fold
     from unipelt.gates.measure import FoldError
     from unipelt.gates.record import GateRecord, gate_penalty, record_gates
-    from unipelt.hosts.families import Attention, Family, Stack, register_family
+    from unipelt.hosts.describe import DescribeError, describe
+    from unipelt.hosts.description import Attention, Family, Stack
+    from unipelt.hosts.families import register_family
     from unipelt.hosts.locate import InjectionError
     from unipelt.injection.disable import disable
     from unipelt.injection.inject import remove
@@ -56,13 +58,14 @@ else:
         __name__,
         {
             "AdapterConfig": "unipelt.config.methods",
-            "Attention": "unipelt.hosts.families",
+            "Attention": "unipelt.hosts.description",
             "CheckpointError": "unipelt.checkpoint.manifest",
             "Compacter": "unipelt.submodules.compacter",
             "CompacterConfig": "unipelt.config.methods",
             "ConfigError": "unipelt.config.schema",
+            "DescribeError": "unipelt.hosts.describe",
             "DoRA": "unipelt.submodules.dora",
-            "Family": "unipelt.hosts.families",
+            "Family": "unipelt.hosts.description",
             "FoldError": "unipelt.gates.measure",
             "FoldReport": "unipelt.gates.fold",
             "FoldedGate": "unipelt.gates.fold",
@@ -87,11 +90,12 @@ else:
             "RED": "unipelt.submodules.red",
             "REDConfig": "unipelt.config.methods",
             "Spot": "unipelt.submodules.register",
-            "Stack": "unipelt.hosts.families",
+            "Stack": "unipelt.hosts.description",
             "SubmoduleConfig": "unipelt.config.methods",
             "TargetInfo": "unipelt.submodules.register",
             "Tasks": "unipelt.multitask.tasks",
             "UniPELTConfig": "unipelt.config.methods",
+            "describe": "unipelt.hosts.describe",
             "disable": "unipelt.injection.disable",
             "fold": "unipelt.gates.fold",
             "from_pretrained": "unipelt.checkpoint.load",
@@ -128,6 +132,7 @@ __all__ = [
     "Compacter",
     "CompacterConfig",
     "ConfigError",
+    "DescribeError",
     "DoRA",
     "Family",
     "FoldError",
@@ -155,6 +160,7 @@ __all__ = [
     "TargetInfo",
     "Tasks",
     "UniPELTConfig",
+    "describe",
     "disable",
     "fold",
     "from_pretrained",

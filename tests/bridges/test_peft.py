@@ -12,14 +12,13 @@ from faults.malformed import spoilt_json, spoilt_weights
 from helpers import bits, refused, shake, tiny_bert
 from helpers import tiny_batch as bert_batch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_batch, tiny_model
+from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import unipelt
 from unipelt.cli import main
 from unipelt.config.methods import PROJECTIONS
-from unipelt.hosts.families import FAMILIES
 from unipelt.injection.state import injection_of
 from unipelt.submodules.entry import Entry
 from unipelt.submodules.room import placed_terms

@@ -12,12 +12,11 @@ from bridges.test_peft import edit, gates, in_peft, logits
 from helpers import bits, refused, shake, tiny_bert
 from helpers import tiny_batch as bert_batch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_batch, tiny_model
+from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 
 import unipelt
 from unipelt.config.methods import PROJECTIONS
-from unipelt.hosts.families import FAMILIES
 from unipelt.injection.state import injection_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")

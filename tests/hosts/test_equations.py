@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import shake
 from inside import added_to, parts
-from tiny import DECODERS, DEPTH, ENCODER_DECODERS, INSERTED, SIMPLE, WITH_PREFIX, tiny_batch, tiny_model
+from tiny import DECODERS, DEPTH, ENCODER_DECODERS, FAMILIES, INSERTED, SIMPLE, WITH_PREFIX, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -31,7 +31,6 @@ from transformers import (
 )
 
 import unipelt
-from unipelt.hosts.families import FAMILIES
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import Prefix
 

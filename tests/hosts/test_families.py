@@ -18,6 +18,7 @@ from tiny import (
     DEPTH,
     ENCODER_DECODERS,
     ENCODERS,
+    FAMILIES,
     FURTHER,
     KINDS,
     SIMPLE,
@@ -30,7 +31,8 @@ from tiny import (
 from torch import Tensor, nn
 
 import unipelt
-from unipelt.hosts.families import FAMILIES
+from unipelt.hosts.families import FAMILIES as ALL_FAMILIES
+from unipelt.hosts.generate import text_types
 from unipelt.injection.parameters import submodule_parameters
 from unipelt.injection.state import injection_of
 from unipelt.submodules.adapter import Adapter
@@ -637,16 +639,13 @@ def test_these_take_no_prefix() -> None:
     assert set(SIMPLE) == {"deberta", "deberta-v2", "gptj", "bloom"}
 
 
-def test_an_unknown_architecture_is_refused_with_what_to_do() -> None:
+def test_an_unknown_architecture_is_described_by_inspection() -> None:
     config = transformers.CLIPTextConfig(
         vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4
     )
-    with pytest.raises(unipelt.InjectionError) as caught:
-        unipelt.inject(transformers.CLIPTextModel(config), "lora")
-    message = str(caught.value)
-    assert "'clip_text_model'" in message
-    assert all(f"{family}" in message for family in FAMILIES)
-    assert 'unipelt.register_family("clip_text_model", unipelt.Stack(' in message
+    unipelt.inject(transformers.CLIPTextModel(config), "lora")
+    stack = ALL_FAMILIES.pop("clip_text_model").stacks[0]
+    assert (stack.attention.query, stack.attention.value, stack.output) == ("q_proj", "v_proj", "mlp")
 
 
 @pytest.mark.parametrize("family", WITH_PREFIX)
@@ -774,6 +773,12 @@ def test_every_family_has_a_row_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(re.findall("`([^`]+)`", "".join(rows[1:]))) == sorted(FAMILIES)
+
+
+def test_every_type_of_the_table_has_a_row_in_the_generated_page() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "architectures-table.md").read_text(encoding="utf-8")
+    named = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "model_type" not in line}
+    assert named == set(text_types())
 
 
 # how Transformers makes its block masks

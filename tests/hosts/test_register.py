@@ -139,8 +139,9 @@ def test_the_same_description_again_is_fine_and_another_is_not() -> None:
         unipelt.register_family("own", unipelt.Stack("layers", ATTENTION, output="down"))
     with pytest.raises(ValueError, match=r"^'own' is described already, and otherwise$"):
         unipelt.register_family("own", STACK, refused={"prefix": "so"})
+    unipelt.register_family("bert", STACK)  # the table's is another, and what is registered comes first
     with pytest.raises(ValueError, match=r"^'bert' is described already, and otherwise$"):
-        unipelt.register_family("bert", STACK)
+        unipelt.register_family("bert", unipelt.Stack("layers", ATTENTION, output="down"))
     assert FAMILIES["own"] == first
     for name, family in list(FAMILIES.items()):
         unipelt.register_family(name, *family.stacks, refused=family.refused)
@@ -160,10 +161,24 @@ def test_descriptions_that_cannot_be_meant_are_refused() -> None:
     assert before == FAMILIES
 
 
-def test_a_model_without_a_description_is_refused_with_the_way_to_describe_it(own: ModuleType) -> None:
+def test_a_model_without_a_description_is_described_by_inspection(own: ModuleType) -> None:
+    model = own.pretrained()
+    unipelt.inject(model, "unipelt-apl")
+    stack, mine = FAMILIES["own"].stacks[0], STACK
+    assert (stack.layers, stack.attention.path, stack.causal) == (mine.layers, mine.attention.path, False)
+    assert (stack.attention.query, stack.attention.value) == (mine.attention.query, mine.attention.value)
+    assert stack.output == mine.output
+
+
+def test_what_inspection_does_not_find_is_refused_with_the_way_to_describe_it(
+    own: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = own.pretrained()
     before = snapshot(model)
-    with pytest.raises(unipelt.InjectionError, match="there is no description of 'own' models; supported are bert"):
+    monkeypatch.setattr("unipelt.hosts.shrink.MOST_PARAMETERS", 1)
+    with pytest.raises(
+        unipelt.InjectionError, match="there is no description of 'own' models, and inspection did not find one: "
+    ):
         unipelt.inject(model, "adapter")
     with pytest.raises(unipelt.InjectionError, match=r'unipelt\.register_family\("own", unipelt\.Stack\('):
         unipelt.inject(model, "adapter")

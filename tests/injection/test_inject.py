@@ -337,7 +337,7 @@ def test_other_back_ends_are_refused() -> None:
 
 def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
-    with pytest.raises(unipelt.InjectionError, match="no description of 'vit' models; supported are bert, roberta"):
+    with pytest.raises(unipelt.InjectionError, match="no description of 'vit' models, and inspection did not find one"):
         unipelt.inject(vit, "adapter")
     with pytest.raises(unipelt.InjectionError, match="takes a PreTrainedModel"):
         unipelt.inject(torch.nn.Linear(2, 2), "adapter")  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed
 from helpers import shake
-from tiny import ENCODER_DECODERS, ENCODERS, VOCABULARY, WITH_PREFIX, tiny_batch, tiny_model
+from tiny import ENCODER_DECODERS, ENCODERS, FAMILIES, VOCABULARY, WITH_PREFIX, tiny_batch, tiny_model
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import unipelt
-from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.locate import layers_at
 from unipelt.injection.state import injection_of
 

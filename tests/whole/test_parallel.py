@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import transformers
 from scripts.families_parallel import CHECKPOINTED, PROCESSES
-from tiny import WITH_PREFIX
-
-from unipelt.hosts.families import FAMILIES
+from tiny import FAMILIES, WITH_PREFIX
 
 TESTS = Path(__file__).parents[1]
 QUICK = ("bert", "bart", "t5", "gpt2", "llama")

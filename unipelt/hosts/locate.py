@@ -10,11 +10,18 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
-from unipelt.hosts.families import FAMILIES, Attention, Stack, describe_unknown
+from unipelt.hosts.check import check_adapted
+from unipelt.hosts.describe import DescribeError
+from unipelt.hosts.description import Attention, Stack
+from unipelt.hosts.families import family_of, has, is_complete, is_registered, layers_at
+from unipelt.hosts.rows import rows_of
 from unipelt.submodules.outputs import OutputSlice
+
+logger = logging.get_logger(__name__)
 
 
 class InjectionError(ValueError):
@@ -144,9 +151,15 @@ IN_ATTENTION = ("query", "key", "value", "attention")
 def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTargets]:
     """The chosen layers of each stack, every place checked. Raises `InjectionError`."""
     kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise InjectionError(describe_unknown(kind))
-    family = FAMILIES[kind]
+    try:
+        family = family_of(model)
+    except DescribeError as error:
+        raise InjectionError(str(error)) from error
+    if config.adapter is not None and is_registered(kind):
+        try:
+            check_adapted(model, family)
+        except DescribeError as error:
+            raise InjectionError(f"the description of {kind!r} models cannot work: {error}") from error
     for name, reason in family.refused.items():
         if config.part(name) is not None:
             raise InjectionError(f"{kind!r} models cannot take {_NAMED.get(name, name)}: {reason}")
@@ -178,11 +191,12 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
         cross = crossing and stack.cross is not None and (len(present) > 1 or len(family.stacks) == 1)
         if not own and not cross:
             continue
-        if cross and not causal and any(stack.cross and _has(layer, stack.cross.path) for layer in layers):
+        if cross and not causal and any(stack.cross and has(layer, stack.cross.path) for layer in layers):
             raise InjectionError(
                 "a stack that looks both ways cannot take submodules in cross-attention; say cross=False"
             )
-        indices = [index for index in range(len(layers)) if config.layers is None or index in config.layers]
+        indices = list(_choose(model, layers, stack, config)) if own else list(range(len(layers)))
+        indices = [index for index in indices if config.layers is None or index in config.layers]
         if len({id(layers[index]) for index in indices}) < len(indices):
             raise _built_otherwise(model, "layers that share modules cannot take submodules, and two are one module")
         try:
@@ -200,19 +214,23 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
     return chosen
 
 
-def layers_at(base: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The layers at `path`, whose stars stand for every item of a list; none if there is no such place."""
-    first, _, rest = path.partition(".*.")
-    try:
-        items = base.get_submodule(first)
-    except AttributeError:
-        return
-    for item in items._modules.values():  # children() would leave out a layer that is there twice
-        assert item is not None
-        if rest:
-            yield from layers_at(item, rest)
-        else:
-            yield item
+def _choose(model: PreTrainedModel, layers: Sequence[nn.Module], stack: Stack, config: UniPELTConfig) -> Sequence[int]:
+    """Return the layers that have the described attention; log the others, or refuse one that was named.
+
+    Raises `InjectionError`.
+    """
+    complete = [index for index, layer in enumerate(layers) if is_complete(layer, stack)]
+    without = [index for index in range(len(layers)) if index not in complete]
+    if not complete or not without:
+        return range(len(layers))  # where none has it, the search says what is missing
+    if config.layers is None:
+        logger.warning(
+            f"layers {', '.join(map(str, without))} of this {type(model).__name__} have no attention as its others "
+            "have, and are left out"
+        )
+    elif named := [index for index in config.layers if index in without]:
+        raise InjectionError(f"layers names {named[0]}, and layer {named[0]} has no attention as others have")
+    return complete
 
 
 def _built_otherwise(model: PreTrainedModel, what: str) -> InjectionError:
@@ -226,9 +244,9 @@ def _find_layer(
     attention = crossing = None
     if own:
         attention = _find_attention(layer, stack.attention, model, config)
-    if cross and stack.cross is not None and _has(layer, stack.cross.path):
+    if cross and stack.cross is not None and has(layer, stack.cross.path):
         crossing = _find_attention(layer, stack.cross, model, config, crosses=True)
-    adapted = layer.get_submodule(stack.norm or stack.output) if own else None
+    adapted = layer.get_submodule(stack.norm or stack.output) if own and not stack.unjoined else None
     if isinstance(adapted, nn.Sequential):
         raise InjectionError(
             f"{stack.norm or stack.output} is a Sequential, which would run an adapter as one more of its steps; "
@@ -289,13 +307,16 @@ def _find_in_attention(layer: nn.Module, described: Attention, place: str, model
     if place == "key" and not path and described.fused:
         path = described.value
     found = _projection(layer, _inside(described, _told(path, "key", "projection of keys")))
-    return replace(found, rows=_rows(described, place, found.rows.count, model))
+    return replace(found, rows=rows_of(described, place, found.rows.count, model.config))
 
 
 def _find_in_feed_forward(
     layer: nn.Module, stack: Stack, part: SubmoduleConfig | LoRAConfig, place: Place
 ) -> TermTarget:
     told = "projection of the feed-forward network"
+    for name, path in (("up", stack.up), ("down", stack.down)):
+        if name in stack.missing and not (path and has(layer, _alternative(layer, path))):
+            raise InjectionError(f"this {type(layer).__name__} has no {told} at {name!r}: {stack.missing[name]}")
     up = _projection(layer, _alternative(layer, _told(stack.up, "up", f"first {told}")))
     down = _projection(layer, _alternative(layer, _told(stack.down, "down", f"last {told}")))
     if place == "up":
@@ -316,7 +337,7 @@ def _told(path: str, name: str, what: str) -> str:
 def _alternative(layer: nn.Module, paths: str) -> str:
     """The first of several paths that is there; the last, if none is."""
     *others, last = paths.split("|")
-    return next((path for path in others if _has(layer, path)), last)
+    return next((path for path in others if has(layer, path)), last)
 
 
 def _find_attention(
@@ -342,7 +363,7 @@ def _find_attention(
 def _find_projection(layer: nn.Module, described: Attention, place: str, model: PreTrainedModel) -> Projection:
     path = described.query if place == "query" else described.value
     found = _projection(layer, _inside(described, path))
-    return replace(found, rows=_rows(described, place, found.rows.count, model))
+    return replace(found, rows=rows_of(described, place, found.rows.count, model.config))
 
 
 def _inside(described: Attention, path: str) -> str:
@@ -358,30 +379,3 @@ def _projection(owner: nn.Module, path: str) -> Projection:
     if isinstance(leaf, Conv1D):
         return Projection(leaf, path, leaf.nx, OutputSlice(1, 0, leaf.nf))
     raise InjectionError(f"{path} is a {type(leaf).__name__}; submodules attach to a Linear or Conv1D")
-
-
-def _rows(described: Attention, place: str, outputs: int, model: PreTrainedModel) -> OutputSlice:
-    """Which outputs of a module are the queries, the keys or the values."""
-    path = {"query": described.query, "value": described.value, "key": described.key or described.value}[place]
-    if not described.fused or path != described.value:
-        return OutputSlice(1, 0, outputs)
-    heads = model.config.num_attention_heads
-    of_keys = getattr(model.config, "num_key_value_heads", None) or heads
-    order = ("query", "key", "value").index(place)
-    if described.fused == "heads":
-        size = outputs // (3 * heads)
-        return OutputSlice(heads, order * size, size)
-    # side by side: as many heads of queries (if they are there at all), of keys and of values as the model has
-    before = heads if described.fused == "qkv" else 0
-    size = outputs // (before + 2 * of_keys)
-    if place == "query":
-        return OutputSlice(1, 0, heads * size)
-    return OutputSlice(1, (before + (order - 1) * of_keys) * size, of_keys * size)
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

@@ -1,0 +1,245 @@
+"""Describe an architecture by inspection: where a model's layers, attentions and feed-forward networks are.
+
+Nothing is taken from names alone. A small random model of the same type is run once and watched (`probe.py`), and
+what each module is follows from what its output does there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from unipelt.hosts.description import EXPERTS, LAYERS_DIFFER, OTHER_WIDTH, UNJOINED, Family, Stack
+from unipelt.hosts.feed_forward import Joined, find_joined
+from unipelt.hosts.probe import Call, Pass, Softmax, gradients, random_like, text_batch, watch
+from unipelt.hosts.projections import FoundAttention, find_attentions
+from unipelt.hosts.rows import rows_of
+from unipelt.hosts.shrink import CannotShrink, build_small
+
+
+class DescribeError(ValueError):
+    """A model of which a description could not be found; the message says what is missing."""
+
+
+@dataclass
+class _Layer:
+    """One layer of the pass, with what was found in it."""
+
+    call: Call
+    attentions: list[FoundAttention]
+    joined: Joined | None
+
+
+def describe(model: PreTrainedModel) -> Family:
+    """Find where the parts of a model are, and check it on a small random model of the same type.
+
+    The small model has the class and the configuration of the model, with fewer and narrower layers; the model itself
+    is only read. Its description is good for `unipelt.register_family`.
+
+    Args:
+        model: any `PreTrainedModel` that reads text, on any device.
+
+    Returns:
+        The description.
+
+    Raises:
+        DescribeError: something could not be found; the message says what.
+    """
+    return describe_class(type(model), model.config)
+
+
+def describe_class(cls: Any, config: PreTrainedConfig, changes: dict[str, Any] | None = None) -> Family:
+    """`describe`, of a class (or an `AutoModelFor...`) and a configuration.
+
+    Args:
+        cls: class of the model.
+        config: of a model of any size.
+        changes: of the small model's configuration, by name.
+    """
+    try:
+        small = build_small(cls, config, changes)
+    except CannotShrink as error:
+        raise DescribeError(str(error)) from error
+    return describe_small(small)
+
+
+def describe_small(small: PreTrainedModel) -> Family:
+    """`describe`, of a model that is small already (`build_small`)."""
+    config = small.config.get_text_config()
+    crossing = bool(getattr(config, "add_cross_attention", False)) and not small.config.is_encoder_decoder
+    # a classifier of an encoder-decoder makes its decoder's text itself, and a head may want what is no text
+    ways: list[tuple[Any, bool]] = [(small, True), (small, False), (small.base_model, True)]
+    first: Exception | None = None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for part, two in ways:
+            try:
+                found = watch(part, text_batch(part, crossing=crossing, two=two))
+            except Exception as error:
+                first = first or error
+            else:
+                return _describe(small, found)
+    reason = f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
+    raise DescribeError(f"a small {type(small).__name__} does not run: {reason}") from first
+
+
+def _describe(model: PreTrainedModel, found: Pass) -> Family:
+    name = type(model).__name__
+    if not found.attentions:
+        raise DescribeError(f"{name} has no attention: no softmax over tokens was found in its layers")
+    layers = _layers(model, found)
+    lists: dict[str, list[_Layer]] = {}
+    for layer in layers:
+        lists.setdefault(_starred(model.base_model, layer.call.path), []).append(layer)
+    if not lists:
+        raise DescribeError(f"{name} has no list of layers with attention")
+    if len(lists) > 2 or (len(lists) == 2 and not model.config.is_encoder_decoder):
+        raise DescribeError(f"the text of {name} passes several lists of layers: {', '.join(lists)}")
+    described = [_stack(model, path, members) for path, members in lists.items()]
+    refused: dict[str, str] = {}
+    for stack, reasons in described:
+        refused |= reasons
+        if stack.unjoined:
+            refused["adapter"] = stack.unjoined
+    return Family(tuple(stack for stack, _ in described), refused)
+
+
+def _layers(model: PreTrainedModel, found: Pass) -> list[_Layer]:
+    """The layers: of the list items around an attention, the smallest with more than that attention in it."""
+    base = model.base_model
+    chosen: dict[int, Call] = {}
+    for attention in found.attentions:
+        around = [call for call in found.calls if call.contains(attention) and _is_item(base, call.path)]
+        whole = [call for call in around if _has_more(call.module, attention, found)]
+        if around:
+            layer = (whole or around[:1])[-1]
+            first = next(call for call in found.calls if call.module is layer.module)
+            chosen.setdefault(id(layer.module), first)
+    layers = []
+    for call in sorted(chosen.values(), key=lambda call: call.start):
+        inside = [other for other in found.calls if call.contains(other)]
+        softmaxes = [attention for attention in found.attentions if call.contains(attention)]
+        attentions = find_attentions(call, inside, softmaxes)
+        layers.append(_Layer(call, attentions, find_joined(call, inside, attentions)))
+    return layers
+
+
+def _is_item(base: nn.Module, path: str) -> bool:
+    owner = base.get_submodule(path.rpartition(".")[0])
+    return isinstance(owner, nn.ModuleList)
+
+
+def _has_more(layer: nn.Module, attention: Softmax, found: Pass) -> bool:
+    """Whether a list item has matrices outside the attention, as a layer with a feed-forward network has."""
+    around = [call.module for call in found.calls if call.contains(attention)]
+    position = next(index for index, module in enumerate(around) if module is layer)
+    inside = around[position + 1 :]
+    if not inside:
+        return False
+    own = {id(parameter) for parameter in inside[0].parameters()}
+    return any(parameter.dim() > 1 and id(parameter) not in own for parameter in layer.parameters())
+
+
+def _starred(base: nn.Module, path: str) -> str:
+    """Path of the list that a layer is in; a star stands for every item of an outer list."""
+    names, owner = path.split("."), base
+    for index, name in enumerate(names):
+        if isinstance(owner, nn.ModuleList):
+            names[index] = "*"
+        owner = owner.get_submodule(name)
+    return ".".join(names[:-1])
+
+
+def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Stack, dict[str, str]]:
+    """A stack, and why it cannot take a prefix or LoRA."""
+    name = type(model).__name__
+    usable = [layer for layer in layers if any(not found.crosses for found in layer.attentions)]
+    if not usable:
+        raise DescribeError(
+            f"no attention of {name} has a mask, and projections of queries and values that both read its input"
+        )
+    kinds = Counter(_own(layer).attention for layer in usable)
+    attention = kinds.most_common(1)[0][0]
+    usable = [layer for layer in usable if _own(layer).attention == attention]
+    prefixes = [_own(layer).no_prefix for layer in usable]
+    crossing = [found for layer in layers for found in layer.attentions if found.crosses]
+    cross = crossing[0].attention if crossing else None
+    if crossing:
+        prefixes.append(crossing[0].no_prefix)
+    for layer in usable:
+        _check_rows(model, _own(layer))
+    for found in crossing:
+        _check_rows(model, found)
+    if len({int(found.kinds["value"].sum()) for found in map(_own, usable)}) > 1:
+        prefixes.append(LAYERS_DIFFER)
+    causal = all(_is_causal(layer.call) for layer in layers)
+    mask = _own(usable[0]).call.inputs.get(attention.mask)
+    if not causal and mask is not None and mask.dim() not in (2, 4):
+        raise DescribeError(f"the attention of {name} is given a mask of {mask.dim()} dimensions, not of 2 or 4")
+    joined = [layer.joined for layer in usable if layer.joined]
+    width = _own(usable[0]).call.inputs[attention.hidden].shape[-1]
+    unjoined = UNJOINED
+    if any(found.width != width for found in joined):
+        joined, unjoined = [], OTHER_WIDTH
+    ends = Counter((found.norm, found.output) for found in joined)
+    norm, output = ends.most_common(1)[0][0] if ends else ("", "")
+    joined = [found for found in joined if (found.norm, found.output) == (norm, output)]
+    stack = Stack(
+        path,
+        attention,
+        norm=norm,
+        output=output,
+        up=_alternatives(found.up for found in joined),
+        down=_alternatives(found.down for found in joined),
+        gate=_alternatives(found.gate for found in joined),
+        causal=causal,
+        cross=cross,
+        unjoined="" if joined else unjoined,
+        missing={part: EXPERTS for part in ("up", "down") if any(not getattr(found, part) for found in joined)},
+    )
+    low_rank = [found.no_lora for found in (*map(_own, usable), *crossing)]
+    reasons = {"prefix": next(filter(None, prefixes), ""), "lora": next(filter(None, low_rank), "")}
+    return stack, {name: reason for name, reason in reasons.items() if reason}
+
+
+def _alternatives(paths: Iterable[str]) -> str:
+    """Paths of which a layer has one, as a `Stack` has them."""
+    return "|".join(dict.fromkeys(path for path in paths if path))
+
+
+def _check_rows(model: PreTrainedModel, found: FoundAttention) -> None:
+    """Raise `DescribeError` unless the outputs that a description means are those that the pass had."""
+    for place, flags in found.kinds.items():
+        if place == "key" and (found.attention.key or not flags.any()):
+            continue
+        rows = rows_of(found.attention, place, len(flags), model.config)
+        meant = torch.zeros(rows.groups, len(flags) // rows.groups, dtype=torch.bool)
+        meant[:, rows.start : rows.start + rows.size] = True
+        plain = not found.attention.fused  # a query may come with its gate, which is as good as a part of it
+        if flags.any() and not torch.equal(meant.flatten(), flags) and not (plain and place == "query"):
+            raise DescribeError(
+                f"{found.attention.value} of {type(found.call.module).__name__} computes its {place} in an order that "
+                "a description cannot say"
+            )
+
+
+def _own(layer: _Layer) -> FoundAttention:
+    return next(found for found in layer.attentions if not found.crosses)
+
+
+def _is_causal(layer: Call) -> bool:
+    """Whether no token of a layer's output has a gradient at a later token of its input."""
+    given = next((value for value in layer.inputs.values() if value.is_floating_point() and value.dim() >= 3), None)
+    if given is None or layer.output is None:
+        return False
+    middle = given.shape[1] // 2
+    direction = random_like(layer.output)
+    direction[:, middle:] = 0
+    gradient = gradients(layer.output, [given], direction)[0]
+    return gradient is not None and not bool(gradient[:, middle:].any())

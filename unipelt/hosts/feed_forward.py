@@ -1,0 +1,150 @@
+"""Find, in a watched pass, where a layer's feed-forward network joins the residual, and its projections."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unipelt.hosts.probe import Call, gradients, random_like
+from unipelt.hosts.projections import FoundAttention, is_projection
+
+
+@dataclass
+class Joined:
+    """Where one layer's feed-forward network joins the residual; paths from the layer, as in `Stack`.
+
+    `gate` is the path of the projection whose activation scales another's output, `width` that of what is added.
+    """
+
+    norm: str = ""
+    output: str = ""
+    up: str = ""
+    down: str = ""
+    gate: str = ""
+    width: int = 0
+
+
+def find_joined(layer: Call, inside: Sequence[Call], attentions: Sequence[FoundAttention]) -> Joined | None:
+    """Pre-LN: the module whose output is added. Post-LN: the norm that reads the sum. None if there is neither."""
+    if layer.output is None or not attentions:
+        return None
+    times = Counter(id(call.module) for call in inside)
+    once = [call for call in inside if call.output is not None and times[id(call.module)] == 1]
+    calls = [call for call in once if not _of_attention(call, attentions)]
+    found = Joined()
+    added = _added(layer.output, calls)
+    if added is not None:
+        found.output = _below(added, layer)
+    else:
+        for norm in reversed(calls):
+            if not _is_norm(norm) or not _is(norm.output, layer.output):
+                continue
+            read = next(iter(norm.inputs.values()))
+            added = _added(read, [call for call in calls if call.end < norm.start])
+            if added is not None:
+                found.norm = _below(norm, layer)
+                break
+    if added is None:
+        return None
+    found.width = _shape(added)[-1]
+    _find_projections(found, layer, added, calls)
+    return found
+
+
+def _below(call: Call, layer: Call) -> str:
+    return call.path.removeprefix(f"{layer.path}.")
+
+
+def _of_attention(call: Call, attentions: Sequence[FoundAttention]) -> bool:
+    """Whether a module is an attention's, is around one, or only passes on what one's last projection gave."""
+    for found in attentions:
+        if call.module is found.call.module or found.call.contains(call) or call.contains(found.call):
+            return True
+        if any(id(module) in found.linears for module in call.module.modules()):
+            return True
+    return False
+
+
+def _added(total: Tensor, calls: Sequence[Call]) -> Call | None:
+    """The outermost module whose output is added, up to a constant factor, to something else to give `total`."""
+    if not total.requires_grad:
+        return None
+    direction = random_like(total)
+    flat = total.flatten(0, -2).shape  # some layers cut all tokens of a batch into rows first
+    shapes = (total.shape, flat)
+    fitting = [call for call in calls if call.alone and _shape(call) in shapes and call.output is not total]
+    found = []
+    for call, gradient in zip(fitting, gradients(total, [_out(call) for call in fitting], direction), strict=True):
+        if gradient is None:
+            continue
+        gradient = gradient.reshape(total.shape)
+        factor = (gradient * direction).sum() / (direction * direction).sum()
+        if factor.abs() < 1e-6 or not torch.allclose(gradient, factor * direction, rtol=1e-3, atol=1e-5):
+            continue
+        rest = total - factor * _out(call).reshape(total.shape)
+        if rest.abs().max() > 1e-3 * total.abs().max():
+            found.append(call)
+    plain = [call for call in found if not isinstance(call.module, (nn.Dropout, nn.Identity, nn.Sequential))]
+    plain = [call for call in plain if not hasattr(call.module, "adapter")]
+    outermost = [call for call in plain if not any(other.contains(call) for other in plain)]
+    return max(outermost, key=lambda call: sum(p.numel() for p in call.module.parameters()), default=None)
+
+
+def _is(given: Tensor | None, total: Tensor) -> bool:
+    """Whether a tensor is, up to a constant factor, another."""
+    if given is None or given.shape != total.shape or not given.requires_grad:
+        return False
+    factor = (given * total).sum() / (given * given).sum()
+    return bool(factor.abs() > 1e-6) and torch.allclose(factor * given, total, rtol=1e-3, atol=1e-5)
+
+
+def _is_norm(call: Call) -> bool:
+    """Whether a module has no matrices and reads one tensor."""
+    parameters = list(call.module.parameters())
+    return bool(parameters) and all(parameter.dim() < 2 for parameter in parameters) and len(call.inputs) == 1
+
+
+def _shape(call: Call) -> torch.Size:
+    return _out(call).shape
+
+
+def _out(call: Call) -> Tensor:
+    assert call.output is not None
+    return call.output
+
+
+def _find_projections(found: Joined, layer: Call, added: Call, calls: Sequence[Call]) -> None:
+    """First and last projection, and the one whose activation scales: by what reaches what is added."""
+    tokens = _shape(added)[:-1].numel()
+    linears = [call for call in calls if is_projection(call.module) and _shape(call)[:-1].numel() == tokens]
+    reach = gradients(_out(added), [_out(call) for call in linears])
+    reaching = [call for call, gradient in zip(linears, reach, strict=True) if gradient is not None]
+    reaching = [call for call in reaching if call is added or call.end <= added.end]
+    last = [call for call in reaching if _shape(call)[-1] == _shape(added)[-1]]
+    if not last:
+        return
+    down = last[-1]
+    read = next(iter(down.inputs.values()))
+    if not read.requires_grad:
+        return
+    others = [call for call in reaching if call.end < down.start]
+    direction = random_like(read)
+    firsts: list[tuple[Call, bool]] = []
+    for call, gradient in zip(others, gradients(read, [_out(call) for call in others], direction), strict=True):
+        if gradient is None or _out(call).shape[-1] not in (read.shape[-1], 2 * read.shape[-1]):
+            continue
+        linear = torch.isclose((gradient * _out(call)).sum(), (direction * read).sum(), rtol=1e-3, atol=1e-5)
+        firsts.append((call, bool(linear)))
+    found.down = _below(down, layer)
+    if not firsts:
+        return
+    plain = [call for call, linear in firsts if linear]
+    up = plain[0] if plain and len(firsts) > 1 else firsts[0][0]
+    found.up = _below(up, layer)
+    gates = [call for call, _ in firsts if call is not up]
+    if len(gates) == 1:
+        found.gate = _below(gates[0], layer)

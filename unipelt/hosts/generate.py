@@ -1,0 +1,161 @@
+"""Describe every text architecture of the installed Transformers: `python -m unipelt.hosts.generate` writes the table.
+
+Each model type is described from its own default configuration, by the first class of those below that it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from unipelt.hosts.describe import DescribeError, describe_small
+from unipelt.hosts.description import Family
+from unipelt.hosts.shrink import CannotShrink, build_small
+from unipelt.hosts.table import TABLE, to_data
+
+HEADS = {
+    "CausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "MaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "Seq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+"""What follows `AutoModelFor` -> the model types that have such a class."""
+ORDER = ("Seq2SeqLM", "MaskedLM", "CausalLM", "SequenceClassification")
+"""Of several classes of a type, the first of these is described: an encoder-decoder is more than its decoder."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    # the default configuration leaves something out, or is of no use by itself
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True},
+    "dots1": {"n_shared_experts": 1, "moe_intermediate_size": 40, "first_k_dense_replace": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
+    "mamba2": {"expand": 1},
+    "neomme": {"head_dim": 16},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "hybrid_layer_ids": [1, 3],
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+}
+"""What a type's small model needs besides its default configuration to be built, or to show all that it may have."""
+
+
+def text_types() -> list[str]:
+    """Every model type with one of the classes above."""
+    return sorted({kind for names in HEADS.values() for kind in names})
+
+
+def small_of(kind: str, head: str, changes: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A small model of a type with a head, from the type's default configuration.
+
+    Raises `DescribeError` if it cannot be built.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = CONFIG_MAPPING[kind]()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DescribeError(f"{kind} has no default configuration: {reason}") from error
+    try:
+        auto = getattr(transformers, f"AutoModelFor{head}")
+        return build_small(auto, config, {**SETTINGS.get(kind, {}), **(changes or {})})
+    except CannotShrink as error:
+        raise DescribeError(str(error)) from error
+
+
+def describe_type(kind: str) -> dict[str, Family]:
+    """The families of a model type, by the `config.model_type` that its models have.
+
+    That is the type itself, or, in a model of several modes, the type of its text part.
+
+    Raises:
+        DescribeError: none of its classes could be described.
+    """
+    found: dict[str, Family] = {}
+    reasons: list[str] = []
+    for head in ORDER:
+        if kind not in HEADS[head]:
+            continue
+        try:
+            small = small_of(kind, head)
+            own = small.config.model_type
+            if own not in found:
+                found[own] = _with_cross(kind, describe_small(small))
+        except DescribeError as error:
+            reasons.append(str(error))
+    if not found:
+        raise DescribeError(reasons[0])
+    return found
+
+
+def _with_cross(kind: str, family: Family) -> Family:
+    """With the attention to an encoder that the type has when its configuration asks for it."""
+    if len(family.stacks) > 1 or kind not in HEADS["CausalLM"]:
+        return family
+    try:
+        crossing = describe_small(small_of(kind, "CausalLM", {"is_decoder": True, "add_cross_attention": True}))
+    except DescribeError:
+        return family
+    stack, other = family.stacks[0], crossing.stacks[0]
+    if len(crossing.stacks) != 1 or other.cross is None or other.layers != stack.layers:
+        return family
+    return Family((replace(stack, cross=other.cross),), family.refused)
+
+
+def generate() -> dict[str, Any]:
+    """The whole table, as JSON has it."""
+    families: dict[str, Family] = {}
+    without: dict[str, str] = {}
+    for kind in text_types():
+        try:
+            for own, family in describe_type(kind).items():
+                if own == kind or own not in families:
+                    families[own] = family
+        except DescribeError as error:
+            without[kind] = str(error)
+    return {
+        "transformers": transformers.__version__,
+        "families": {kind: to_data(families[kind]) for kind in sorted(families)},
+        "without": {kind: reason for kind, reason in without.items() if kind not in families},
+    }
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.parse_args()
+    data = generate()
+    TABLE.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{len(data['families'])} families, {len(data['without'])} without a description: {TABLE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Which outputs of a fused projection are queries, keys or values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from unipelt.hosts.description import Attention
+from unipelt.submodules.outputs import OutputSlice
+
+
+def rows_of(described: Attention, place: str, outputs: int, config: PreTrainedConfig) -> OutputSlice:
+    """Which outputs of a module are the queries, the keys or the values.
+
+    Args:
+        described: the attention.
+        place: `query`, `key` or `value`.
+        outputs: how many the module has.
+        config: of the model; its numbers of heads say how the outputs are cut.
+    """
+    path = {"query": described.query, "value": described.value, "key": described.key or described.value}[place]
+    if not described.fused or path != described.value:
+        return OutputSlice(1, 0, outputs)
+    config = config.get_text_config()
+    if described.fused == "latent":
+        both = min(outputs, getattr(config, "kv_lora_rank", None) or outputs)
+        return OutputSlice(1, 0, both if place == "value" else outputs)
+    heads, order = config.num_attention_heads, ("query", "key", "value").index(place)
+    of_keys = key_heads(config)
+    if described.fused == "heads":
+        size = outputs // (3 * heads)
+        return OutputSlice(heads, order * size, size)
+    if described.fused == "groups":
+        size = outputs // (heads + 2 * of_keys)
+        queries = heads // of_keys * size
+        if place == "query":
+            return OutputSlice(of_keys, 0, queries)
+        return OutputSlice(of_keys, queries + (order - 1) * size, size)
+    # side by side: as many heads of queries (if they are there at all), of keys and of values as the model has
+    before = heads if described.fused == "qkv" else 0
+    size = outputs // (before + 2 * of_keys)
+    if place == "query":
+        return OutputSlice(1, 0, heads * size)
+    return OutputSlice(1, (before + (order - 1) * of_keys) * size, of_keys * size)
+
+
+def key_heads(config: Any) -> int:
+    """How many heads of keys and values a model has; one in multi-query attention."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    named = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    named = named or getattr(getattr(config, "attn_config", None), "kv_n_heads", None)
+    return int(named or config.num_attention_heads)
