@@ -28,6 +28,7 @@ from unipelt.hosts.description import Family
 from unipelt.hosts.families import family_of
 from unipelt.hosts.generate import HEADS, small_of
 from unipelt.hosts.probe import text_batch
+from unipelt.submodules.room import own_parameters
 
 PARTS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 6},
