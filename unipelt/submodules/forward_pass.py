@@ -204,8 +204,8 @@ class Passes:
     """
 
     def __init__(self) -> None:
-        self._by_thread: dict[int, weakref.ref[ForwardPass]] = {}
-        self._recomputed: dict[int, tuple[int, ForwardPass]] = {}
+        self._by_thread: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()
+        self._recomputed: weakref.WeakValueDictionary[tuple[int, int], ForwardPass] = weakref.WeakValueDictionary()
         self._rows: dict[int, SetRows] = {}
         self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot ask which
 
@@ -213,11 +213,9 @@ class Passes:
         """Return the pass that this thread is in, or None."""
         if torch.compiler.is_compiling():
             return self._traced
-        reference = self._by_thread.get(get_ident())
-        found = None if reference is None else reference()
+        found = self._by_thread.get(get_ident())
         if found is None and self._recomputed:
-            task, again = self._recomputed.get(get_ident(), (-1, None))
-            return again if task == torch._C._current_graph_task_id() else None
+            return self._recomputed.get((get_ident(), torch._C._current_graph_task_id()))
         return found
 
     def current_or_recomputed(self) -> ForwardPass | None:
@@ -231,9 +229,11 @@ class Passes:
         if task < 0:
             return found
         again = ForwardPass(PassFacts())
-        thread = get_ident()
-        self._recomputed[thread] = (task, again)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputed.pop(thread, None))
+        place = (get_ident(), task)
+        self._recomputed[place] = again
+        # the callback holds the pass, and a backward pass that fails drops its callbacks
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda held=again: self._recomputed.pop(place, None))
         return again
 
     def enter(self, facts: PassFacts, args: tuple[Any, ...], by_layer: bool = False) -> tuple[Any, ...]:
@@ -242,10 +242,9 @@ class Passes:
         if torch.compiler.is_compiling():
             self._traced = begun
             return args
-        self._recomputed.pop(get_ident(), None)
         held = _HeldArguments(args)
         held.held = (begun, args)
-        self._by_thread[get_ident()] = weakref.ref(begun)
+        self._by_thread[get_ident()] = begun
         return held
 
     def leave(self) -> None:
