@@ -50,8 +50,9 @@ from transformers.utils import logging
 
 import unipelt
 from unipelt import CheckpointError, InjectionError
-from unipelt.checkpoint import base_model
+from unipelt.checkpoint import base_model, load
 from unipelt.files.atomic import write_whole
+from unipelt.submodules.room import own_parameters
 
 WEIGHTS, MANIFEST, CARD = FILES = ("model.safetensors", "unipelt.json", "README.md")
 
@@ -276,13 +277,19 @@ def test_a_relative_base_is_found_from_elsewhere(
 
 
 @pytest.mark.parametrize("deploy", [False, True])
-def test_a_base_in_bfloat16(tmp_path: Path, deploy: bool) -> None:
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", torch.float32), ("base", torch.bfloat16)])
+def test_a_base_in_bfloat16(tmp_path: Path, dtype: str, kind: torch.dtype, deploy: bool) -> None:
     tiny_bert().bfloat16().save_pretrained(tmp_path / "base")
-    model = trained(model=BertForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.bfloat16))
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = trained(model=base, dtype=dtype)
     unipelt.save(model, tmp_path / "a", deploy=deploy)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "a" / WEIGHTS).values()} == {torch.bfloat16}
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    assert {tensor.dtype for name, tensor in tensors.items() if ".unipelt." in name} == {kind}
     again = unipelt.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
-    assert logits(again).dtype == torch.bfloat16
+    assert {p.dtype for name, p in again.named_parameters() if ".unipelt." in name} == {kind}
+    frozen = [p for name, p in again.named_parameters() if name not in tensors]
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    assert logits(again).dtype == logits(model).dtype
     assert torch.equal(logits(again), logits(model))
 
 
@@ -294,7 +301,10 @@ def test_a_base_in_another_dtype_is_loaded_with_a_warning(
     unipelt.from_pretrained(on_base)
     assert not said
     model = unipelt.from_pretrained(on_base, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    own = own_parameters(model)
+    assert {parameter.dtype for parameter in own.values()} == {torch.float32}
+    kept = {*own, "classifier.weight", "classifier.bias"}
+    assert {p.dtype for name, p in model.named_parameters() if name not in kept} == {torch.bfloat16}
     assert len(said) == 1
     assert "float32" in said[0]
     assert "bfloat16" in said[0]
@@ -353,7 +363,7 @@ def test_a_deployed_folder_is_smaller(tmp_path: Path) -> None:
 
 def test_the_manifest_says_what_the_weights_belong_to(folder: Path) -> None:
     manifest = read(folder)
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert unipelt.UniPELTConfig.from_dict(manifest["unipelt"]) == small()
     assert manifest["deployed"] is False
     assert manifest["head"] == ["classifier.bias", "classifier.weight"]
@@ -583,7 +593,7 @@ def test_weights_of_another_checkpoint(folder: Path, tmp_path: Path) -> None:
         unipelt.load(model, folder)
 
 
-ADAPTER = "bert.encoder.layer.1.output.LayerNorm.adapter.down.weight"
+ADAPTER = "bert.encoder.layer.1.unipelt.default.adapter.entry.weight"
 
 
 def _missing(tensors: dict[str, Tensor]) -> None:
@@ -706,8 +716,11 @@ def test_a_manifest_that_lacks_a_key(folder: Path, key: str) -> None:
 
 
 FAULTS: list[tuple[str, object, str]] = [
-    ("format", 2, "newer"),
-    ("format", "1", "format"),
+    ("format", 3, "newer"),
+    ("format", 1, "said to be of format 1, which has no tensor 'bert.encoder."),
+    ("format", 0, "format"),
+    ("format", 2.0, "format"),
+    ("format", "2", "format"),
     ("format", True, "format"),
     ("format", None, "format"),
     ("surprise", 1, "surprise"),
@@ -725,9 +738,9 @@ FAULTS: list[tuple[str, object, str]] = [
     ("unipelt.lora.rank", 2**63, ""),
     ("unipelt.lora.alpha", 10**400, "alpha"),
     ("unipelt.lora.alpha", float("inf"), "alpha"),
-    ("unipelt.lora.gate", False, "gates"),
-    ("unipelt.lora", None, "lora"),
-    ("unipelt.layers", [0, 1], "layer.2"),
+    ("unipelt.lora.gate", False, "default.lora_query.A"),
+    ("unipelt.lora", None, "entry.weight is (9, 32) there and (1, 32) here"),
+    ("unipelt.layers", [0, 1], "prefix_network.w2.weight is (192, "),
     ("unipelt.layers", [0, 1, 2, 3], "layers"),
     ("unipelt.layers", [10**30], "layers"),
     ("unipelt.train_base", True, ""),
@@ -831,11 +844,36 @@ def test_a_failure_while_tensors_are_put_in_place_leaves_the_model_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_bert()
+    real, bind, calls, placed = torch.Tensor.copy_, load.bind, 0, False
+
+    def begin(model: Any) -> None:
+        nonlocal placed
+        placed = True
+        bind(model)
+
+    def copy_(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += placed
+        if calls == 5 and placed:
+            raise RuntimeError("out of memory")
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, refused(model, "out of memory", error=RuntimeError):
+        patch.setattr(torch.Tensor, "copy_", copy_)
+        patch.setattr(load, "bind", begin)
+        unipelt.load(model, folder)
+    assert calls > 5, "taking the half-loaded model apart copies too"
+
+
+def test_a_failure_while_submodules_are_made_leaves_the_model_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_bert()
     real, calls = torch.Tensor.copy_, 0
 
     def copy_(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal calls
-        calls += 1
+        calls += not self.is_meta
         if calls == 5:
             raise RuntimeError("out of memory")
         return real(self, *args, **kwargs)
@@ -843,7 +881,7 @@ def test_a_failure_while_tensors_are_put_in_place_leaves_the_model_as_it_was(
     with monkeypatch.context() as patch, refusing(model, "out of memory", error=RuntimeError):
         patch.setattr(torch.Tensor, "copy_", copy_)
         unipelt.load(model, folder)
-    assert calls > 5, "taking the half-loaded model apart copies too"
+    assert calls == 5
 
 
 def test_no_pickle_is_ever_opened(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,42 @@ def test_a_pass_that_breaks_off_leaves_nothing_behind(place: str, error: type[Ba
     assert not any(vars(passes).values())
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_pass_that_breaks_off_leaves_nothing_behind(reentrant: bool, error: type[BaseException]) -> None:
+    """As for want of memory, where checkpointed layers are computed again."""
+    model: Any = unipelt.inject(tiny_bert(), "unipelt-apl").train()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    passes = next(rooms(model))[1].passes
+    inside: list[list[Any]] = []
+
+    def fail(*_: Any) -> None:
+        inside.append(passes_alive())
+        raise error("here")
+
+    def watch(module: Any, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(fail)
+
+    model.bert.encoder.layer[0].register_forward_hook(watch)
+    loss = model(**tiny_batch(), labels=torch.tensor([0, 1, 1])).loss
+    gc.collect()
+    assert not passes_alive()
+    ended = False
+    try:
+        loss.backward()
+        ended = True
+    except error:
+        pass
+    assert not ended
+    assert inside[0], "two layers were computed again"
+    inside.clear()
+    del loss
+    assert not passes_alive()
+    assert not any(vars(passes).values())
+
+
 def test_only_what_trains_of_the_base_is_remembered() -> None:
     for preset, kept in (("unipelt-apl", {"classifier.weight", "classifier.bias"}), ("fine-tuning", None)):
         model = tiny_bert()

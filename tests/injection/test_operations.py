@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import shake, tiny_batch, tiny_bert
+from inside import added_to
 from measuring import OperationCounter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 import unipelt
-from unipelt.submodules.forward_pass import cached_on
-from unipelt.submodules.gate import token_weights
+from unipelt.submodules.forward_pass import PassFacts
+from unipelt.submodules.room import rooms
+from unipelt.submodules.tokens import token_weights
 
 LABELS = torch.tensor([0, 1, 1])
 SCALE = "unipelt-apl"
@@ -61,14 +63,14 @@ def step_operations(model: Any, padded: bool = True) -> Counter[str]:
 # Counts
 
 
-@pytest.mark.parametrize("method", [SCALE, OWN], ids=str)
+@pytest.mark.parametrize(("method", "most"), [(SCALE, (17, 14)), (OWN, (17, 17))], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-def test_operations_of_a_forward_pass(padded: bool, method: Any) -> None:
-    """At most 20 a layer more than without, and a few for the pass."""
+def test_operations_of_a_forward_pass(padded: bool, method: Any, most: tuple[int, int]) -> None:
+    """At most so many a layer more than without, and a few for the pass."""
     plain = {layers: forward_operations(bert(layers), padded).total() for layers in (4, 5)}
     ours = {layers: forward_operations(unipelt.inject(bert(layers), method), padded).total() for layers in (4, 5)}
     a_layer = (ours[5] - ours[4]) - (plain[5] - plain[4])
-    assert 0 < a_layer <= 20
+    assert 0 < a_layer <= most[padded]
     assert ours[4] - plain[4] - 4 * a_layer <= 14, "of the pass: the prefixes, the token weights, the prefix's mask"
 
 
@@ -76,7 +78,7 @@ def test_operations_of_a_forward_pass(padded: bool, method: Any) -> None:
 def test_operations_of_a_training_step(padded: bool) -> None:
     tuned = step_operations(unipelt.inject(bert(4), "fine-tuning"), padded).total()
     ours = step_operations(unipelt.inject(bert(4), SCALE), padded).total()
-    assert ours <= 405, "five more than here, for other versions of PyTorch"
+    assert ours <= 387, "five more than here, for other versions of PyTorch"
     assert ours < 2.1 * tuned
 
 
@@ -102,7 +104,7 @@ def test_all_prefixes_of_a_pass_are_computed_at_once() -> None:
     for method in ("prefix", SCALE, MASS, OWN):
         model = make(method)
         calls: list[Any] = []
-        model.bert.encoder.prefix_network.register_forward_hook(
+        added_to(model.bert.encoder).prefix_network.register_forward_hook(
             lambda module, args, output, calls=calls: calls.append(args)
         )
         model(**tiny_batch())
@@ -136,9 +138,8 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 def each_layer_its_own(model: Any) -> None:
     """Take away what the pass computes once."""
-    encoder = model.bert.encoder
-    encoder.register_forward_pre_hook(lambda *_: encoder.prefix_network.pass_.leave())
-    encoder.register_forward_pre_hook(lambda *_: encoder.prefix_network.pass_._prefixes.clear())
+    passes = next(rooms(model))[1].passes
+    model.bert.encoder.register_forward_pre_hook(lambda *_: passes.current().facts.prefixes.clear())
 
 
 @pytest.mark.parametrize("method", ["prefix", SCALE, MASS, NOGATE], ids=str)
@@ -148,7 +149,7 @@ def test_each_layer_by_itself_computes_the_same(method: Any) -> None:
     with torch.no_grad():
         want_logits = model(**tiny_batch()).logits
     calls: list[Any] = []
-    model.bert.encoder.prefix_network.register_forward_hook(lambda module, args, output: calls.append(args))
+    added_to(model.bert.encoder).prefix_network.register_forward_hook(lambda module, args, output: calls.append(args))
     each_layer_its_own(model)
     assert_close(gradients(model), want)
     assert calls == [(), (0,), (1,), (2,)]
@@ -189,7 +190,7 @@ def test_a_layer_called_without_its_stack() -> None:
     handle.remove()
     ((args, kwargs, want),) = seen
     torch.testing.assert_close(layer(*args, **kwargs), want, atol=1e-6, rtol=0)
-    model.bert.encoder.prefix_network.w2.bias.data += 1.0
+    added_to(model.bert.encoder).prefix_network.w2.bias.data += 1.0
     assert (layer(*args, **kwargs) - want).abs().max() > 1e-3
 
 
@@ -201,7 +202,8 @@ def test_a_pass_that_fails_leaves_nothing() -> None:
         with pytest.raises(ZeroDivisionError):
             model(**tiny_batch())
         handle.remove()
-        assert not model.bert.encoder.prefix_network.pass_._prefixes
+        assert all(room.passes.current() is None for _, room in rooms(model))
+        assert not any(value for _, room in rooms(model) for value in vars(room.passes).values())
         assert torch.equal(model(**tiny_batch()).logits, want)
 
 
@@ -236,7 +238,10 @@ def test_a_mask_of_inference_mode_may_train() -> None:
         assert not torch.equal(model(given["input_ids"], attention_mask=inside).logits, want)
     loss = model(given["input_ids"], attention_mask=mask, labels=LABELS).loss
     loss.backward()
-    assert torch.equal(model(given["input_ids"], attention_mask=mask).logits.detach(), want)
+    got = model(given["input_ids"], attention_mask=mask).logits.detach()
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)  # what trains rounds its last bit otherwise
+    with torch.no_grad():
+        assert torch.equal(model(given["input_ids"], attention_mask=mask).logits, want)
 
 
 def test_one_mask_may_serve_several_models() -> None:
@@ -252,19 +257,27 @@ def test_one_mask_may_serve_several_models() -> None:
                 assert torch.equal(model(given["input_ids"], attention_mask=mask).logits, logits)
 
 
-def test_once() -> None:
-    tensor, made = torch.ones(3), []
+def test_once_a_pass() -> None:
+    tensor, made, facts = torch.ones(3), [], PassFacts()
 
     def make_it() -> Tensor:
         made.append(1)
         return tensor * 2
 
-    assert cached_on(tensor, "twice", make_it) is cached_on(tensor, "twice", make_it)
+    assert facts.once(tensor, "twice", make_it) is facts.once(tensor, "twice", make_it)
     assert len(made) == 1
+    facts.once(tensor, "other", make_it)
+    assert len(made) == 2
     tensor += 1
-    assert torch.equal(cached_on(tensor, "twice", make_it), torch.full((3,), 4.0))
-    cached_on(tensor, "other", make_it)
+    assert torch.equal(PassFacts().once(tensor, "twice", make_it), torch.full((3,), 4.0)), "a pass of its own"
     assert len(made) == 3
+    facts.once(tensor.clone(), "twice", make_it)
+    facts.once(tensor[:1], "twice", make_it)
+    assert len(made) == 5, "a tensor that is gone leaves its identity to nobody"
+    for _ in range(2):
+        facts.once(torch.ones(3, requires_grad=True), "twice", make_it)
+    needs = torch.ones(3, requires_grad=True)
+    assert facts.once(needs, "twice", make_it) is not facts.once(needs, "twice", make_it), "each has its own graph"
 
 
 def test_token_weights_of_one_mask_for_several_batches() -> None:

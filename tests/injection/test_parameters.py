@@ -26,6 +26,7 @@ from transformers import (
 
 import unipelt
 from unipelt.injection.parameters import head_names, kept_names, unfrozen_names
+from unipelt.submodules.room import own_parameters, own_parts
 
 BASE = 109_482_240  # BERT-base with its pooler
 ADAPTER = 894_528
@@ -157,13 +158,6 @@ def test_counts_read_well_and_need_an_injection() -> None:
         unipelt.parameter_counts(model)
 
 
-OURS = {
-    "adapter": (".output.LayerNorm.adapter.",),
-    "prefix": ("prefix_network.",),
-    "lora": (".lora_query.A", ".lora_query.B", ".lora_value.A", ".lora_value.B"),
-}
-
-
 @pytest.mark.parametrize("train_head", [True, False])
 @pytest.mark.parametrize("preset", unipelt.PRESETS)
 def test_only_what_the_configuration_says_trains(preset: str, train_head: bool) -> None:
@@ -182,9 +176,37 @@ def test_only_what_the_configuration_says_trains(preset: str, train_head: bool) 
     if train_head:
         expected |= {"classifier.weight", "classifier.bias"}
     assert trained == expected
-    there = {part for part, marks in OURS.items() if any(mark in name for name in added for mark in marks)}
-    assert there == {part for part in OURS if getattr(config, part) is not None}
-    assert any("gates." in name for name in added) == (preset.startswith("unipelt") and "nogate" not in preset)
+    assert added == own_parameters(model).keys() == {own.full_name for own in own_parts(model)}
+    kinds = {own.part.kind for own in own_parts(model)}
+    named = {name for name in ("adapter", "prefix", "lora", "prompt") if getattr(config, name) is not None}
+    assert kinds - {"gate"} == named | {part.name for part in config.more}
+    assert ("gate" in kinds) == (preset.startswith("unipelt") and "nogate" not in preset)
+    of_lora = {own.part.name for own in own_parts(model) if own.part.kind == "lora"}
+    assert of_lora == (
+        {f"lora_{place}.{side}" for place in ("query", "value") for side in "AB"} if config.lora else set()
+    )
+
+
+@pytest.mark.parametrize("preset", ["unipelt-apl", "unipelt-apl-nogate", "lora", "prompt", "unipelt-mam"])
+def test_counts_follow_what_trains(preset: str) -> None:
+    """Whatever a caller freezes or lets train after injecting."""
+    model = unipelt.inject(tiny_bert(), preset)
+    whole = unipelt.parameter_counts(model)
+    assert trainable(model) == whole.trained + whole.head
+    for own in own_parts(model):
+        own.parameter.requires_grad_(False)
+        now = unipelt.parameter_counts(model)
+        assert trainable(model) == now.trained + now.head
+        assert now.deployed == whole.deployed, "what is frozen is deployed all the same"
+        assert now.deployed_submodules == whole.deployed_submodules
+        assert now.gates == whole.gates
+        assert (now.head, now.base) == (whole.head, whole.base)
+    assert now.trained == sum(now.submodules.values()) == 0
+    model.get_parameter("bert.pooler.dense.bias").requires_grad_(True)
+    model.get_parameter("classifier.bias").requires_grad_(False)
+    now = unipelt.parameter_counts(model)
+    assert (now.trained, now.head, now.submodules["base"]) == (32, 64, 32)
+    assert trainable(model) == now.trained + now.head
 
 
 def without_gradient(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import bits, shake, tiny_bert
 from helpers import tiny_batch as bert_batch
+from inside import added_to
 from tiny import DECODERS, ENCODER_DECODERS, ENCODERS, tiny_batch, tiny_model
 from torch import Tensor
 
@@ -168,7 +169,7 @@ def test_it_starts_at_tokens_and_is_saved_loaded_counted_and_removed(tmp_path: P
     manifest = json.loads((tmp_path / "unipelt.json").read_text())
     manifest["unipelt"]["prompt"]["length"] = 1_000_000
     (tmp_path / "unipelt.json").write_text(json.dumps(manifest))
-    with pytest.raises(unipelt.CheckpointError, match=r"prompt\.length is 1000000, and no tensor has that size"):
+    with pytest.raises(unipelt.CheckpointError, match=r"prompt\.embedding is \(4, 32\) there and \(1000000, 32\) h"):
         unipelt.load(tiny_bert(), tmp_path)
 
 
@@ -231,10 +232,13 @@ def test_what_else_is_refused() -> None:
     with pytest.raises(unipelt.CheckpointError, match="this model a prompt"):
         unipelt.release_state_dict(unipelt.inject(tiny_bert(), PROMPT))
     model: Any = tiny_bert()
-    model.bert.prompt = torch.nn.Linear(2, 2)
-    with pytest.raises(unipelt.InjectionError, match="has an attribute 'prompt' of its own"):
+    model.bert.prompt = torch.nn.Linear(2, 2)  # a name that is free
+    unipelt.remove(unipelt.inject(model, PROMPT))
+    model.bert.unipelt = torch.nn.Linear(2, 2)
+    with pytest.raises(unipelt.InjectionError, match="bert has an attribute 'unipelt' of its own"):
         unipelt.inject(model, PROMPT)
     assert isinstance(model.bert.prompt, torch.nn.Linear)
+    assert isinstance(model.bert.unipelt, torch.nn.Linear)
     model = tiny_bert()
     table = model.get_input_embeddings()
     table.weight = torch.nn.Parameter(table.weight.data.to(torch.int8), requires_grad=False)
@@ -255,7 +259,7 @@ def gated(**gate: Any) -> dict[str, Any]:
 
 
 def gate_of(model: Any) -> Any:
-    return next(module.gates for module in model.modules() if isinstance(module, unipelt.Prompt))
+    return next(module.entry for module in model.modules() if isinstance(module, unipelt.Prompt))
 
 
 def by_hand(base: Any, model: Any, batch: dict[str, Tensor], gate: Tensor) -> Tensor:
@@ -321,7 +325,9 @@ def test_a_gates_prediction_depends_on_no_padding_and_its_parameters_train(gate:
     assert record["prompt"].shape == (10, 1)
     want.loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trained.keys() == {f"bert.prompt.{name}" for name, _ in model.bert.prompt.named_parameters()}
+    assert trained.keys() == {
+        f"bert.unipelt.default.prompt.{name}" for name, _ in added_to(model.bert).prompt.named_parameters()
+    }
     assert all(parameter.grad.abs().max() > 0 for parameter in trained.values())
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unipelt.checkpoint.manifest import CheckpointError
+from unipelt.files.messages import show
 from unipelt.injection.draft import Draft
 from unipelt.submodules.entry import Entry
 from unipelt.submodules.prompt import Prompt
@@ -29,10 +31,15 @@ def renamed(
         drafts: the sets that the checkpoint's configuration means.
         tensors: by their names of format 1. What is of the model itself keeps its name.
         folded: by the path of the gates, the name of a gate and its constant; None for a model that is not folded.
+
+    Raises:
+        CheckpointError: a tensor has a name of today's.
     """
     left = dict(tensors)
     found: dict[str, Tensor] = {}
     for name, old_names in _old_names(drafts):
+        if name in left:
+            raise CheckpointError(f"the checkpoint is said to be of format 1, which has no tensor {show(name)}")
         pieces = [left.pop(old) for old in old_names if old in left]
         if len(pieces) == len(old_names) and all(piece.shape[1:] == pieces[0].shape[1:] for piece in pieces):
             found[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)

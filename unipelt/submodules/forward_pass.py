@@ -207,8 +207,8 @@ class Passes:
     """
 
     def __init__(self) -> None:
-        self._by_thread: dict[int, weakref.ref[ForwardPass]] = {}
-        self._recomputed: dict[int, tuple[int, ForwardPass]] = {}
+        self._by_thread: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()
+        self._recomputed: weakref.WeakValueDictionary[tuple[int, int], ForwardPass] = weakref.WeakValueDictionary()
         self._rows: dict[int, SetRows] = {}
         self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot ask which
 
@@ -216,11 +216,9 @@ class Passes:
         """Return the pass that this thread is in, or None."""
         if is_compiling():
             return self._traced
-        reference = self._by_thread.get(get_ident())
-        found = None if reference is None else reference()
+        found = self._by_thread.get(get_ident())
         if found is None and self._recomputed:
-            task, again = self._recomputed.get(get_ident(), (-1, None))
-            return again if task == torch._C._current_graph_task_id() else None
+            return self._recomputed.get((get_ident(), torch._C._current_graph_task_id()))
         return found
 
     def current_or_recomputed(self) -> ForwardPass | None:
@@ -234,11 +232,11 @@ class Passes:
         if task < 0:
             return found
         again = ForwardPass(PassFacts())
-        thread = get_ident()
-        self._recomputed[thread] = (task, again)
+        place = (get_ident(), task)
+        self._recomputed[place] = again
 
-        def end() -> None:
-            self._recomputed.pop(thread, None)
+        def end(held: ForwardPass = again) -> None:  # holds the pass; a backward pass that fails drops its callbacks
+            self._recomputed.pop(place, None)
 
         torch.autograd.Variable._execution_engine.queue_callback(end)
         return again
@@ -249,10 +247,9 @@ class Passes:
         if torch.compiler.is_compiling():
             self._traced = begun
             return args
-        self._recomputed.pop(get_ident(), None)
         held = _HeldArguments(args)
         held.held = (begun, args)
-        self._by_thread[get_ident()] = weakref.ref(begun)
+        self._by_thread[get_ident()] = begun
         return held
 
     def leave(self) -> None:
