@@ -21,7 +21,7 @@ from unipelt.injection.hooks import (
     put,
     take_off,
 )
-from unipelt.submodules.room import ROOM, Port, SubmoduleSet
+from unipelt.submodules.room import ROOM, Port, SubmoduleSet, rooms
 
 
 def wire_stack(owner: Any, layer: nn.Module) -> None:
@@ -75,6 +75,16 @@ def rewire_layer(layer: nn.Module) -> None:
             _release(module)
     for built in room._modules.values():
         wire_layer(layer, built)
+
+
+def rewire_stacks(model: nn.Module) -> None:
+    """Let stacks without anything left in their layers begin no more passes."""
+    found = list(rooms(model))
+    sets = [(room, part) for _, room in found for part in room._modules.values() if isinstance(part, SubmoduleSet)]
+    used = {room.passes for room, built in sets for part in built.attentions() if part.prefix is not None or part.terms}
+    for path, room in found:
+        if room.passes not in used:
+            take_off(model.get_submodule(path.rpartition(".")[0]), enter_stack, leave_stack)
 
 
 def detach(model: nn.Module) -> None:
