@@ -23,6 +23,7 @@ from helpers import (
     edit,
     logits,
     read,
+    refused,
     refusing,
     seal,
     shake,

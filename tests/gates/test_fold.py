@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, shake, what_is_there
+from inside import added_to, parts
 from tiny import SIMPLE, WITHOUT_INTERFACE, tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from unipelt.injection.state import injection_of
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork
+from unipelt.submodules.room import own_parameters, own_parts
 
 SMALL: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 6},
@@ -48,14 +50,12 @@ def trained(family: str = "bert", attention: str = "sdpa", changes: Any = None, 
 
 def hold(model: nn.Module, value: Callable[[str], float | None]) -> None:
     """Make each gate whose name gets a value exactly that, whatever it reads."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Gates):
-                for row, name in enumerate(module.names):
-                    if (wanted := value(name)) is not None:
-                        if module.has_input:
-                            module.weight[row] = 0.0
-                        module.bias[row] = torch.logit(torch.tensor(wanted, dtype=torch.float64)) * module.temperature
+    temperature = injection_of(model).config.gate.temperature
+    for own in own_parts(model):
+        if own.part.gate in ("", "network") or (wanted := value(own.part.gate)) is None:
+            continue
+        logit = torch.logit(torch.tensor(wanted, dtype=torch.float64)) * temperature
+        own.tensor.copy_(logit if own.part.parameter == "bias" else torch.zeros(()))
 
 
 def by_name(name: str) -> float:
@@ -172,8 +172,8 @@ def test_closed_gates_take_their_submodules_along(family: str, kind: dict[str, s
         if type(module).__module__.startswith(("torch", "transformers"))
     ]
     assert {hook.__name__ for found in hooks for hook in found} <= {"refuse_training", "wake_input"}
-    kinds = ("unipelt_site", "gates", "prefix", "adapter", "lora_query", "lora_value", "unipelt_rows")
-    assert not any(hasattr(module, name) for module in model.modules() for name in kinds)
+    assert not own_parameters(model)
+    assert not any(hasattr(module, "unipelt_port") for module in model.modules())
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
         model.config._attn_implementation
     }
@@ -297,15 +297,18 @@ def test_what_was_folded_is_remembered_apart_from_the_caller() -> None:
     assert not counts.submodules
 
 
+@pytest.mark.parametrize("kept_in", ["float32", "base"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    model: Any = unipelt.inject(tiny_model("bert").to(dtype), config("bert", adapter=None, prefix=None))
+def test_half_precision_is_rounded_once(dtype: torch.dtype, kept_in: str) -> None:
+    model: Any = unipelt.inject(tiny_model("bert").to(dtype), config("bert", adapter=None, prefix=None, dtype=kept_in))
     shake(model)
     hold(model, by_name)
     projection: Any = model.bert.encoder.layer[0].attention.self.value
     kind = torch.promote_types(dtype, torch.float32)
+    own = parts(model.bert.encoder.layer[0])
+    assert own["lora_value.A"].dtype == own["lora_value.B"].dtype == (dtype if kept_in == "base" else kind)
     weight, A, B = (
-        tensor.detach().to(kind, copy=True) for tensor in (projection.weight, *projection.lora_value.parameters())
+        tensor.detach().to(kind, copy=True) for tensor in (projection.weight, own["lora_value.A"], own["lora_value.B"])
     )
     report = unipelt.fold(model, batches(), tolerance=1e-2)
     constant = next(gate.mean for gate in report.gates if gate.name == "lora_value")
@@ -477,8 +480,7 @@ def _computed(model: Any) -> None:
 
 
 def _infinite(model: Any) -> None:
-    with torch.no_grad():
-        model.bert.encoder.layer[0].output.LayerNorm.adapter.gates.bias.fill_(torch.nan)
+    parts(model)["bert.encoder.layer.0.gate.adapter.bias"].fill_(torch.nan)
 
 
 class Odd:
@@ -562,7 +564,7 @@ def test_a_spoilt_manifest_changes_nothing(change: Any, match: str, tmp_path: Pa
 
 def first(folded: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The constants of the first attention."""
-    return folded["bert.encoder.layer.0.attention.self.gates"]
+    return folded["bert.encoder.layer.0.unipelt.default.entry"]
 
 
 def test_generation_with_a_cache() -> None:
@@ -577,7 +579,7 @@ def test_generation_with_a_cache() -> None:
 def test_a_prompt_counts_where_gates_are_of_tokens() -> None:
     """It stands before the padded text, and a gate of a token reads it like a word."""
     model = trained(changes={"prefix": None, "gate": {"pooling": "token"}, "prompt": {"length": 5, "gate": False}})
-    host: Any = model.bert.encoder.layer[1].attention.self.gates
+    host = added_to(model.bert.encoder.layer[1]).entry.gates
     seen: list[Tensor] = []
     hook = host.register_forward_hook(lambda _, args, out: seen.append(out[..., 0]))
     outputs(model)
@@ -587,5 +589,5 @@ def test_a_prompt_counts_where_gates_are_of_tokens() -> None:
     want = seen[0][mask].double()
     assert want.std() > 1e-2
     report = unipelt.fold(model, batches()[:1], tolerance=0.0)
-    got = next(gate for gate in report.gates if gate.path.startswith("bert.encoder.layer.1.attention.self"))
+    got = next(gate for gate in report.gates if gate.path == "bert.encoder.layer.1.unipelt.default.entry")
     assert (got.mean, got.std) == pytest.approx((want.mean().item(), want.std(correction=0).item()), abs=1e-6)

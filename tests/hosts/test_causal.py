@@ -305,17 +305,17 @@ def watch_inputs(modules: Any) -> dict[Any, Tensor]:
     return inputs
 
 
-def gated_attentions(model: Any) -> list[Any]:
-    """Attentions with a gate a token."""
-    return [
-        layer.get_submodule(added.wiring.attention)
+def gated_attentions(model: Any) -> dict[Any, Any]:
+    """Attentions with a gate a token, and what was added to each."""
+    return {
+        layer.get_submodule(added.wiring.attention): added
         for _, layer, added in layer_sets(model)
         if added.entry is not None and added.entry.gates.pooling == "token"
-    ]
+    }
 
 
-def is_cross(attention: Any) -> bool:
-    names: tuple[str, ...] = added_at(attention).entry.gates.names
+def is_cross(added: Any) -> bool:
+    names: tuple[str, ...] = added.entry.gates.names
     return names[0].startswith("cross.")
 
 
@@ -337,7 +337,7 @@ def test_the_gate_of_a_query_is_the_mass_of_its_prefix(
         module = call["module"]
         gate = gate_of(added_at(module), "prefix", inputs[module])
         assert gate.std() > 1e-3
-        if is_cross(module):
+        if is_cross(added_at(module)):
             crossing += 1
             allowed = (torch.arange(7) < 5).view(1, 1, 1, 7)  # the source of `run`: 5 tokens of 7
         else:
@@ -369,8 +369,8 @@ def test_the_low_rank_term_of_a_token_is_scaled_by_its_gate(family: str) -> None
     terms = {
         (attention, placed.term.name): placed.host
         for placed in placed_terms(model)
-        for attention in attentions
-        if placed.owner is added_at(attention) and placed.term.name in ("lora_query", "lora_value")
+        for attention, added in attentions.items()
+        if placed.owner is added and placed.term.name in ("lora_query", "lora_value")
     }
     assert len(terms) == 2 * len(attentions) == 2 * DEPTH * (1 + (family in ENCODER_DECODERS))
     inputs = watch_inputs({*attentions, *terms.values()})
@@ -379,16 +379,15 @@ def test_the_low_rank_term_of_a_token_is_scaled_by_its_gate(family: str) -> None
         leaf.register_forward_hook(lambda module, args, out: outputs.update({module: out}))
     run(family, model, random_ids(), None)
     paths = {module: path for path, module in model.named_modules()}
-    for attention in attentions:
+    for attention, added in attentions.items():
         for leaf in {leaf for (owner, _), leaf in terms.items() if owner is attention}:
             x = inputs[leaf]
             want = base.get_submodule(paths[leaf])(x).detach()
             for i, name in enumerate(("lora_query", "lora_value")):
                 if terms[attention, name] is not leaf:
                     continue
-                added = added_at(attention)
                 own = parts_in(added)
-                crosses_to_source = is_cross(attention) and name == "lora_value"
+                crosses_to_source = is_cross(added) and name == "lora_value"
                 assert (added.terms[name].entry is not None) == crosses_to_source
                 # the value of a cross-attention is gated by what it reads: the encoder's states
                 gate = gate_of(added, name, x if crosses_to_source else inputs[attention])
@@ -503,9 +502,9 @@ def test_sdpa_without_a_mask_does_not_see_keys_that_no_query_has_reached(queries
         assert "position_bias" not in inspect.getsource(AttentionInterface()["sdpa"])
         return
     model = make(family)
-    attention = gated_attentions(model)[0]
+    attention, added = next(iter(gated_attentions(model).items()))
     generator = torch.Generator().manual_seed(0)
-    added, passes = added_at(attention), attention.unipelt_port.room[0].passes
+    passes = attention.unipelt_port.room[0].passes
     heads = added.prefix().shape[-1] // 8
     query = torch.randn(2, 4, queries, 8, generator=generator)
     key, value = torch.randn(2, 2, heads, keys, 8, generator=generator)

@@ -655,8 +655,9 @@ def test_attention_with_a_prefix(name: str, place: int, which: int, gating: str)
     gate = torch.ones(3, 1)
     if kind["gate"]:
         real = None if stack.causal else batch["attention_mask"]
-        _, where, label = added_at(layers_of(model, stack)[at], stack, heads)
-        gate = gate_of(parts(layers_of(model, stack)[at]), f"{where}gate.{label}prefix", given.states, real)
+        layer = layers_of(model, stack)[at]
+        _, inside, label = added_at(layer, stack, heads)
+        gate = gate_of(parts(layer), f"{inside}gate.{label}prefix", given.states, real)
         if stack.causal or gating == "mass":
             shift = shift + gate.log()[..., None]
         elif not own:

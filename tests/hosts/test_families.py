@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers import assert_near, shake
+from inside import added_to, gradients_of_parts, parts
 from tiny import (
     DECODERS,
     DEPTH,
@@ -33,15 +34,16 @@ from torch import Tensor, nn
 import unipelt
 from unipelt.hosts.families import FAMILIES as ALL_FAMILIES
 from unipelt.hosts.generate import text_types
-from unipelt.injection.parameters import submodule_parameters
 from unipelt.injection.state import injection_of
 from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.gate import Gates, token_weights
+from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
+from unipelt.submodules.room import own_parameters
+from unipelt.submodules.tokens import token_weights
 
 PARTS: dict[str, dict[str, Any]] = {
-    "adapter": {"bottleneck": 6},
+    "adapter": {"bottleneck": 12},  # ReLUs of fewer may be closed for every token
     "prefix": {"length": 4, "hidden": 10},
     "lora": {"rank": 3, "alpha": 6.0},
 }
@@ -122,7 +124,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 def trained(model: Any) -> set[str]:
     """Names of the model's own parameters that train."""
-    ours = {name for _, name, _ in submodule_parameters(model)}
+    ours = own_parameters(model).keys()
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad} - ours
 
 
@@ -245,7 +247,7 @@ def test_remove_is_bitwise(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_original_checkpoint_still_loads(family: str) -> None:
     model, other = make(family), tiny_model(family, seed=5)
-    ours = {name for _, name, _ in submodule_parameters(model)}
+    ours = own_parameters(model).keys()
     result = model.load_state_dict(other.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) == ours
@@ -274,10 +276,13 @@ def test_copies_and_checkpoints_are_equal(family: str, tmp_path: Path) -> None:
 def test_gradients_reach_just_what_trains(family: str) -> None:
     model = make(family).train()
     found = gradients(model, tiny_batch(family))
-    wanted = {name for _, name, _ in submodule_parameters(model)} | injection_of(model).head
+    wanted = own_parameters(model).keys() | injection_of(model).head
     assert {name for name, gradient in found.items() if gradient is not None} == wanted
     for name, gradient in found.items():
         assert gradient is None or (gradient.isfinite().all() and gradient.any()), name
+    for name, gradient in gradients_of_parts(model).items():
+        assert gradient is not None, name
+        assert gradient.any(), name
 
 
 # Gradient checkpointing
@@ -495,17 +500,18 @@ def test_a_closed_mass_gate_is_the_model_without_prefix(family: str) -> None:
     unipelt.inject(model, small("prefix", prefix={"gate": True, "gating": "mass"}, train_head=False))
     shake(model)
     opened = logits(model, batch)
-    gates = [module for module in model.modules() if isinstance(module, Gates)]
-    with torch.no_grad():
-        for module in gates:
-            module.weight.zero_()
-            module.bias.fill_(-1e4)
+    for name, part in parts(model, "gate").items():
+        part.fill_(0.0 if name.endswith(".weight") else -1e4)
     real = batch["attention_mask"].bool() if family in DECODERS else slice(None)
     got = first(model, batch)
     assert_near(got[real], want[real], 2e-6)
     assert (opened[real] - want[real]).abs().max() > 1e-3
     got[real].sum().backward()
-    assert all(gate.weight.grad is not None and gate.weight.grad.isfinite().all() for gate in gates)
+    found = gradients_of_parts(model)
+    for name in parts(model, "gate"):
+        gradient = found[name]
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
 
 
 @pytest.mark.parametrize("gating", ["scale", "mass"])
@@ -549,7 +555,7 @@ def test_layers_that_are_not_chosen_carry_nothing(family: str, layers: Any, chos
             assert found == (Counter(full) if index in chosen else Counter()), (stack.layers, index)
             if index not in chosen:
                 assert not any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
-                assert not any("unipelt" in name for m in layer.modules() for name in vars(m))
+                assert not any("unipelt" in name for m in layer.modules() for name in (*vars(m), *m._modules))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -562,13 +568,23 @@ def test_a_layer_that_is_not_there_is_refused(family: str) -> None:
     assert_same(model.state_dict(), before)
 
 
-def test_a_layer_that_one_stack_lacks_is_refused_by_that_stack() -> None:
-    model = tiny_model("bart", decoder_layers=2)
-    with pytest.raises(unipelt.InjectionError, match="layers names 2, but the decoder's 2 layers are 0 to 1"):
-        unipelt.inject(model, small("lora", layers="0-2"))
+def test_a_layer_that_one_stack_lacks_is_that_of_the_other() -> None:
+    model, batch = tiny_model("bart", num_hidden_layers=2, encoder_layers=2, decoder_layers=4), tiny_batch("bart")
+    want = logits(model, batch)
+    with pytest.raises(unipelt.InjectionError, match="layers names 4, but the model's 4 layers are 0 to 3"):
+        unipelt.inject(model, small("lora", layers="3-4"))
     assert not placed(model)
-    unipelt.inject(model, small("lora", layers="0-2", decoder=False, cross=False))
-    assert placed(model) == {LoRA: 6}
+    for layers, count in (([3], 4), ("1-3", 2 + 3 * 4), ("0-3", 2 * 2 + 4 * 4)):
+        unipelt.inject(model, small("lora", layers=layers))
+        shake(model)
+        assert placed(model) == {LoRA: count}
+        assert bool(placed(model.get_encoder())) == (layers != [3])
+        assert placed(model.get_decoder().layers[3]) == {LoRA: 4}
+        assert (logits(model, batch) - want).abs().max() > 1e-3
+        unipelt.remove(model)
+    with pytest.raises(unipelt.InjectionError, match="encoder=True, decoder=False, cross=False leave nothing of"):
+        unipelt.inject(model, small("lora", layers=[3], decoder=False, cross=False))
+    assert torch.equal(logits(model, batch), want)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
@@ -593,13 +609,16 @@ def test_a_side_may_be_left_out(family: str) -> None:
         cross = FAMILIES[family].stacks[1].cross
         assert cross is not None
         layers = model.base_model.get_submodule(FAMILIES[family].stacks[1].layers)
-        crossing = [bool(placed(layer.get_submodule(cross.path))) for layer in layers]
-        assert crossing == [out != "cross"] * DEPTH
+        crossing = [added_to(layer).cross for layer in layers]
+        assert [added is not None and bool(placed(added)) for added in crossing] == [out != "cross"] * DEPTH
+        assert all(
+            added is None or layer.get_submodule(cross.path) is layer.get_submodule(added.wiring.attention)
+            for layer, added in zip(layers, crossing, strict=True)
+        )
         assert bool(placed(stacks["encoder"])) == (out != "encoder")
         assert bool(placed(stacks["decoder"])) is True
         found = gradients(model, batch)
-        ours = {name for _, name, _ in submodule_parameters(model)}
-        assert all(found[name] is not None for name in ours)
+        assert all(found[name] is not None for name in own_parameters(model))
         unipelt.remove(model)
         assert torch.equal(logits(model, batch), bare)
     with pytest.raises(unipelt.InjectionError, match="encoder=False, decoder=False, cross=False leave nothing"):
@@ -665,7 +684,7 @@ def test_other_back_ends_are_refused_with_a_prefix(family: str) -> None:
         logits(model, ids)
         return
     for module in model.modules():  # a stack may have a copy of the model's configuration
-        if hasattr(module, "config") and not hasattr(module, "unipelt_site"):
+        if hasattr(module, "config") and not hasattr(module, "unipelt_port"):
             module.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="not 'flash_attention_2'"):
         logits(model, ids)
@@ -675,12 +694,12 @@ def test_a_gate_that_cannot_read_a_mask_says_so() -> None:
     class BlockMask:
         pass
 
-    with pytest.raises(ValueError, match=r"cannot read a BlockMask .flex attention.*set_attn_implementation"):
-        token_weights(BlockMask(), 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cannot read a mask of type BlockMask.*set_attn_implementation"):
+        token_weights(BlockMask(), 1)
     model = unipelt.inject(tiny_model("bert"), small("unipelt-al"))
-    attention = model.base_model.get_submodule("encoder.layer.0.attention.self")
-    with pytest.raises(ValueError, match="cannot read a BlockMask"):
-        attention(torch.zeros(1, 2, 32), attention_mask=BlockMask())
+    layer = model.base_model.get_submodule("encoder.layer.0")
+    with pytest.raises(ValueError, match="cannot read a mask of type BlockMask"):
+        layer(torch.zeros(1, 2, 32), attention_mask=BlockMask())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -741,10 +760,9 @@ def test_a_gated_update_leaves_relative_positions_alone() -> None:
     with unipelt.record_gates(model) as gates:
         calls = seen_by_query(model, batch)
     assert [tuple(given.shape) for given, _ in calls] == [(3, 9, 32), (1, 8, 32)], "a text, then positions"
-    attention = model.deberta.encoder.layer[0].attention.self
-    query, term = attention.query_proj, attention.query_proj.lora_query
+    own, query = parts(model.deberta.encoder.layer[0]), model.deberta.encoder.layer[0].attention.self.query_proj
     (text, text_out), (places, places_out) = calls
-    update = text @ term.A.T @ term.B.T * gates["lora_query"][:, :1, None]
+    update = text @ own["lora_query.A"].T @ own["lora_query.B"].T * gates["lora_query"][:, :1, None]
     assert update.abs().max() > 1e-2
     torch.testing.assert_close(text_out, nn.functional.linear(text, query.weight, query.bias) + update)
     assert torch.equal(places_out, nn.functional.linear(places, query.weight, query.bias))
@@ -757,12 +775,9 @@ def test_an_ungated_update_is_a_change_of_weights() -> None:
     shake(model)
     with torch.no_grad():
         for layer, plain in zip(model.deberta.encoder.layer, merged.deberta.encoder.layer, strict=True):
-            own, other = layer.attention.self, plain.attention.self
-            for term, leaf in (
-                (own.query_proj.lora_query, other.query_proj),
-                (own.value_proj.lora_value, other.value_proj),
-            ):
-                leaf.weight += 2.0 * term.B @ term.A  # alpha / rank
+            own, other = parts(layer), plain.attention.self
+            for term, leaf in (("lora_query", other.query_proj), ("lora_value", other.value_proj)):
+                leaf.weight += 2.0 * own[f"{term}.B"] @ own[f"{term}.A"]  # alpha / rank
     assert_near(logits(model, batch), logits(merged, batch))
     (_, _), (places, out) = seen_by_query(model, batch)
     query = model.deberta.encoder.layer[0].attention.self.query_proj
@@ -797,11 +812,13 @@ def test_flex_attention_works_in_a_decoder_without_a_prefix() -> None:
 # how Transformers makes its block masks
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning")
-def test_flex_attention_is_refused_where_a_gate_averages() -> None:
-    model = unipelt.inject(tiny_model("bert"), small("unipelt-al"))
+def test_flex_attention_works_where_a_gate_averages() -> None:
+    model, batch = tiny_model("bert"), tiny_batch("bert")
+    unipelt.inject(model, small("unipelt-al"))
+    shake(model)
+    want = logits(model, batch)
     model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="cannot read a BlockMask"):
-        model(**tiny_batch("bert"))
+    assert_near(logits(model, batch), want)
 
 
 def test_a_decoder_without_attention_to_an_encoder_has_nothing_there_to_add_to() -> None:

@@ -167,9 +167,10 @@ def test_equal_gates_act_as_static_ones_do(family: str, kind: str) -> None:
 
 
 def test_the_gate_of_a_token_scales_that_tokens_adapter() -> None:
-    model = unipelt.inject(tiny_bert(), {"preset": "adapter", "adapter": {"gate": True}, "gate": GATES["token"]})
+    method = {"preset": "adapter", "adapter": {"gate": True}, "gate": GATES["token"]}
+    model: Any = unipelt.inject(tiny_bert(), method)
     shake(model)
-    layer: Any = model.bert.encoder.layer[0]
+    layer = model.bert.encoder.layer[0]
     own, adapter = parts(layer), added_to(layer).adapter
     x = torch.randn(2, 5, 32)
     gate = torch.sigmoid(x @ own["gate.adapter.weight"][0] + own["gate.adapter.bias"])

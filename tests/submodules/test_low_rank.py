@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import shake, tiny_batch, tiny_bert
 from inside import added_to, fill
-from test_terms import HOSTS
+from submodules.test_terms import HOSTS
 from tiny import DECODERS, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn

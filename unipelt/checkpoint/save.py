@@ -34,6 +34,7 @@ from unipelt.injection.parameters import is_sharded, kept_names, parameter_count
 from unipelt.injection.state import injection_of
 from unipelt.submodules.entry import Entry, join_rows
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
+from unipelt.submodules.room import own_parameters
 
 
 def save(
@@ -106,7 +107,10 @@ def save(
 
 def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, deploy: bool) -> dict[str, Tensor]:
     folded = injection_of(model).folded
-    tensors = {name: whole[name] for name in kept_names(model)} | dict(folded.tensors if folded else {})
+    # of a folded model, what it was folded from: the names and the forms of ours are others now
+    left_out = own_parameters(model).keys() if folded else set()
+    tensors = {name: whole[name] for name in kept_names(model) if name not in left_out}
+    tensors |= folded.tensors if folded else {}
     if deploy:
         networks = {module: path for path, module in model.named_modules() if isinstance(module, PrefixNetwork)}
         prefixes = {}

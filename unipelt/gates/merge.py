@@ -20,7 +20,7 @@ from unipelt.gates.measure import FoldError, GateTarget, find_gates
 from unipelt.injection.hooks import hook, put
 from unipelt.injection.parameters import kept_names, unfrozen_names
 from unipelt.injection.state import Folded, Injection, injection_of
-from unipelt.injection.wire import rewire_layer
+from unipelt.injection.wire import rewire_layer, rewire_stacks
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA, low_rank_factors
 from unipelt.submodules.prefix import NETWORK_NAMES, Prefix, PrefixNetwork
@@ -68,6 +68,7 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
         for _, layer, part in list(layer_sets(model)):
             _fold_set(part, settled)
             rewire_layer(layer)
+        rewire_stacks(model)
     injection.deployed = True
     for parameter in model.parameters():
         parameter.grad = None
@@ -245,4 +246,4 @@ def _fold_set(part: SubmoduleSet, settled: Mapping[nn.Module, float | None]) -> 
             part.prefix = None
         else:
             prefix.scale_by(settled[prefix])
-    part.wiring = part.wiring.without(gone, lengthens=part.prefix is not None)
+    part.wiring = part.wiring.without(gone, has_entry=part.entry is not None, lengthens=part.prefix is not None)

@@ -22,7 +22,7 @@ from unipelt.injection.hooks import (
     put,
     take_off,
 )
-from unipelt.submodules.room import ROOM, Port, SubmoduleSet
+from unipelt.submodules.room import ROOM, Port, SubmoduleSet, rooms
 
 NAMES = (ROOM, "unipelt_port", "unipelt_layer", "unipelt_prompt", "unipelt_chunk_size")
 """What modules of the model are given, by name; detaching takes all of it away."""
@@ -94,6 +94,16 @@ def rewire_layer(layer: nn.Module) -> None:
             _release(module)
     for built in room._modules.values():
         wire_layer(layer, built)
+
+
+def rewire_stacks(model: nn.Module) -> None:
+    """Let stacks without anything left in their layers begin no more passes."""
+    found = list(rooms(model))
+    sets = [(room, part) for _, room in found for part in room._modules.values() if isinstance(part, SubmoduleSet)]
+    used = {room.passes for room, built in sets for part in built.attentions() if part.prefix is not None or part.terms}
+    for path, room in found:
+        if room.passes not in used:
+            take_off(model.get_submodule(path.rpartition(".")[0]), enter_stack, leave_stack)
 
 
 def detach(model: nn.Module) -> None:

@@ -78,8 +78,8 @@ class Wiring:
         """Whether a prefix makes the attention's text longer, outside Transformers' attention interface."""
         return bool(self.keys)
 
-    def without(self, names: set[str], *, lengthens: bool) -> Wiring:
-        """Return this wiring without terms of these names, and with or without a prefix that lengthens the text."""
+    def without(self, names: set[str], *, has_entry: bool, lengthens: bool) -> Wiring:
+        """Return this wiring without terms of these names, where an entry, or a lengthening prefix, may be gone too."""
 
         def left(places: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
             kept = {path: tuple(name for name in terms if name not in names) for path, terms in places.items()}
@@ -87,6 +87,7 @@ class Wiring:
 
         return replace(
             self,
+            readers=self.readers if has_entry else (),
             outputs=left(self.outputs),
             inputs=left(self.inputs),
             handed=left(self.handed),
