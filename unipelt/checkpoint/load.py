@@ -64,14 +64,16 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             raise
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error
     bind(model)
-    held = {*kept_names(model), *manifest["unfrozen"]}
+    injection = injection_of(model)
+    injection.unfrozen = frozenset(manifest["unfrozen"])
+    injection.vocabulary = frozenset(manifest["vocabulary"])
+    changed = injection.unfrozen | injection.vocabulary
+    held = {*kept_names(model), *changed}
     places = {name: parameter for name, parameter in model.named_parameters() if name in held}
     if problem := _mismatch(places, tensors):
         remove(model)
         raise CheckpointError(f"the checkpoint in {folder} does not fit this {type(model).__name__}: {problem}")
-    injection = injection_of(model)
-    unfrozen = set(manifest["unfrozen"])
-    injection.originals |= {name: p.detach().cpu().clone() for name, p in places.items() if name in unfrozen}
+    injection.originals |= {name: p.detach().cpu().clone() for name, p in places.items() if name in changed}
     try:
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -127,7 +129,7 @@ def from_pretrained(
 def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | None:
     """A parameter that the manifest names and the model does not have."""
     there = {name for name, _ in model.named_parameters()}
-    for key in ("head", "unfrozen"):
+    for key in ("head", "unfrozen", "vocabulary"):
         if unknown := sorted(set(manifest[key]) - there):
             return f"{key} names {show(unknown[0])}, which this {type(model).__name__} does not have"
     return None

@@ -25,7 +25,12 @@ NEXT = f"{WEIGHTS}.next"
 MANIFEST = "unipelt.json"
 FORMAT = 2
 """The version that is written; 1, whose parameters have other names (`format_1`), is read too."""
+_KEYS = ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "vocabulary", "base", "weights")
 _KINDS: dict[type[Any], str] = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
+
+
+SAMPLE, ALL = "a sample", "all numbers"
+"""What a fingerprint of a base covers."""
 
 
 class CheckpointError(ValueError):
@@ -75,9 +80,10 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         base = _typed(raw, "base", dict)
         found = _typed(base, "fingerprint", dict)
-        _only(raw, ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "base", "weights"), "")
+        _only(raw, _KEYS, "")
         _only(base, ("class", "name_or_path", "revision", "config", "computation", "fingerprint"), "base.")
         head, unfrozen = _names(raw, "head"), _names(raw, "unfrozen")
+        vocabulary = _names(raw, "vocabulary") if "vocabulary" in raw else []
         if base.get("revision") is not None:
             _typed(base, "revision", str)
         weights = _typed(raw, "weights", dict)
@@ -90,6 +96,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "folded": _constants(raw) if "folded" in raw else None,
             "head": head,
             "unfrozen": unfrozen,
+            "vocabulary": vocabulary,
             "base": {
                 "class": _typed(base, "class", str),
                 "name_or_path": _typed(base, "name_or_path", str),
@@ -97,8 +104,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "config": _typed(base, "config", dict),
                 # checkpoints of before it was kept are compared by their weights alone
                 "computation": _typed(base, "computation", dict) if "computation" in base else {},
-                "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")},
-                "apart": {*head, *unfrozen},
+                "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")} | _covers(found),
+                "apart": {*head, *unfrozen, *vocabulary},
+                "vocabulary": vocabulary,
             },
         }
         digest = _typed(weights, "sha256", str)
@@ -122,6 +130,14 @@ def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
         seen = show(values[key]) if key in values else "left out"
         raise ConfigError(f"{key} must be {_KINDS[kind]}, not {seen}")
     return values[key]
+
+
+def _covers(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """What of the weights a fingerprint covers; earlier checkpoints, which do not say so, hold that of a sample."""
+    covers = fingerprint.get("covers", SAMPLE)
+    if covers not in (SAMPLE, ALL):
+        raise ConfigError(f"fingerprint.covers must be {ALL!r} or {SAMPLE!r}, not {show(covers)}")
+    return {"covers": covers}
 
 
 def _names(values: Mapping[str, Any], key: str) -> list[str]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from unipelt.checkpoint.base_model import find_base
-from unipelt.checkpoint.manifest import MANIFEST, WEIGHTS, CheckpointError, find_checkpoint, read_checkpoint
+from unipelt.checkpoint.base_model import describe_base, find_base
+from unipelt.checkpoint.manifest import MANIFEST, SAMPLE, WEIGHTS, CheckpointError, find_checkpoint, read_checkpoint
 from unipelt.checkpoint.model_card import model_card
 from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
@@ -99,7 +99,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="unipelt-") as temporary:
         folder = save(model, temporary, deploy=deploy, base=base, base_revision=base_revision)
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        record = None if result is None else _record_of(result, manifest)
+        record = None if result is None else _record_of(result, model, manifest)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, folder)
         card = model_card(
@@ -180,16 +180,15 @@ def summarise_gates(gates: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _record_of(result: str | Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _record_of(result: str | Path, model: PreTrainedModel, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run, if it is one that made this model. Raises `ValueError`."""
     record = read_result(result)
     if problem := mismatch(record, _TOLD, ""):
         raise ResultError(f"{show_path(result)} does not hold what a card tells: {problem}")
-    here = {
-        "method": manifest["unipelt"],
-        "class": manifest["base"]["class"],
-        "base": manifest["base"]["fingerprint"],
-    }
+    base = manifest["base"]
+    if record["model"]["fingerprint"].get("covers", SAMPLE) == SAMPLE:  # it is of an earlier version
+        base = describe_base(model, dict(model.named_parameters()), covers=SAMPLE)
+    here = {"method": manifest["unipelt"], "class": base["class"], "base": base["fingerprint"]}
     there = {
         "method": record["method"]["config"],
         "class": record["model"]["class"],

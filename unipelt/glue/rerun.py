@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from unipelt.checkpoint.base_model import describe_base
-from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.checkpoint.manifest import SAMPLE, WEIGHTS
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
 from unipelt.config.schema import ConfigError, flatten
@@ -185,7 +185,8 @@ def check_same(job: Job, record: Mapping[str, Any]) -> list[str]:
             f"the model is not that of the record: the SHA-256 of its {WEIGHTS} was {then['sha256']}, and is "
             f"{job.model_sha256}; {remedy}"
         )
-    base = describe_base(job.model, dict(job.model.named_parameters()))
+    covers = then["fingerprint"].get("covers", SAMPLE)
+    base = describe_base(job.model, dict(job.model.named_parameters()), covers=covers)
     if then["fingerprint"] != base["fingerprint"]:
         raise RunError(
             f"the model's weights are not those of the record: their fingerprint was {then['fingerprint']}, and is "
