@@ -102,7 +102,7 @@ def test_fewer_rows(tmp_path: Path) -> None:
 
 
 def test_rows_that_train(tmp_path: Path) -> None:
-    model = unipelt.inject(resized(pretrained(tmp_path / "base", "llama", False)), small("lora"))
+    model: Any = unipelt.inject(resized(pretrained(tmp_path / "base", "llama", False)), small("lora"))
     model.get_input_embeddings().weight.requires_grad_(True)
     shake(model)
     unipelt.save(model, tmp_path / "a")
@@ -112,7 +112,7 @@ def test_rows_that_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [None, 64])
 def test_a_base_of_another_size_is_refused(tmp_path: Path, rows: int | None) -> None:
     unipelt.save(unipelt.inject(resized(pretrained(tmp_path / "base", "bert")), small("lora")), tmp_path / "a")
-    other = pretrained(tmp_path / "base", "bert")
+    other: Any = pretrained(tmp_path / "base", "bert")
     if rows is not None:
         other.resize_token_embeddings(rows)
     with refusing(other, "vocab_size was 62", "resize_token_embeddings"):
@@ -121,7 +121,7 @@ def test_a_base_of_another_size_is_refused(tmp_path: Path, rows: int | None) -> 
 
 def test_the_rest_of_a_resized_base_is_checked(tmp_path: Path) -> None:
     unipelt.save(unipelt.inject(resized(pretrained(tmp_path / "base", "bert")), small("lora")), tmp_path / "a")
-    other = resized(pretrained(tmp_path / "base", "bert"))
+    other: Any = resized(pretrained(tmp_path / "base", "bert"))
     with torch.no_grad():
         other.bert.encoder.layer[1].output.dense.weight[3, 3] += 1e-3
     with refusing(other, "its weights differ"):
@@ -129,9 +129,9 @@ def test_the_rest_of_a_resized_base_is_checked(tmp_path: Path) -> None:
 
 
 def test_a_resized_base_that_was_built_in_memory(tmp_path: Path) -> None:
-    model = unipelt.inject(resized(tiny_bert()), small("lora"))
+    model: Any = unipelt.inject(resized(tiny_bert()), small("lora"))
     unipelt.save(model, tmp_path)
-    other = resized(tiny_bert(), seed=1)
+    other: Any = resized(tiny_bert(), seed=1)
     with refusing(other, "its weights differ"):
         unipelt.load(other, tmp_path)
     assert torch.equal(answer(unipelt.load(resized(tiny_bert()), tmp_path)), answer(model))
@@ -146,7 +146,7 @@ def test_a_manifest_with_rows_that_no_tensor_has(tmp_path: Path, rows: int) -> N
 
 
 def test_a_trained_base_parameter_is_kept_over_two_rounds(tmp_path: Path) -> None:
-    model = unipelt.inject(pretrained(tmp_path / "base", "bert"), small("lora"))
+    model: Any = unipelt.inject(pretrained(tmp_path / "base", "bert"), small("lora"))
     model.bert.encoder.layer[0].output.dense.weight.requires_grad_(True)
     shake(model)
     for name in ("a", "b", "c"):
@@ -159,13 +159,18 @@ def test_a_trained_base_parameter_is_kept_over_two_rounds(tmp_path: Path) -> Non
 # --- the fingerprint
 
 
+def of(dtype: torch.dtype) -> Any:
+    model: Any = tiny_bert()
+    return model.to(dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_a_base_counts(tmp_path: Path, dtype: torch.dtype) -> None:
-    unipelt.save(unipelt.inject(tiny_bert().to(dtype), small("lora")), tmp_path)
-    unipelt.load(tiny_bert().to(dtype), tmp_path)
+    unipelt.save(unipelt.inject(of(dtype), small("lora")), tmp_path)
+    unipelt.load(of(dtype), tmp_path)
     names = [name for name, _ in tiny_bert().named_parameters() if not name.startswith("classifier")]
     for name in (names[0], names[7], names[-1]):
-        model = tiny_bert().to(dtype)
+        model = of(dtype)
         weight = model.get_parameter(name).data.view(-1)
         weight[weight.numel() - 2] = 3.0
         with refusing(model, "its weights differ"):
@@ -173,7 +178,7 @@ def test_every_number_of_a_base_counts(tmp_path: Path, dtype: torch.dtype) -> No
 
 
 def test_a_parameter_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = unipelt.inject(tiny_bert(), small("lora"))
+    model: Any = unipelt.inject(tiny_bert(), small("lora"))
     found = []
     for size in (2**24, 7):
         monkeypatch.setattr("unipelt.checkpoint.base_model._BLOCK", size)
