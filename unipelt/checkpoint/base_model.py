@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from unipelt.checkpoint.manifest import ALL, MANIFEST, SAMPLE, CheckpointError
+from unipelt.checkpoint.manifest import ALL, MANIFEST, SAMPLE, CheckpointError, MissingBaseError
 from unipelt.config.schema import flatten
 from unipelt.files.hub import cached_commit, may_be_base
 from unipelt.files.messages import shorten, show, show_path
@@ -229,7 +229,7 @@ def build_base(
 
     Raises:
         CheckpointError: what is described is no model, or cannot be built.
-        As the base's `from_pretrained`, when the base is not to be had.
+        MissingBaseError: the base is not to be had.
     """
     cls = getattr(transformers, described["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or cls.forward is nn.Module.forward:
@@ -259,7 +259,12 @@ def build_base(
         model: PreTrainedModel = cls.from_pretrained(name, **given)
         if own != wanted:
             model.resize_token_embeddings(wanted["vocab_size"], mean_resizing=False)
-    except (*_UNBUILDABLE, safetensors.SafetensorError) as error:
+    except OSError as error:
+        raise MissingBaseError(
+            f"{show_path(source)}: its base, {show_path(name)}, cannot be had: {shorten(error)}; say base=..., where "
+            "it is"
+        ) from error
+    except (*_UNBUILDABLE, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{source}: the base that {MANIFEST} describes cannot be built: {shorten(error)}"
         ) from error

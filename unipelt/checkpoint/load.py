@@ -19,8 +19,9 @@ from unipelt.checkpoint.manifest import (
     CheckpointError,
     find_checkpoint,
     read_checkpoint,
+    warn_of_nonfinite,
 )
-from unipelt.files.messages import show
+from unipelt.files.messages import show, show_path
 from unipelt.gates.measure import FoldError
 from unipelt.gates.merge import fold_constants
 from unipelt.hosts.locate import InjectionError
@@ -78,6 +79,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 places[name].copy_(tensor)
+        warn_of_nonfinite(tensors, f"the checkpoint in {show_path(folder)}")
         if manifest["folded"] is not None:
             fold_constants(model, manifest["folded"])
     except BaseException as error:
@@ -117,7 +119,7 @@ def from_pretrained(
     Raises:
         HubError: `source` is on no disk and cannot be had from the hub.
         ValueError: a revision of a folder was asked for.
-        As `load`; and what the base's `from_pretrained` raises when the base is not to be had.
+        CheckpointError: as `load`; or the base is not to be had, which is an `OSError` too.
     """
     shared: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = find_checkpoint(source, (MANIFEST, WEIGHTS), revision, **shared)

@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 from safetensors.torch import load as load_tensors
 from torch import Tensor
+from transformers.utils import logging
 
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.schema import ConfigError, read_mapping
@@ -25,16 +26,23 @@ NEXT = f"{WEIGHTS}.next"
 MANIFEST = "unipelt.json"
 FORMAT = 2
 """The version that is written; 1, whose parameters have other names (`format_1`), is read too."""
+logger = logging.get_logger(__name__)
 _KEYS = ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "vocabulary", "base", "weights")
 _KINDS: dict[type[Any], str] = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
 
 
+MOST_BYTES = 8 * 2**20
+"""The largest manifest that is read. It holds names and settings; that of a large model has some hundred KB."""
 SAMPLE, ALL = "a sample", "all numbers"
 """What a fingerprint of a base covers."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is broken, or belongs to another model; nothing was changed."""
+
+
+class MissingBaseError(CheckpointError, OSError):
+    """The base of a checkpoint cannot be found, or cannot be read."""
 
 
 def find_checkpoint(source: str | Path, files: Sequence[str], revision: str | None, **options: Any) -> Path:
@@ -73,7 +81,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not any((folder / name).is_file() for name in (WEIGHTS, NEXT)):
         raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {WEIGHTS}")
     try:
-        raw = read_mapping(folder / MANIFEST)
+        raw = read_mapping(folder / MANIFEST, MOST_BYTES)
         if type(raw.get("format")) is not int or raw["format"] not in (1, FORMAT):
             raise ConfigError(
                 f"format must be 1 or {FORMAT}, not {show(raw.get('format'))}; a newer unipelt may read it"
@@ -123,6 +131,23 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return manifest, load_tensors(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {shorten(error)}") from error
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of those tensors that hold NaN or an infinite number."""
+    return sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+
+
+def warn_of_nonfinite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Log a warning if there are such tensors.
+
+    Args:
+        tensors: by name.
+        what: what holds them.
+    """
+    if names := nonfinite(tensors):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        logger.warning(f"{what} holds numbers that are not finite, in {names[0]}{more}: its training diverged")
 
 
 def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:

@@ -13,13 +13,21 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unipelt.checkpoint.base_model import describe_base, find_base
-from unipelt.checkpoint.manifest import MANIFEST, SAMPLE, WEIGHTS, CheckpointError, find_checkpoint, read_checkpoint
+from unipelt.checkpoint.manifest import (
+    MANIFEST,
+    SAMPLE,
+    WEIGHTS,
+    CheckpointError,
+    find_checkpoint,
+    nonfinite,
+    read_checkpoint,
+)
 from unipelt.checkpoint.model_card import model_card
 from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
 from unipelt.files.hub import is_repository, may_be_base, upload
 from unipelt.files.messages import show, show_path
-from unipelt.injection.parameters import parameter_counts
+from unipelt.injection.parameters import kept_names, parameter_counts
 from unipelt.injection.state import injection_of
 from unipelt.records.record import ResultError, mismatch, read_result
 
@@ -82,11 +90,16 @@ def push_to_hub(
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: nothing was injected, the name cannot be meant, nobody else could get the base, or `result` is of
-            another model. Nothing was uploaded.
+        ValueError: nothing was injected, the name cannot be meant, nobody else could get the base, `result` is of
+            another model, or a number is not finite. Nothing was uploaded.
         HubError: the hub cannot be reached, or does not let us.
     """
     injection_of(model)
+    kept = set(kept_names(model))
+    if names := nonfinite({name: tensor for name, tensor in model.named_parameters() if name in kept}):
+        raise ValueError(
+            f"{names[0]} holds numbers that are not finite, so this is not published: its training diverged"
+        )
     if not isinstance(name, str) or not is_repository(name):
         raise ValueError(f"a repository on the hub is called 'user/name', not {show(name)}")
     known = base or model.config._name_or_path

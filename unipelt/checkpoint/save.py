@@ -27,9 +27,11 @@ from unipelt.checkpoint.manifest import (
     NEXT,
     WEIGHTS,
     finish_interrupted_save,
+    warn_of_nonfinite,
 )
 from unipelt.checkpoint.model_card import model_card
 from unipelt.files.atomic import write_whole
+from unipelt.files.messages import show_path
 from unipelt.hosts.vocabulary import resized_vocabulary
 from unipelt.injection.parameters import is_sharded, kept_names, parameter_counts, unfrozen_names
 from unipelt.injection.state import injection_of
@@ -79,6 +81,7 @@ def save(
         )
     tensors = _trained_tensors(model, whole, deploy=deploy)
     folder = Path(folder)
+    warn_of_nonfinite(tensors, f"what is saved to {show_path(folder)}")
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; save needs a folder")
     folder.mkdir(parents=True, exist_ok=True)
