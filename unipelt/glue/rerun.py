@@ -24,6 +24,7 @@ from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
 from unipelt.config.schema import ConfigError, flatten
 from unipelt.files.atomic import write_whole
+from unipelt.files.messages import say
 from unipelt.glue.job import Job, check_of_glue
 from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, MOVED, RunSettings
@@ -45,7 +46,7 @@ def rerun(
     *,
     tolerance: float = 0.0,
     changes: Mapping[str, Any] | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Do the run of a record again, in a new folder, and compare.
 
