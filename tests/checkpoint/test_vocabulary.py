@@ -36,7 +36,8 @@ def pretrained(folder: Path, family: str, tied: bool | None = None) -> Any:
     """A base that came from a folder."""
     auto: Any = getattr(transformers, f"AutoModelFor{HEADS[family]}")
     if not folder.is_dir():
-        own = tiny_model(family, HEADS[family], **({} if tied is None else {"tie_word_embeddings": tied}))
+        changes: dict[str, Any] = {} if tied is None else {"tie_word_embeddings": tied}
+        own = tiny_model(family, HEADS[family], **changes)
         own.save_pretrained(folder)
     return auto.from_pretrained(folder)
 
@@ -80,7 +81,7 @@ def test_a_resized_base_comes_back(tmp_path: Path, family: str, tied: bool | Non
     shake(model)
     expected = answer(model)
     unipelt.save(model, tmp_path / "a")
-    again = unipelt.from_pretrained(tmp_path / "a")
+    again: Any = unipelt.from_pretrained(tmp_path / "a")
     assert torch.equal(answer(again), expected)
     assert not any(p.requires_grad for p in again.get_input_embeddings().parameters())
 
@@ -97,7 +98,7 @@ def test_fewer_rows(tmp_path: Path) -> None:
     model.resize_token_embeddings(50)
     unipelt.inject(model, small("lora"))
     unipelt.save(model, tmp_path / "a")
-    again = unipelt.from_pretrained(tmp_path / "a")
+    again: Any = unipelt.from_pretrained(tmp_path / "a")
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
@@ -151,7 +152,7 @@ def test_a_trained_base_parameter_is_kept_over_two_rounds(tmp_path: Path) -> Non
     shake(model)
     for name in ("a", "b", "c"):
         unipelt.save(model, tmp_path / name)
-        found = unipelt.from_pretrained(tmp_path / name)
+        found: Any = unipelt.from_pretrained(tmp_path / name)
         assert found.bert.encoder.layer[0].output.dense.weight.equal(model.bert.encoder.layer[0].output.dense.weight)
         model = found
 

@@ -52,11 +52,11 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_reports() -> None:
-    blocks = [
+    blocks: list[Any] = [
         Heading(2, CLEAR),
         Paragraph(CLEAR),
         Items((CLEAR,)),
-        Grid((CLEAR,), (((((CLEAR, "")),),),)),  # type: ignore[arg-type]
+        Grid((CLEAR,), (((((CLEAR, "")),),),)),
     ]
     for text in (to_html(blocks), to_markdown(blocks, "pictures")):
         assert not controls(text)
