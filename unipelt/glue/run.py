@@ -95,7 +95,7 @@ def evaluated(job: Job, name: str) -> Batches:
 
 def _execute(job: Job, folder: Path, progress: Progress, begun: float, log: Callable[[str], None]) -> dict[str, Any]:
     """Train, or go on training; then `finish`."""
-    for line in header(job, job.settings.model, job.task.name):
+    for line in header(job, job.settings.model, job.task.name, job.labels):
         log(line)
 
     def make(callbacks: list[TrainerCallback]) -> Trainer:
