@@ -14,6 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from unipelt.files.messages import complain, say
+
 _LISTS = {"tasks": "task", "k": "train_samples", "seeds": "seed", "methods": "method"}
 
 
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = make_parser().parse_args(argv)
         return arguments.do(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"unipelt: {' '.join(str(error).split())}", file=sys.stderr)
+        complain("unipelt", error)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from each run's last finished epoch", file=sys.stderr)
@@ -121,15 +123,15 @@ def _sweep(arguments: argparse.Namespace) -> int:
         start = on_cluster(ray, cpus=arguments.cpus, gpus=arguments.gpus)
     out = Path(arguments.out).absolute()  # other processes may have another current folder
     state = status(sweep, out, workers)
-    print(state, flush=True)
+    say(str(state))
     if arguments.dry_run:
         return 0
     write_request(sweep, out)
-    failures = carry_out(state, start, log=lambda line: print(line, flush=True))
+    failures = carry_out(state, start, log=say)
     if failures:
-        print(f"{len(failures)} of {len(sweep.runs)} runs failed; the same command tries them again:")
+        say(f"{len(failures)} of {len(sweep.runs)} runs failed; the same command tries them again:")
         for folder, error in failures.items():
-            print(f"  {Path(folder).name}: {error}")
+            say(f"  {Path(folder).name}: {error}")
     return 1 if failures else 0
 
 
@@ -147,7 +149,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from unipelt.report import write_report
 
     for path in write_report(arguments.folder, arguments.out, arguments.latex):
-        print(path)
+        say(path)
     return 0
 
 
@@ -168,9 +170,9 @@ def _collect(arguments: argparse.Namespace) -> int:
     from unipelt.report import collect
 
     written, left_out = collect(arguments.folder, arguments.out)
-    print(f"{len(written)} files in {arguments.out}")
+    say(f"{len(written)} files in {arguments.out}")
     for name, reason in left_out:
-        print(f"left out: {name}, as {reason}")
+        say(f"left out: {name}, as {reason}")
     return 0
 
 
@@ -198,7 +200,7 @@ def _fold(arguments: argparse.Namespace) -> int:
     from unipelt.glue.fold_run import fold_run
 
     given = {name: getattr(arguments, name) for name in ("out", "tolerance", "closed", "rounds")}
-    fold_run(arguments.folder, log=lambda line: print(line, flush=True), **given)
+    fold_run(arguments.folder, log=say, **given)
     return 0
 
 
@@ -233,7 +235,7 @@ def _rerun(arguments: argparse.Namespace) -> int:
         *(arguments.record, arguments.out),
         tolerance=arguments.tolerance,
         changes=changes,
-        log=lambda line: print(line, flush=True),
+        log=say,
     )
     return 0 if result["equal"] else 1
 
@@ -260,7 +262,7 @@ def _export(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     inner = folder / MODEL
     model = from_pretrained(inner if inner.is_dir() else folder)
-    print(save_peft(model, arguments.out, base=arguments.base))
+    say(save_peft(model, arguments.out, base=arguments.base))
     return 0
 
 
@@ -306,5 +308,5 @@ def _push(arguments: argparse.Namespace) -> int:
         result=result,
         **{name: getattr(arguments, name) for name in names},
     )
-    print(address)
+    say(address)
     return 0

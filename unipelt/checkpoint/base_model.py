@@ -10,22 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from unipelt.checkpoint.manifest import MANIFEST, CheckpointError
+from unipelt.checkpoint.manifest import ALL, MANIFEST, SAMPLE, CheckpointError, MissingBaseError
 from unipelt.config.schema import flatten
 from unipelt.files.hub import cached_commit, may_be_base
 from unipelt.files.messages import shorten, show, show_path
 from unipelt.hosts.quantised import describe_numbers, is_quantised
+from unipelt.hosts.vocabulary import base_vocabulary_sizes, vocabulary_sizes
 from unipelt.injection.parameters import is_sharded, unfrozen_names
 from unipelt.injection.state import injection_of
 from unipelt.submodules.room import own_parameters
 
 MOST_MODULES = 1_000
 """Layers, and whatever else a base has many of, that `from_pretrained` builds because a manifest says so."""
+
+_BLOCK = 2**24  # numbers that are brought to the CPU at a time
 
 NO_MATTER = frozenset(
     {
@@ -41,18 +45,20 @@ NO_MATTER = frozenset(
     }
 )
 """Fields of a model's configuration that change no output of a given batch in evaluation mode."""
+_OF_HUB = ("token", "cache_dir", "local_files_only")
 _UNBUILDABLE = (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError)
 _TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")  # positions, pooling and shifted labels need them
 
 logger = logging.get_logger(__name__)
 
 
-def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor], *, covers: str = ALL) -> dict[str, Any]:
     """The manifest's entry on the base: class, origin, configuration, compared fields, fingerprint of its weights.
 
     Args:
         model: an injected model.
         whole: its parameters by name, gathered where each process holds a part.
+        covers: what the fingerprint covers, `ALL` or `SAMPLE`.
     """
     injection = injection_of(model)
     name = model.config._name_or_path
@@ -68,7 +74,9 @@ def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> dict[s
         "revision": getattr(model.config, "_commit_hash", None) or (cached_commit(name) if on_hub else None),
         "config": json.loads(model.config.to_json_string(use_diff=True)),
         "computation": _computation(model),
-        "fingerprint": _fingerprint(model, injection.head | unfrozen_names(model), known),
+        "fingerprint": _fingerprint(
+            model, injection.head | injection.vocabulary | unfrozen_names(model), known, sampled=covers == SAMPLE
+        ),
     }
 
 
@@ -107,11 +115,19 @@ def _other_computation(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str
     return None
 
 
-def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor]) -> dict[str, str]:
-    """Fingerprint of a pretrained base: a SHA-256 over a sample of every parameter.
+def _fingerprint(
+    model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor], *, sampled: bool = False
+) -> dict[str, str]:
+    """Return what identifies a pretrained base: a SHA-256 over all numbers of its parameters.
 
-    Submodules and the names `apart` do not count; where a name has a value in `before`, that does. Of quantised
-    weights the names count alone: another device may round otherwise, and a quantiser packs them as it needs them.
+    Of quantised weights the names count alone: another device may round otherwise, and a quantiser packs them as it
+    needs them. Buffers do not count.
+
+    Args:
+        model: the base, injected or not. Submodules do not count.
+        apart: names of parameters that do not count.
+        before: values that count in place of a parameter's own, by its name.
+        sampled: take 64 numbers of every parameter, as earlier versions did, to compare with a checkpoint of theirs.
     """
     ours = own_parameters(model).keys()
     digest = hashlib.sha256()
@@ -125,9 +141,13 @@ def _fingerprint(model: PreTrainedModel, apart: Collection[str], before: Mapping
             continue
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         values = before.get(name, parameter).detach().flatten()
-        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
-        digest.update(sample.numpy().tobytes())
-    return {"sha256": digest.hexdigest(), "dtype": ", ".join(sorted(dtypes))}
+        if sampled:
+            digest.update(values[:: max(1, values.numel() // 64)][:64].float().cpu().numpy().tobytes())
+            continue
+        for block in values.split(_BLOCK):
+            digest.update(block.cpu().contiguous().view(torch.uint8).numpy())
+    found = {"sha256": digest.hexdigest(), "dtype": ", ".join(sorted(dtypes))}
+    return found if sampled else {**found, "covers": ALL}
 
 
 def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
@@ -140,11 +160,14 @@ def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
             f"the checkpoint is for a {show(kind)} model, and this is a {model.config.model_type!r} model"
         )
     if problem := _other_computation(base["computation"], _computation(model)):
+        remedy = "build the base with the same configuration"
+        if base["vocabulary"] and "vocab_size" in problem:
+            remedy = "give it as many rows by model.resize_token_embeddings(...)"
         raise CheckpointError(
-            "this is not the base model that the checkpoint was trained on "
-            f"({_source(base)}): {problem}; build the base with the same configuration"
+            f"this is not the base model that the checkpoint was trained on ({_source(base)}): {problem}; {remedy}"
         )
-    saved, here = base["fingerprint"], _fingerprint(model, base["apart"], {})
+    saved = base["fingerprint"]
+    here = _fingerprint(model, base["apart"], {}, sampled=saved["covers"] == SAMPLE)
     if saved["dtype"] != here["dtype"]:
         logger.warning(
             f"the checkpoint was trained on a base in {saved['dtype']} and this one is in {here['dtype']}, "
@@ -206,7 +229,7 @@ def build_base(
 
     Raises:
         CheckpointError: what is described is no model, or cannot be built.
-        As the base's `from_pretrained`, when the base is not to be had.
+        MissingBaseError: the base is not to be had.
     """
     cls = getattr(transformers, described["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or cls.forward is nn.Module.forward:
@@ -214,7 +237,7 @@ def build_base(
             f"{described['class']!r} is not a model class of transformers; build the base model and "
             "call unipelt.load(model, folder)"
         )
-    if problem := _endless(described["config"], tensors):
+    if problem := _endless(described["config"], tensors, vocabulary=bool(described["vocabulary"])):
         raise CheckpointError(f"{source}: the base that {MANIFEST} describes cannot be meant: {problem}")
     config_class: Any = cls.config_class
     values = _without_back_ends(described["config"])
@@ -226,8 +249,22 @@ def build_base(
         except Exception as error:  # whatever a class of Transformers makes of values that it cannot mean
             raise TypeError(" ".join(str(error).split())) from error
         given = {"use_safetensors": True, "config": config, "revision": revision or "main", **options}
+        wanted = vocabulary_sizes(config)
+        own = wanted
+        if described["vocabulary"]:
+            hub = {key: given[key] for key in ("revision", *_OF_HUB) if key in given}
+            own = base_vocabulary_sizes(config, name, **hub) or wanted
+        for field, size in own.items():
+            setattr(config.get_text_config(), field, size)
         model: PreTrainedModel = cls.from_pretrained(name, **given)
-    except (*_UNBUILDABLE, safetensors.SafetensorError) as error:
+        if own != wanted:
+            model.resize_token_embeddings(wanted["vocab_size"], mean_resizing=False)
+    except OSError as error:
+        raise MissingBaseError(
+            f"{show_path(source)}: its base, {show_path(name)}, cannot be had: {shorten(error)}; say base=..., where "
+            "it is"
+        ) from error
+    except (*_UNBUILDABLE, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{source}: the base that {MANIFEST} describes cannot be built: {shorten(error)}"
         ) from error
@@ -236,7 +273,7 @@ def build_base(
     return model
 
 
-def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, vocabulary: bool) -> str | None:
     """What of a base's configuration would take hours or all memory to build, before its weights tell it is wrong.
 
     Transformers builds a model of nothing but shapes first, so large matrices are no matter; many modules are, and
@@ -248,6 +285,8 @@ def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | 
             continue
         if value > MOST_MODULES and any(word in name for word in ("layer", "group", "expert")):
             return f"{show(name)} is {show(value)}, and at most {MOST_MODULES:,} are built"
+        if vocabulary and name.endswith("vocab_size") and value not in sizes:
+            return f"{show(name)} is {show(value)}, and no tensor has that size"
         if name == "num_labels" and not 0 <= value <= MOST_MODULES and value not in sizes:
             return f"num_labels is {show(value)}, and no tensor has that size"
     return None

@@ -19,8 +19,9 @@ from unipelt.checkpoint.manifest import (
     CheckpointError,
     find_checkpoint,
     read_checkpoint,
+    warn_of_nonfinite,
 )
-from unipelt.files.messages import show
+from unipelt.files.messages import show, show_path
 from unipelt.gates.measure import FoldError
 from unipelt.gates.merge import fold_constants
 from unipelt.hosts.locate import InjectionError
@@ -64,18 +65,21 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             raise
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error
     bind(model)
-    held = {*kept_names(model), *manifest["unfrozen"]}
+    injection = injection_of(model)
+    injection.unfrozen = frozenset(manifest["unfrozen"])
+    injection.vocabulary = frozenset(manifest["vocabulary"])
+    changed = injection.unfrozen | injection.vocabulary
+    held = {*kept_names(model), *changed}
     places = {name: parameter for name, parameter in model.named_parameters() if name in held}
     if problem := _mismatch(places, tensors):
         remove(model)
         raise CheckpointError(f"the checkpoint in {folder} does not fit this {type(model).__name__}: {problem}")
-    injection = injection_of(model)
-    unfrozen = set(manifest["unfrozen"])
-    injection.originals |= {name: p.detach().cpu().clone() for name, p in places.items() if name in unfrozen}
+    injection.originals |= {name: p.detach().cpu().clone() for name, p in places.items() if name in changed}
     try:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 places[name].copy_(tensor)
+        warn_of_nonfinite(tensors, f"the checkpoint in {show_path(folder)}")
         if manifest["folded"] is not None:
             fold_constants(model, manifest["folded"])
     except BaseException as error:
@@ -115,7 +119,7 @@ def from_pretrained(
     Raises:
         HubError: `source` is on no disk and cannot be had from the hub.
         ValueError: a revision of a folder was asked for.
-        As `load`; and what the base's `from_pretrained` raises when the base is not to be had.
+        CheckpointError: as `load`; or the base is not to be had, which is an `OSError` too.
     """
     shared: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = find_checkpoint(source, (MANIFEST, WEIGHTS), revision, **shared)
@@ -127,7 +131,7 @@ def from_pretrained(
 def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | None:
     """A parameter that the manifest names and the model does not have."""
     there = {name for name, _ in model.named_parameters()}
-    for key in ("head", "unfrozen"):
+    for key in ("head", "unfrozen", "vocabulary"):
         if unknown := sorted(set(manifest[key]) - there):
             return f"{key} names {show(unknown[0])}, which this {type(model).__name__} does not have"
     return None

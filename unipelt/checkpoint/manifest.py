@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 from safetensors.torch import load as load_tensors
 from torch import Tensor
+from transformers.utils import logging
 
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.schema import ConfigError, read_mapping
@@ -25,11 +26,23 @@ NEXT = f"{WEIGHTS}.next"
 MANIFEST = "unipelt.json"
 FORMAT = 2
 """The version that is written; 1, whose parameters have other names (`format_1`), is read too."""
+logger = logging.get_logger(__name__)
+_KEYS = ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "vocabulary", "base", "weights")
 _KINDS: dict[type[Any], str] = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
+
+
+MOST_BYTES = 8 * 2**20
+"""The largest manifest that is read. It holds names and settings; that of a large model has some hundred KB."""
+SAMPLE, ALL = "a sample", "all numbers"
+"""What a fingerprint of a base covers."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is broken, or belongs to another model; nothing was changed."""
+
+
+class MissingBaseError(CheckpointError, OSError):
+    """The base of a checkpoint cannot be found, or cannot be read."""
 
 
 def find_checkpoint(source: str | Path, files: Sequence[str], revision: str | None, **options: Any) -> Path:
@@ -68,16 +81,17 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not any((folder / name).is_file() for name in (WEIGHTS, NEXT)):
         raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {WEIGHTS}")
     try:
-        raw = read_mapping(folder / MANIFEST)
+        raw = read_mapping(folder / MANIFEST, MOST_BYTES)
         if type(raw.get("format")) is not int or raw["format"] not in (1, FORMAT):
             raise ConfigError(
                 f"format must be 1 or {FORMAT}, not {show(raw.get('format'))}; a newer unipelt may read it"
             )
         base = _typed(raw, "base", dict)
         found = _typed(base, "fingerprint", dict)
-        _only(raw, ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "base", "weights"), "")
+        _only(raw, _KEYS, "")
         _only(base, ("class", "name_or_path", "revision", "config", "computation", "fingerprint"), "base.")
         head, unfrozen = _names(raw, "head"), _names(raw, "unfrozen")
+        vocabulary = _names(raw, "vocabulary") if "vocabulary" in raw else []
         if base.get("revision") is not None:
             _typed(base, "revision", str)
         weights = _typed(raw, "weights", dict)
@@ -90,6 +104,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "folded": _constants(raw) if "folded" in raw else None,
             "head": head,
             "unfrozen": unfrozen,
+            "vocabulary": vocabulary,
             "base": {
                 "class": _typed(base, "class", str),
                 "name_or_path": _typed(base, "name_or_path", str),
@@ -97,8 +112,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "config": _typed(base, "config", dict),
                 # checkpoints of before it was kept are compared by their weights alone
                 "computation": _typed(base, "computation", dict) if "computation" in base else {},
-                "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")},
-                "apart": {*head, *unfrozen},
+                "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")} | _covers(found),
+                "apart": {*head, *unfrozen, *vocabulary},
+                "vocabulary": vocabulary,
             },
         }
         digest = _typed(weights, "sha256", str)
@@ -117,11 +133,36 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {shorten(error)}") from error
 
 
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of those tensors that hold NaN or an infinite number."""
+    return sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+
+
+def warn_of_nonfinite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Log a warning if there are such tensors.
+
+    Args:
+        tensors: by name.
+        what: what holds them.
+    """
+    if names := nonfinite(tensors):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        logger.warning(f"{what} holds numbers that are not finite, in {names[0]}{more}: its training diverged")
+
+
 def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     if key not in values or not isinstance(values[key], kind):
         seen = show(values[key]) if key in values else "left out"
         raise ConfigError(f"{key} must be {_KINDS[kind]}, not {seen}")
     return values[key]
+
+
+def _covers(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """What of the weights a fingerprint covers; earlier checkpoints, which do not say so, hold that of a sample."""
+    covers = fingerprint.get("covers", SAMPLE)
+    if covers not in (SAMPLE, ALL):
+        raise ConfigError(f"fingerprint.covers must be {ALL!r} or {SAMPLE!r}, not {show(covers)}")
+    return {"covers": covers}
 
 
 def _names(values: Mapping[str, Any], key: str) -> list[str]:

@@ -9,6 +9,7 @@ import yaml
 
 from unipelt.config.methods import UniPELTConfig
 from unipelt.files.hub import may_be_base
+from unipelt.files.messages import printable
 from unipelt.injection.parameters import ParameterCounts
 
 TASKS = {
@@ -70,7 +71,7 @@ def model_card(
     gates = gates or (result or {}).get("gates")
     form = "folded" if "folded" in manifest else "deployed form" if manifest["deployed"] else "as trained"
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
-    return "\n".join(
+    text = "\n".join(
         [
             f"---\n{front}---",
             "",
@@ -90,6 +91,7 @@ def model_card(
             *(_gate_table(gates) if gates is not None else []),
         ]
     )
+    return printable(text)
 
 
 def task_of(class_name: str) -> str | None:

@@ -12,14 +12,22 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from unipelt.checkpoint.base_model import find_base
-from unipelt.checkpoint.manifest import MANIFEST, WEIGHTS, CheckpointError, find_checkpoint, read_checkpoint
+from unipelt.checkpoint.base_model import describe_base, find_base
+from unipelt.checkpoint.manifest import (
+    MANIFEST,
+    SAMPLE,
+    WEIGHTS,
+    CheckpointError,
+    find_checkpoint,
+    nonfinite,
+    read_checkpoint,
+)
 from unipelt.checkpoint.model_card import model_card
 from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
 from unipelt.files.hub import is_repository, may_be_base, upload
 from unipelt.files.messages import show, show_path
-from unipelt.injection.parameters import parameter_counts
+from unipelt.injection.parameters import kept_names, parameter_counts
 from unipelt.injection.state import injection_of
 from unipelt.records.record import ResultError, mismatch, read_result
 
@@ -82,11 +90,16 @@ def push_to_hub(
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: nothing was injected, the name cannot be meant, nobody else could get the base, or `result` is of
-            another model. Nothing was uploaded.
+        ValueError: nothing was injected, the name cannot be meant, nobody else could get the base, `result` is of
+            another model, or a number is not finite. Nothing was uploaded.
         HubError: the hub cannot be reached, or does not let us.
     """
     injection_of(model)
+    kept = set(kept_names(model))
+    if names := nonfinite({name: tensor for name, tensor in model.named_parameters() if name in kept}):
+        raise ValueError(
+            f"{names[0]} holds numbers that are not finite, so this is not published: its training diverged"
+        )
     if not isinstance(name, str) or not is_repository(name):
         raise ValueError(f"a repository on the hub is called 'user/name', not {show(name)}")
     known = base or model.config._name_or_path
@@ -99,7 +112,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="unipelt-") as temporary:
         folder = save(model, temporary, deploy=deploy, base=base, base_revision=base_revision)
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        record = None if result is None else _record_of(result, manifest)
+        record = None if result is None else _record_of(result, model, manifest)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, folder)
         card = model_card(
@@ -180,16 +193,15 @@ def summarise_gates(gates: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _record_of(result: str | Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _record_of(result: str | Path, model: PreTrainedModel, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run, if it is one that made this model. Raises `ValueError`."""
     record = read_result(result)
     if problem := mismatch(record, _TOLD, ""):
         raise ResultError(f"{show_path(result)} does not hold what a card tells: {problem}")
-    here = {
-        "method": manifest["unipelt"],
-        "class": manifest["base"]["class"],
-        "base": manifest["base"]["fingerprint"],
-    }
+    base = manifest["base"]
+    if record["model"]["fingerprint"].get("covers", SAMPLE) == SAMPLE:  # it is of an earlier version
+        base = describe_base(model, dict(model.named_parameters()), covers=SAMPLE)
+    here = {"method": manifest["unipelt"], "class": base["class"], "base": base["fingerprint"]}
     there = {
         "method": record["method"]["config"],
         "class": record["model"]["class"],

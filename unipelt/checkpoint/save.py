@@ -27,9 +27,12 @@ from unipelt.checkpoint.manifest import (
     NEXT,
     WEIGHTS,
     finish_interrupted_save,
+    warn_of_nonfinite,
 )
 from unipelt.checkpoint.model_card import model_card
 from unipelt.files.atomic import write_whole
+from unipelt.files.messages import show_path
+from unipelt.hosts.vocabulary import resized_vocabulary
 from unipelt.injection.parameters import is_sharded, kept_names, parameter_counts, unfrozen_names
 from unipelt.injection.state import injection_of
 from unipelt.submodules.entry import Entry, join_rows
@@ -47,6 +50,9 @@ def save(
     base_revision: str | None = None,
 ) -> Path:
     """Write what was trained: submodules, gates, head, trained biases; not the frozen base.
+
+    The rows of a vocabulary that was resized (`resize_token_embeddings`) are written too, trained or not: the base
+    does not hold them.
 
     Args:
         model: an injected model.
@@ -67,6 +73,7 @@ def save(
         OSError: the folder cannot be written.
     """
     injection = injection_of(model)
+    injection.vocabulary |= resized_vocabulary(model)  # of a base that was resized after `inject`, too
     whole: Mapping[str, Any] = dict(model.named_parameters()) if state_dict is None else state_dict
     if sharded := [name for name, tensor in whole.items() if is_sharded(tensor)]:
         raise ValueError(
@@ -75,6 +82,7 @@ def save(
         )
     tensors = _trained_tensors(model, whole, deploy=deploy)
     folder = Path(folder)
+    warn_of_nonfinite(tensors, f"what is saved to {show_path(folder)}")
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; save needs a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +93,7 @@ def save(
         "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
         "head": sorted(injection.head),
         "unfrozen": sorted(unfrozen_names(model)),
+        "vocabulary": sorted(injection.vocabulary),
         "base": describe_base(model, whole) | base_location(model, base, base_revision),
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
     }

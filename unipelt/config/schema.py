@@ -150,11 +150,16 @@ def overlay(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a JSON or YAML file that holds one mapping. Raises `FileNotFoundError` or `ConfigError`."""
+def read_mapping(path: str | Path, most: int | None = None) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds one mapping, of at most so many bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: it holds no such mapping.
+    """
     path = Path(path)
     try:
-        values = read_plain(path)
+        values = read_plain(path, most)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise FileNotFoundError(f"there is no configuration file at {show_path(path)}") from error
     except OSError as error:

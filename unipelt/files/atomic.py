@@ -11,7 +11,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: beside it first, then in its place. Raises `OSError`, which names it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
+        beside.unlink(missing_ok=True)  # the draft of a process that was killed
+        with open(beside, "xb") as file:  # which opens no link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

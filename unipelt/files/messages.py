@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,38 @@ def show(value: Any) -> str:
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
+def printable(text: str) -> str:
+    """Return a text in which every control character but a line break and a tab is spelt out.
+
+    A terminal acts upon such characters: they clear the screen, or write over what stands there. Characters that turn
+    the direction of writing are spelt out too.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def say(text: object) -> None:
+    """Print a line, which may hold what others wrote."""
+    print(printable(str(text)), flush=True)
+
+
+def complain(program: str, error: object) -> None:
+    """Print an error as one line on standard error, which may hold what others wrote."""
+    print(printable(f"{program}: {' '.join(str(error).split())}"), file=sys.stderr)
+
+
 def show_path(path: str | Path) -> str:
     """A path for a message, less its middle where it is longer than most systems let a file's name be."""
-    name = str(path)
+    name = printable(str(path))
     return name if len(name) <= 400 else f"{name[:150]}...{name[-150:]}"
 
 
 def shorten(text: object) -> str:
     """Another library's message in one line, less its middle where it is long, for a message of one's own."""
-    line = " ".join(str(text).split())
+    line = printable(" ".join(str(text).split()))
     return line if len(line) <= 400 else f"{line[:300]}...{line[-90:]}"
 
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12

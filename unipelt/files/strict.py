@@ -33,15 +33,19 @@ class PlainError(ValueError):
     """What was read is not plain; the message says what was seen, and not where it was read from."""
 
 
-def read_plain(path: str | Path) -> Any:
+def read_plain(path: str | Path, most: int | None = None) -> Any:
     """Read a file of JSON, or of YAML if its name does not end in `.json`.
+
+    Args:
+        path: of the file.
+        most: the largest number of bytes that is read; by default as `MOST_BYTES` has it.
 
     Raises:
         OSError: there is no file, or it cannot be read; a pipe or a device is not waited for.
         PlainError: it does not hold plain values.
     """
     path = Path(path)
-    most = MOST_BYTES[language(path)]
+    most = MOST_BYTES[language(path)] if most is None else most
     content = read_bytes(path, most + 1)
     if len(content) > most:
         raise PlainError(f"it is larger than {most // 2**20} MB")
@@ -184,6 +188,32 @@ class _PlainLoader(yaml.SafeLoader):
             if isinstance(node, yaml.MappingNode):
                 _check_names(node)
         return node
+
+
+def _whole_number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
+    """Return what a whole number looks like: `1:10` is a text and no number to the base 60, `010` is refused."""
+    text = str(loader.construct_scalar(node))
+    if ":" in text:
+        return text
+    value = loader.construct_yaml_int(node)
+    digits = text.replace("_", "").lstrip("+-")
+    if digits.isdigit() and int(digits) != abs(value):
+        line = node.start_mark.line + 1
+        raise PlainError(
+            f"line {line}: {text} is {value} in YAML, which reads a number that starts with 0 to the base 8; write "
+            f"{int(digits)}, or put it in quotes"
+        )
+    return value
+
+
+def _number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
+    """Return what a number with a decimal point looks like: `1:10.5` is a text."""
+    text = str(loader.construct_scalar(node))
+    return text if ":" in text else loader.construct_yaml_float(node)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

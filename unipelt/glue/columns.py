@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from unipelt.files.messages import shorten, show
 from unipelt.glue.tasks import Task
-from unipelt.runs.tables import DataError, Table
+from unipelt.runs.tables import DataError, Table, name_hint, separator_hint
 
 # Text columns that are found without being named; a single column counts only where it is not half of a pair.
 _KNOWN_COLUMNS = (
@@ -42,9 +42,10 @@ def choose_columns(table: Table, text_columns: Sequence[str] | None, label_colum
         if present.issuperset(columns) and not any(set(columns) & set(other) for other in found):
             found.append(columns)
     if len(found) != 1:
+        known = dict.fromkeys(column for columns in _KNOWN_COLUMNS for column in columns)
         raise DataError(
             f"{table.path}: cannot tell which columns are the text among {shorten(', '.join(table.names))}; "
-            "name one or two as text_columns"
+            f"name one or two as text_columns{separator_hint(table.names) or name_hint(table.names, list(known))}"
         )
     return found[0]
 
@@ -54,6 +55,7 @@ def need_column(table: Table, column: str) -> None:
     if column not in table.columns:
         raise DataError(
             f"{table.path} has no column {show(column)}, only {shorten(', '.join(table.names))}; name one of these"
+            f"{separator_hint(table.names) or name_hint(table.names, [column])}"
         )
 
 

@@ -21,6 +21,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from unipelt.checkpoint.load import load
 from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
+from unipelt.files.messages import say
 from unipelt.gates.fold import FoldReport, fold
 from unipelt.glue.job import Job, check_of_glue, prepare
 from unipelt.glue.metric import compute_metrics_for
@@ -51,7 +52,7 @@ def fold_run(
     tolerance: float | None = None,
     closed: float | None = None,
     rounds: int = 7,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Fold the model of a finished run on its dev set, and compare the forms of it on its test set.
 

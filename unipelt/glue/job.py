@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from unipelt.glue.corpus import Corpus, Tokens
 from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
+from unipelt.glue.labels import describe_cuts, describe_labels
 from unipelt.glue.metric import majority_score
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import Task, get_task
@@ -40,6 +41,7 @@ class Job:
         order: for each evaluated split, the original row of each of its rows, which are sorted by length.
         data: rows and fingerprint of each split.
         notes: what a reader of the score must know.
+        labels: what the header says of the labels and of texts that are cut.
         digest: SHA-256 of all that determines the outcome, data and weights included.
     """
 
@@ -52,6 +54,7 @@ class Job:
     data: dict[str, dict[str, Any]]
     majority: float
     notes: list[str]
+    labels: list[str]
     device: str
     model_sha256: str | None
     digest: str
@@ -81,7 +84,8 @@ def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
     task = corpus.task
     parts, notes = _choose_parts(settings, corpus)
     data = {name: _describe(corpus, part) for name, part in parts.items()}
-    majority = majority_score(task, _labels(corpus, parts["train"]), _labels(corpus, parts["test"]))
+    train_labels = _labels(corpus, parts["train"])
+    majority = majority_score(task, train_labels, _labels(corpus, parts["test"]))
 
     place = locate_model(settings.model)
     labels = dict(enumerate(task.label_names)) or {0: "score"}
@@ -95,11 +99,17 @@ def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
         problem_type="regression" if task.is_regression else "single_label_classification",
     )
     sha256, weights = weights_sha256(settings, place, kept)
-    splits, order = {}, {}
+    splits, order, cuts = {}, {}, {}
     for name, part in parts.items():
         splits[name], rows = _tokens(corpus, part, tokenizer, settings, in_order=name == "train")
         if rows is not None:
             order[name] = rows
+        if not (name == "test" and part is parts["dev"]):
+            cuts[name] = (
+                _count_cut(corpus, part, tokenizer, settings.max_length, splits[name], rows),
+                len(splits[name]),
+            )
+    labels_said = [*describe_labels(task, train_labels), *describe_cuts(cuts, settings.max_length)]
     model = load_model(settings, place, config, AutoModelForSequenceClassification)
     if weights and state_of(path for path, *_ in weights) == weights:
         kept.share_base(model, weights)
@@ -112,7 +122,9 @@ def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
             "none; leave it out"
         )
     digest = hashlib.sha256(json.dumps([settings.digest(), data, sha256], sort_keys=True).encode()).hexdigest()
-    return Job(settings, task, model, tokenizer, splits, order, data, majority, notes, device, sha256, digest)
+    return Job(
+        settings, task, model, tokenizer, splits, order, data, majority, notes, labels_said, device, sha256, digest
+    )
 
 
 @dataclass(frozen=True)
@@ -239,6 +251,29 @@ def _tokens(
     if in_order:
         return tokens.of(part.rows), None
     return corpus.cached(("sorted", *of_this), sort) if part.rows is None else sort()
+
+
+def _count_cut(
+    corpus: Corpus,
+    part: _Part,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    tokens: Dataset,
+    order: np.ndarray | None,
+) -> int:
+    """Return how many rows of a part have more tokens than `max_length`; only those that reach it are looked at."""
+
+    def count() -> int:
+        rows = np.flatnonzero(np.asarray(text_lengths(tokens)) >= max_length)
+        if not len(rows):
+            return 0
+        whole = corpus.texts(part.split, False)
+        texts = whole if part.rows is None else whole.select(part.rows)
+        texts = texts.select(rows if order is None else order[rows])
+        longer = _encode(texts, corpus.task, tokenizer, max_length + 1, False)
+        return sum(length > max_length for length in text_lengths(longer))
+
+    return count() if part.rows is not None else corpus.cached(("cut", part.split, tokenizer, max_length), count)
 
 
 def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, whole: bool) -> Dataset:

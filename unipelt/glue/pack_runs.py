@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unipelt.files.messages import say
 from unipelt.glue.packed_run import PackedRun, sit
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
@@ -46,7 +47,7 @@ def pack_key(settings: RunSettings) -> str:
 
 
 def run_packed(
-    runs: Sequence[RunSettings], places: int, log: Callable[[str], None] = print
+    runs: Sequence[RunSettings], places: int, log: Callable[[str], None] = say
 ) -> dict[str, dict[str, Any] | str]:
     """Do these runs, `places` at a time.
 

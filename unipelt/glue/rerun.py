@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from unipelt.checkpoint.base_model import describe_base
-from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.checkpoint.manifest import SAMPLE, WEIGHTS
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
 from unipelt.config.schema import ConfigError, flatten
 from unipelt.files.atomic import write_whole
+from unipelt.files.messages import say
 from unipelt.glue.job import Job, check_of_glue
 from unipelt.glue.run import run
 from unipelt.glue.settings import CARRIED, MOVED, RunSettings
@@ -45,7 +46,7 @@ def rerun(
     *,
     tolerance: float = 0.0,
     changes: Mapping[str, Any] | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Do the run of a record again, in a new folder, and compare.
 
@@ -185,7 +186,8 @@ def check_same(job: Job, record: Mapping[str, Any]) -> list[str]:
             f"the model is not that of the record: the SHA-256 of its {WEIGHTS} was {then['sha256']}, and is "
             f"{job.model_sha256}; {remedy}"
         )
-    base = describe_base(job.model, dict(job.model.named_parameters()))
+    covers = then["fingerprint"].get("covers", SAMPLE)
+    base = describe_base(job.model, dict(job.model.named_parameters()), covers=covers)
     if then["fingerprint"] != base["fingerprint"]:
         raise RunError(
             f"the model's weights are not those of the record: their fingerprint was {then['fingerprint']}, and is "

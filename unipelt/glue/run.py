@@ -26,6 +26,7 @@ from transformers import (
 from unipelt.checkpoint.manifest import MANIFEST
 from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
+from unipelt.files.messages import say
 from unipelt.gates.plot import plot_gates
 from unipelt.gates.record import record_gates
 from unipelt.glue.job import Job, prepare
@@ -46,7 +47,7 @@ from unipelt.submodules.gate import Gates
 
 
 def run(
-    settings: RunSettings, log: Callable[[str], None] = print, check: Callable[[Job], None] | None = None
+    settings: RunSettings, log: Callable[[str], None] = say, check: Callable[[Job], None] | None = None
 ) -> dict[str, Any]:
     """Do a run, or go on with one that was killed, or return the record of one that has finished.
 
@@ -94,7 +95,7 @@ def evaluated(job: Job, name: str) -> Batches:
 
 def _execute(job: Job, folder: Path, progress: Progress, begun: float, log: Callable[[str], None]) -> dict[str, Any]:
     """Train, or go on training; then `finish`."""
-    for line in header(job, job.settings.model, job.task.name):
+    for line in header(job, job.settings.model, job.task.name, job.labels):
         log(line)
 
     def make(callbacks: list[TrainerCallback]) -> Trainer:

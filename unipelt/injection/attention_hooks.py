@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from unipelt.hosts.attention_interface import ATTENTION, attention_function, is_causal
+from unipelt.injection.caches import find_cache
 from unipelt.injection.hooks import hook, note_mask, open_entry, parts_at, split_mask
 from unipelt.submodules.forward_pass import AttentionPass, ForwardPass
 from unipelt.submodules.room import Port, SubmoduleSet
@@ -72,6 +73,7 @@ def _attend(
     name, function = attention_function(module, module.unipelt_port.config)
     if part is None or prefix is None:
         return function(module, query, key, value, mask, **kwargs)
+    find_cache(kwargs)  # an attention function that fills a cache by itself would take the prefix for text
     gate, both = _gate_of_prefix(part, prefix, now), prefix.by_head(now.facts, key.shape[1])
     if prefix.gating == "added":
         output, weights = function(module, query, key, value, mask, **kwargs)

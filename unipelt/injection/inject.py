@@ -12,6 +12,7 @@ from unipelt.config.methods import LoRAConfig, UniPELTConfig
 from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.hosts.quantised import find_obstacle
+from unipelt.hosts.vocabulary import resized_vocabulary
 from unipelt.injection.attach import build, build_prompt, install, install_prompt
 from unipelt.injection.parameters import bias_names, head_names, kept_names, set_trainable
 from unipelt.injection.precision import widen
@@ -36,6 +37,7 @@ def inject_as(
         config=config,
         deployed=deployed,
         head=head_names(model) if head is None else head,
+        vocabulary=resized_vocabulary(model),
         required_grad={name: parameter.requires_grad for name, parameter in model.named_parameters()},
         replaced={name: vars(model)[name] for name in REPLACED if name in vars(model)},
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.quantised import is_quantised
+from unipelt.hosts.vocabulary import resized_vocabulary
 from unipelt.injection.state import Injection, injection_of
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.room import own_parameters, own_parts, rooms
@@ -77,9 +78,11 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
     weight is often the embeddings' own, so it is no head here.
 
     Transformers marks every parameter that it loads; in a model of which some are marked, an unmarked one started
-    at random (a pooler, say). Embeddings are left out: resizing them makes a new parameter of old rows.
+    at random (a pooler, say). Embeddings are left out, and so is the output head of a resized vocabulary: resizing
+    makes a new parameter of old rows.
     """
     outside = _outside_base(model)
+    resized = resized_vocabulary(model)
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)}
     if loaded and not any(is_quantised(parameter) and id(parameter) in loaded for parameter in model.parameters()):
@@ -87,7 +90,7 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
     names = []
     for name, parameter in model.named_parameters():
         fresh = bool(loaded) and id(parameter) not in loaded and id(parameter) not in embeddings
-        if id(parameter) in outside or fresh:
+        if id(parameter) in outside or (fresh and name not in resized):
             names.append(name)
     return frozenset(names)
 
@@ -158,11 +161,17 @@ def set_trainable(model: PreTrainedModel, injection: Injection) -> None:
 def kept_names(model: nn.Module) -> list[str]:
     """Names of the parameters that a checkpoint holds: ours, the head, and whatever else trains.
 
-    The head is kept even when it is frozen: the base's checkpoint does not hold it.
+    The head is kept even when it is frozen: the base's checkpoint does not hold it. The same is true of a vocabulary
+    of another size.
     """
     injection = injection_of(model)
     ours = own_parameters(model).keys()
-    also = {*injection.head, *injection.originals, *(injection.folded.unfrozen if injection.folded else ())}
+    also = {
+        *injection.head,
+        *injection.vocabulary,
+        *injection.originals,
+        *(injection.folded.unfrozen if injection.folded else ()),
+    }
     return [
         name for name, parameter in model.named_parameters() if name in ours or name in also or parameter.requires_grad
     ]
@@ -172,7 +181,8 @@ def unfrozen_names(model: nn.Module) -> set[str]:
     """Names of pretrained parameters that train although the configuration does not say so: the caller's wish."""
     injection = injection_of(model)
     ours = own_parameters(model).keys()
-    return {name for name in kept_names(model) if name not in ours and name not in injection.originals}
+    known = {*ours, *injection.vocabulary, *(injection.originals.keys() - injection.unfrozen)}
+    return {name for name in kept_names(model) if name not in known}
 
 
 def parameter_counts(model: PreTrainedModel) -> ParameterCounts:

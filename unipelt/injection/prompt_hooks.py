@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
+from unipelt.injection.caches import find_cache
 from unipelt.injection.hooks import hook
 from unipelt.submodules.forward_pass import PassFacts
 from unipelt.submodules.prompt import Prompt
 from unipelt.submodules.room import ROOM, Room
-
-CACHE_NAMES = ("past_key_values", "cache")
-"""The names of a cache among a model's arguments, in one version of Transformers or another."""
 
 
 @hook("enter")
@@ -31,14 +29,20 @@ def enter_prompt(
     if prompt is None:
         return None
     given = {**dict(zip(prompt.inputs, args, strict=False)), **kwargs}
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    cache = find_cache(given)
     mask = given.get("attention_mask")
     if getattr(cache, "is_compileable", False):
         raise ValueError("a prompt makes a text longer than a static cache expects; generate with a dynamic cache")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise ValueError("a model with a prompt takes an attention_mask of (examples, tokens), or none")
     length = len(prompt.embedding)
-    begun = cache is not None and cache.get_seq_length() > 0
+    held_tokens = 0 if cache is None else int(cache.get_seq_length())
+    begun = held_tokens > 0
+    if begun and held_tokens < length:
+        raise ValueError(
+            f"the cache holds {held_tokens} tokens, fewer than the prompt's {length}, so it was not filled by this "
+            "model with its prompt"
+        )
     if mask is not None:
         given["attention_mask"] = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
     for name in ("position_ids", "cache_position"):

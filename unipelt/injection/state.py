@@ -41,6 +41,10 @@ class Injection:
         replaced: attributes of the model itself that injection overwrote.
         originals: what pretrained parameters that train were before, on the CPU.
         folded: what folding did; None before.
+        unfrozen: names of pretrained parameters that a loaded checkpoint holds although the configuration trains none
+            of them: the wish of who trained it.
+        vocabulary: names of the parameters that hold a vocabulary of another size than the base's; they are kept with
+            what was trained.
         shares: whether its base is other models' too (`unipelt.Tasks`).
     """
 
@@ -51,6 +55,8 @@ class Injection:
     replaced: dict[str, Any] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     folded: Folded | None = None
+    unfrozen: frozenset[str] = frozenset()
+    vocabulary: frozenset[str] = frozenset()
     shares: bool = False
 
     @property

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from unipelt.files.atomic import write_whole
+from unipelt.files.messages import printable
 from unipelt.report.cells import kinds
 from unipelt.report.collect import collect
 from unipelt.report.differences import compare_all
@@ -130,10 +132,21 @@ def _number(value: float) -> str:
     return f"{value:.4f}"
 
 
+def _as_cell(value: Any) -> Any:
+    """Return a cell that a spreadsheet takes for a text or a number, and not for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    formula = (
+        text.startswith(("=", "+", "-", "@", "\t", "\n")) and re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", text) is None
+    )
+    return f"'{text}" if formula else text
+
+
 def _csv(lines: Iterable[Mapping[str, Any]]) -> bytes:
     lines = list(lines)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: _as_cell(value) for name, value in line.items()} for line in lines)
     return text.getvalue().encode("utf-8", "replace")

@@ -7,6 +7,7 @@ import html
 import re
 from collections.abc import Sequence
 
+from unipelt.files.messages import printable
 from unipelt.report.blocks import Block, Entry, Fold, Grid, Heading, Items, Panels, Paragraph
 from unipelt.report.page import PAPER
 from unipelt.report.pictures import Picture
@@ -203,7 +204,7 @@ def _linked(text: str) -> str:
 
 def _escape(text: str) -> str:
     # lone surrogates come out of JSON, and no UTF-8 holds them
-    return html.escape(text.encode("utf-8", "replace").decode("utf-8"))
+    return html.escape(printable(text).encode("utf-8", "replace").decode("utf-8"))
 
 
 # Markdown
@@ -249,5 +250,5 @@ def _entry_markdown(entry: Entry) -> str:
 
 
 def _plain(text: str) -> str:
-    text = html.escape(text.encode("utf-8", "replace").decode("utf-8"), quote=False)
+    text = html.escape(printable(text).encode("utf-8", "replace").decode("utf-8"), quote=False)
     return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))

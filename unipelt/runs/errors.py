@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from unipelt.files.messages import complain
+
 _DISK = {
     number: text
     for name, text in (
@@ -112,10 +114,10 @@ def exit_code(program: str, do: Callable[[], object]) -> int:
     try:
         do()
     except (ValueError, OSError) as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(program, error)
         return 2
     except RunFailed as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(program, error)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)

@@ -16,17 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import show_path
 from unipelt.files.strict import PlainError, read_plain
 from unipelt.records.record import RESULT, ResultError, mismatch, read_result
 from unipelt.runs.errors import RunError
 from unipelt.runs.settings import TrainingSettings
-
-try:
-    import fcntl
-except ImportError:  # not on every system; there, two runs in one folder are not told apart
-    fcntl = None  # type: ignore[assignment]
 
 MODEL = "model"
 FOLDED = "folded"
@@ -94,20 +91,25 @@ def find_finished(settings: TrainingSettings, folder: Path) -> dict[str, Any] | 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and keep other runs out of it. Raises `LockedError`, or `RunError` if it cannot be written."""
+    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)  # it opens no link
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / _LOCK, "w")  # noqa: SIM115  (closed below, which unlocks)
+        lock.acquire()
+    except Timeout as error:
+        raise LockedError(
+            f"another process is running in {show_path(folder)}; wait for it, or choose another output_dir"
+        ) from error
     except OSError as error:
+        if (folder / _LOCK).is_symlink():
+            raise RunError(
+                f"{show_path(folder / _LOCK)} is a link, and a lock is never made through one; remove it, or choose "
+                "another output_dir"
+            ) from error
         raise RunError(f"cannot write to {show_path(folder)}: {error.strerror}; choose another output_dir") from error
-    with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise LockedError(
-                    f"another process is running in {folder}; wait for it, or choose another output_dir"
-                ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def begin(settings: TrainingSettings, folder: Path) -> Progress:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from unipelt.checkpoint.manifest import MANIFEST
 from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
+from unipelt.files.messages import say
 from unipelt.records.record import read_result, write_result
 from unipelt.runs import folder as place
 from unipelt.runs.folder import MODEL, PREDICTIONS, Progress
@@ -106,9 +107,7 @@ class TaskJob(ABC):
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
-def run(
-    settings: Settings, prepare: Callable[[Settings], TaskJob], log: Callable[[str], None] = print
-) -> dict[str, Any]:
+def run(settings: Settings, prepare: Callable[[Settings], TaskJob], log: Callable[[str], None] = say) -> dict[str, Any]:
     """Do a run, or go on with one that was killed, or return the record of one that has finished.
 
     Args:

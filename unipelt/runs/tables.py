@@ -91,7 +91,7 @@ def read_tsv(
         if len(fields) != len(header):
             raise DataError(
                 f"{path}, line {number}: saw {len(fields)} tab-separated fields, expected {len(header)} "
-                f"({shorten(', '.join(header))}); correct or delete the line"
+                f"({shorten(', '.join(header))}); correct or delete the line{separator_hint(header)}"
             )
         for append, index in kept:
             append(fields[index])
@@ -118,6 +118,7 @@ def _read_csv(path: Path) -> Table:
                     raise DataError(
                         f"{path}, line {line}: saw {len(row)} comma-separated fields, expected {len(header)} "
                         f"({shorten(', '.join(header))}); correct the line, and quote fields that hold commas"
+                        f"{separator_hint(header)}"
                     )
                 rows.append(row)
                 places.append(line)
@@ -208,6 +209,31 @@ def _read_parquet(path: Path) -> Table:
     return Table(path, names, columns, range(1, table.num_rows + 1), "row", class_names)
 
 
+def separator_hint(names: Sequence[str]) -> str:
+    """Return a remark if the only column's name holds another separator than that of the file's form; else nothing."""
+    if len(names) != 1:
+        return ""
+    found = [word for sign, word in _SEPARATORS.items() if sign in names[0]]
+    if not found:
+        return ""
+    return (
+        f" (its only column is {show(names[0])}, so its fields seem to be parted by {found[0]}; a .csv file has commas "
+        "and a .tsv file has tabs)"
+    )
+
+
+def name_hint(names: Sequence[str], wanted: Sequence[str]) -> str:
+    """Return a remark if one of these names is a wanted one but for space around it, or case; else nothing."""
+    known = {name.strip().casefold(): name for name in wanted}
+    for name in names:
+        meant = known.get(name.strip().casefold())
+        if meant is not None and meant != name:
+            how = "a space around it" if name.strip() == meant.strip() else "other letters in upper case"
+            return f" (there is {show(name)}, which is {show(meant)} with {how}; correct the header)"
+    return ""
+
+
+_SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}
 _READERS: dict[str, Callable[[Path], Table]] = {
     ".tsv": read_tsv,
     ".csv": _read_csv,

@@ -282,13 +282,14 @@ def train(
     return trainer, state, marker.spend
 
 
-def header(job: Training, model: str, task: str) -> list[str]:
+def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> list[str]:
     """Lines that announce a run: model, task, method, counts.
 
     Args:
         job: what was loaded.
         model: what the base is called.
         task: what the task is called.
+        data: lines on its data.
     """
     settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
     stop = f", patience {settings.patience}" if settings.patience is not None else ""
@@ -296,6 +297,7 @@ def header(job: Training, model: str, task: str) -> list[str]:
         f"model   {model} ({type(job.model).__name__})",
         f"task    {task}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
         *(f"        {note}" for note in job.notes),
+        *data,
         f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
         f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
         *str(parameter_counts(job.model)).splitlines(),

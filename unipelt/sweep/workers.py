@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from unipelt.files.messages import say
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import RESULT, summary
 from unipelt.runs.folder import CHECKPOINTS, clean
@@ -42,7 +43,7 @@ _TAIL = 20  # lines of the log kept with a failure
 def carry_out(
     state: State,
     start: Callable[[RunSettings, threading.Event], str | None] | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> dict[str, str]:
     """Do the runs that are left, wait for those that other processes do, and do those that these leave unfinished.
 

@@ -1,0 +1,68 @@
+"""What a run's header says of its data: what the labels are, what looks wrong in them, and how many texts are cut."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from unipelt.files.messages import printable, show
+from unipelt.glue.tasks import Task
+
+_MOST = 12
+"""Classes that are listed by name."""
+
+
+def describe_labels(task: Task, labels: np.ndarray) -> list[str]:
+    """Return lines on the labels of the training rows, warnings included.
+
+    Args:
+        task: the task.
+        labels: of the training rows, class ids or scores.
+    """
+    if task.is_regression:
+        low, high, kinds = float(labels.min()), float(labels.max()), len(np.unique(labels))
+        lines = [f"labels  regression from {low:g} to {high:g}, {kinds:,} different scores in train"]
+        if bool((labels == np.round(labels)).all()):
+            lines.append(
+                f"        warning: all {kinds:,} scores are whole numbers; if they are classes, say --regression false"
+            )
+        return lines
+    counts = Counter(labels.tolist())
+    names = task.label_names
+    listed = ", ".join(f"{_quoted(name)} {counts[index]:,}" for index, name in enumerate(names[:_MOST]))
+    more = f" and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
+    lines = [f"labels  {len(names):,} classes, with rows in train: {listed}{more}"]
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike["".join(name.split()).casefold()].append(name)
+    lines += [
+        f"        warning: the labels {_several(group)} differ only by space or case; make them one if they are"
+        for group in alike.values()
+        if len(group) > 1
+    ]
+    if absent := [name for index, name in enumerate(names) if not counts[index]]:
+        lines.append(f"        warning: no training row has the label {_several(absent)}, so it is never learnt")
+    return lines
+
+
+def describe_cuts(cuts: Mapping[str, tuple[int, int]], max_length: int) -> list[str]:
+    """Return a line on the texts that are cut, if any is.
+
+    Args:
+        cuts: by split, the number of its rows that are cut, and of all its rows.
+        max_length: the tokens that are left of them.
+    """
+    told = ", ".join(f"{name} {count:,} of {rows:,}" for name, (count, rows) in cuts.items() if count)
+    return [f"        warning: texts are cut at {max_length:,} tokens (max_length): {told}"] if told else []
+
+
+def _quoted(name: str) -> str:
+    """A class's name; in quotes where its end would not be seen."""
+    return name if name and name == " ".join(printable(name).split()) else show(name)
+
+
+def _several(names: Sequence[str]) -> str:
+    shown = [show(name) for name in names[:_MOST]]
+    return ", ".join(shown) + (f" and {len(names) - _MOST:,} more" if len(names) > _MOST else "")
