@@ -14,6 +14,8 @@ from unipelt.config.presets import PRESETS
 from unipelt.hosts.families import FAMILIES as ALL_FAMILIES
 
 VOCABULARY = 60
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""The name by which a model takes a cache."""
 PAD, EOS = 1, 2
 DEPTH = 3
 

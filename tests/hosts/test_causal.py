@@ -12,7 +12,7 @@ import tiny
 import torch
 from helpers import shake
 from inside import added_at, parts_in
-from tiny import DECODERS, DEPTH, ENCODER_DECODERS, EOS, PAD, VOCABULARY, tiny_batch, tiny_model
+from tiny import CACHE, DECODERS, DEPTH, ENCODER_DECODERS, EOS, PAD, VOCABULARY, tiny_batch, tiny_model
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -78,7 +78,7 @@ def padding(kind: str, rows: int, tokens: int = TOKENS) -> Tensor | None:
 
 def run(family: str, model: Any, ids: Tensor, mask: Tensor | None, start: int = 0, cache: Any = None) -> Any:
     """The model's output for tokens from `start` on; of an encoder-decoder, for the decoder's tokens."""
-    options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+    options: dict[str, Any] = {CACHE: cache, "use_cache": cache is not None}
     with torch.no_grad():
         if family in ENCODER_DECODERS:
             source = tiny_batch(family, lengths=(5,), tokens=7)
@@ -454,7 +454,7 @@ def test_an_ungated_prefix_is_a_cache_that_begins_with_it(family: str, attention
             input_ids=ids,
             attention_mask=torch.cat([torch.ones(2, LENGTH, dtype=torch.long), real], dim=1),
             position_ids=(real.cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         ).logits
         without = base(input_ids=ids, attention_mask=mask).logits
@@ -606,7 +606,7 @@ def test_a_decoder_made_by_its_configuration_is_causal(
         parts = []
         for start in range(0, TOKENS, 3):
             piece = {"input_ids": ids[:, start : start + 3], "attention_mask": torch.ones(TOKENS, start + 3).long()}
-            parts.append(model(**piece, **source, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(**piece, **source, **{CACHE: cache}, use_cache=True).logits)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
         if cross:
             # what the source says matters, and what is masked in it does not
@@ -633,7 +633,7 @@ def test_a_decoder_made_by_its_configuration_is_causal(
     for cached in (True, False):
         options: dict[str, Any] = {**batch, "use_cache": cached}
         if cross and cached:  # generate would make BERT a cache that has no place for the source
-            options["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            options[CACHE] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         texts.append(
             generated(model, {"input_ids": start_ids, "attention_mask": torch.ones_like(start_ids)}, **options)
         )

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 UNSEEN: Any = object()
 """The mask of an attention whose call was not seen."""
@@ -214,7 +213,7 @@ class Passes:
 
     def current(self) -> ForwardPass | None:
         """Return the pass that this thread is in, or None."""
-        if is_compiling():
+        if torch.compiler.is_compiling():
             return self._traced
         found = self._by_thread.get(get_ident())
         if found is None and self._recomputed:
