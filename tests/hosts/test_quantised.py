@@ -271,9 +271,17 @@ def test_a_pooler_that_started_at_random(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_submodules_are_in_what_the_model_computes_in(folders: dict[str, Path], dtype: torch.dtype) -> None:
-    """Also where a layer has no weight left that says so."""
-    model = added(own_way(AutoModelForCausalLM, folders["llama"], dtype=dtype))
+    """Where the configuration asks for it; also where a layer has no weight left that says so."""
+    method = {"preset": "unipelt-apl", "dtype": "base"}
+    model = added(own_way(AutoModelForCausalLM, folders["llama"], dtype=dtype), method)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+    assert outputs(model, "llama").dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_submodules_are_in_float32_otherwise(folders: dict[str, Path], dtype: torch.dtype) -> None:
+    model = added(own_way(AutoModelForCausalLM, folders["llama"], dtype=dtype))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert outputs(model, "llama").dtype == dtype
 
 
