@@ -257,10 +257,14 @@ _SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "truth values": lambda tensor: tensor.bool(),
     "complex numbers": lambda tensor: tensor.to(torch.complex64),
 }
-_PARTS = ("adapter.down.weight", "gates.bias", "lora_query.A", "prefix_network.embedding", "classifier.weight")
+_PARTS = (
+    *("adapter.entry.weight", "adapter.up.weight", "default.entry.weight", "default.entry.bias"),
+    *("lora_query.B", "prefix_network.embedding", "classifier.weight"),
+)
 _NAMES = (
     *("", ".", "..", "../../etc/passwd", "/etc/passwd", "__class__", "__dict__", "bert", "classifier", "config"),
-    *("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.9.output.LayerNorm.adapter.down.weight"),
+    *("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.9.unipelt.default.adapter.entry.weight"),
+    *("bert.encoder.layer.0.output.LayerNorm.adapter.down.weight", "bert.encoder.layer.0.unipelt.other.entry.bias"),
     *("classifier.weight\0", "classifier.weight.data", "x" * 100_000, "\u202eweight"),
 )
 
@@ -393,7 +397,7 @@ _KINDS = {
     "unipelt.lora.rank": "size",
 }
 _VALUES: list[tuple[str, object]] = [
-    *[("format", value) for value in _any(None, 0, 2, "1", True, 1.5, [1], 10**400)],
+    *[("format", value) for value in _any(None, 0, 1, 3, "2", True, 1.5, 2.0, [2], 10**400)],
     *[
         ("weights.file", name)
         for name in ("", ".", "../x", "/etc/passwd", "a/../model.safetensors", "pytorch_model.bin")
@@ -446,6 +450,8 @@ _VALUES: list[tuple[str, object]] = [
             {"../a": {"adapter": 0.5}},
             {"bert.encoder.layer.0.attention.self": {"adapter": 0.5}},
             {"bert.encoder.layer.0.attention.self": {"prefix": None}},
+            {"bert.encoder.layer.0.unipelt.default.entry": {"adapter": 0.5}},
+            {"bert.encoder.layer.0.unipelt.default": {"prefix": 0.5}},
             {BIG: {"adapter": 0.5}},
             {"a": {BIG: 0.5}},
         )

@@ -152,7 +152,7 @@ def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], also:
     for name, place in places.items():  # in the model's order: that of a file is another each time
         tensor = tensors[name]
         if tensor.shape != place.shape:
-            return f"{name} is {tuple(tensor.shape)} there and {tuple(place.shape)} here"
+            return f"{name} is {show(tuple(tensor.shape))} there and {tuple(place.shape)} here"
         if not tensor.is_floating_point():
             return f"{name} holds {tensor.dtype}, not floating-point numbers"
     return None
