@@ -23,7 +23,6 @@ from helpers import (
     edit,
     logits,
     read,
-    refused,
     refusing,
     seal,
     shake,
@@ -859,7 +858,7 @@ def test_a_failure_while_tensors_are_put_in_place_leaves_the_model_as_it_was(
             raise RuntimeError("out of memory")
         return real(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, refused(model, "out of memory", error=RuntimeError):
+    with monkeypatch.context() as patch, refusing(model, "out of memory", error=RuntimeError):
         patch.setattr(torch.Tensor, "copy_", copy_)
         patch.setattr(load, "bind", begin)
         unipelt.load(model, folder)

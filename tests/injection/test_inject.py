@@ -87,9 +87,11 @@ def test_every_layer_carries_what_the_config_says() -> None:
         assert type(added.lora_query) is type(added.lora_value) is LoRA
         assert set(added.terms) == {"lora_query", "lora_value", "adapter"}
         assert type(added.prefix) is Prefix
+        assert added.entry is not None
         assert added.entry.gates.names == ("prefix", "lora_query", "lora_value")
         assert added.entry.row_names == ("lora_query", "lora_value")
         assert type(added.adapter) is Adapter
+        assert added.adapter.entry is not None
         assert added.adapter.entry.gates.names == added.adapter.entry.row_names == ("adapter",)
         assert added.cross is None
         wiring = added.wiring
@@ -150,7 +152,8 @@ def test_initialisation() -> None:
 def test_submodules_are_in_single_precision_over_half_or_of_their_hosts_kind(
     base: torch.dtype, dtype: str, deployed: bool
 ) -> None:
-    model: Any = tiny_bert().to(base)
+    model: Any = tiny_bert()
+    model.to(base)
     config = unipelt.resolve({"preset": "unipelt-apl", "dtype": dtype})
     inject_as(model, config, deployed=deployed, head=None)
     assert {own.part.kind for own in own_parts(model)} == {"adapter", "prefix", "lora", "gate"}
@@ -163,7 +166,8 @@ def test_submodules_are_in_single_precision_over_half_or_of_their_hosts_kind(
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_a_draft_is_what_injecting_makes_without_memory(base: torch.dtype, deployed: bool) -> None:
-    model: Any = tiny_bert().to(base)
+    model: Any = tiny_bert()
+    model.to(base)
     config = unipelt.resolve({"preset": "unipelt-apl", "prompt": {"length": 2}})
     before, modules = state(model), list(model.modules())
     drawn = shapes(draft(model, config, deployed))

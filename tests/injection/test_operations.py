@@ -139,7 +139,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def each_layer_its_own(model: Any) -> None:
     """Take away what the pass computes once."""
     passes = next(rooms(model))[1].passes
-    model.bert.encoder.register_forward_pre_hook(lambda *_: passes.current().facts.prefixes.clear())
+    model.bert.encoder.register_forward_pre_hook(lambda *_: passes.current().facts.prefixes.clear())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("method", ["prefix", SCALE, MASS, NOGATE], ids=str)

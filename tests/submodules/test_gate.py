@@ -91,7 +91,7 @@ def test_a_pass_that_its_call_no_longer_holds_is_gone() -> None:
     """The arguments hold it, and a call's arguments go with the call, however that ends."""
     passes = Passes()
     args = passes.enter(PassFacts(), ())
-    reference = weakref.ref(passes.current())  # type: ignore[arg-type]
+    reference = weakref.ref(passes.current())
     assert reference() is not None
     del args
     assert reference() is None
@@ -360,7 +360,7 @@ def test_gates_behind_a_network_and_without_input_share_no_product() -> None:
     for gate in ({"network": "mlp"}, {"network": "recurrent"}, {"network": "transformer"}, {"pooling": "static"}):
         assert not shares_product(GateConfig(**gate))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="share no product"):
-            make_entry(rows_of((2,), False), **gate)
+            make_entry(rows_of((2,), False), **gate)  # type: ignore[arg-type]
     static = make_entry(pooling="static")
     assert [name for name, _ in static.named_parameters()] == ["bias"]
     values, low = static(torch.randn(2, 4, 5), None)
@@ -376,7 +376,7 @@ def test_gates_behind_a_network_and_without_input_share_no_product() -> None:
 
 def test_gates_start_where_they_are_said_to() -> None:
     for gate in ({}, {"temperature": 2.0}, {"activation": "tanh"}):
-        config = GateConfig(**gate)  # type: ignore[arg-type]
+        config = GateConfig(**gate)
         entry = Entry(5, NAMES, config, LIKE, causal=True, starts={"two": 0.25})
         values = entry(torch.zeros(1, 1, 5), None)[0][0, 0]
         rest = 0.0 if "activation" in gate else 0.5

@@ -407,7 +407,7 @@ def test_a_twin_differs_by_the_releases_protocol_only(name: str) -> None:
 
 def all_runs(name: str) -> list[RunSettings]:
     """The runs of a sweep, or the one run of another file."""
-    return [*runs_of(name)] if name in SWEEPS else [RunSettings(**read_config(FOLDER / name))]
+    return [*runs_of(name)] if name in SWEEPS else [RunSettings(**read_config(FOLDER / name, RunSettings))]
 
 
 def test_what_a_twin_freezes_and_pools() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.gate import Gates
+from unipelt.submodules.entry import Entry
+from unipelt.submodules.lora import LoRA
 
 CAUSAL = (*DECODERS, *ENCODER_DECODERS)
 MASKED: Any = {"pooling": ["masked_mean"]}
@@ -159,9 +160,8 @@ def test_up_and_B_of_zero_change_nothing(case: Case, described: Texts) -> None:
             if isinstance(module, Adapter):
                 module.up.weight.zero_()
                 module.up.bias.zero_()
-            for term in (getattr(module, "lora_query", None), getattr(module, "lora_value", None)):
-                if term is not None:
-                    term.B.zero_()
+            if isinstance(module, LoRA):
+                module.B.zero_()
     inputs = batch(model, case, described)
     assert torch.equal(logits(model, inputs), logits(bare, inputs))
 
@@ -174,7 +174,7 @@ def test_closed_gates_change_nothing(case: Case, described: Texts) -> None:
     bare.load_state_dict({name: model.state_dict()[name] for name in bare.state_dict()})
     inputs = batch(model, case, described)
     for module in model.modules():
-        if isinstance(module, Gates):
+        if isinstance(module, Entry):
             with torch.no_grad():
                 if module.has_input:
                     module.weight.zero_()
