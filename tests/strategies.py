@@ -273,6 +273,7 @@ def methods(
             **sides,
             "layers": layers,
             "gate": gates,
+            "dtype": draw(st.sampled_from(["float32", "float32", "base"])),
             "train_head": draw(st.booleans()),
             "train_base": draw(trains) or (not chosen and not bitfit),
             "bitfit": bitfit,

@@ -10,14 +10,11 @@ from helpers import assert_near
 from hosts.test_families import logits
 from hypothesis import assume
 from hypothesis import strategies as st
+from inside import fill, parts
 from strategies import AS_DECODERS, Case, Texts, batch, cases, holds, real, texts
 from tiny import DECODERS, ENCODER_DECODERS, VOCABULARY, WITH_PREFIX
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
-
-from unipelt.submodules.adapter import Adapter
-from unipelt.submodules.entry import Entry
-from unipelt.submodules.lora import LoRA
 
 CAUSAL = (*DECODERS, *ENCODER_DECODERS)
 MASKED: Any = {"pooling": ["masked_mean"]}
@@ -155,13 +152,8 @@ def test_up_and_B_of_zero_change_nothing(case: Case, described: Texts) -> None:
     model = case.build()
     bare = case.bare()
     bare.load_state_dict({name: model.state_dict()[name] for name in bare.state_dict()})
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Adapter):
-                module.up.weight.zero_()
-                module.up.bias.zero_()
-            if isinstance(module, LoRA):
-                module.B.zero_()
+    ends = ("adapter.up.weight", "adapter.up.bias", "lora_query.B", "lora_value.B")
+    assert sum(fill(model, end, 0.0) for end in ends)
     inputs = batch(model, case, described)
     assert torch.equal(logits(model, inputs), logits(bare, inputs))
 
@@ -173,12 +165,8 @@ def test_closed_gates_change_nothing(case: Case, described: Texts) -> None:
     bare = case.bare()
     bare.load_state_dict({name: model.state_dict()[name] for name in bare.state_dict()})
     inputs = batch(model, case, described)
-    for module in model.modules():
-        if isinstance(module, Entry):
-            with torch.no_grad():
-                if module.has_input:
-                    module.weight.zero_()
-                module.bias.fill_(-1e4)
+    for name, part in parts(model, "gate").items():
+        part.fill_(0.0 if name.endswith(".weight") else -1e4)
     want = logits(bare, inputs)
     where = real(case, inputs, want)
     assert_same_there(logits(model, inputs), want, where, 4e-6)

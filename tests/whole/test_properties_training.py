@@ -19,6 +19,7 @@ from helpers import assert_near, assert_same, shake, what_is_there
 from hosts.test_families import first, logits
 from hypothesis import assume
 from hypothesis import strategies as st
+from inside import gradients_of_parts
 from pack.test_pack import alone
 from scripts.properties_parallel import ROWS, write
 from strategies import Case, Texts, batch, cases, gradients, holds, loss_of, texts
@@ -33,6 +34,7 @@ from unipelt.pack import Pack, PackError, kept_values
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork
+from unipelt.submodules.room import own_parameters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 READ = ("right", "none")
@@ -105,6 +107,10 @@ def test_gradients_reach_just_what_is_declared(case: Case, described: Texts) -> 
         assert gradient.isfinite().all(), name
         # all units of a narrow bottleneck may be dead
         assert gradient.any() or ".adapter." in name, name
+    for name, gradient in gradients_of_parts(model).items():
+        started_at = name.endswith((".A0", ".B0"))
+        assert (gradient is None) == started_at, name
+        assert gradient is None or gradient.any() or ".adapter." in name, name
 
 
 @holds(10, cases(heads=True, decoders_too=True, least=0), texts(READ))
@@ -246,10 +252,12 @@ def test_a_checkpoint_in_another_precision_is_rounded_once(
             rounded = unipelt.load(case.bare().to(other), name)
     finally:
         logging.set_verbosity(level)
+    wide = torch.promote_types(other, torch.float32) if case.method.dtype == "float32" else other
+    ours = own_parameters(rounded)
     for name in kept_names(exact):
         parameter = rounded.get_parameter(name)
-        assert parameter.dtype == other
-        assert torch.equal(parameter, exact.get_parameter(name).to(other)), name
+        assert parameter.dtype == (wide if name in ours else other)
+        assert torch.equal(parameter, exact.get_parameter(name).to(parameter.dtype)), name
 
 
 @holds(20, cases(gated=[True, True, False], heads=True, decoders_too=True), texts(rows=(2, 3)), st.data())

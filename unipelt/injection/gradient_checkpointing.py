@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unipelt.injection.hooks import hook
+from unipelt.submodules.forward_pass import replace_arguments
 
 
 @hook("enter")
@@ -22,7 +23,7 @@ def wake_input(
     if not _checkpoints_reentrantly(owner):
         return None
     return (
-        tuple(_awake(value) if place == 0 else value for place, value in enumerate(args)),
+        replace_arguments(args, (*map(_awake, args[:1]), *args[1:])),
         {name: _awake(value) if name in STATES else value for name, value in kwargs.items()},
     )
 

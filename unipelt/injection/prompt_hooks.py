@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from unipelt.injection.caches import find_cache
 from unipelt.injection.hooks import hook
-from unipelt.submodules.forward_pass import PassFacts
+from unipelt.submodules.forward_pass import PassFacts, replace_arguments
 from unipelt.submodules.prompt import Prompt
 from unipelt.submodules.room import ROOM, Room
 
@@ -60,7 +60,7 @@ def enter_prompt(
         if given.get("seq_len") is not None:  # ModernBERT's heads count the text before Transformers 5.1
             given["seq_len"] = given["seq_len"] + length
         tokens = longer.shape[1]
-    held_arguments = prompt.passes.enter(PassFacts(), ())
+    held_arguments = prompt.passes.enter(PassFacts(), replace_arguments(args, ()))
     now = prompt.passes.current()
     assert now is not None
     now.tokens = tokens

@@ -199,6 +199,15 @@ class _HeldArguments(tuple[Any, ...]):
     held: tuple[ForwardPass, tuple[Any, ...]]  # the pass, and the arguments before: they may hold one more
 
 
+def replace_arguments(args: tuple[Any, ...], changed: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return other positional arguments for a call, which keep the same pass alive."""
+    if not isinstance(args, _HeldArguments):
+        return changed
+    held = _HeldArguments(changed)
+    held.held = args.held
+    return held
+
+
 class Passes:
     """The passes of one stack: the present one of each thread.
 
