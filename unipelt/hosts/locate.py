@@ -15,7 +15,7 @@ from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTCo
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
 from unipelt.hosts.families import FAMILIES, Attention, Stack, describe_unknown
 from unipelt.submodules.outputs import OutputSlice
-from unipelt.submodules.room import ROOM
+from unipelt.submodules.room import ROOM, Room
 
 
 class InjectionError(ValueError):
@@ -227,7 +227,7 @@ def _find_layer(
         attention = _find_attention(layer, stack.attention, model, config)
     if cross and stack.cross is not None and _has(layer, stack.cross.path):
         crossing = _find_attention(layer, stack.cross, model, config, crosses=True)
-    if ROOM in layer._modules or hasattr(layer, ROOM):
+    if hasattr(layer, ROOM) and not isinstance(layer._modules.get(ROOM), Room):  # a room takes several sets
         raise InjectionError(f"{type(layer).__name__} has an attribute {ROOM!r} of its own")
     adapted = layer.get_submodule(stack.norm or stack.output) if own else None
     if isinstance(adapted, nn.Sequential):
