@@ -65,6 +65,12 @@ class Injection:
         return {**(self.folded.weights if self.folded else {}), **self.originals}
 
 
+def host_of(model: Any) -> Any:
+    """Return the model that carries submodules: the one inside a `PeftModel`, or the model itself."""
+    inside = getattr(model, "get_base_model", None)
+    return inside() if callable(inside) else model
+
+
 def is_injected(model: nn.Module) -> bool:
     """Return whether a model carries what `unipelt.inject` adds."""
     return getattr(model, "unipelt_injection", None) is not None
