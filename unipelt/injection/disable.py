@@ -27,8 +27,9 @@ def disable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Raises:
         ValueError: nothing was injected, or the base's parameters have other shapes now.
     """
-    if hasattr(model, "disable_adapter"):  # a PeftModel has copies of its head, and the switch for them
-        with model.disable_adapter():
+    switch: Any = getattr(model, "disable_adapter", None)
+    if switch is not None:  # a PeftModel has copies of its head, and the switch for them
+        with switch():
             yield model
         return
     injection = injection_of(model)

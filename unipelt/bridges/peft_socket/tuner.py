@@ -79,8 +79,8 @@ class UniPELTModel(BaseTuner):
             flags = _adopt(model, chosen, adapter_name)  # what trains there goes on to train
         else:
             _add(model, chosen, adapter_name, first=first, device="meta" if low_cpu_mem_usage else None)
-        for _, room in rooms(model):
-            furnish(room, model.device)
+        for _path, one in rooms(model):
+            furnish(one, model.device)
         self.set_adapter(self.active_adapters, inference_mode=chosen.inference_mode)
         self._mark_only_adapters_as_trainable(model)
         set_additional_trainable_modules(
