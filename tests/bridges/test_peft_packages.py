@@ -167,7 +167,12 @@ def test_grpo_begins_without_divergence(ready: bool, trl: Any, policy: Any, toke
 
 
 def test_a_reward_model_trains_its_head_and_set(trl: Any, tokens: Any, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"vocab_size": len(tokens), "pad_token_id": 0, "num_labels": 1, "max_position_embeddings": 128}
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokens),
+        "pad_token_id": 0,
+        "num_labels": 1,
+        "max_position_embeddings": 128,
+    }
     model = tiny_model("llama", "SequenceClassification", **sizes)
     trainer = trl.RewardTrainer(
         model,

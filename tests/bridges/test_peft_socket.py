@@ -28,7 +28,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # asked by PEFT
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
 ]
-SIZES: dict[str, dict[str, Any]] = {"adapter": {"bottleneck": 6}, "prefix": {"length": 4, "hidden": 10}, "lora": {"rank": 3, "alpha": 5.0}}
+SIZES: dict[str, dict[str, Any]] = {
+    "adapter": {"bottleneck": 6},
+    "prefix": {"length": 4, "hidden": 10},
+    "lora": {"rank": 3, "alpha": 5.0},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "unipelt-apl": {"preset": "unipelt-apl", **SIZES},
     "unipelt-ap": {"preset": "unipelt-ap", "adapter": SIZES["adapter"], "prefix": SIZES["prefix"]},

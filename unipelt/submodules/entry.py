@@ -223,6 +223,11 @@ class Entry(nn.Module):
             setattr(made, name, nn.Parameter(tensor.clone()))
         return made
 
+    def extra_repr(self) -> str:
+        """Describe the module for `print(model)`."""
+        parts = [*self.gate_names, *(part.name for part in self.parts if part.row and not part.name.endswith(".bias"))]
+        return f"rows: {', '.join(parts)}"
+
     def _name_parts(self) -> tuple[Part, ...]:
         parts = []
         gates, rows = ("gate_weight", "row_weight") if self.is_separate else ("weight", "weight")

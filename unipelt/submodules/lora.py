@@ -141,6 +141,10 @@ class LoRA(Term):
         update = nn.functional.pad(groups, (self.outputs.start, rest)).flatten(-2)
         return torch.add(out, update, alpha=scale)
 
+    def extra_repr(self) -> str:
+        """Describe the module for `print(model)`."""
+        return ", ".join(part for part in (f"rank={self.B.shape[1]}", super().extra_repr()) if part)
+
 
 def is_small(out: Tensor) -> bool:
     """Return whether a tensor is so small that calls cost more than numbers, as in decoding token by token."""
