@@ -1,4 +1,4 @@
-"""A submodule of your own in about twenty lines: it gets a gate, saving, counting and removal like the built-in ones."""
+"""A submodule of your own: it gets a gate, saving, counting and removal, as the built-in ones do."""
 
 from __future__ import annotations
 
