@@ -33,10 +33,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "prefix": {"length": 4, "hidden": 10},
     "lora": {"rank": 3, "alpha": 5.0},
 }
-    "adapter": {"bottleneck": 6},
-    "prefix": {"length": 4, "hidden": 10},
-    "lora": {"rank": 3, "alpha": 5.0},
-}
 METHODS: dict[str, dict[str, Any]] = {
     "unipelt-apl": {"preset": "unipelt-apl", **SIZES},
     "unipelt-ap": {"preset": "unipelt-ap", "adapter": SIZES["adapter"], "prefix": SIZES["prefix"]},

@@ -43,7 +43,7 @@ def attend(
         where the prefix has a softmax of its own; None for rows of several sets.
     """
     port: Port = module.unipelt_port
-    now = port.room[0].passes.current()
+    now = port.room[0].passes.current_or_recomputed()
     if now is None:
         raise RuntimeError(f"{type(module).__name__} holds a prefix, and was called outside of its layer")
     if now.facts.rows is None:
