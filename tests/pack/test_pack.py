@@ -299,7 +299,7 @@ def test_refuses_what_it_cannot_do() -> None:
     with pytest.raises(PackError, match="gradient checkpointing"):
         Pack(model, tokens=9)
     with pytest.raises(PackError, match="kept in float32"):
-        Pack(unipelt.inject(tiny_bert().bfloat16(), "lora"), tokens=9)
+        Pack(unipelt.inject(tiny_bert().bfloat16(), {"preset": "lora", "dtype": "base"}), tokens=9)
     with pytest.raises(ValueError, match="carries no submodules"):
         Pack(tiny_bert(), tokens=9)
     other = unipelt.inject(tiny_bert(), "lora")
