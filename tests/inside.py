@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unipelt.submodules.entry import Entry
+from unipelt.submodules.forward_pass import Passes
 from unipelt.submodules.room import DEFAULT, ROOM, OwnPart, own_parts
 
 
@@ -60,3 +61,10 @@ def added_to(layer: Any, name: str = DEFAULT) -> Any:
 def entries(model: nn.Module) -> list[Entry]:
     """Every entry of a model."""
     return [module for module in model.modules() if isinstance(module, Entry)]
+
+
+def is_idle(passes: Passes) -> bool:
+    """Whether nothing is kept of any pass, weakly or strongly."""
+    if passes._latest is not None and passes._latest() is not None:
+        return False
+    return not (passes._by_thread or passes._recomputed or passes._rows or passes._traced)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import logits, shake, tiny_batch, tiny_bert
-from inside import added_to, fill, parts
+from inside import added_to, fill, is_idle, parts
 from torch import Tensor
 from transformers import (
     BertForMaskedLM,
@@ -210,7 +210,7 @@ def test_a_pass_leaves_nothing_behind(changes: dict[str, Any]) -> None:
     assert not passes_alive()
     for one in passes:
         assert one.current() is None
-        assert not any(vars(one).values())
+        assert is_idle(one)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -238,7 +238,7 @@ def test_a_pass_that_breaks_off_leaves_nothing_behind(place: str, error: type[Ba
     assert passes.current() is None
     handle.remove()
     assert torch.equal(logits(model, tiny_batch()), want)
-    assert not any(vars(passes).values())
+    assert is_idle(passes)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -274,7 +274,7 @@ def test_a_backward_pass_that_breaks_off_leaves_nothing_behind(reentrant: bool, 
     inside.clear()
     del loss
     assert not passes_alive()
-    assert not any(vars(passes).values())
+    assert is_idle(passes)
 
 
 def test_only_what_trains_of_the_base_is_remembered() -> None:

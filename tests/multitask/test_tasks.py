@@ -14,14 +14,16 @@ import pytest
 import tiny
 import torch
 from helpers import bits, logits, shake, tiny_batch, tiny_bert
+from inside import added_to, is_idle
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import unipelt
 from unipelt import CheckpointError, InjectionError, Tasks
 from unipelt.injection.inject import inject_as
-from unipelt.injection.parameters import submodule_parameters
-from unipelt.multitask.mixed_batch import Layout, find_unmixable
+from unipelt.multitask.mixed_batch import find_unmixable
+from unipelt.submodules.forward_pass import SetRows
+from unipelt.submodules.room import own_parameters, rooms
 
 SMALL: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 6},
@@ -162,7 +164,7 @@ def test_prefixes_are_computed_once_a_pass() -> None:
     batch = tiny_batch(lengths=LENGTHS)
     calls: list[str] = []
     networks: dict[str, Any] = {
-        name: tasks[name].get_submodule("bert.encoder.prefix_network") for name in ("apl", "prefix")
+        name: added_to(tasks[name].get_submodule("bert.encoder")).prefix_network for name in ("apl", "prefix")
     }
     for name, network in networks.items():
         network.register_forward_hook(lambda *_, name=name: calls.append(name))
@@ -173,9 +175,9 @@ def test_prefixes_are_computed_once_a_pass() -> None:
     tasks.shared.bert.encoder.layer[1].output.register_forward_hook(lambda *_: calls[9])
     with pytest.raises(IndexError):
         logits(tasks, batch, tasks=ORDER)
-    for network in networks.values():
-        assert network.pass_.look() is None
-        assert not network.pass_._prefixes
+    for model in (tasks.shared, *(tasks[name] for name in networks)):
+        assert model is not None
+        assert all(is_idle(room.passes) for _, room in rooms(model))
     tasks.shared = None
     assert torch.equal(expected, logits(tasks, batch, tasks=ORDER))
 
@@ -192,11 +194,11 @@ def test_feed_forward_in_pieces() -> None:
 
 def test_rows_of_nobody() -> None:
     """Rows that no task can own are no rows, and parameters between a module's parts have no rows."""
-    layout = Layout(("one", "two"), (1, 2))
-    assert [len(part) for part in layout.split(torch.zeros(6, 2))] == [2, 4]
+    sets = SetRows(("one", "two"), (1, 2))
+    assert [len(part) for part in sets.split(torch.zeros(6, 2))] == [2, 4]
     for rows in (1, 4):
         with pytest.raises(RuntimeError, match=f"given {rows} rows in a batch of 3"):
-            layout.split(torch.zeros(rows, 2))
+            sets.split(torch.zeros(rows, 2))
     base, other = tiny.tiny_model("deberta", "Model"), tiny.tiny_model("deberta", "Model")
     reason = find_unmixable(base, other)
     assert reason is not None
@@ -295,7 +297,7 @@ def test_switch_list_delete() -> None:
     assert torch.equal(logits(tasks, batch), logits(tasks["apl"], batch))
     assert torch.equal(logits(tasks, batch, tasks="apl"), logits(tasks["apl"], batch))
     tasks(**batch, tasks=["apl", "lora", "prefix"])
-    freed = [weakref.ref(parameter) for _, _, parameter in submodule_parameters(tasks["apl"])]
+    freed = [weakref.ref(parameter) for parameter in own_parameters(tasks["apl"]).values()]
     with tasks.use("lora"):
         tasks.delete("apl")
     assert tasks.current is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from inside import is_idle
 from torch import Tensor, nn
 
 from unipelt.config.methods import GateConfig
@@ -97,7 +98,7 @@ def test_a_pass_that_its_call_no_longer_holds_is_gone() -> None:
     assert reference() is None
     assert passes.current() is None
     passes.leave()
-    assert not any(vars(passes).values())
+    assert is_idle(passes)
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -129,7 +130,7 @@ def test_a_call_leaves_nothing_however_it_ends(nested: bool, error: type[BaseExc
     assert passes.current() is None
     assert passes.given_rows() is None
     assert caller(lambda: passes.current() is not None)
-    assert not any(vars(passes).values())
+    assert is_idle(passes)
 
 
 def test_each_thread_has_its_own() -> None:
@@ -155,7 +156,7 @@ def test_each_thread_has_its_own() -> None:
     assert seen == {0: torch.tensor(0), 1: torch.tensor(1), 2: torch.tensor(2)}
     del outside
     assert passes.current() is None
-    assert not any(vars(passes).values())
+    assert is_idle(passes)
 
 
 def test_a_copy_of_passes_is_in_none() -> None:
@@ -187,7 +188,7 @@ def test_rows_are_given_to_a_thread_for_a_block() -> None:
         assert passes.given_rows() is first
     assert passes.given_rows() is None
     assert seen == [None]
-    assert not any(vars(passes).values())
+    assert is_idle(passes)
 
 
 def test_rows_are_split_by_set_whatever_a_layer_did_with_them() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from inside import is_idle
 from torch import Tensor, nn
 
 from unipelt.config.methods import PrefixConfig
 from unipelt.hosts.attention_interface import is_causal
 from unipelt.injection.hooks import enter_layer, enter_stack, leave_layer, leave_stack
-from unipelt.submodules.forward_pass import Passes, PassFacts, SetRows, split_heads
+from unipelt.submodules.forward_pass import ForwardPass, Passes, PassFacts, SetRows, split_heads
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
 from unipelt.submodules.room import ROOM, ForwardArgument, Room, StackSet
 
@@ -249,26 +250,38 @@ def test_replicas_are_refused() -> None:
 
 
 def test_a_pass_that_is_traced_is_of_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `torch.compile` records does not see what a pass beside it left."""
+    """What `torch.compile` records does not see what a pass before it left; a pass around a compiled part it does."""
     passes, ran, traced = Passes(), PassFacts(), PassFacts()
-    held = passes.enter(ran, ())
+    held = passes.enter(PassFacts(), ())
+    del held  # by an interrupt
     rows = SetRows(("one",), (1,))
-    with passes.rows(rows), monkeypatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert passes.current() is None
-        assert passes.given_rows() is None
-        args = (1, 2)
-        assert passes.enter(traced, args) is args
-        now = passes.current_or_recomputed()
-        assert now is not None
-        assert now.facts is traced
-        passes.leave()
-        assert passes.current() is None
-        assert passes.current_or_recomputed() is None
+
+    def check(around: ForwardPass | None) -> None:
+        with passes.rows(rows), monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert passes.current() is around
+            assert passes.current_or_recomputed() is around
+            assert passes.given_rows() is None
+            args = (1, 2)
+            assert passes.enter(traced, args) is args
+            now = passes.current_or_recomputed()
+            assert now is not None
+            assert now.facts is traced
+            passes.leave()
+            assert passes.current() is around
+
+    check(None)
+    held = passes.enter(ran, ())
     now = passes.current()
     assert now is not None
     assert now.facts is ran
-    del held
+    check(now)
+    assert passes.current() is now
+    del held, now
+    check(None)
+    passes.leave()
+    check(None)
+    assert is_idle(passes)
 
 
 class Again(torch.autograd.Function):
@@ -323,7 +336,7 @@ def test_a_backward_pass_begins_one_of_its_own_until_it_ends(error: type[BaseExc
     assert seen[0] == seen[1]
     assert seen[0]() is None
     assert passes.current() is None
-    assert not any(vars(passes).values())
+    assert is_idle(passes)
 
 
 def test_one_backward_pass_inside_another_has_its_own() -> None:

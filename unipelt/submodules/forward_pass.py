@@ -211,7 +211,7 @@ def replace_arguments(args: tuple[Any, ...], changed: tuple[Any, ...]) -> tuple[
 class Passes:
     """The passes of one stack: the present one of each thread.
 
-    A copy of a model is in no pass.
+    A copy of a model is in no pass. A model of which a part alone is compiled serves one thread at a time.
     """
 
     def __init__(self) -> None:
@@ -219,11 +219,14 @@ class Passes:
         self._recomputed: weakref.WeakValueDictionary[tuple[int, int], ForwardPass] = weakref.WeakValueDictionary()
         self._rows: dict[int, SetRows] = {}
         self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot ask which
+        self._latest: weakref.ref[ForwardPass] | None = None
 
     def current(self) -> ForwardPass | None:
         """Return the pass that this thread is in, or None."""
         if torch.compiler.is_compiling():
-            return self._traced
+            if self._traced is not None or self._latest is None:
+                return self._traced
+            return self._latest()  # a part of a layer is compiled by itself, in a pass that is not
         found = self._by_thread.get(get_ident())
         if found is None and self._recomputed:
             return self._recomputed.get((get_ident(), torch._C._current_graph_task_id()))
@@ -258,6 +261,7 @@ class Passes:
         held = _HeldArguments(args)
         held.held = (begun, args)
         self._by_thread[get_ident()] = begun
+        self._latest = weakref.ref(begun)
         return held
 
     def leave(self) -> None:
@@ -266,6 +270,7 @@ class Passes:
             self._traced = None
         else:
             self._by_thread.pop(get_ident(), None)
+            self._latest = None
 
     def given_rows(self) -> SetRows | None:
         """Return the sets that this thread's rows belong to, where `rows` said so."""
