@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -35,7 +36,7 @@ unipelt.register_submodule("shift", ShiftConfig, Shift)
 
 def main() -> None:
     """Put it beside LoRA into a small random BERT, and show what was added to a layer."""
-    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    size: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     model = BertForSequenceClassification(BertConfig(vocab_size=100, **size))
     unipelt.inject(model, {"preset": "lora", "shift": {"gate": True}})
     print(model.bert.encoder.layer[0].unipelt)

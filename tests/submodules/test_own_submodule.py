@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from helpers import tiny_bert
 from own_submodule import main
@@ -22,7 +24,7 @@ def test_the_example_adds_gates_and_counts(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_layer_shows_all_that_is_added_in_one_block() -> None:
-    model = unipelt.inject(tiny_bert(), "unipelt-apl")
+    model: Any = unipelt.inject(tiny_bert(), "unipelt-apl")
     lines = str(model.bert.encoder.layer[0]).splitlines()
     start = next(index for index, line in enumerate(lines) if line.strip().startswith("(unipelt): Room("))
     before, block = lines[:start], lines[start:]
