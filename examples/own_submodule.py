@@ -36,8 +36,8 @@ unipelt.register_submodule("shift", ShiftConfig, Shift)
 
 def main() -> None:
     """Put it beside LoRA into a small random BERT, and show what was added to a layer."""
-    size: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    model = BertForSequenceClassification(BertConfig(vocab_size=100, **size))
+    size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    model = BertForSequenceClassification(BertConfig(vocab_size=100, num_hidden_layers=2, **size))
     unipelt.inject(model, {"preset": "lora", "shift": {"gate": True}})
     print(model.bert.encoder.layer[0].unipelt)
     print(unipelt.parameter_counts(model))
