@@ -187,6 +187,12 @@ def test_only_what_the_configuration_says_trains(preset: str, train_head: bool) 
     )
 
 
+@pytest.mark.parametrize("preset", unipelt.PRESETS)
+def test_the_size_of_a_part_is_known_without_looking_at_its_numbers(preset: str) -> None:
+    for own in own_parts(unipelt.inject(tiny_bert(), preset)):
+        assert own.size == own.tensor.numel() > 0, own.part.name
+
+
 @pytest.mark.parametrize("preset", ["unipelt-apl", "unipelt-apl-nogate", "lora", "prompt", "unipelt-mam"])
 def test_counts_follow_what_trains(preset: str) -> None:
     """Whatever a caller freezes or lets train after injecting."""

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import unipelt
 from unipelt.hosts.locate import layers_at
 from unipelt.injection.state import injection_of
+from unipelt.submodules.room import own_parts
 
 LENGTHS = ((9, 5, 7, 7), (4, 6, 2, 8))
 """Of two batches: both halves have as many tokens, so that the mean of their losses is the loss of the whole."""
@@ -131,7 +132,14 @@ def compare(family: str, way: str) -> dict[str, Any]:
         "parameters": len(got),
         "sharded": sum(isinstance(parameter, DTensor) for parameter in model.parameters()),
         "other gradients": differing(gradients, want_gradients),
-        "zero gradients": sorted(name for name in trained if not want_gradients[name].any()),
+        "zero gradients": sorted(
+            [name for name in trained if not want_gradients[name].any()]
+            + [
+                f"{own.full_name}: {own.part.name}"
+                for own in own_parts(alone)
+                if own.full_name in trained and not own.part.of(want_gradients[own.full_name]).any()
+            ]
+        ),
         "frozen with a gradient": sorted(gradients.keys() - trained),
         "other parameters after the step": differing(got, want),
         "frozen and moved": sorted(name for name in got.keys() - trained if not torch.equal(got[name], start[name])),

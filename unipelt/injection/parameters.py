@@ -197,7 +197,7 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
     gates: Counter[str] = Counter()
     trained_gates = 0
     for own in own_parts(model):
-        count = own.tensor.numel()
+        count = own.size
         if own.part.kind == "gate":
             gates[own.part.gate] += count
             trained_gates += count if own.parameter.requires_grad else 0

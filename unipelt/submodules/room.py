@@ -246,6 +246,12 @@ class OwnPart:
         """The part's numbers, as a view without gradient."""
         return self.part.of(self.parameter.detach())
 
+    @property
+    def size(self) -> int:
+        """How many numbers the part has; slicing a parameter that is sharded would gather it."""
+        numbers = self.parameter.numel()
+        return numbers if self.part.count is None else numbers // self.parameter.shape[0] * self.part.count
+
 
 def own_parts(model: nn.Module) -> Iterator[OwnPart]:
     """Find every named part of what was added to a model, in the order of its modules."""
