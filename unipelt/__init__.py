@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from unipelt.api import inject
     from unipelt.bridges.adapterhub import load_adapterhub
     from unipelt.bridges.peft import load_peft, save_peft
+    from unipelt.bridges.peft_socket import register_with_peft
+    from unipelt.bridges.peft_socket.config import PeftConfig
     from unipelt.bridges.release import load_release_state_dict, release_state_dict
     from unipelt.checkpoint.load import from_pretrained, load
     from unipelt.checkpoint.manifest import CheckpointError
@@ -79,6 +81,7 @@ else:
             "Parallel": "unipelt.submodules.bottleneck",
             "ParallelConfig": "unipelt.config.methods",
             "ParameterCounts": "unipelt.injection.parameters",
+            "PeftConfig": "unipelt.bridges.peft_socket.config",
             "PrefixConfig": "unipelt.config.methods",
             "Prompt": "unipelt.submodules.prompt",
             "PromptConfig": "unipelt.config.methods",
@@ -107,6 +110,7 @@ else:
             "record_gates": "unipelt.gates.record",
             "register_family": "unipelt.hosts.families",
             "register_submodule": "unipelt.submodules.register",
+            "register_with_peft": "unipelt.bridges.peft_socket",
             "release_state_dict": "unipelt.bridges.release",
             "remove": "unipelt.injection.inject",
             "resolve": "unipelt.config.presets",
@@ -142,6 +146,7 @@ __all__ = [
     "Parallel",
     "ParallelConfig",
     "ParameterCounts",
+    "PeftConfig",
     "PrefixConfig",
     "Prompt",
     "PromptConfig",
@@ -168,6 +173,7 @@ __all__ = [
     "record_gates",
     "register_family",
     "register_submodule",
+    "register_with_peft",
     "release_state_dict",
     "remove",
     "resolve",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from unipelt.gates.measure import FoldError, GateTarget, find_gates, measure_gates
 from unipelt.gates.merge import check_gates, fold_constants
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
-from unipelt.injection.state import injection_of
+from unipelt.injection.state import host_of, injection_of
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork
 
@@ -134,6 +134,7 @@ def fold(
             computed; or an argument cannot be meant. The model is as it was.
         ValueError: nothing was injected.
     """
+    model = host_of(model)
     injection = injection_of(model)
     _check_arguments(tolerance, closed)
     if injection.shares:

@@ -27,6 +27,10 @@ def disable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Raises:
         ValueError: nothing was injected, or the base's parameters have other shapes now.
     """
+    if hasattr(model, "disable_adapter"):  # a PeftModel has copies of its head, and the switch for them
+        with model.disable_adapter():
+            yield model
+        return
     injection = injection_of(model)
     parameters = dict(model.named_parameters())
     before = injection.before

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from unipelt.injection.state import injection_of
+from unipelt.injection.state import host_of, injection_of
 from unipelt.submodules.entry import Entry
 from unipelt.submodules.room import own_parts, rooms
 
@@ -51,6 +51,7 @@ def parameter_groups(
     Raises:
         ValueError: nothing was injected, a rate is not a positive number, or the model has no such part.
     """
+    model = host_of(model)
     injection = injection_of(model)
     kinds = {own.part.kind for own in own_parts(model)} - {"gate"}
     if unknown := sorted(rates.keys() - kinds):

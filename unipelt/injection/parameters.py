@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.quantised import is_quantised
-from unipelt.injection.state import Injection, injection_of
+from unipelt.injection.state import Injection, host_of, injection_of
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.room import own_parameters, own_parts, rooms
 
@@ -180,6 +180,7 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
 
     In a folded model nothing trains, and what is deployed is what is left beside the base.
     """
+    model = host_of(model)
     injection = injection_of(model)
     trained: Counter[str] = Counter()
     deployed: Counter[str] = Counter()

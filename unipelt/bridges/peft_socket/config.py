@@ -1,0 +1,81 @@
+"""The configuration of a set in PEFT's form: what `adapter_config.json` holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unipelt.bridges.peft_socket.register import TYPE, register, require_peft
+from unipelt.bridges.peft_socket.tuner import UniPELTModel
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.presets import resolve
+
+peft = require_peft()
+
+
+@dataclass(init=False)
+class PeftConfig(peft.PeftConfig):  # type: ignore[name-defined]
+    """A method of ours as PEFT's configuration.
+
+        model = peft.get_peft_model(model, unipelt.PeftConfig("unipelt-apl", task_type="SEQ_CLS"))
+
+    Attributes:
+        method: a preset's name (`unipelt.PRESETS`), a dict, a path to JSON or YAML, or a `UniPELTConfig`; kept as a
+            dict.
+        modules_to_save: names of further modules that train as a whole, each set with its own copy. The head, and what
+            the base's checkpoint did not hold, are added if the method trains the head.
+        trainable_token_indices: rows of the embeddings that train, as in PEFT's LoRA.
+        deployed: whether prefixes have their form of after training.
+        head: paths of the modules of the head; found when the set is added, where it is None.
+    """
+
+    method: Any = field(default="unipelt-apl")
+    modules_to_save: list[str] | None = field(default=None)
+    trainable_token_indices: Any = field(default=None)
+    deployed: bool = field(default=False)
+    head: list[str] | None = field(default=None)
+
+    def __init__(
+        self,
+        method: str | Path | Mapping[str, Any] | UniPELTConfig = "unipelt-apl",
+        *,
+        modules_to_save: list[str] | None = None,
+        trainable_token_indices: Any = None,
+        deployed: bool = False,
+        head: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.method = resolve(method).to_dict()
+        self.modules_to_save = None if modules_to_save is None else list(modules_to_save)
+        self.trainable_token_indices = trainable_token_indices
+        self.deployed = deployed
+        self.head = None if head is None else list(head)
+        super().__init__(**options)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft.PeftType(TYPE)
+
+    @property
+    def unipelt(self) -> UniPELTConfig:
+        """The method. Raises `ConfigError` if the dict was changed to what cannot be meant."""
+        return UniPELTConfig.from_dict(self.method)
+
+
+def _signature() -> inspect.Signature:
+    """Return the arguments of `PeftConfig`, those of PEFT's included: PEFT drops all others of a newer file."""
+    kind = inspect.Parameter
+    given = [
+        kind("self", kind.POSITIONAL_OR_KEYWORD),
+        kind("method", kind.POSITIONAL_OR_KEYWORD, default="unipelt-apl"),
+    ]
+    names = [item.name for item in dataclasses.fields(PeftConfig) if item.name != "method"]
+    return inspect.Signature([*given, *(kind(name, kind.KEYWORD_ONLY, default=None) for name in names)])
+
+
+PeftConfig.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
+register(PeftConfig, UniPELTModel)  # here, so that a process that unpickles a configuration knows its type
