@@ -95,10 +95,11 @@ def preferences() -> Any:
 def policy_arguments(policy: Any, ready: bool) -> dict[str, Any]:
     """A model with a set that was moved from its start, or a fresh set that starts as the base.
 
-    The reference of a fresh set is the base itself, from which a method with a prefix differs at its start.
+    The reference of a fresh set is the base itself, from which a prefix and an adapter differ at their start.
     """
     if not ready:
-        return {"model": policy, "peft_config": unipelt.PeftConfig("unipelt-al", task_type="CAUSAL_LM")}
+        gated = {"preset": "unipelt-al", "adapter": None}
+        return {"model": policy, "peft_config": unipelt.PeftConfig(gated, task_type="CAUSAL_LM")}
     model = peft.get_peft_model(policy, config())
     shake(model, std=0.05)
     return {"model": model}

@@ -17,8 +17,7 @@ __all__ = ["from_peft", "register_with_peft", "to_peft"]
 def register_with_peft() -> None:
     """Make type `UNIPELT` known to PEFT; a second call does nothing.
 
-    A process that loads a folder of this type calls this first. `unipelt.PeftConfig` and `import unipelt.bridges.peft`
-    do it, too.
+    A process that loads a folder of this type calls this first; to ask for `unipelt.PeftConfig` does it, too.
 
     Raises:
         ImportError: PEFT is not installed, or this version of it is not known. PEFT is as it was.
