@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from unipelt.api import inject
     from unipelt.bridges.adapterhub import load_adapterhub
     from unipelt.bridges.peft import load_peft, save_peft
-    from unipelt.bridges.peft_socket import register_with_peft
+    from unipelt.bridges.peft_socket import from_peft, register_with_peft, to_peft
     from unipelt.bridges.peft_socket.config import PeftConfig
     from unipelt.bridges.release import load_release_state_dict, release_state_dict
     from unipelt.checkpoint.load import from_pretrained, load
@@ -95,6 +95,7 @@ else:
             "UniPELTConfig": "unipelt.config.methods",
             "disable": "unipelt.injection.disable",
             "fold": "unipelt.gates.fold",
+            "from_peft": "unipelt.bridges.peft_socket",
             "from_pretrained": "unipelt.checkpoint.load",
             "gate_penalty": "unipelt.gates.record",
             "inject": "unipelt.api",
@@ -116,6 +117,7 @@ else:
             "resolve": "unipelt.config.presets",
             "save": "unipelt.checkpoint.save",
             "save_peft": "unipelt.bridges.peft",
+            "to_peft": "unipelt.bridges.peft_socket",
         },
     )
 
@@ -158,6 +160,7 @@ __all__ = [
     "UniPELTConfig",
     "disable",
     "fold",
+    "from_peft",
     "from_pretrained",
     "gate_penalty",
     "inject",
@@ -179,4 +182,5 @@ __all__ = [
     "resolve",
     "save",
     "save_peft",
+    "to_peft",
 ]

@@ -53,7 +53,7 @@ def tokens(minilm: str) -> Any:
 
 @pytest.fixture
 def policy(tokens: Any, tmp_path: Path) -> Any:
-    sizes = {"vocab_size": len(tokens), "pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102}
+    sizes: dict[str, Any] = {"vocab_size": len(tokens), "pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102}
     tiny_model("llama", "CausalLM", **sizes, max_position_embeddings=128).save_pretrained(tmp_path / "base")
     from transformers import AutoModelForCausalLM
 
@@ -167,7 +167,12 @@ def test_grpo_begins_without_divergence(ready: bool, trl: Any, policy: Any, toke
 
 
 def test_a_reward_model_trains_its_head_and_set(trl: Any, tokens: Any, tmp_path: Path) -> None:
-    sizes = {"vocab_size": len(tokens), "pad_token_id": 0, "num_labels": 1, "max_position_embeddings": 128}
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokens),
+        "pad_token_id": 0,
+        "num_labels": 1,
+        "max_position_embeddings": 128,
+    }
     model = tiny_model("llama", "SequenceClassification", **sizes)
     trainer = trl.RewardTrainer(
         model,
@@ -213,7 +218,7 @@ def sentence_trainer(
 
     left = iter(scores)
 
-    class Evaluator(SentenceEvaluator):  # type: ignore[misc]
+    class Evaluator(SentenceEvaluator):
         primary_metric = "s"
 
         def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -17,7 +17,7 @@ from tiny import ENCODER_DECODERS, WITHOUT_INTERFACE, tiny_batch, tiny_model
 from torch import Tensor
 
 import unipelt
-from unipelt.bridges.peft_socket import from_peft, to_peft
+from unipelt import from_peft, to_peft
 from unipelt.bridges.peft_socket.register import TYPE, find_problem
 
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -28,7 +28,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # asked by PEFT
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
 ]
-SIZES = {"adapter": {"bottleneck": 6}, "prefix": {"length": 4, "hidden": 10}, "lora": {"rank": 3, "alpha": 5.0}}
+SIZES: dict[str, dict[str, Any]] = {
+    "adapter": {"bottleneck": 6},
+    "prefix": {"length": 4, "hidden": 10},
+    "lora": {"rank": 3, "alpha": 5.0},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "unipelt-apl": {"preset": "unipelt-apl", **SIZES},
     "unipelt-ap": {"preset": "unipelt-ap", "adapter": SIZES["adapter"], "prefix": SIZES["prefix"]},
@@ -602,7 +606,7 @@ def test_embeddings_may_be_given() -> None:
 # Folding
 
 
-def test_folding_a_peft_model_and_unloading_it() -> None:
+def test_folding_a_peft_model_and_unloading_it(tmp_path: Path) -> None:
     method = {"preset": "unipelt-al", "adapter": None, "lora": SIZES["lora"]}
     model = peft.get_peft_model(base_model("bert"), unipelt.PeftConfig(method, task_type="SEQ_CLS")).eval()
     shake(model, std=0.02)
@@ -610,7 +614,7 @@ def test_folding_a_peft_model_and_unloading_it() -> None:
     assert report.merged == 6
     folded = logits(model, "bert")
     with pytest.raises(ValueError, match="this set was folded"):
-        model.save_pretrained("never")
+        model.save_pretrained(tmp_path)
     merged = model.merge_and_unload()
     assert torch.equal(logits(merged, "bert"), folded)
     assert named(merged).keys() == named(base_model("bert")).keys()

@@ -27,8 +27,9 @@ def disable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Raises:
         ValueError: nothing was injected, or the base's parameters have other shapes now.
     """
-    if hasattr(model, "disable_adapter"):  # a PeftModel has copies of its head, and the switch for them
-        with model.disable_adapter():
+    of_peft: Any = getattr(model, "disable_adapter", None)
+    if of_peft is not None:  # a PeftModel has copies of its head, and the switch for them
+        with of_peft():
             yield model
         return
     injection = injection_of(model)

@@ -14,7 +14,7 @@ require_peft()
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 
-class PeftRoom(Room, BaseTunerLayer):  # type: ignore[misc]
+class PeftRoom(Room, BaseTunerLayer):
     """The named sets of a layer or a stack, which PEFT calls adapters; one of them computes, or none.
 
     `active` follows what PEFT says of `active_adapter` and `disable_adapters`.

@@ -59,7 +59,7 @@ class UniPELTModel(BaseTuner):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: Any = None,
-        **_: Any,
+        **further: Any,
     ) -> None:
         """Add a set under a name, or take over that of an injected model.
 
@@ -303,7 +303,7 @@ def _adopt(model: PreTrainedModel, chosen: Any, name: str) -> list[tuple[nn.Para
     config: UniPELTConfig = chosen.unipelt
     if injection.config != config or injection.deployed != chosen.deployed:
         raise ValueError(
-            "this model carries another method already; unipelt.bridges.peft_socket.to_peft takes it over as it is, "
+            "this model carries another method already; unipelt.to_peft takes it over as it is, "
             "and unipelt.remove takes it out"
         )
     if injection.folded is not None or injection.shares:
