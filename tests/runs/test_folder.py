@@ -54,12 +54,6 @@ def test_a_lock_is_for_one_and_ends_with_it(tmp_path: Path) -> None:
     assert names_in(folder) == {".lock"}
 
 
-def test_without_file_locks_everybody_is_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "fcntl", None)
-    with place.locked(tmp_path), place.locked(tmp_path):
-        pass
-
-
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     fill(tmp_path, "run")
     said = r"cannot write to .*run: File exists; choose another output_dir"

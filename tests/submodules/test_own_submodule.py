@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import tiny_bert
-from own_submodule import main
 
 import unipelt
 from unipelt.config import SUBMODULES
 from unipelt.submodules.register import MODULES
 
+HOME = Path(__file__).parents[2]
+
 
 def test_the_example_adds_gates_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        main()
+        runpy.run_path(str(HOME / "examples" / "own_submodule.py"))["main"]()
     finally:
         MODULES.pop(SUBMODULES.pop("shift"))
     shown = capsys.readouterr().out

@@ -98,7 +98,7 @@ def enter_layer(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Begin a pass where the layer is called without its stack."""
     passes = layer._modules[ROOM].passes
-    return None if passes.current() is not None else (passes.enter(PassFacts(), args, by_layer=True), kwargs)
+    return None if passes.current() is not None else (passes.enter(PassFacts(passes.given_rows()), args, by_layer=True), kwargs)
 
 
 @hook("leave")
@@ -249,10 +249,11 @@ Compute = Callable[[SubmoduleSet, Port, ForwardPass | None, Tensor, Tensor], Ten
 
 def _by_set(port: Port, now: ForwardPass | None, compute: Compute, x: Tensor, y: Tensor) -> Tensor:
     """Compute for the active set, or for every set on its own rows; rows of no set stay as they are."""
-    if now is None or now.facts.rows is None:
+    # a hook of the user's that gives the stack other arguments ends its pass, but not what the rows belong to
+    rows = port.room[0].passes.given_rows() if now is None else now.facts.rows
+    if rows is None:
         part = port.part(port.room[0].active)
         return y if part is None else compute(part, port, now, x, y)
-    rows = now.facts.rows
     parts = [port.part(name) for name in rows.names]
     if all(part is None for part in parts):
         return y
