@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from unipelt.api import inject
     from unipelt.bridges.adapterhub import load_adapterhub
     from unipelt.bridges.peft import load_peft, save_peft
-    from unipelt.bridges.peft_socket import register_with_peft
+    from unipelt.bridges.peft_socket import from_peft, register_with_peft, to_peft
     from unipelt.bridges.peft_socket.config import PeftConfig
     from unipelt.bridges.plain_model import MergeError, merge
     from unipelt.bridges.release import load_release_state_dict, release_state_dict
@@ -101,6 +101,7 @@ else:
             "describe": "unipelt.hosts.describe",
             "disable": "unipelt.injection.disable",
             "fold": "unipelt.gates.fold",
+            "from_peft": "unipelt.bridges.peft_socket",
             "from_pretrained": "unipelt.checkpoint.load",
             "gate_penalty": "unipelt.gates.record",
             "inject": "unipelt.api",
@@ -123,6 +124,7 @@ else:
             "resolve": "unipelt.config.presets",
             "save": "unipelt.checkpoint.save",
             "save_peft": "unipelt.bridges.peft",
+            "to_peft": "unipelt.bridges.peft_socket",
         },
     )
 
@@ -168,6 +170,7 @@ __all__ = [
     "describe",
     "disable",
     "fold",
+    "from_peft",
     "from_pretrained",
     "gate_penalty",
     "inject",
@@ -190,4 +193,5 @@ __all__ = [
     "resolve",
     "save",
     "save_peft",
+    "to_peft",
 ]

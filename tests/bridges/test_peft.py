@@ -429,9 +429,10 @@ def test_the_types_of_a_model_stay(gate: bool, dtype: str, tmp_path: Path) -> No
     unipelt.fold(model, [bert_batch()])
     unipelt.save_peft(model, tmp_path)
     for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
-        assert tensor.dtype == (torch.float32 if "lora" in name and dtype == "float32" else torch.bfloat16), name
+        assert tensor.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16), name
     back = unipelt.load_peft(tiny_bert().bfloat16(), tmp_path)
-    torch.testing.assert_close(logits(back, bert_batch()), logits(model, bert_batch()), rtol=0, atol=2e-2)
+    read, kept = (logits(each, bert_batch()).float() for each in (back, model))
+    torch.testing.assert_close(read, kept, rtol=0, atol=2e-2)
 
 
 # What PEFT trained

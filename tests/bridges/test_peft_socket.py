@@ -17,7 +17,7 @@ from tiny import ENCODER_DECODERS, WITHOUT_INTERFACE, tiny_batch, tiny_model
 from torch import Tensor
 
 import unipelt
-from unipelt.bridges.peft_socket import from_peft, to_peft
+from unipelt import from_peft, to_peft
 from unipelt.bridges.peft_socket.register import TYPE, find_problem
 
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -606,7 +606,7 @@ def test_embeddings_may_be_given() -> None:
 # Folding
 
 
-def test_folding_a_peft_model_and_unloading_it() -> None:
+def test_folding_a_peft_model_and_unloading_it(tmp_path: Path) -> None:
     method = {"preset": "unipelt-al", "adapter": None, "lora": SIZES["lora"]}
     model = peft.get_peft_model(base_model("bert"), unipelt.PeftConfig(method, task_type="SEQ_CLS")).eval()
     shake(model, std=0.02)
@@ -614,7 +614,7 @@ def test_folding_a_peft_model_and_unloading_it() -> None:
     assert report.merged == 6
     folded = logits(model, "bert")
     with pytest.raises(ValueError, match="this set was folded"):
-        model.save_pretrained("never")
+        model.save_pretrained(tmp_path)
     merged = model.merge_and_unload()
     assert torch.equal(logits(merged, "bert"), folded)
     assert named(merged).keys() == named(base_model("bert")).keys()

@@ -40,7 +40,7 @@ class Plan:
     dtype: torch.dtype
     networks: Mapping[str, PrefixNetwork]
     shared: Mapping[str, SharedParameters]
-    device: str | None = None
+    device: torch.device | str | int | None = None
 
     def like(self, projection: Projection) -> Tensor:
         """Return a tensor of the type and on the device of the submodules at this projection."""
@@ -48,7 +48,7 @@ class Plan:
         device = self.device
         if device is None and like.is_meta:  # accelerate brings the weight in for each pass
             hook = getattr(projection.module, "_hf_hook", None)
-            device = getattr(hook, "execution_device", None) or "cpu"
+            device = None if hook is None else hook.execution_device or "cpu"
         return like if device is None else torch.empty(like.shape, dtype=like.dtype, device=device)
 
 

@@ -7,7 +7,15 @@ the module computes; here a term belongs to queries, keys or values, of which on
 Shapes: r rank.
 """
 
+import contextlib
+import importlib.util
+
 from unipelt.bridges.peft.read import load_peft
 from unipelt.bridges.peft.write import save_peft
+from unipelt.bridges.peft_socket import register_with_peft
 
 __all__ = ["load_peft", "save_peft"]
+
+if importlib.util.find_spec("peft") is not None:
+    with contextlib.suppress(ImportError):  # a PEFT that is not known: asking for `PeftConfig` says so
+        register_with_peft()

@@ -59,7 +59,7 @@ class UniPELTModel(BaseTuner):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: Any = None,
-        **_: Any,
+        **further: Any,
     ) -> None:
         """Add a set under a name, or take over that of an injected model.
 
@@ -79,8 +79,8 @@ class UniPELTModel(BaseTuner):
             flags = _adopt(model, chosen, adapter_name)  # what trains there goes on to train
         else:
             _add(model, chosen, adapter_name, first=first, device="meta" if low_cpu_mem_usage else None)
-        for _path, one in rooms(model):
-            furnish(one, model.device)
+        for _, room in rooms(model):
+            furnish(room, model.device)
         self.set_adapter(self.active_adapters, inference_mode=chosen.inference_mode)
         self._mark_only_adapters_as_trainable(model)
         set_additional_trainable_modules(
@@ -303,7 +303,7 @@ def _adopt(model: PreTrainedModel, chosen: Any, name: str) -> list[tuple[nn.Para
     config: UniPELTConfig = chosen.unipelt
     if injection.config != config or injection.deployed != chosen.deployed:
         raise ValueError(
-            "this model carries another method already; unipelt.bridges.peft_socket.to_peft takes it over as it is, "
+            "this model carries another method already; unipelt.to_peft takes it over as it is, "
             "and unipelt.remove takes it out"
         )
     if injection.folded is not None or injection.shares:
