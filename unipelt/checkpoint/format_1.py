@@ -33,43 +33,59 @@ def renamed(
         folded: by the path of the gates, the name of a gate and its constant; None for a model that is not folded.
 
     Raises:
-        CheckpointError: a tensor has a name of today's.
+        CheckpointError: a tensor has a name of today's, or tensors that are rows of one now are not of its size.
     """
     left = dict(tensors)
     found: dict[str, Tensor] = {}
-    for name, old_names in _old_names(drafts):
+    for name, old_names, sizes in _old_names(drafts):
         if name in left:
             raise CheckpointError(f"the checkpoint is said to be of format 1, which has no tensor {show(name)}")
         pieces = [left.pop(old) for old in old_names if old in left]
-        if len(pieces) == len(old_names) and all(piece.shape[1:] == pieces[0].shape[1:] for piece in pieces):
-            found[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if len(pieces) == len(old_names):
+            found[name] = pieces[0] if len(pieces) == 1 else _stack_rows(pieces, old_names, sizes)
     if folded is not None:
         paths = dict(_old_gates(drafts))
         folded = {paths.get(path, path): named for path, named in folded.items()}
     return {**left, **found}, folded
 
 
-def _old_names(drafts: Sequence[Draft]) -> Iterator[tuple[str, list[str]]]:
-    """Yield every parameter's name with the names of format 1 whose tensors, one below the other, it consists of."""
+def _stack_rows(pieces: Sequence[Tensor], names: Sequence[str], sizes: Sequence[int]) -> Tensor:
+    """Return the pieces one below the other. Raises `CheckpointError` if one is not so many rows of the same kind."""
+    first = pieces[0]
+    for piece, name, size in zip(pieces, names, sizes, strict=True):
+        if piece.shape[:1] != (size,) or piece.shape[1:] != first.shape[1:] or piece.dtype != first.dtype:
+            raise CheckpointError(
+                f"the checkpoint does not fit its own configuration: {name} is {show(tuple(piece.shape))} of "
+                f"{piece.dtype} there, and must be {(size, *first.shape[1:])!r:.200} of {first.dtype} like {names[0]}"
+            )
+    return torch.cat(list(pieces))
+
+
+def _old_names(drafts: Sequence[Draft]) -> Iterator[tuple[str, list[str], list[int]]]:
+    """Yield every parameter's name with the names of format 1 whose tensors, one below the other, it consists of.
+
+    With several, also how many rows each has.
+    """
     for draft in drafts:
         for path, module, old in _owners(draft):
             for name, _ in module.named_parameters(recurse=not isinstance(module, (SubmoduleSet,))):
                 inner = f"{path}.{name}" if path else name
                 if isinstance(module, Entry):
                     gates, host = old
-                    yield draft.name(inner), _old_entry(module, name, gates, host)
+                    yield draft.name(inner), *_old_entry(module, name, gates, host)
                 elif not name.startswith("entry."):
-                    yield draft.name(inner), [f"{old}.{name}"]
+                    yield draft.name(inner), [f"{old}.{name}"], []
 
 
-def _old_entry(entry: Entry, name: str, gates: str, hosts: Mapping[str, str]) -> list[str]:
-    """Return the old names of an entry's parameter: that of the gates, then those of the further rows."""
+def _old_entry(entry: Entry, name: str, gates: str, hosts: Mapping[str, str]) -> tuple[list[str], list[int]]:
+    """Return the old names and rows of an entry's parameter: those of the gates, then those of the further rows."""
     rows = [part for part in entry.parts if part.parameter == name and part.row]
-    old = [f"{gates}.{name}"]
+    old, sizes = [f"{gates}.{name}"], [len(entry.gates.names)]
     for part in rows:
         term, _, rest = part.name.partition(".")
         old.append(f"{hosts[term]}.{rest}")
-    return old
+        sizes.append(part.count or 0)
+    return old, sizes
 
 
 def _owners(draft: Draft) -> Iterator[tuple[str, nn.Module, Any]]:
