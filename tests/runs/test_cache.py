@@ -154,14 +154,15 @@ def test_what_repeats_is_done_once(home: Path, monkeypatch: pytest.MonkeyPatch) 
         count(module, name)
     kept = SharedCache()
     prepare(settings(home, task="rte", seed=1), kept)
-    assert sorted(done) == ["_encode", "_encode", "_encode", "_sha256", "load_task"], "train, its dev set, and test"
+    once = [name for name in done if name != "_encode"]
+    assert sorted(once) == ["_sha256", "load_task"], "train, its dev set, and test; long texts are counted"
     done.clear()
     prepare(settings(home, task="rte", seed=1), kept)
     assert not done
     prepare(settings(home, task="rte", seed=1, train_samples=15), kept)
     assert not done, "all of its rows have been seen"
     prepare(settings(home), kept)
-    assert sorted(done) == ["_encode", "_encode", "_encode", "load_files"]
+    assert [name for name in done if name != "_encode"] == ["load_files"]
 
 
 def test_the_base_is_in_one_place(home: Path) -> None:
