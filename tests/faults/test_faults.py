@@ -28,6 +28,7 @@ from tiny_task import make_quick, quick
 import unipelt
 from unipelt.checkpoint.manifest import NEXT, WEIGHTS
 from unipelt.cli import main
+from unipelt.files import atomic
 from unipelt.files.atomic import write_whole
 from unipelt.glue import pack_runs as packed
 from unipelt.glue.pack_runs import run_packed
@@ -282,15 +283,21 @@ def test_a_run_on_a_full_disk(said: Callable[..., tuple[int, str]], home: Path, 
         check_as_calm(tmp_path / "run", home, attempts=2)
 
 
-def test_a_save_on_a_full_device_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+def test_a_save_on_a_full_device_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = unipelt.inject(tiny_bert(), "lora")
     unipelt.save(model, tmp_path / "saved")
     before = {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
     shake(model)
     for name in ("model.safetensors.next", "unipelt.json"):
-        (tmp_path / "saved" / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
-        with pytest.raises(OSError, match="No space left on device") as caught:
-            unipelt.save(model, tmp_path / "saved")
+        draft = tmp_path / "saved" / f".{name}.{os.getpid()}.tmp"
+
+        def full(path: Path, mode: str, draft: Path = draft) -> Any:
+            return open("/dev/full", "wb") if path == draft else open(path, mode)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic, "open", full, raising=False)
+            with pytest.raises(OSError, match="No space left on device") as caught:
+                unipelt.save(model, tmp_path / "saved")
         assert str(tmp_path / "saved" / name) in str(caught.value)
         assert {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
     unipelt.save(model, tmp_path / "saved")

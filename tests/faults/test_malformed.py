@@ -192,8 +192,8 @@ def test_manifests_that_are_no_json(good: Path, base: Base, tmp_path: Path) -> N
         (folder / MANIFEST).write_bytes(content)
         refusals.check(name, lambda: base.load(folder), str(folder / MANIFEST))
     with open(folder / MANIFEST, "r+b") as file:
-        file.truncate(65 * 2**20)
-    refusals.check("65 MB", lambda: base.load(folder), "larger than 64 MB")
+        file.truncate(9 * 2**20)
+    refusals.check("9 MB", lambda: base.load(folder), "larger than 8 MB")
     refusals.all_of(31)
 
 
