@@ -263,17 +263,18 @@ def _count_cut(
 ) -> int:
     """Return how many rows of a part have more tokens than `max_length`; only those that reach it are looked at."""
 
-    def count() -> int:
-        rows = np.flatnonzero(np.asarray(text_lengths(tokens)) >= max_length)
-        if not len(rows):
-            return 0
-        whole = corpus.texts(part.split, False)
-        texts = whole if part.rows is None else whole.select(part.rows)
-        texts = texts.select(rows if order is None else order[rows])
-        longer = _encode(texts, corpus.task, tokenizer, max_length + 1, False)
-        return sum(length > max_length for length in text_lengths(longer))
+    def encode(rows: Dataset) -> Dataset:
+        return _encode(rows, corpus.task, tokenizer, max_length + 1, False)
 
-    return count() if part.rows is not None else corpus.cached(("cut", part.split, tokenizer, max_length), count)
+    here = np.flatnonzero(np.asarray(text_lengths(tokens)) >= max_length)
+    if not len(here):
+        return 0
+    rows = here if order is None else order[here]
+    longer = corpus.cached(
+        ("longer", part.split, tokenizer, max_length), lambda: Tokens(corpus.texts(part.split, False), encode)
+    )
+    lengths = text_lengths(longer.of(rows if part.rows is None else part.rows[rows]))
+    return sum(length > max_length for length in lengths)
 
 
 def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, whole: bool) -> Dataset:

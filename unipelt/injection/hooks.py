@@ -98,11 +98,9 @@ def enter_layer(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Begin a pass where the layer is called without its stack."""
     passes = layer._modules[ROOM].passes
-    return (
-        None
-        if passes.current() is not None
-        else (passes.enter(PassFacts(passes.given_rows()), args, by_layer=True), kwargs)
-    )
+    if passes.current() is not None:
+        return None
+    return passes.enter(PassFacts(passes.given_rows()), args, by_layer=True), kwargs
 
 
 @hook("leave")
