@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
+import importlib
+import sys
 from typing import Any
 
 import pytest
@@ -13,13 +13,12 @@ import unipelt
 from unipelt.config import SUBMODULES
 from unipelt.submodules.register import MODULES
 
-HOME = Path(__file__).parents[2]
-
 
 def test_the_example_adds_gates_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        runpy.run_path(str(HOME / "examples" / "own_submodule.py"))["main"]()
+        importlib.import_module("own_submodule").main()
     finally:
+        del sys.modules["own_submodule"]  # the name is free again for other tests
         MODULES.pop(SUBMODULES.pop("shift"))
     shown = capsys.readouterr().out
     for line in ("(shift_value): FunctionTerm(", "gate=shift_down", "lora 4,096, shift 256", "shift_value 130"):
