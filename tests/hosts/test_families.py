@@ -791,7 +791,7 @@ def test_every_family_has_a_row_in_the_documentation() -> None:
 
 
 def test_every_type_of_the_table_has_a_row_in_the_generated_page() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "architectures-table.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "architectures-table.md").read_text(encoding="utf-8")
     named = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "model_type" not in line}
     assert named == set(text_types())
 
