@@ -131,6 +131,21 @@ def test_every_method_in_one_batch() -> None:
         assert (expected - logits(tasks.model, of_rows(batch, rows))).abs().max() > 1e-4, name
 
 
+@pytest.mark.parametrize("names", [("lora", "anywhere"), ("apl", "prefix", "lora")])
+def test_a_hook_that_gives_the_stack_other_arguments_leaves_the_rows(names: tuple[str, ...]) -> None:
+    """Such a hook of the user's ends the pass of the stack, and each layer begins its own."""
+    configs = {name: {**EVERY, **THREE}[name] for name in names}
+    tasks, other = some_tasks(tiny_bert(), configs), some_tasks(tiny_bert(), configs)
+    batch, order = tiny_batch(lengths=(6, 4, 5, 3)), [*names, *reversed(names)][:4]
+    model: Any = other.model
+    model.bert.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: (tuple(list(args)), dict(kwargs)), with_kwargs=True
+    )
+    expected = logits(tasks, batch, tasks=order)
+    torch.testing.assert_close(logits(other, batch, tasks=order), expected, rtol=0, atol=1e-6)
+    assert (logits(tasks, batch, tasks=[names[0]] * 4) - expected).abs().max() > 1e-4
+
+
 def test_a_row_does_not_see_the_others() -> None:
     """A row without a prefix is bit for bit as beside rows that have none; padding of others' prefixes is not there."""
     tasks = some_tasks(tiny_bert(), {**THREE, "adapter": small("adapter")})
