@@ -793,7 +793,12 @@ def test_every_family_has_a_row_in_the_documentation() -> None:
 def test_every_type_of_the_table_has_a_row_in_the_generated_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "architectures-table.md").read_text(encoding="utf-8")
     named = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and "model_type" not in line}
-    assert named == set(text_types())
+    written = re.search(r"architecture of Transformers ([0-9.]+),", page)
+    assert written is not None
+    if transformers.__version__ == written[1]:
+        assert named == set(text_types())
+    else:  # another version has lost a few types, or got some
+        assert len(named & set(text_types())) > 0.9 * min(len(named), len(text_types()))
 
 
 # how Transformers makes its block masks

@@ -95,3 +95,6 @@ class Paged:
 
     def get_interface(self, name: str, default: Any) -> Any:
         return lambda *args, **kwargs: attend(*args, **{**kwargs, "cache": object()})
+
+    def __getitem__(self, name: str) -> Any:  # so Transformers 5.0 asks
+        return self.get_interface(name, None)

@@ -139,7 +139,7 @@ def test_a_hook_that_gives_the_stack_other_arguments_leaves_the_rows(names: tupl
     batch, order = tiny_batch(lengths=(6, 4, 5, 3)), [*names, *reversed(names)][:4]
     model: Any = other.model
     model.bert.encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: (tuple(list(args)), dict(kwargs)), with_kwargs=True
+        lambda module, args, kwargs: (tuple(args), dict(kwargs)), with_kwargs=True
     )
     expected = logits(tasks, batch, tasks=order)
     torch.testing.assert_close(logits(other, batch, tasks=order), expected, rtol=0, atol=1e-6)

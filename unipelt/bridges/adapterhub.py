@@ -134,7 +134,7 @@ def _read(folder: Path, config: str, weights: str, pickle: str) -> tuple[dict[st
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     try:
-        return values, load_tensors(read_bytes(folder / weights))
+        return values, dict(sorted(load_tensors(read_bytes(folder / weights)).items()))  # safetensors keeps no order
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / weights} is not a valid safetensors file: {shorten(error)}") from error
 

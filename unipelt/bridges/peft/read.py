@@ -132,7 +132,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     try:
-        return values, load_tensors(read_bytes(folder / WEIGHTS))
+        return values, dict(sorted(load_tensors(read_bytes(folder / WEIGHTS)).items()))  # safetensors keeps no order
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {shorten(error)}") from error
 
