@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers import shake
 from tiny import tiny_batch, tiny_model
 from torch import nn
