@@ -99,7 +99,7 @@ def test_the_whole_of_what_was_loaded_is_saved(made: Path, tmp_path: Path) -> No
         ("parallel", ("is_parallel",)),
         ("learned-scale", ("scaling", "learned")),
         ("gelu", ("non_linearity", "gelu")),
-        ("widths", ("adapter.down.weight", "(4, 32)", "(8, 32)")),
+        ("widths", ("adapter.up.weight", "(32, 4)", "(32, 8)")),
         ("compacter", ("non_linearity",)),
         ("prompt", ("prompt_tuning",)),
         ("layers-differ", ("leave_out", "[0]")),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,24 @@ def logits(model: Any, family: str, rows: slice = slice(None), **options: Any) -
 
 def named(model: Any, text: str = "") -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if text in name}
+
+
+def assert_came_back(loaded: Any, model: Any, family: str) -> None:
+    """Every tensor bit for bit; the logits but for rounding.
+
+    Tensors that are read without a copy lie otherwise in a line of memory, and some processors split sums by that.
+    """
+    got, want = (
+        {
+            name.removeprefix("base_model.model.").replace(".named.", ".default."): tensor
+            for name, tensor in named(one).items()
+            if ".default." in name or ".named." in name
+        }
+        for one in (loaded, model)
+    )
+    assert got.keys() == want.keys()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
+    torch.testing.assert_close(logits(loaded, family), logits(model, family), atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -223,7 +243,7 @@ def test_a_saved_set_comes_back(family: str, method: str, tmp_path: Path) -> Non
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert named(loaded).keys() == named(model).keys()
     lean = peft.PeftModel.from_pretrained(base_model(family), tmp_path, low_cpu_mem_usage=True)
-    assert torch.equal(logits(lean, family), want)
+    assert_came_back(lean, model, family)
     again = peft.PeftModel.from_pretrained(base_model(family), tmp_path, is_trainable=True)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert [name for name, parameter in again.named_parameters() if parameter.requires_grad] == trained
@@ -437,21 +457,26 @@ def test_gates_are_recorded(family: str, method: str) -> None:
 # Transformers
 
 
-@pytest.fixture(scope="module")
-def reads_adapters(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Skips where Transformers loses what PEFT's own LoRA saved, as 5.0 does."""
-    base, out = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("out")
-    base_model("llama").save_pretrained(base)
-    model = peft.get_peft_model(
-        type(base_model("llama")).from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
-    ).eval()
-    model.save_pretrained(out)
-    loaded = type(base_model("llama")).from_pretrained(out).eval()
-    if not torch.equal(logits(loaded, "llama"), logits(model, "llama")):
-        pytest.skip(f"Transformers {transformers.__version__} does not load PEFT's own LoRA from a folder")
+@functools.cache
+def loses_adapters(family: str) -> bool:
+    """Whether Transformers loses what PEFT's own LoRA saved, as 5.0 does in models with a head."""
+    with tempfile.TemporaryDirectory() as name:
+        base, out = Path(name) / "base", Path(name) / "out"
+        base_model(family).save_pretrained(base)
+        cls = type(base_model(family))
+        method = peft.LoraConfig(task_type=FAMILIES[family], init_lora_weights=False, fan_in_fan_out=family == "gpt2")
+        model = peft.get_peft_model(cls.from_pretrained(base), method).eval()
+        model.save_pretrained(out)
+        return not torch.equal(logits(cls.from_pretrained(out).eval(), family), logits(model, family))
 
 
-@pytest.mark.usefixtures("reads_adapters")
+@pytest.fixture
+def _reads_adapters(family: str) -> None:
+    if loses_adapters(family):
+        pytest.skip(f"Transformers {transformers.__version__} does not load PEFT's own LoRA of {family} from a folder")
+
+
+@pytest.mark.usefixtures("_reads_adapters")
 @every
 def test_transformers_finds_and_loads_a_folder(family: str, method: str, tmp_path: Path) -> None:
     base_model(family).save_pretrained(tmp_path / "base")
@@ -459,10 +484,8 @@ def test_transformers_finds_and_loads_a_folder(family: str, method: str, tmp_pat
     torch.manual_seed(0)
     model = peft.get_peft_model(cls.from_pretrained(tmp_path / "base"), config(family, method)).eval()
     shake(model)
-    want = logits(model, family)
     model.save_pretrained(tmp_path / "out")
-    loaded = cls.from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(logits(loaded, family), want)
+    assert_came_back(cls.from_pretrained(tmp_path / "out").eval(), model, family)
     auto = getattr(
         peft,
         {
@@ -471,13 +494,13 @@ def test_transformers_finds_and_loads_a_folder(family: str, method: str, tmp_pat
             "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
         }[FAMILIES[family]],
     )
-    assert torch.equal(logits(auto.from_pretrained(tmp_path / "out").eval(), family), want)
+    assert_came_back(auto.from_pretrained(tmp_path / "out").eval(), model, family)
     plain = cls.from_pretrained(tmp_path / "base").eval()
     plain.load_adapter(str(tmp_path / "out"), adapter_name="named")
-    assert torch.equal(logits(plain, family), want)
+    assert_came_back(plain, model, family)
 
 
-@pytest.mark.usefixtures("reads_adapters")
+@pytest.mark.usefixtures("_reads_adapters")
 @every
 def test_transformers_own_verbs(family: str, method: str, tmp_path: Path, folder: Any) -> None:
     model = folder(family)
@@ -495,7 +518,7 @@ def test_transformers_own_verbs(family: str, method: str, tmp_path: Path, folder
     assert torch.equal(logits(model, family), want)
     assert model.active_adapters() == ["default"]
     model.save_pretrained(tmp_path / "out")
-    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "out").eval(), family), want)
+    assert_came_back(type(model).from_pretrained(tmp_path / "out").eval(), model, family)
     model.disable_adapters()
     assert torch.equal(logits(model, family), base)
 

@@ -260,7 +260,7 @@ def test_a_backward_pass_that_breaks_off_leaves_nothing_behind(reentrant: bool, 
             output.register_hook(fail)
 
     computed: list[int] = []
-    model.bert.encoder.layer[2].register_forward_hook(lambda *_: computed.append(1))
+    model.bert.encoder.layer[2].register_forward_pre_hook(lambda *_: computed.append(1))
     model.bert.encoder.layer[0].register_forward_hook(watch)
     loss = model(**tiny_batch(), labels=torch.tensor([0, 1, 1])).loss
     gc.collect()
