@@ -228,8 +228,9 @@ class Forked:
                 os.closerange(3, 1000)  # locks, and the pipes of others, go with what would replace this process
                 sys.stdin = os.fdopen(0)
                 sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-                entry: Callable[[Any], int] = packs._main if module.endswith("packs") else run_process._main
-                code = entry(int(argument) if module.endswith("packs") else Path(argument))
+                packed = module == packs.__name__
+                entry: Callable[[Any], int] = packs._main if packed else run_process._main
+                code = entry(int(argument) if packed else Path(argument))
             except BaseException:
                 traceback.print_exc()
             finally:

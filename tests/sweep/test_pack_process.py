@@ -49,6 +49,10 @@ for line in sys.stdin:
     elif what == "half":
         print('{"folder": ', end="", flush=True)
         os._exit(4)
+    elif what == "chatter":
+        print("a library's greeting", flush=True)
+    elif what == "stranger":
+        print(json.dumps({"folder": "/of/nobody", "error": None, "busy": False}), flush=True)
     elif what == "leaves":
         open(folder + "/left", "w").close()
         sys.exit(0)
@@ -121,6 +125,12 @@ def test_answers_are_passed_on(opened: list[subprocess.Popen[str]], run: Run) ->
         ("words", "the pack ended: its last words"),
         ("silent", "the pack ended: exit code 3"),
         ("half", "the pack ended: exit code 4"),
+        ("chatter", 'the pack was ended, since it wrote "a library\'s greeting" where an answer belongs'),
+        (
+            "stranger",
+            """the pack was ended, since it wrote '{"folder": "/of/nobody", "error": null, "busy": false}' where an """
+            "answer belongs",
+        ),
     ],
 )
 def test_a_pack_that_dies_says_of_what(

@@ -98,13 +98,19 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
 
     def listen(pack: _Pack) -> None:
         assert pack.process.stdout is not None
+        wrong = None  # a line that is no answer
         for line in pack.process.stdout:
             if not line.endswith("\n"):
                 break  # it died as it spoke
-            said = json.loads(line)
-            with changed:
-                outcome = pack.runs.pop(said["folder"])
-                changed.notify_all()
+            try:
+                said = json.loads(line)
+                with changed:
+                    outcome = pack.runs.pop(said["folder"])
+                    changed.notify_all()
+            except (ValueError, TypeError, KeyError):
+                wrong = line
+                pack.process.kill()
+                break
             if said["busy"]:
                 outcome.set_exception(Busy())
             else:
@@ -119,13 +125,13 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
         pack.printed.close()
         with pack.process:  # closes its pipes
             for folder, outcome in left.items():
-                if code == 0:
+                if code == 0 and wrong is None:
                     outcome.set_exception(_Unbegun())
                 else:
                     # who waits is to be told all the same where the disk is full
                     with contextlib.suppress(OSError), open(Path(folder) / LOG, "ab") as file:
                         file.write(tail)
-                    outcome.set_result(_reason(code, tail, len(left)))
+                    outcome.set_result(_reason(code, tail, len(left)) if wrong is None else _unlike(wrong))
 
     def start(settings: RunSettings, stop: threading.Event) -> str | None:
         while True:
@@ -167,6 +173,10 @@ def _tell(pack: _Pack, line: str) -> None:
         pack.process.stdin.flush()
     except BrokenPipeError:  # it has just ended; its listener says so to whoever waits
         pack.over = True
+
+
+def _unlike(line: str) -> str:
+    return f"the pack was ended, since it wrote {line.strip()!r} where an answer belongs"
 
 
 def _reason(code: int, tail: bytes, runs: int) -> str:
