@@ -33,6 +33,16 @@ def minilm() -> str:
     return f"{package.__path__[0]}/model"
 
 
+def assert_same_set(got: torch.nn.Module, want: torch.nn.Module) -> None:
+    """What was added is equal bit for bit. What it computes may be rounded otherwise (`assert_came_back`)."""
+    own, other = (
+        {name: value for name, value in model.state_dict().items() if ".default." in name} for model in (got, want)
+    )
+    assert own
+    assert own.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in own.items())
+
+
 # TRL
 
 
@@ -263,7 +273,8 @@ def test_the_best_sentence_encoder_is_loaded_at_the_end_and_comes_back(
     model.save_pretrained(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
     again = sentences.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    assert (encode(again) == got).all()
+    assert_same_set(again, model)
+    assert abs(encode(again) - got).max() < 1e-6
 
 
 def test_training_of_a_sentence_encoder_is_resumed(sentences: Any, minilm: str, tmp_path: Path) -> None:
@@ -289,7 +300,8 @@ def test_a_cross_encoder_comes_back(sentences: Any, minilm: str, tmp_path: Path)
     assert abs(want - before).max() > 1e-4
     model.save_pretrained(str(tmp_path / "saved"))
     again = sentences.CrossEncoder(str(tmp_path / "saved"), device="cpu")
-    assert (again.predict(texts, show_progress_bar=False) == want).all()
+    assert_same_set(again, model)
+    assert abs(again.predict(texts, show_progress_bar=False) - want).max() < 1e-6
 
 
 # Transformers

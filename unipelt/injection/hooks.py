@@ -15,11 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unipelt.submodules.forward_pass import (
-    AttentionPass,
-    ForwardPass,
-    PassFacts,
-)
+from unipelt.injection.caches import CACHE_NAMES, prefixes_beside
+from unipelt.submodules.forward_pass import AttentionPass, ForwardPass, PassFacts
 from unipelt.submodules.prefix import NETWORK_NAMES
 from unipelt.submodules.room import ROOM, Port, Room, SubmoduleSet
 from unipelt.submodules.tokens import token_weights
@@ -77,12 +74,13 @@ def enter_stack(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         )
     room: Room = owner._modules[ROOM]
     facts = PassFacts(room.passes.given_rows())
+    cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     for name in (room.active,) if facts.rows is None else facts.rows.names:
         stack_set = room.present(name)
         for source in NETWORK_NAMES if stack_set is not None else ():
             network = stack_set._modules.get(source)
             if network is not None:
-                facts.prefixes[network.key] = network()
+                facts.prefixes[network.key] = prefixes_beside(cache, network)
     return room.passes.enter(facts, args), kwargs
 
 
