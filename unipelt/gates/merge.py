@@ -246,4 +246,6 @@ def _fold_set(part: SubmoduleSet, settled: Mapping[nn.Module, float | None]) -> 
             part.prefix = None
         else:
             prefix.scale_by(settled[prefix])
-    part.wiring = part.wiring.without(gone, has_entry=part.entry is not None, lengthens=part.prefix is not None)
+    part.wiring = part.wiring.without(
+        gone, averages=part.averages, has_entry=part.entry is not None, lengthens=part.prefix is not None
+    )

@@ -190,6 +190,7 @@ def _wiring(
         mask=_argument(target.module, described.mask) if reads_mask else None,
         bias=_argument(target.module, described.bias) if lengthens else None,
         truth_values=described.mask_is_truth_values,
+        averages=built.averages,
         readers=() if built.entry is None else target.readers,
         outputs={path: tuple(names) for path, names in outputs.items()},
         inputs={path: tuple(names) for path, names in inputs.items()},

@@ -127,7 +127,7 @@ def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         if part is None:
             continue
         now.attentions.pop(part.key, None)
-        if part.averages:
+        if part.wiring.averages:
             assert part.wiring.mask is not None
             assert part.wiring.hidden is not None
             mask, batch = part.wiring.mask.read(args, kwargs), len(part.wiring.hidden.read(args, kwargs))
@@ -140,7 +140,7 @@ def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> At
     """Keep an attention's mask and, where gates average, the weights of its real tokens."""
     attention = now.attention(part.key)
     attention.mask = mask
-    if part.averages:
+    if part.wiring.averages:
         attention.weights = token_weights(mask, batch, now.facts, truth_values=part.wiring.truth_values)
     return attention
 
@@ -232,7 +232,7 @@ def _adapt(part: SubmoduleSet, port: Port, now: ForwardPass | None, normed: Tens
 def parts_at(port: Port, now: ForwardPass) -> list[SubmoduleSet | None]:
     """Return the set that computes at a host or, where rows belong to several, the set of each."""
     rows = now.facts.rows
-    return [port.part(name) for name in ((port.room[0].active,) if rows is None else rows.names)]
+    return [port.part(port.room[0].active)] if rows is None else [port.part(name) for name in rows.names]
 
 
 def split_mask(mask: Any, facts: PassFacts) -> tuple[Any, ...]:

@@ -52,6 +52,7 @@ class Wiring:
         attention: the attention module.
         hidden, mask, bias: its arguments; None for those that nothing reads.
         truth_values: whether the attention reads a floating-point mask as truth values.
+        averages: whether a gate averages over real tokens, so that the attention's mask is read.
         readers: projections that read the attention's input; the first that is called opens the entry.
         outputs: terms of what a projection gives, by its path, in their order.
         inputs: terms of what a projection is given, by its path.
@@ -65,6 +66,7 @@ class Wiring:
     mask: ForwardArgument | None = None
     bias: ForwardArgument | None = None
     truth_values: bool = False
+    averages: bool = False
     readers: tuple[str, ...] = ()
     outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class Wiring:
         """Whether a prefix makes the attention's text longer, outside Transformers' attention interface."""
         return bool(self.keys)
 
-    def without(self, names: set[str], *, has_entry: bool, lengthens: bool) -> Wiring:
+    def without(self, names: set[str], *, averages: bool, has_entry: bool, lengthens: bool) -> Wiring:
         """Return this wiring without terms of these names, where an entry, or a lengthening prefix, may be gone too."""
 
         def left(places: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -87,6 +89,7 @@ class Wiring:
 
         return replace(
             self,
+            averages=averages,
             readers=self.readers if has_entry else (),
             outputs=left(self.outputs),
             inputs=left(self.inputs),
