@@ -26,7 +26,8 @@ BARE = "bare model"
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Settings from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("model", help="a folder or a name on the hub of a causal language model")
+    parser.add_argument("model", nargs="?", help="a folder or a name on the hub of a causal language model")
+    parser.add_argument("--random", default=None, help="instead of a model: a Llama of random weights, LAYERSxWIDTH")
     parser.add_argument("--methods", default=",".join(METHODS), help="presets, paths of configurations, or peft:…")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the text that is read first")
     parser.add_argument("--tokens", type=int, default=12, help="tokens that are written in a turn")
@@ -40,7 +41,33 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("prompt", "tokens", "batch_size", "turns"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name} must be 1 or more")
+    if (settings.model is None) == (settings.random is None):
+        parser.error("give a model, or --random LAYERSxWIDTH")
+    if settings.random is not None:
+        layers, _, width = settings.random.partition("x")
+        if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width) and int(width) % 64 == 0):
+            parser.error("--random is LAYERSxWIDTH, as in 16x2048; 64 must divide the width")
     return settings
+
+
+def load(settings: argparse.Namespace) -> Any:
+    """Load the base model, or make it from random weights."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    kind = getattr(torch, settings.dtype)
+    if settings.random is None:
+        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=kind)
+    layers, width = (int(number) for number in settings.random.split("x"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        vocab_size=32000,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=kind)
 
 
 def change(base: Any, method: str) -> Any:
@@ -95,12 +122,9 @@ def clock_of(device: str) -> Callable[[], float]:
 
 def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each turn, by method."""
-    from transformers import AutoModelForCausalLM
-
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
-    base = base.to(settings.device).eval()
+    base = load(settings).to(settings.device).eval()
     names = [BARE, *(name.strip() for name in settings.methods.split(",") if name.strip())]
     models = {name: change(base, name) for name in names}
     ids = torch.randint(
