@@ -56,7 +56,9 @@ def load(settings: argparse.Namespace) -> Any:
 
     kind = getattr(torch, settings.dtype)
     if settings.random is None:
-        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=kind)
+        return AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=kind, use_safetensors=True, trust_remote_code=False
+        )
     layers, width = (int(number) for number in settings.random.split("x"))
     torch.manual_seed(0)
     config = LlamaConfig(
