@@ -11,6 +11,7 @@ from unipelt.config.methods import UniPELTConfig
 from unipelt.files.hub import may_be_base
 from unipelt.files.messages import printable
 from unipelt.injection.parameters import ParameterCounts
+from unipelt.records.record import floor
 
 TASKS = {
     "ForSequenceClassification": "text-classification",
@@ -173,12 +174,21 @@ def _scores(result: Mapping[str, Any]) -> list[str]:
             for split, values in (("test", test), ("dev", dev))
         ),
         "",
-        f"(Always the most frequent answer: {task['primary']} {result['majority']:.3f}. `{result['method']['name']}`, "
+        f"({_floor(result)}`{result['method']['name']}`, "
         f"learning rate {result['method']['learning_rate']:g}, batch {settings['batch_size']}, best epoch "
         f"{result['best']['epoch']:g} of {result['evaluations'][-1]['epoch']:g}; {versions}"
         f"{f', commit `{code[:7]}`' if code else ''}.)",
         "",
     ]
+
+
+def _floor(result: Mapping[str, Any]) -> str:
+    """The score of an answer without a model, as a sentence."""
+    found = floor(result)
+    if found.score is None:
+        return ""
+    name = "the test set's most frequent class" if found.of_test else found.name
+    return f"For comparison, {name}: {result['task']['primary']} {found.score:.3f}. "
 
 
 def _gate_table(gates: Mapping[str, Any]) -> list[str]:
