@@ -343,7 +343,7 @@ def test_data_that_changed_since_are_refused(home: Path, tmp_path: Path, capsys:
     [
         (["--tolerance", "-1"], "tolerance must be a number, 0 or above, not -1.0"),
         (["--tolerance", "nan"], "tolerance must be a number, 0 or above, not nan"),
-        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+        (["--epochs", "3"], "unknown option '--epochs'; see unipelt rerun --help"),
         (["--threads", "0"], "threads must be 1 or more, not 0"),
         (["--glue_dir", "x"], "glue_dir goes with a task"),
     ],

@@ -543,8 +543,8 @@ def test_script_runs(run_glue: ModuleType, home: Path, tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["--train_samples", "110"], "but the train split has 120"),
-        (["--lerning_rate", "1"], "unknown option '--lerning_rate'; did you mean --learning_rate?"),
-        (["--method", "unipelt"], "method: there is no preset 'unipelt'"),
+        (["--lerning_rate", "1"], "unknown option '--lerning_rate'; did you mean '--learning_rate'?"),
+        (["--method", "unipelt"], "method: there is no preset 'unipelt'; did you mean 'unipelt-ap'"),
         (["--epochs", "many"], "epochs must be a whole number, not 'many'"),
     ],
 )

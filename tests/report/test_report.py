@@ -395,7 +395,9 @@ def test_the_majority_class_of_the_test_data_counts() -> None:
     assert results_of(three[0]).table(100).majority("rte") == Floor(0.473, "train set's majority", of_test=False)
     three[0] |= {"majority": 0.45, "majority_of": "test"}
     assert results_of(*three[:1]).table(100).majority("rte") == Floor(0.45)
-    assert results_of(three[0], spoil(three[1], majority=0.48)).table(100).chance("rte") == 0.45, "the other may be less"
+    assert results_of(three[0], spoil(three[1], majority=0.48)).table(100).chance("rte") == 0.45, (
+        "the other may be less"
+    )
 
 
 def test_a_row_of_the_majority_class_says_where_it_holds_something_else(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def _evaluation(result: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def _scores(result: Mapping[str, Any]) -> list[str]:
-    settings, task, data = result["settings"], result["task"], result["data"]
+    settings, data = result["settings"], result["data"]
     rows = {split: data[split]["rows"] for split in ("train", "dev", "test")}
     tested = _dataset(result)
     what = f"`{tested['split']}` split of {tested['name']}" if settings.get("task") else "test set"

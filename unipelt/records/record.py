@@ -148,7 +148,9 @@ def _from_train(task: Mapping[str, Any], score: float) -> float | None:
         return 0.0
     if metric == "accuracy" and (two or score >= 0.5):
         return max(score, 1 - score) if two else score
-    if metric == "f1" and 0 < score <= 1:  # the answer is class 1, and with a share p of it among the rows F1 is 2p / (1 + p)
+    if (
+        metric == "f1" and 0 < score <= 1
+    ):  # the answer is class 1, and with a share p of it among the rows F1 is 2p / (1 + p)
         return score if score / (2 - score) > 0.5 else 0.0
     return None
 

@@ -8,8 +8,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 
-import torch
-
 from unipelt.files.messages import complain
 
 _DISK = {
@@ -83,6 +81,8 @@ def explain(error: Exception) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, a GPU or PyTorch's allocator of the host, which has no error of its own, had no more memory."""
+    import torch  # here, so that a program that prints its help need not wait for it
+
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
