@@ -161,6 +161,7 @@ def test_every_part_is_needed_and_of_its_type(tmp_path: Path, path: tuple[str, .
         ({"test": {"loss": 0.6, "metrics": {"f1": 0.5}}}, "test.metrics lacks accuracy"),
         ({"attempts": True}, "attempts is True"),
         ({"majority": float("nan")}, "majority is nan"),
+        ({"majority": None}, "majority is None, which is for tasks without classes"),
         ({"attempts": 10**400}, "attempts is 1000"),
         ({"hardware": {"cores": float("nan")}}, "cannot be written as JSON"),
         ({"hardware": {"cpu": object()}}, "cannot be written as JSON"),

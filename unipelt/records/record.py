@@ -166,6 +166,8 @@ def _check_record(record: Any, path: Path) -> None:
     problem = mismatch(record, _SHAPE, "")
     if problem is None and not record["evaluations"]:
         problem = "evaluations is empty"
+    if problem is None and record["majority"] is None and (record["task"]["labels"] or "floor" in record):
+        problem = "majority is None, which is for tasks without classes"
     for index, evaluation in enumerate([] if problem else record["evaluations"]):
         problem = problem or mismatch(evaluation, _EVALUATION, f"evaluations[{index}]")
     for part in () if problem else ("dev", "test"):
