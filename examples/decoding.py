@@ -99,7 +99,9 @@ def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
+    base = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=getattr(torch, settings.dtype), use_safetensors=True, trust_remote_code=False
+    )
     base = base.to(settings.device).eval()
     names = [BARE, *(name.strip() for name in settings.methods.split(",") if name.strip())]
     models = {name: change(base, name) for name in names}
