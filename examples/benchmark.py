@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import difflib
 import json
 import os
 import subprocess
@@ -37,6 +36,7 @@ Turns = Mapping[str, Callable[[str], float]]  # by name, what does one pass and 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Settings from a command line: optionally a YAML or JSON file, then `--field value`. Raises `ValueError`."""
+    from unipelt.files.messages import suggest
     from unipelt.glue.settings import RunSettings
     from unipelt.runs.options import read_config
     from unipelt.sweep import split_list
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     words: list[str] = []
     for name, value in ({} if config is None else read_config(config, RunSettings, also=known)).items():
         if name not in known:
-            raise ValueError(f"{config}: a benchmark has no {name!r}; it has {', '.join(known)}")
+            raise ValueError(f"{config}: a benchmark has no {name!r}; {suggest(name, known, 'see --help')}")
         if name == "methods":
             methods = value if isinstance(value, list) else [value]
         elif value is not None:
@@ -67,20 +67,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return settings
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ValueError(f"{message} (see --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(allow_abbrev=False, usage="%(prog)s [CONFIG] [--FIELD VALUE ...]", description=__doc__)
+    """The parser of the command line."""
+    from unipelt.files.arguments import OneLineParser
+
+    parser = OneLineParser(usage="%(prog)s [CONFIG] [--FIELD VALUE ...]", description=__doc__)
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML or JSON (see configs/); options win over it")
 
     def add(name: str, type_: Callable[[str], Any], default: Any, text: str, **more: Any) -> None:
-        text += "" if default is None else f" [{default}]"
+        text += "" if default is None else f"; default: {default}"
         more = {"nargs": "?", "const": True, **more} if type_ is _switch else more
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*names, type=type_, default=default, metavar="VALUE", help=text, **more)
+        parser.add_argument(f"--{name}", type=type_, default=default, metavar="VALUE", help=text, **more)
 
     add("model", str, "bert-base-uncased", "a name on the hub, a folder, or package:NAME/FOLDER")
     add("random", _text, None, "instead of a model: random weights of this model type (bert, roberta, gpt2 ...)")
@@ -92,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         str,
         None,
         f"presets or paths, with commas (in a file a list, also of mappings), and {FROZEN}: the "
-        f"model without submodules; {BASE} is always there [{FROZEN},unipelt-apl]",
+        f"model without submodules; {BASE} is always there; default: {FROZEN},unipelt-apl",
     )
     add("batch_size", _count, 16, "texts")
     add("tokens", _count, 128, "tokens a text, padding included")
@@ -200,13 +197,14 @@ def make_config(settings: argparse.Namespace) -> Any:
     """The model's configuration, checked against the shape. Raises `ValueError` or `OSError`."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
+    from unipelt.files.messages import suggest
     from unipelt.runs.settings import locate_model
 
     if settings.random is None:
         config = AutoConfig.from_pretrained(locate_model(settings.model), num_labels=2, trust_remote_code=False)
     elif settings.random not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(settings.random, list(CONFIG_MAPPING), n=1)
-        raise ValueError(f"unknown model type {settings.random!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        meant = suggest(settings.random, CONFIG_MAPPING, "Transformers lists its model types")
+        raise ValueError(f"unknown model type {settings.random!r}; {meant}")
     else:
         config = _sized(settings)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:

@@ -13,12 +13,18 @@ def main(argv: Sequence[str]) -> int:
 
     from unipelt.runs.errors import exit_code
     from unipelt.runs.options import parse
-    from unipelt.runs.run import run
-    from unipelt.tasks.qa import prepare
     from unipelt.tasks.settings import QASettings
 
     what = "Train one method on questions in SQuAD's format, test it once, and leave one result.json."
-    return exit_code("run_qa.py", lambda: run(parse(argv, QASettings, what), prepare))
+
+    def do() -> None:
+        settings = parse(argv, QASettings, what)
+        from unipelt.runs.run import run  # imports PyTorch, which --help and a mistake need not wait for
+        from unipelt.tasks.qa import prepare
+
+        run(settings, prepare)
+
+    return exit_code("run_qa.py", do)
 
 
 if __name__ == "__main__":

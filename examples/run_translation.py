@@ -16,12 +16,18 @@ def main(argv: Sequence[str]) -> int:
 
     from unipelt.runs.errors import exit_code
     from unipelt.runs.options import parse
-    from unipelt.runs.run import run
     from unipelt.tasks.settings import TranslationSettings
-    from unipelt.tasks.translation import prepare
 
     what = "Train one method on texts and their translations, test it once, and leave one result.json."
-    return exit_code("run_translation.py", lambda: run(parse(argv, TranslationSettings, what), prepare))
+
+    def do() -> None:
+        settings = parse(argv, TranslationSettings, what)
+        from unipelt.runs.run import run  # imports PyTorch, which --help and a mistake need not wait for
+        from unipelt.tasks.translation import prepare
+
+        run(settings, prepare)
+
+    return exit_code("run_translation.py", do)
 
 
 if __name__ == "__main__":

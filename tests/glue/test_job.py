@@ -99,3 +99,12 @@ def test_weights_that_nobody_asked_to_check_may_have_another_form(home: Path, mo
         assert not logging.is_progress_bar_enabled()
     finally:
         logging.enable_progress_bar()
+
+
+def test_the_majority_is_that_of_the_test_set(home: Path) -> None:
+    """Three of four training rows are of one class, four of five test rows of the other."""
+    for name, labels in (("train", "1110" * 12), ("dev", "00010" * 4)):
+        rows = [f"good cat number {index}\t{label}" for index, label in enumerate(labels)]
+        (home / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    job = prepare(RunSettings(**quick(home, train_samples=24, dev_samples=24)))
+    assert job.majority == 0.8

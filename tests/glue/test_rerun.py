@@ -244,6 +244,14 @@ def test_every_number_counts(record: dict[str, Any], where: str, value: Callable
     assert compare(record, copy.deepcopy(record))["equal"]
 
 
+def test_the_majority_of_an_older_record_is_not_compared(record: dict[str, Any]) -> None:
+    """It was the score of another answer: that of the train set's most frequent class."""
+    older = change(record, "majority", lambda x: x / 2)
+    del older["majority_of"]
+    assert compare(older, record)["equal"]
+    assert not compare(change(older, "test.loss", lambda x: x + 1), record)["equal"]
+
+
 def test_no_tolerance_is_for_steps_and_counts(record: dict[str, Any]) -> None:
     for where in ("best.step", "evaluations.0.step", "parameters.head"):
         assert not compare(record, change(record, where, lambda x: x + 1), tolerance=9.0)["equal"]
@@ -335,7 +343,7 @@ def test_data_that_changed_since_are_refused(home: Path, tmp_path: Path, capsys:
     [
         (["--tolerance", "-1"], "tolerance must be a number, 0 or above, not -1.0"),
         (["--tolerance", "nan"], "tolerance must be a number, 0 or above, not nan"),
-        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+        (["--epochs", "3"], "unknown option '--epochs'; see unipelt rerun --help"),
         (["--threads", "0"], "threads must be 1 or more, not 0"),
         (["--glue_dir", "x"], "glue_dir goes with a task"),
     ],

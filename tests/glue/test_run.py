@@ -117,7 +117,8 @@ def test_records_data_parameters_and_gates(home: Path, done: tuple[Path, dict[st
     assert {name: split["rows"] for name, split in record["data"].items()} == {"train": 48, "dev": 24, "test": 20}
     assert record["data"]["train"]["sha256"] != record["data"]["dev"]["sha256"]
     labels = np.array(data["dev"]["label"])
-    assert record["majority"] in (np.mean(labels == 0), np.mean(labels == 1))
+    assert record["majority"] == max(np.mean(labels == 0), np.mean(labels == 1))
+    assert record["majority_of"] == "test"
 
     model = unipelt.from_pretrained(out / "model")
     counts = unipelt.parameter_counts(model)
@@ -225,6 +226,7 @@ def test_regression_on_own_files_with_unlabelled_test(home: Path, tmp_path: Path
     )
     record = run(chosen, log=lambda line: None)
     assert set(record["test"]["metrics"]) == {"spearman", "pearson"}
+    assert record["majority"] is None, "scores have no classes"
     assert record["data"]["test"]["rows"] == 12
     logits = predict(tmp_path / "run" / "model", [("good cat",), ("a bad dog sat on the mat",)], home / "model")
     lines = (tmp_path / "run" / "predictions" / "test.tsv").read_text().splitlines()
@@ -541,8 +543,8 @@ def test_script_runs(run_glue: ModuleType, home: Path, tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["--train_samples", "110"], "but the train split has 120"),
-        (["--lerning_rate", "1"], "unknown option '--lerning_rate'; did you mean --learning_rate?"),
-        (["--method", "unipelt"], "method: there is no preset 'unipelt'"),
+        (["--lerning_rate", "1"], "unknown option '--lerning_rate'; did you mean '--learning_rate'?"),
+        (["--method", "unipelt"], "method: there is no preset 'unipelt'; did you mean 'unipelt-ap'"),
         (["--epochs", "many"], "epochs must be a whole number, not 'many'"),
     ],
 )

@@ -18,7 +18,7 @@ import torch
 
 import unipelt
 from unipelt.records import record as result
-from unipelt.records.record import ResultError, read_result, summary, write_result
+from unipelt.records.record import Floor, ResultError, read_result, summary, write_result
 from unipelt.runs import machine
 
 
@@ -91,6 +91,43 @@ def test_summary_is_one_line() -> None:
     assert "rte · unipelt-apl · all data · seed 1, data seed 2: " in summary(record, "x")
 
 
+@pytest.mark.parametrize(
+    ("task", "majority", "floor"),
+    [
+        ({}, 0.473, Floor(0.527)),
+        ({}, 0.527, Floor(0.527)),
+        ({"labels": ["a", "b", "c"]}, 0.6, Floor(0.6)),
+        ({"labels": ["a", "b", "c"]}, 0.4, Floor(0.4, "train set's majority", of_test=False)),
+        ({"primary": "matthews_correlation"}, 0.0, Floor(0.0)),
+        ({"primary": "f1"}, 0.8, Floor(0.8)),  # a share of 2/3
+        ({"primary": "f1"}, 0.5, Floor(0.0)),  # a share of 1/3, so that the other class is more frequent
+        ({"primary": "f1"}, 0.0, Floor(0.0, "train set's majority", of_test=False)),
+        ({"primary": "spearman", "labels": []}, 0.0, Floor(None)),
+    ],
+)
+def test_of_an_older_record_the_test_sets_majority_is_computed_where_it_can_be(
+    task: dict[str, Any], majority: float, floor: Floor
+) -> None:
+    record = make_record()
+    record |= {"majority": majority, "task": record["task"] | task}
+    found = result.floor(record)
+    assert (found.score, found.name, found.of_test) == (
+        None if floor.score is None else pytest.approx(floor.score),
+        floor.name,
+        floor.of_test,
+    )
+
+
+def test_the_majority_of_a_record_in_its_summary() -> None:
+    record = make_record() | {"majority": 0.4, "majority_of": "test"}
+    assert "accuracy 0.560 (majority 0.400) ·" in summary(record, "x"), "as it is written"
+    record = make_record() | {"majority": 0.1, "floor": "copying the text"}
+    assert "accuracy 0.560 (copying the text 0.100) ·" in summary(record, "x")
+    record = make_record()
+    record |= {"majority": None, "task": record["task"] | {"labels": []}}
+    assert "accuracy 0.560 · dev" in summary(record, "x"), "a regression has none"
+
+
 def parts(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every part that a record must have."""
     found = []
@@ -124,6 +161,7 @@ def test_every_part_is_needed_and_of_its_type(tmp_path: Path, path: tuple[str, .
         ({"test": {"loss": 0.6, "metrics": {"f1": 0.5}}}, "test.metrics lacks accuracy"),
         ({"attempts": True}, "attempts is True"),
         ({"majority": float("nan")}, "majority is nan"),
+        ({"majority": None}, "majority is None, which is for tasks without classes"),
         ({"attempts": 10**400}, "attempts is 1000"),
         ({"hardware": {"cores": float("nan")}}, "cannot be written as JSON"),
         ({"hardware": {"cpu": object()}}, "cannot be written as JSON"),

@@ -14,11 +14,12 @@ from report_records import by_row, make_record, plan, results_of, save, spoil
 
 from unipelt.config.methods import SUBMODULES
 from unipelt.config.presets import resolve
-from unipelt.records.record import write_result
+from unipelt.records.record import Floor, write_result
 from unipelt.report import read_results, write_report
 from unipelt.report.cells import kinds
 from unipelt.report.compare import marks, upper_bounds
 from unipelt.report.group import CANDIDATES, PICKED
+from unipelt.report.numbers import percent
 from unipelt.report.paper import TASKS, paper, paper_costs, paper_upper_bound
 from unipelt.report.results import Results
 
@@ -362,7 +363,7 @@ def test_a_task_of_ones_own_is_named_by_its_file(files: tuple[str, str | None], 
 
 
 def test_a_score_is_at_chance_where_its_interval_reaches_a_constant_answer() -> None:
-    """By hand: 0.527 is the majority vote; the t interval of five scores is 2.776 standard errors wide each way."""
+    """By hand: 0.527 is the majority class; the t interval of five scores is 2.776 standard errors wide each way."""
     scores = {"low": (0.53, 0.54, 0.55, 0.52, 0.53), "wide": (0.53, 0.75, 0.53, 0.75, 0.55), "high": (0.6,) * 5}
     records = [
         make_record("rte", "adapter", seed, score, name=name)
@@ -385,9 +386,33 @@ def test_of_one_seed_a_score_is_at_chance_within_the_test_sets_error() -> None:
         assert cell.at_chance(0.527) is at, score
 
 
-def test_the_best_constant_answer_of_all_seeds_counts() -> None:
+def test_the_majority_class_of_the_test_data_counts() -> None:
+    """Seed 1 voted for the rarer class of the test data, so that its record holds 1 - 0.527."""
     records = [spoil(make_record(seed=seed), majority=level) for seed, level in ((1, 0.473), (2, 0.527))]
-    assert results_of(*records).table(100).chance("rte") == 0.527
+    for chosen in (records, records[:1]):
+        assert results_of(*chosen).table(100).chance("rte") == pytest.approx(0.527)
+    three = [spoil(record, task__labels=["a", "b", "c"]) for record in records]
+    assert results_of(three[0]).table(100).majority("rte") == Floor(0.473, "train set's majority", of_test=False)
+    three[0] |= {"majority": 0.45, "majority_of": "test"}
+    assert results_of(*three[:1]).table(100).majority("rte") == Floor(0.45)
+    assert results_of(three[0], spoil(three[1], majority=0.48)).table(100).chance("rte") == 0.45, (
+        "the other may be less"
+    )
+
+
+def test_a_row_of_the_majority_class_says_where_it_holds_something_else(tmp_path: Path) -> None:
+    old = spoil(make_record("mnli"), task__labels=["a", "b", "c"], majority=0.35)
+    new = make_record("rte") | {"majority": 0.6, "majority_of": "test"}
+    scores = spoil(make_record("stsb"), task__labels=[]) | {"majority": None, "majority_of": "test"}
+    save(tmp_path / "runs", old, new, scores)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"| majority class | {percent((0.35 + 0.6) / 3)} | 60.00 | – | 35.00 |" in text  # noqa: RUF001
+    assert "mnli: that row holds another number of the records: train set's majority." in text
+    assert "stsb: a task with scores has no classes, so it has no majority class." in text
+    with open(tmp_path / "out" / "runs.csv", encoding="utf-8", newline="") as file:
+        found = {row["task"]: (row["majority"], row["majority_of"]) for row in csv.DictReader(file)}
+    assert found == {"mnli": ("0.35", "train set's majority"), "rte": ("0.6", "test"), "stsb": ("", "")}
 
 
 def test_the_single_method_with_the_best_dev_score_is_picked_for_each_seed(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_the_page_begins_with_a_chart_and_three_sentences(tmp_path: Path) -> Non
         "70.00 ± 0.00.",
         "unipelt-apl is 8.00 points below adapter (95 % interval −10.48 to −5.52): a clear difference among 3 "  # noqa: RUF001
         "comparisons. The task with the largest difference is sst2, −8.00.",  # noqa: RUF001
-        "Every score is clearly above a majority vote.",
+        "Every score is clearly above the majority class.",
     ]
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert page.index("<figure>") < page.index("At K = 100, fine-tuning") < page.index("<nav") < page.index("<table")
@@ -259,7 +259,7 @@ def test_the_sentences_where_there_is_little_to_say(tmp_path: Path) -> None:
     assert lead_of(tmp_path / "one", make_record("rte", score=0.5)) == [
         "At K = 100, adapter has the best score on rte: 50.00.",
         "There is no pair of a combination and a single method to compare.",
-        "1 of 1 scores are not clearly above a majority vote. No method is clearly above it on rte.",
+        "1 of 1 scores are not clearly above the majority class. No method is clearly above it on rte.",
     ]
     apart = [make_record("rte", "adapter", score=0.5), make_record("sst2", "lora", score=0.9)]
     assert lead_of(tmp_path / "apart", *apart)[0] == (
@@ -274,7 +274,7 @@ def test_scores_at_chance_are_grey_and_never_the_best(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert re.findall(r'<div class="chance">(.*?)</div>', page) == ["52.00", "40.00"] * 2
     assert "<strong>" not in page
-    assert '<div class="minor">majority vote</div></th><td><div class="minor">52.70</div>' in page
+    assert '<div class="minor">majority class</div></th><td><div class="minor">52.70</div>' in page
     tex = (tmp_path / "out" / "report.tex").read_text(encoding="utf-8")
     assert r"\textcolor{gray}{52.00}" in tex
     assert r"\textbf" not in tex
@@ -294,7 +294,7 @@ def test_a_table_for_a_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert r"method & cola & rte & average \\" in lines
     assert r"lora & \textbf{81.50}$_{0.71}$ & \textbf{81.50}$_{0.71}$ & \textbf{81.50}$_{0.71}$ \\" in lines
     assert any(line.startswith(r"50 \% of a\_b \& c & \underline{71.50}") for line in lines)
-    assert r"majority vote & 52.70 & 52.70 & 52.70 \\" in lines
+    assert r"majority class & 0.00 & 52.70 & 26.35 \\" in lines, "Matthews' correlation of a constant answer is 0"
     write_report(tmp_path / "runs", tmp_path / "plain")
     assert not (tmp_path / "plain" / "report.tex").exists(), "only where it was asked for"
 

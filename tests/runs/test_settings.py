@@ -116,13 +116,18 @@ def test_method_has_a_name() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--task rte --lerning_rate 1", "unknown option '--lerning_rate'; did you mean --learning_rate?"),
-        ("--task rte --epoch 1", "unknown option '--epoch'; did you mean --epochs?"),
+        ("--task rte --lerning_rate 1", "unknown option '--lerning_rate'; did you mean '--learning_rate'? (see "),
+        ("--task rte --epoch 1", "unknown option '--epoch'; did you mean '--epochs'? (see "),
         ("--task rte extra.yaml", "a configuration file comes first"),
         ("--task", "expected one argument"),
         ("--task boolq", "unknown task 'boolq'; choose one of cola, sst2"),
-        ("--task rte --method unipelt", "method: there is no preset 'unipelt'; the presets are fine-tuning"),
-        ("--task rte --method.lora.rnak 4", "method: unknown key 'lora.rnak'; the keys here are rank, alpha, gate"),
+        ("--task rt", "unknown task 'rt'; did you mean 'rte'?"),
+        ("--task mrcp", "unknown task 'mrcp'; did you mean 'mrpc'?"),
+        (
+            "--task rte --method unipelt",
+            "method: there is no preset 'unipelt'; did you mean 'unipelt-ap', 'unipelt-al' or 'unipelt-pl'?",
+        ),
+        ("--task rte --method.lora.rnak 4", "method: unknown key 'lora.rnak'; did you mean 'rank'?"),
         ("--task rte --method.lora.rank four", "method: lora.rank must be a whole number, not 'four'"),
         ("--task rte --method.lora.rank", "--method.lora.rank needs a value"),
         ("--task rte --method.lora.rank --seed 1", "--method.lora.rank needs a value"),
@@ -221,7 +226,7 @@ def test_method_in_a_file_replaces_that_of_its_base() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("task: rte\nlerning_rate: 1\n", "unknown field 'lerning_rate'; did you mean learning_rate?"),
+        ("task: rte\nlerning_rate: 1\n", "unknown field 'lerning_rate'; did you mean 'learning_rate'? (see --help)"),
         ("task: rte\nepochs: '7'\n", "epochs must be a whole number, not '7'"),
         ("task: rte\nmodel: 7\n", "model must be a text, not 7"),
         ("task: rte\nlearning_rate: 1" + "0" * 400, "learning_rate must be a finite number, not 1000"),

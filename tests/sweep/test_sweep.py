@@ -18,7 +18,8 @@ from faults.spoilt import BAD_FAILURES, BAD_REQUESTS
 from scripts.killed_sweep import MOMENTS
 from tiny_task import save_model, write_glue
 
-from unipelt.cli import main
+from unipelt import cli
+from unipelt.cli import main, make_parser
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import RESULT, read_result, write_result
@@ -255,7 +256,7 @@ def test_a_list_of_methods_is_split_between_methods() -> None:
         (None, {}, {"epochs": "none"}, "epochs must be a whole number"),
         ("task: rte\n", {}, {}, "grid must be a list of blocks"),
         ("grid: [{task: rte}]\noutput_dir: here\n", {}, {}, "unknown field 'output_dir' of a sweep"),
-        ("grid: [{task: rte, sede: [1]}]\n", {}, {}, "unknown field 'sede' of a sweep"),
+        ("grid: [{task: rte, sede: [1]}]\n", {}, {}, "unknown field 'sede' of a sweep; did you mean 'seed'?"),
         ("grid: [{task: rte, seed: []}]\n", {}, {}, "the list of seed is empty"),
         ("grid: [{task: rte}, {task: [cola, snli]}]\n", {}, {}, "block 2 of the grid: unknown task 'snli'"),
         ("grid: [{task: rte, method: [lora, loar]}]\n", {}, {}, "block 1 of the grid: method: there is no preset"),
@@ -344,8 +345,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     [
         (["--tasks", "cola"], "no run that is left has the task 'cola'"),
         (["--workers", "0"], "--workers must be 1 or more"),
-        (["--sede", "1"], "unrecognized arguments: --sede 1"),
-        (["--overwrite", "true"], "unrecognized arguments"),
+        (["--sede", "1"], "unknown option '--sede'; did you mean '--seed'? (see unipelt sweep --help)"),
+        (["--overwrite", "true"], "unknown option '--overwrite'; see unipelt sweep --help"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
@@ -358,6 +359,36 @@ def test_bad_input_is_one_line_and_code_2(
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["swep", "x.yaml"], "unknown command 'swep'; did you mean 'sweep'? (see unipelt --help)"),
+        (["nothing"], "unknown command 'nothing'; see unipelt --help"),
+        (["--hlp"], "unknown option '--hlp'; did you mean '--help'? (see unipelt --help)"),
+        (["report", "x", "--ot", "y"], "unknown option '--ot'; did you mean '--out'? (see unipelt report --help)"),
+        (["report", "x", "y", "--out", "z"], "cannot tell what 'y' belongs to; see unipelt report --help"),
+        (["sweep", "x.yaml", "--out", "y", "--backend", "rai"], "'rai' is not one of local, ray"),
+        (["sweep", "x.yaml"], "the following arguments are required: --out"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert len(printed.err) < 200, "no list of all options"
+
+
+def test_words_of_an_option_are_joined_either_way(tmp_path: Path) -> None:
+    command = ["sweep", "x.yaml", "--out", "y", "--dry_run", "--learning-rate=1", "--text-columns", "a", "b"]
+    parsed = make_parser().parse_args(command)
+    assert parsed.dry_run
+    assert cli._fields_given(parsed) == {"learning_rate": "1", "text_columns": '["a", "b"]'}
 
 
 def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -373,7 +373,7 @@ def test_options_and_files_are_read_as_those_of_glue(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({}, "nothing to train on: name a task"),
-        ({"task": "squad"}, "no task 'squad'; known are xquad"),
+        ({"task": "squad"}, "no task 'squad'; did you mean 'xquad'"),
         ({"task": "xquad", "train_file": "x"}, "task and train_file exclude each other"),
         ({"train_file": "x", "tasks_dir": "y"}, "tasks_dir goes with a task"),
         ({"train_file": "x", "stride": 384}, "stride is 384, and must be below max_length"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +44,25 @@ def test_every_name_is_there_when_it_is_asked_for(package: object) -> None:
         package.nothing  # type: ignore[attr-defined]  # noqa: B018
     assert unipelt.Spot is unipelt.TargetInfo
     assert unipelt.__version__
+
+
+SCRIPTS = [Path(__file__).parents[2] / "examples" / f"run_{name}.py" for name in ("glue", "qa", "translation")]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--lerning_rate", "1"], ["--task", "nothing"]])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_says_what_it_takes_and_what_is_wrong_without_importing_pytorch(
+    script: Path, words: list[str]
+) -> None:
+    code = f"""
+import json, runpy, sys
+main = runpy.run_path({str(script)!r})["main"]
+try:
+    main({words!r})
+except SystemExit:
+    pass
+print(json.dumps(sorted(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not set(HEAVY) & set(json.loads(done.stdout.splitlines()[-1]))
+    assert len(done.stderr.splitlines()) == (words != ["--help"])

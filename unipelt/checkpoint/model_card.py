@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from unipelt.config.methods import UniPELTConfig
+from unipelt.config.presets import PRESETS
 from unipelt.files.hub import may_be_base
 from unipelt.files.messages import printable
 from unipelt.injection.parameters import ParameterCounts
+from unipelt.records.record import floor
 
 TASKS = {
     "ForSequenceClassification": "text-classification",
@@ -23,6 +26,8 @@ TASKS = {
     "MTModel": "text2text-generation",
 }
 """The hub's name of a task, by the end of the name of a class for it."""
+_SAYS_NOTHING = re.compile(r"models?|base|checkpoint(-\d+)?|best|final|output|main|snapshot", re.IGNORECASE)
+"""Names of folders that say nothing about what is in them."""
 _METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # the hub's names, where they are others
 
 
@@ -57,7 +62,8 @@ def model_card(
     base = manifest["base"]
     known = base["name_or_path"] if may_be_base(base["name_or_path"]) else None
     task = task_of(base["class"])
-    title = f"{_method(config)} on {base['name_or_path'].rpartition('/')[2] or 'a model built in memory'}"
+    preset = next((name for name, known in PRESETS.items() if known == config), None)
+    title = f"{preset or _parts(config)} on {_base_name(base['name_or_path'])}"
     metadata: dict[str, Any] = {"library_name": "unipelt"}
     if known:
         metadata |= {"base_model": known, "base_model_relation": "finetune" if config.train_base else "adapter"}
@@ -78,7 +84,7 @@ def model_card(
             f"# {title}",
             "",
             f"Weights trained with [UniPELT](https://aclanthology.org/2022.acl-long.433/) ({form}); the frozen "
-            f"base (`{base['class']}`) is not included.",
+            f"base (`{base['class']}`) is not included. Method: {_parts(config)}.",
             "",
             *_loading(name, known, manifest, task, has_tokenizer),
             "```text",
@@ -99,9 +105,22 @@ def task_of(class_name: str) -> str | None:
     return next((task for end, task in TASKS.items() if class_name.endswith(end)), None)
 
 
-def _method(config: UniPELTConfig) -> str:
+def _base_name(place: str) -> str:
+    """What a base is called, by its name on the hub or the folder that it was loaded from."""
+    parts = [part for part in re.split(r"[/\\]", place) if part]
+    for part in reversed(parts):
+        if part.startswith("models--"):  # the hub's cache: models--user--name/snapshots/COMMIT
+            return part.rpartition("--")[2]
+    for part in reversed(parts):
+        if not _SAYS_NOTHING.fullmatch(part):
+            return part.removeprefix("package:")
+    return parts[-1] if parts else "a model built in memory"
+
+
+def _parts(config: UniPELTConfig) -> str:
+    """What is added, or what trains."""
     if config.train_base:
-        return "Fine-tuning"
+        return "fine-tuning"
     parts = []
     for label, part in (
         ("adapter", config.adapter),
@@ -114,7 +133,7 @@ def _method(config: UniPELTConfig) -> str:
     parts += [f"gated {part.name}" if part.gate else part.name for part in config.more]
     if config.bitfit:
         parts.append("BitFit")
-    return " + ".join(parts) or "Head only"
+    return " + ".join(parts) or "head only"
 
 
 def _loading(
@@ -153,7 +172,7 @@ def _evaluation(result: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def _scores(result: Mapping[str, Any]) -> list[str]:
-    settings, task, data = result["settings"], result["task"], result["data"]
+    settings, data = result["settings"], result["data"]
     rows = {split: data[split]["rows"] for split in ("train", "dev", "test")}
     tested = _dataset(result)
     what = f"`{tested['split']}` split of {tested['name']}" if settings.get("task") else "test set"
@@ -173,12 +192,21 @@ def _scores(result: Mapping[str, Any]) -> list[str]:
             for split, values in (("test", test), ("dev", dev))
         ),
         "",
-        f"(Always the most frequent answer: {task['primary']} {result['majority']:.3f}. `{result['method']['name']}`, "
+        f"({_floor(result)}`{result['method']['name']}`, "
         f"learning rate {result['method']['learning_rate']:g}, batch {settings['batch_size']}, best epoch "
         f"{result['best']['epoch']:g} of {result['evaluations'][-1]['epoch']:g}; {versions}"
         f"{f', commit `{code[:7]}`' if code else ''}.)",
         "",
     ]
+
+
+def _floor(result: Mapping[str, Any]) -> str:
+    """The score of an answer without a model, as a sentence."""
+    found = floor(result)
+    if found.score is None:
+        return ""
+    name = "the test set's most frequent class" if found.of_test else found.name
+    return f"For comparison, {name}: {result['task']['primary']} {found.score:.3f}. "
 
 
 def _gate_table(gates: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from unipelt.checkpoint.manifest import (
 )
 from unipelt.checkpoint.model_card import model_card
 from unipelt.checkpoint.save import save
-from unipelt.files.atomic import write_whole
+from unipelt.files.atomic import named_write, write_whole
 from unipelt.files.hub import is_repository, may_be_base, upload
 from unipelt.files.messages import show, show_path
 from unipelt.injection.parameters import kept_names, parameter_counts
@@ -216,7 +216,8 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer's files, but for what they say of this machine."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"tokenizer must be one of Transformers, not {type(tokenizer).__name__}")
-    tokenizer.save_pretrained(folder)
+    with named_write(folder):
+        tokenizer.save_pretrained(folder)
     path = folder / _TOKENIZER
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))

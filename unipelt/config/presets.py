@@ -18,7 +18,7 @@ from unipelt.config.methods import (
     UniPELTConfig,
 )
 from unipelt.config.schema import ConfigError, read_mapping
-from unipelt.files.messages import show
+from unipelt.files.messages import show, suggest
 
 
 def _presets() -> dict[str, UniPELTConfig]:
@@ -82,7 +82,7 @@ def resolve(config: str | Path | Mapping[str, Any] | UniPELTConfig) -> UniPELTCo
 def _preset(name: str) -> UniPELTConfig:
     if name not in PRESETS:
         raise ConfigError(
-            f"there is no preset {show(name)}; the presets are {', '.join(PRESETS)} "
-            "(a path ends in .json, .yaml or .yml)"
+            f"there is no preset {show(name)}; "
+            + suggest(name, PRESETS, f"the presets are {', '.join(PRESETS)} (a path ends in .json, .yaml or .yml)")
         )
     return PRESETS[name]

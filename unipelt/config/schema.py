@@ -12,7 +12,7 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from unipelt.files.messages import show, show_path
+from unipelt.files.messages import show, show_path, suggest
 from unipelt.files.strict import PlainError, language, read_plain
 
 LARGEST = 1_000_000
@@ -113,8 +113,8 @@ def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), al
     names = [item.name for item in fields(cls) if item.name not in apart]
     for key in values:
         if key not in names:
-            known = ", ".join([*names, *also])
-            raise ConfigError(f"unknown key {show(_join(where, str(key)))}; the keys here are {known}")
+            meant = suggest(key, [*names, *also], f"the keys here are {', '.join([*names, *also])}")
+            raise ConfigError(f"unknown key {show(_join(where, str(key)))}; {meant}")
     given = {key: convert(hints[key], value, _join(where, key)) for key, value in values.items()}
     try:
         return cls(**given)

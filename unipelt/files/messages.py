@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import reprlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,28 @@ def show(value: Any) -> str:
     except (ValueError, RecursionError):  # a whole number of more digits than Python prints
         shown = f"a {type(value).__name__} too large to be shown"
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def suggest(name: object, known: Iterable[str], otherwise: str = "") -> str:
+    """A question with the known name that was meant; of equally near ones, up to three.
+
+    Args:
+        name: What was written.
+        known: The names that there are.
+        otherwise: The answer where no known name is near.
+    """
+    meant = str(name)[:100].lower().lstrip("-")  # cut, so that a long text costs no time
+    near: dict[str, float] = {}
+    for other in known:
+        bare = other.lower().lstrip("-")
+        ratio = difflib.SequenceMatcher(None, meant, bare).ratio()
+        near[other] = 2.0 if sorted(bare) == sorted(meant) else ratio  # letters in another order are the nearest
+    best = max(near.values(), default=0.0)
+    if best < 0.6:
+        return otherwise
+    names = [other for other, ratio in near.items() if ratio == best][:3]
+    first = f"{', '.join(map(repr, names[:-1]))} or " if names[1:] else ""
+    return f"did you mean {first}{names[-1]!r}?"
 
 
 def printable(text: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from unipelt.files.atomic import write_whole
 
 _LABELS = {"lora_query": "LoRA\nquery", "lora_value": "LoRA\nvalue"}
 
@@ -71,15 +73,9 @@ def plot_gates(
         figure.suptitle(title, fontsize=10)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "wb") as file:
-            figure.savefig(file, format=kind, dpi=150)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=150)
+    write_whole(path, content.getvalue())
     return path
 
 

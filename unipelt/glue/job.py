@@ -40,6 +40,7 @@ class Job:
         splits: `train`, `dev`, `test` and what is to be predicted, tokenized.
         order: for each evaluated split, the original row of each of its rows, which are sorted by length.
         data: rows and fingerprint of each split.
+        majority: primary metric of always answering the test set's most frequent class; None for a regression.
         notes: what a reader of the score must know.
         labels: what the header says of the labels and of texts that are cut.
         digest: SHA-256 of all that determines the outcome, data and weights included.
@@ -52,7 +53,7 @@ class Job:
     splits: dict[str, Dataset]
     order: dict[str, np.ndarray]
     data: dict[str, dict[str, Any]]
-    majority: float
+    majority: float | None
     notes: list[str]
     labels: list[str]
     device: str
@@ -84,8 +85,8 @@ def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
     task = corpus.task
     parts, notes = _choose_parts(settings, corpus)
     data = {name: _describe(corpus, part) for name, part in parts.items()}
-    train_labels = _labels(corpus, parts["train"])
-    majority = majority_score(task, train_labels, _labels(corpus, parts["test"]))
+    train_labels, test_labels = (_labels(corpus, parts[name]) for name in ("train", "test"))
+    majority = None if task.is_regression else majority_score(task, test_labels, test_labels)
 
     place = locate_model(settings.model)
     labels = dict(enumerate(task.label_names)) or {0: "score"}

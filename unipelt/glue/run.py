@@ -254,6 +254,7 @@ def _record(
         },
         "test": dict(test),
         "majority": job.majority,
+        "majority_of": "test",  # older records hold the score of the train set's most frequent class
         "data": job.data,
         "model": {
             "name": settings.model,

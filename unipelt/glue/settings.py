@@ -26,51 +26,53 @@ class RunSettings(TrainingSettings):
         As `TrainingSettings`.
     """
 
-    task: str | None = option(None, "a GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte")
+    task: str | None = option(None, "GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte")
     glue_dir: str | None = option(
         None,
-        f"folder with GLUE data; by default that of the variable {GLUE_DIR}, else the hub's nyu-mll/glue",
+        f"Folder with GLUE data. Default: the folder in the variable {GLUE_DIR}, or nyu-mll/glue on the hub",
     )
     train_file: str | None = option(
-        None, "instead of a task: your own training data (.tsv, .csv, .json, .jsonl or .parquet)"
+        None, "Your own training data, in place of a task: .tsv, .csv, .json, .jsonl or .parquet"
     )
     dev_file: str | None = option(
         None,
-        "your own dev data; with train_samples, where dev is cut from the train file, it is the test data",
+        "Your own dev data. With train_samples the dev set is cut from the train file, and this file is the test data",
     )
     test_file: str | None = option(
-        None, "your own test data; unlabelled, it is for do_predict only. By default the dev data"
+        None, "Your own test data. Without labels it serves do_predict alone. Default: the dev data"
     )
     text_columns: tuple[str, ...] | None = option(
-        None, "the one or two text columns of your own files; by default those with a usual name"
+        None, "One or two text columns of your own files. Default: the columns with a usual name"
     )
-    label_column: str = option("label", "the label column of your own files")
+    label_column: str = option("label", "Label column of your own files")
     regression: bool | None = option(
-        None, "whether your own labels are scores rather than classes; by default read from the labels"
+        None, "Labels of your own files are scores (true) or classes (false). Default: read from the labels"
     )
     train_samples: int | None = option(
-        None, "K: train on the first K examples of the shuffled train data; by default on all of them"
+        None, "K, the number of training examples: the first K of the shuffled train data. Default: all"
     )
-    dev_samples: int = option(1000, "with train_samples: the next that many examples are the dev set")
+    dev_samples: int = option(
+        1000, "Number of examples in the dev set, taken behind the first K. This needs train_samples"
+    )
     train_tokens: int | None = option(
         None,
-        "tokens that are passed through the model at once in training, padding included: each batch is cut into parts "
-        "of texts of like length, and its step stays that of the whole; saves padding and memory, and draws other "
-        "dropout. By default whole batches",
+        "Largest number of tokens that pass through the model at once in training, padding included. A batch is cut "
+        "into parts of texts of like length, and its step stays that of the whole batch. This saves padding and "
+        "memory, and draws other dropout. Default: whole batches",
     )
     pad_to_max_length: bool = option(
         False,
-        "pad every text to max_length, in training and in evaluation, as the authors' program does by default; it "
-        "costs time, and changes what a model computes only where gates average over padding (gate.pooling mean)",
+        "Every text is padded to max_length, in training and in evaluation, as in the authors' program. This costs "
+        "time. It changes scores only where gates average over padding (gate.pooling mean)",
     )
     eval_tokens: int | None = option(
         None,
-        "tokens a batch of evaluation, padding included; by default 1024 on a CPU and 8192 on a GPU; "
-        "0: eval_batch_size examples instead",
+        "Number of tokens in a batch of evaluation, padding included. 0 means eval_batch_size examples. Default: 1024 "
+        "on a CPU and 8192 on a GPU",
     )
-    eval_batch_size: int = option(64, "examples a batch of evaluation where eval_tokens is 0")
+    eval_batch_size: int = option(64, "Number of examples in a batch of evaluation. This needs eval_tokens 0")
     do_predict: bool = option(
-        False, "also write predictions on the unlabelled test data (GLUE: the leaderboard's files)"
+        False, "Predictions on the unlabelled test data are written too. For GLUE they are the files of the leaderboard"
     )
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from unipelt.files.messages import show
+from unipelt.files.messages import show, suggest
 
 CLASSIFICATION_METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation")
 REGRESSION_METRICS = ("spearman", "pearson")
@@ -196,5 +196,5 @@ def get_task(name: str) -> Task:
     if short == "wnli":
         raise ValueError(f"WNLI is left out, as in the paper; choose one of {known}")
     if short not in TASKS:
-        raise ValueError(f"unknown task {show(name)}; choose one of {known}")
+        raise ValueError(f"unknown task {show(name)}; {suggest(short, TASKS, f'choose one of {known}')}")
     return TASKS[short]

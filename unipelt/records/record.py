@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _SHAPE: dict[str, Any] = {
     "best": {"epoch": _NUMBER, "step": int},
     "dev": {"loss": _NUMBER, "metrics": dict},
     "test": {"loss": _NUMBER, "metrics": dict},
-    "majority": _NUMBER,
+    "majority": (*_NUMBER, type(None)),
     "seeds": {"run": int, "data": int},
     "data": dict,
     "model": {"name": str, "class": str, "sha256": _OPTIONAL_TEXT, "fingerprint": dict},
@@ -98,14 +99,60 @@ def summary(record: Mapping[str, Any], path: str | Path) -> str:
     seed = f"seed {settings['seed']}"
     if settings["data_seed"] != settings["seed"]:
         seed += f", data seed {settings['data_seed']}"
-    floor = f"{record.get('floor', 'majority')} {record['majority']:.3f}"
+    found = floor(record)
+    beside = "" if found.score is None else f" ({found.name} {found.score:.3f})"
     return (
         f"{record['task']['name']} · {record['method']['name']} · {sample} · {seed}: "
-        f"{primary} {record['test']['metrics'][primary]:.3f} ({floor}) · "
+        f"{primary} {record['test']['metrics'][primary]:.3f}{beside} · "
         f"dev {record['dev']['metrics'][primary]:.3f} at epoch {record['best']['epoch']:g} of "
         f"{record['evaluations'][-1]['epoch']:g} · {record['seconds']['total']:.0f} s · "
         f"trained {counts['trained']:,} (deployed {counts['deployed']:,}) + head {counts['head']:,} -> {path}"
     )
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The score of an answer that needs no model.
+
+    Attributes:
+        score: A fraction; None for a regression, which has no classes.
+        name: What answers, in a few words.
+        of_test: Whether it is the score of the test set's most frequent class. False where an older record holds only
+            the score of the train set's most frequent class, and the other cannot be computed from it.
+    """
+
+    score: float | None
+    name: str = "majority"
+    of_test: bool = True
+
+
+def floor(record: Mapping[str, Any]) -> Floor:
+    """The score that a run is compared with: for classes, that of always answering the test set's most frequent one.
+
+    Records from before `majority_of` hold the test score of the train set's most frequent class. From it the test
+    set's own is computed where that is possible: always for the accuracy of two classes and for Matthews' correlation.
+    """
+    score = record["majority"]
+    if "floor" in record:  # a task without classes
+        return Floor(score, f"{record['floor']!s:.60}", of_test=False)
+    if score is None or not record["task"]["labels"]:
+        return Floor(None)
+    known = score if record.get("majority_of") == "test" else _from_train(record["task"], score)
+    return Floor(score, "train set's majority", of_test=False) if known is None else Floor(known)
+
+
+def _from_train(task: Mapping[str, Any], score: float) -> float | None:
+    """The score of the test set's most frequent class from that of the train set's; None where it cannot be known."""
+    two, metric = len(task["labels"]) == 2, task["primary"]
+    if metric == "matthews_correlation":  # of a constant answer it is 0
+        return 0.0
+    if metric == "accuracy" and (two or score >= 0.5):
+        return max(score, 1 - score) if two else score
+    if (
+        metric == "f1" and 0 < score <= 1
+    ):  # the answer is class 1, and with a share p of it among the rows F1 is 2p / (1 + p)
+        return score if score / (2 - score) > 0.5 else 0.0
+    return None
 
 
 def _check_record(record: Any, path: Path) -> None:
@@ -119,6 +166,8 @@ def _check_record(record: Any, path: Path) -> None:
     problem = mismatch(record, _SHAPE, "")
     if problem is None and not record["evaluations"]:
         problem = "evaluations is empty"
+    if problem is None and record["majority"] is None and (record["task"]["labels"] or "floor" in record):
+        problem = "majority is None, which is for tasks without classes"
     for index, evaluation in enumerate([] if problem else record["evaluations"]):
         problem = problem or mismatch(evaluation, _EVALUATION, f"evaluations[{index}]")
     for part in () if problem else ("dev", "test"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import printable
+from unipelt.records.record import floor
 from unipelt.report.cells import kinds
 from unipelt.report.collect import collect
 from unipelt.report.differences import compare_all
@@ -116,7 +117,8 @@ def _run_line(results: Results) -> Iterable[Mapping[str, Any]]:
             "data_seed": run.seed[1],
             "test": run.score,
             "dev": run.dev,
-            "majority": record["majority"],
+            "majority": "" if (found := floor(record)).score is None else found.score,
+            "majority_of": "" if found.score is None else "test" if found.of_test else found.name,
             "best_epoch": record["best"]["epoch"],
             "epochs": record["evaluations"][-1]["epoch"],
             **{name: record["parameters"][name] for name in ("trained", "deployed", "head", "base")},

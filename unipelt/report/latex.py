@@ -46,10 +46,11 @@ def _table(table: Table) -> str:
             entries.append("--" if found is None else _score(*found, marked[column][index]))
         lines.append(" & ".join(entries) + r" \\")
     levels = [table.chance(task) for task in table.tasks]
-    constant = [*levels, *([sum(levels) / len(levels)] if several else [])]
+    constant = [None if table.majority(task).score is None else table.chance(task) for task in table.tasks]
+    constant += [sum(levels) / len(levels)] if several else []
     lines += [
         "\\midrule",
-        " & ".join([CONSTANT, *(_escape(number(level)) for level in constant)]) + r" \\",
+        " & ".join([CONSTANT, *("--" if level is None else _escape(number(level)) for level in constant)]) + r" \\",
         "\\bottomrule",
         "\\end{tabular}",
         f"\\caption{{{_caption(table)}}}",
@@ -65,7 +66,7 @@ def _caption(table: Table) -> str:
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     return _escape(
         f"Test scores in percent, {k_name(table.k)}: mean and standard deviation over {count} seeds; {metrics}. Grey: "
-        "not clearly above a majority vote."
+        "not clearly above the majority class."
     )
 
 

@@ -62,9 +62,9 @@ def _chance(table: Table) -> str:
     at = {task: [cell.at_chance(table.chance(task)) for cell in table.column(task)] for task in table.tasks}
     grey, cells = sum(map(sum, at.values())), len(table.cells)
     if not grey:
-        return "Every score is clearly above a majority vote."
+        return "Every score is clearly above the majority class."
     whole = [task for task, found in at.items() if all(found)]
-    text = f"{grey} of {cells} scores are not clearly above a majority vote."
+    text = f"{grey} of {cells} scores are not clearly above the majority class."
     if whole:
         text += f" No method is clearly above it on {' and '.join(whole) if len(whole) < 3 else ', '.join(whole)}."
     return text

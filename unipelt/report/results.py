@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from unipelt.records.record import Floor, floor
 from unipelt.report.cells import Cell, Run, k_order, kinds, sample_std
 from unipelt.report.group import group_runs, pick_on_dev, row_order, task_order
 
@@ -120,13 +122,18 @@ class Table:
         """Rows of the single method that is picked on dev, of a setting."""
         return [row for row in self.rows if self.first(row).picked and self.first(row).setting == setting]
 
-    def chance(self, task: str) -> float:
-        """The score of the best constant answer to a task that the records know, a fraction.
+    def majority(self, task: str) -> Floor:
+        """The score of the test set's most frequent class; of older records, of the train sets' the best.
 
-        A record holds the score of the class that is the most frequent among its own training examples, so that
-        records of several seeds may know several constant answers.
+        A task without classes has the floor that its records name. A regression has no score here.
         """
-        return max(run.record["majority"] for cell in self.column(task) for run in cell.runs)
+        found = [floor(run.record) for cell in self.column(task) for run in cell.runs]
+        known = [one for one in found if one.of_test] or found
+        return max(known, key=lambda one: -math.inf if one.score is None else one.score)
+
+    def chance(self, task: str) -> float:
+        """The score above which a method must be to say anything: that of `majority`, or 0 of a correlation."""
+        return self.majority(task).score or 0.0
 
     def column(self, task: str) -> list[Cell]:
         """A task's cells."""

@@ -12,8 +12,8 @@ from unipelt.report.numbers import NONE, k_name, percent, signed
 from unipelt.report.paper import TASKS
 from unipelt.report.results import Results, Table
 
-CONSTANT = "majority vote"
-"""The row of the scores of a constant answer."""
+CONSTANT = "majority class"
+"""The row of the scores of always answering the test data's most frequent class."""
 
 
 def score_sections(table: Table, results: Results) -> list[Block]:
@@ -22,7 +22,7 @@ def score_sections(table: Table, results: Results) -> list[Block]:
         Heading(2, f"Scores, {k_name(table.k)}"),
         Paragraph(
             "Percent on the test data, the standard deviation over seeds below. Bold is the best of a column, "
-            "underlined the second best; grey is not clearly above a majority vote."
+            "underlined the second best; grey is not clearly above the majority class."
         ),
         _compact(table),
         Fold("All numbers: seeds, and the paper's scores" if table.has_paper else "All numbers", [_whole(table)]),
@@ -88,8 +88,13 @@ def _compact(table: Table) -> Grid:
     constant: list[Entry] = [[(CONSTANT, "minor")]]
     if several:
         constant.append([(percent(sum(levels) / len(levels)), "minor")])
-    rows.append([*constant, *([(percent(level), "minor")] for level in levels)])
+    rows.append([*constant, *([(_level(table, task), "minor")] for task in table.tasks)])
     return Grid(_head(table), rows, pinned=2 if several else 1)
+
+
+def _level(table: Table, task: str) -> str:
+    score = table.majority(task).score
+    return NONE if score is None else percent(score)
 
 
 def _short(mean: float, std: float | None, mark: str) -> list[Line]:
@@ -142,9 +147,10 @@ def _reading(table: Table, results: Results) -> list[str]:
         "A score is a mean over n seeds with the standard deviation of a sample (n - 1)."
         + (" The paper does not say which deviation it prints." if table.has_paper else ""),
         f"Seeds that should be there are {known}.",
-        f"{CONSTANT}: the score of the most frequent class among the training examples, the best over the seeds. It "
-        "is 0 for correlations, and for F1 where that class is the negative one.",
-        "Grey: the 95 % t interval over seeds reaches the majority vote. Of fewer than three seeds, the mean is less "
+        f"{CONSTANT}: the score of always answering the most frequent class of the test data. It is 0 for Matthews' "
+        "correlation, and for F1 where that class is the negative one.",
+        *_older(table),
+        "Grey: the 95 % t interval over seeds reaches the majority class. Of fewer than three seeds, the mean is less "
         "than two standard errors of the test set above it. A grey score is never marked as the best.",
     ]
     if len(table.tasks) > 1:
@@ -161,6 +167,25 @@ def _reading(table: Table, results: Results) -> list[str]:
             f"picked on dev: for each task and seed, the one of {', '.join(names)} with the best dev score. One such "
             f"score takes {len(names)} trainings."
         )
+    return items
+
+
+def _older(table: Table) -> list[str]:
+    """Where the row of constant answers holds something else."""
+    found = {task: table.majority(task) for task in table.tasks}
+    regressions = [task for task, one in found.items() if one.score is None]
+    items = []
+    if regressions:
+        also = " It counts as 0 in the average of that row." if len(found) > 1 else ""
+        items.append(f"{', '.join(regressions)}: a task with scores has no classes, so it has no majority class.{also}")
+    others: dict[str, list[str]] = defaultdict(list)
+    for task, one in found.items():
+        if one.score is not None and not one.of_test:
+            others[one.name].append(task)
+    items += [
+        f"{', '.join(tasks)}: that row holds another number of the records: {name}. Of several seeds it is the largest."
+        for name, tasks in others.items()
+    ]
     return items
 
 

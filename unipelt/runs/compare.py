@@ -35,7 +35,9 @@ def compare(
     Returns:
         `equal`, `tolerance`, `numbers`, `largest`, `differences` and `weights`, as `rerun` returns them.
     """
-    old, new = (dict(_leaves({name: record[name] for name in OUTCOME})) for record in (then, now))
+    same_floor = then.get("majority_of") == now.get("majority_of")  # else the two are scores of different answers
+    names = [name for name in OUTCOME if same_floor or name != "majority"]
+    old, new = (dict(_leaves({name: record[name] for name in names})) for record in (then, now))
     found: list[dict[str, Any]] = []
     largest = 0.0
     for what in dict.fromkeys((*old, *new)):

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import sys
 from collections.abc import Callable, Iterator
 
-import torch
-
 from unipelt.files.messages import complain
 
-_DISK = {
-    number: text
-    for name, text in (
-        ("ENOSPC", "free some space"),
-        ("EDQUOT", "free some space, or get a larger quota"),
-        ("EFBIG", "raise the limit on the size of a file (ulimit -f)"),
-        ("EROFS", "make the folder writable again"),
-        ("EACCES", "make the folder writable again"),
-    )
-    if (number := getattr(errno, name, None)) is not None
-}
-# What PyTorch's writer of archives says where a file cannot be written; it raises nothing but a RuntimeError.
-_ARCHIVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "File cannot be opened")
 _ON = "the same command goes on from the last finished epoch"
 
 
@@ -71,18 +55,15 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, Diverged):
         return f"{error}; the last good checkpoint is kept, and other settings need another output_dir, or --overwrite"
-    if isinstance(error, OSError):
-        remedy = _DISK.get(error.errno or 0)
-        return f"{error}; {f'{remedy}, and ' if remedy else ''}{_ON}"
-    if isinstance(error, ValueError):
+    if isinstance(error, (OSError, ValueError)):
         return f"{error}; {_ON}"
-    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in _ARCHIVE):
-        return f"a checkpoint cannot be written{_because(error)}; where the disk is full, free some space, and {_ON}"
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, a GPU or PyTorch's allocator of the host, which has no error of its own, had no more memory."""
+    import torch  # here, so that a program that prints its help need not wait for it
+
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from unipelt.config.presets import PRESETS
 from unipelt.config.schema import read_mapping
-from unipelt.files.messages import show, show_path
+from unipelt.files.arguments import OneLineParser
+from unipelt.files.messages import show, show_path, suggest
 from unipelt.files.strict import PlainError, parse_yaml
 from unipelt.runs.settings import (
     INCIDENTAL,
@@ -27,6 +28,27 @@ from unipelt.runs.settings import (
 _ALIASES = ("none", "null", "~")
 _MOST_ABOVE = 50
 _WHAT = "Train one method on one task, test it once, and leave one result.json."
+
+GROUPS = {
+    "what to run": ("task", "model", "model_sha256", "random", "random_width", "random_layers", "vocabulary", "seed"),
+    "data": (
+        *("glue_dir", "tasks_dir", "train_file", "dev_file", "test_file", "text_columns", "label_column", "regression"),
+        *("source", "target", "source_prefix", "skip_samples", "train_samples", "dev_samples", "test_samples"),
+        *("data_seed", "split_seed", "max_length", "max_target_length", "stride", "pad_to_max_length"),
+    ),
+    "method": ("method",),
+    "training": (
+        *("learning_rate", "epochs", "patience", "batch_size", "train_tokens", "weight_decay", "warmup_ratio"),
+        *("max_grad_norm", "precision", "gradient_checkpointing"),
+    ),
+    "evaluation": (
+        *("eval_batch_size", "eval_tokens", "beams", "n_best", "max_answer_length", "null_threshold", "do_predict"),
+    ),
+    "output": ("output_dir", "overwrite", "keep_checkpoints"),
+    "machine": ("device", "threads", "num_workers"),
+}
+"""The groups of `--help`: title, and the fields in it."""
+_OTHER = "further options"
 
 Kind = TypeVar("Kind", bound=TrainingSettings)
 
@@ -48,13 +70,7 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
     words = list(argv)
     config = words.pop(0) if words and not words[0].startswith("-") else None
     words, overrides = _split_method(words)
-    namespace, unknown = _parser(kind, what).parse_known_args(words)
-    for word in unknown:
-        if word.startswith("--"):
-            raise SettingsError(_unknown("option", word, [f"--{item.name}" for item in fields(kind)]))
-        raise SettingsError(
-            f"cannot tell what {show(word)} belongs to: a configuration file comes first, then options as --field value"
-        )
+    namespace = _parser(kind, what).parse_args(words)
     given = {name: read_option(name, value, kind) for name, value in vars(namespace).items() if value is not None}
     values = {} if config is None else read_config(config, kind)
     if config is not None and given.get("output_dir") is None and values.get("output_dir") is None:
@@ -137,7 +153,10 @@ def _read_config(
         if key.startswith("method."):
             overrides[key.removeprefix("method.")] = with_numbers(own.pop(key))
         elif key not in (*known, *also):
-            raise SettingsError(f"{show_path(path)}: {_unknown('field', key, known)}")
+            meant = suggest(key, [*also, *known])
+            raise SettingsError(
+                f"{show_path(path)}: unknown field {show(key)}; {f'{meant} (see --help)' if meant else 'see --help'}"
+            )
     for name in (*PATHS, "method"):
         if isinstance(own.get(name), str):
             own[name] = locate_path(own[name], path)
@@ -193,12 +212,6 @@ def _split_method(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, overrides
 
 
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    return f"unknown {kind} {show(name)}; {guess}known are {', '.join(known)}"
-
-
 def _default_folder(config: str, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
     """`runs/` and a name that tells runs apart: the configuration file's, and the options that change the outcome."""
     options = {name: value for name, value in given.items() if name not in (*INCIDENTAL, "glue_dir", "tasks_dir")}
@@ -211,33 +224,52 @@ def _plain(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise SettingsError(message)
+class _Parser(OneLineParser):
+    problem = SettingsError
+    order = ": a configuration file comes first, then options as --field value"
 
 
 def _parser(kind: type[TrainingSettings], what: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [CONFIG] [--FIELD VALUE ...] [--method.PART.FIELD VALUE ...]",
-        description=f"{what} CONFIG is a YAML or JSON file\n(see configs/); options win over it.",
-        epilog=f"presets: {', '.join(PRESETS)}",
+        description=f"{what}\n\nCONFIG is a YAML or JSON file that sets some of these fields (see configs/). An option "
+        "wins over\nthe file. A field of the method has an option of its own, such as --method.lora.rank 4.",
+        epilog=textwrap.fill(f"Presets: {', '.join(PRESETS)}.", 96),
     )
-    hints = get_type_hints(kind)
-    for item in fields(kind):
-        default = (
-            "" if item.default is None else f" [{str(item.default).lower() if item.type == 'bool' else item.default}]"
-        )
-        options: dict[str, Any] = {"help": (item.metadata["help"] + default).replace("%", "%%")}
-        if bool in (hints[item.name], *get_args(hints[item.name])):
-            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        elif get_origin(hints[item.name]) is Literal:
-            options |= {"metavar": "|".join(get_args(hints[item.name]))}
-        elif item.name == "text_columns":
-            options |= {"nargs": "+", "metavar": "COLUMN"}
-        else:
-            options |= {"metavar": "VALUE"}
-        names = dict.fromkeys((f"--{item.name}", f"--{item.name.replace('_', '-')}"))
-        parser.add_argument(*names, dest=item.name, **options)
+    add_options(parser, kind)
     return parser
+
+
+def add_options(
+    parser: argparse.ArgumentParser, kind: type[TrainingSettings], dest: str = "", leave_out: Sequence[str] = ()
+) -> None:
+    """Add an option for each field of settings, in groups.
+
+    Args:
+        parser: The parser.
+        kind: The settings.
+        dest: What the names in the parsed values begin with.
+        leave_out: Fields that get no option.
+    """
+    hints = get_type_hints(kind)
+    groups: dict[str, list[Any]] = {}
+    items_by_name = {item.name: item for item in fields(kind) if item.name not in leave_out}
+    for title, names in GROUPS.items():
+        groups[title] = [items_by_name.pop(name) for name in names if name in items_by_name]
+    groups[_OTHER] = [*items_by_name.values()]
+    for title, items in groups.items():
+        group = parser.add_argument_group(title) if items else None
+        for item in items:
+            value = str(item.default).lower() if isinstance(item.default, bool) else item.default
+            text = item.metadata["help"].rstrip(".") + ("." if item.default is None else f". Default: {value}.")
+            options: dict[str, Any] = {"help": text.replace("%", "%%")}
+            if bool in (hints[item.name], *get_args(hints[item.name])):
+                options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+            elif get_origin(hints[item.name]) is Literal:
+                options |= {"metavar": "|".join(get_args(hints[item.name]))}
+            elif item.name == "text_columns":
+                options |= {"nargs": "+", "metavar": "COLUMN"}
+            else:
+                options |= {"metavar": "VALUE"}
+            group.add_argument(f"--{item.name}", dest=f"{dest}{item.name}", **options)  # type: ignore[union-attr]

@@ -73,54 +73,64 @@ class TrainingSettings:
 
     model: str = option(
         "bert-base-uncased",
-        "the pretrained model: a name on the hub, a folder, or package:NAME/FOLDER for a folder inside an installed "
-        "Python package",
+        "Pretrained model: a name on the hub, a folder, or package:NAME/FOLDER for a folder in an installed Python "
+        "package",
     )
     model_sha256: str | None = option(
-        None, "SHA-256 that the model's model.safetensors must have; checked before it is loaded"
+        None, "SHA-256 of the model's model.safetensors. A file with another one is refused"
     )
-    task: str | None = option(None, "the name of a known task")
-    train_file: str | None = option(None, "instead of a task: your own training data")
-    dev_file: str | None = option(None, "your own dev data")
-    test_file: str | None = option(None, "your own test data")
-    train_samples: int | None = option(None, "K: train on the first K examples of the shuffled train data")
-    dev_samples: int = option(1000, "examples of the dev set")
-    data_seed: int | None = option(None, "seed of that shuffle; by default seed")
+    task: str | None = option(None, "Name of a known task")
+    train_file: str | None = option(None, "Your own training data, in place of a task")
+    dev_file: str | None = option(None, "Your own dev data")
+    test_file: str | None = option(None, "Your own test data")
+    train_samples: int | None = option(
+        None, "K, the number of training examples: the first K of the shuffled train data"
+    )
+    dev_samples: int = option(1000, "Number of examples in the dev set")
+    data_seed: int | None = option(None, "Seed of the shuffle of the train data. Default: the value of seed")
     test_samples: int | None = option(
-        None, "test on that many rows, the same for every run (drawn once for all seeds); by default on all"
+        None, "Number of test rows. They are the same rows in every run and for every seed. Default: all"
     )
-    seed: int = option(1, "seed of initialisation, dropout and the order of examples")
+    seed: int = option(1, "Seed of initialisation, dropout and the order of examples")
     method: str | Mapping[str, Any] = option(
         "unipelt-apl",
-        "a preset, a path to JSON or YAML, or (in a file) a mapping; single fields as --method.lora.rank 4, "
-        "--method.gate.pooling mean, --method.prefix null",
+        "Method: the name of a preset, or the path of a JSON or YAML file. In CONFIG it may be a mapping. "
+        "--method.lora.rank 4 sets a field of it, and --method.prefix null leaves the prefix out",
     )
     learning_rate: float | None = option(
         None,
-        "peak learning rate; by default the paper's for BERT-base: fine-tuning 2e-5, adapter and bitfit 1e-4, "
-        "prefix 2e-4, lora and combinations 5e-4",
+        "Peak learning rate. Default: the paper's for BERT-base, which is 2e-5 for fine-tuning, 1e-4 for adapter and "
+        "bitfit, 2e-4 for prefix, and 5e-4 for lora and combinations",
     )
-    epochs: int = option(50, "at most this many passes over the train data")
+    epochs: int = option(50, "Largest number of passes over the train data")
     patience: int | None = option(
-        10, "stop after this many evaluations (one an epoch) without a better dev score; null: never"
+        10, "Number of epochs without a better dev score after which training stops. null means never"
     )
-    batch_size: int = option(16, "examples a step")
-    eval_batch_size: int = option(64, "examples a batch of evaluation")
-    max_length: int = option(128, "tokens, special ones included; longer texts are cut")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
-    warmup_ratio: float = option(0.0, "fraction of all steps in which the learning rate rises from 0")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
-    precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 for bfloat16 autocast")
-    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU where there is one), cpu or cuda")
-    num_workers: int = option(0, "processes that prepare batches; 0: the main one")
-    threads: int | None = option(None, "CPU threads; by default PyTorch's choice")
+    batch_size: int = option(16, "Number of examples in a training step")
+    eval_batch_size: int = option(64, "Number of examples in a batch of evaluation")
+    max_length: int = option(128, "Largest number of tokens of a text, special tokens included. Longer texts are cut")
+    weight_decay: float = option(0.0, "Weight decay of AdamW")
+    warmup_ratio: float = option(0.0, "Fraction of all steps in which the learning rate rises from 0")
+    max_grad_norm: float = option(
+        1.0, "Largest norm of the gradients. Larger ones are scaled down to it. 0 means no limit"
+    )
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32", "Number format of training: fp32, or bf16 for bfloat16 autocast"
+    )
+    gradient_checkpointing: bool = option(
+        False, "Activations are computed again in the backward pass. This saves memory and costs time"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Device: auto, cpu or cuda. auto takes a GPU where there is one"
+    )
+    num_workers: int = option(0, "Number of processes that prepare batches. 0 means the main process")
+    threads: int | None = option(None, "Number of CPU threads. Default: the choice of PyTorch")
     output_dir: str | None = option(
         None,
-        "folder of the result; by default runs/ and a name made of the configuration file and the options",
+        "Folder of the result. Default: runs/ and a name made of the configuration file and the options",
     )
-    overwrite: bool = option(False, "run again although the folder holds a result, or replace another run's")
-    keep_checkpoints: bool = option(False, "keep the trainer's last and best checkpoint after the run")
+    overwrite: bool = option(False, "A result in the folder is replaced, of this run or of another")
+    keep_checkpoints: bool = option(False, "The last and the best checkpoint of training are kept after the run")
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.files.atomic import failed_write
 from unipelt.injection.parameters import parameter_counts
 from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
@@ -111,7 +112,7 @@ def run_in_folder(
                 try:
                     record = execute(job, folder, progress, begun)
                 except Exception as error:
-                    if (reason := explain(error)) is None:
+                    if (reason := explain(failed_write(error, folder) or error)) is None:
                         raise
                     raise RunFailed(f"the run failed after it had begun: {reason}") from error
     finally:

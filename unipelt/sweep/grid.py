@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from unipelt.files.messages import show
+from unipelt.files.messages import show, suggest
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import shorten_name
 from unipelt.runs.options import locate_path, read_config, read_option
@@ -104,7 +104,8 @@ def _check_fields(path: Path, names: Sequence[str]) -> None:
     known = [item.name for item in fields(RunSettings) if item.name not in ("output_dir", "overwrite")]
     for name in names:
         if name not in known:
-            raise SweepError(f"{path}: unknown field {show(name)} of a sweep; known are {', '.join(known)}")
+            meant = suggest(name, known, "see unipelt sweep --help")
+            raise SweepError(f"{path}: unknown field {show(name)} of a sweep; {meant}")
 
 
 def _product(path: Path, block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -135,7 +136,8 @@ def _keep(runs: tuple[RunSettings, ...], narrow: Mapping[str, Sequence[str]]) ->
             ]
             if not found:
                 there = dict.fromkeys(str(_shown(settings, name)) for settings in runs)
-                raise SweepError(f"no run that is left has the {name} {text.strip()!r}; there is {'; '.join(there)}")
+                meant = suggest(text.strip(), there, f"there is {'; '.join(there)}")
+                raise SweepError(f"no run that is left has the {name} {text.strip()!r}; {meant}")
             kept.update(found)
         runs = tuple(settings for settings in runs if id(settings) in kept)
     return runs

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from unipelt.config.presets import resolve
-from unipelt.files.messages import show
+from unipelt.files.messages import show, suggest
 from unipelt.runs.settings import FILES, SettingsError, TrainingSettings, expand_method, option
 
 TASKS_DIR = "UNIPELT_TASKS_DIR"
@@ -26,9 +26,10 @@ class TaskSettings(TrainingSettings):
     known: ClassVar[tuple[str, ...]] = ()
 
     tasks_dir: str | None = option(
-        None, f"folder with a folder of each known task's data; by default that of the variable {TASKS_DIR}"
+        None,
+        f"Folder that holds a folder with the data of each known task. Default: the folder in the variable {TASKS_DIR}",
     )
-    eval_batch_size: int = option(32, "examples a batch of evaluation")
+    eval_batch_size: int = option(32, "Number of examples in a batch of evaluation")
 
     def _check_data(self) -> None:
         if self.task is None:
@@ -40,7 +41,8 @@ class TaskSettings(TrainingSettings):
                 raise SettingsError("tasks_dir goes with a task, not with a train_file; leave it out")
             return
         if self.task not in self.known:
-            raise SettingsError(f"there is no task {show(self.task)}; known are {', '.join(self.known)}")
+            meant = suggest(self.task, self.known, f"known are {', '.join(self.known)}")
+            raise SettingsError(f"there is no task {show(self.task)}; {meant}")
         for name in FILES:
             if getattr(self, name) is not None:
                 raise SettingsError(f"task and {name} exclude each other; set one of them to null")
@@ -67,23 +69,27 @@ class QASettings(TaskSettings):
 
     known: ClassVar[tuple[str, ...]] = ("xquad",)
 
-    task: str | None = option(None, "xquad (the English part of XQuAD, xquad_en/xquad.en.json)")
-    train_file: str | None = option(None, "instead of a task: your own training data, JSON in SQuAD's format")
-    dev_file: str | None = option(None, "your own dev data; by default a tenth of the train file's articles")
+    task: str | None = option(None, "Task: xquad, the English part of XQuAD (xquad_en/xquad.en.json)")
+    train_file: str | None = option(None, "Your own training data, in place of a task: JSON in the format of SQuAD")
+    dev_file: str | None = option(None, "Your own dev data. Default: a tenth of the articles of the train file")
     test_file: str | None = option(
-        None, "your own test data; by default the dev_file, or without one a fifth of the train file's articles"
+        None, "Your own test data. Default: the dev_file, or without one a fifth of the articles of the train file"
     )
-    split_seed: int = option(0, "seed of that cut by article; not seed, so that all runs are tested on the same")
+    split_seed: int = option(
+        0, "Seed of the cut by articles. It is apart from seed, so that all runs are tested on the same questions"
+    )
     train_samples: int | None = option(
-        None, "K: train on the first K questions of the shuffled train data; by default on all of them"
+        None, "K, the number of training questions: the first K of the shuffled train data. Default: all"
     )
-    dev_samples: int = option(1000, "at most that many questions of the dev data, the same ones in every run")
-    max_length: int = option(384, "tokens of a window: question, a piece of the text and special ones")
-    stride: int = option(128, "tokens that a window shares with the one before")
-    n_best: int = option(20, "starts and ends considered in a window, and answers kept of a question")
-    max_answer_length: int = option(30, "tokens of the longest answer")
+    dev_samples: int = option(1000, "Largest number of dev questions. They are the same questions in every run")
+    max_length: int = option(384, "Number of tokens in a window: the question, a piece of the text and special tokens")
+    stride: int = option(128, "Number of tokens that a window shares with the window before")
+    n_best: int = option(20, "Number of starts and ends considered in a window, and of answers kept for a question")
+    max_answer_length: int = option(30, "Largest number of tokens in an answer")
     null_threshold: float = option(
-        0.0, "where the train data have questions without an answer: how much better than the best answer none must be"
+        0.0,
+        "Margin by which the score of no answer must be above that of the best answer. It is used where the train data "
+        "have questions without an answer",
     )
 
     def _check_data(self) -> None:
@@ -104,41 +110,47 @@ class TranslationSettings(TaskSettings):
 
     model: str = option(
         "google-t5/t5-small",
-        "the pretrained model: a name on the hub, a folder (that an earlier run with --random left, say), or "
-        "package:NAME/FOLDER for a folder inside an installed Python package",
+        "Pretrained model: a name on the hub, a folder (such as the one of an earlier run with --random), or "
+        "package:NAME/FOLDER for a folder in an installed Python package",
     )
     random: Literal["no", "bart", "t5"] = option(
-        "no", "instead of model: a small BART or T5 that starts at random, with a tokenizer made of the train data"
+        "no", "Small BART or T5 that starts at random, in place of a model. Its tokenizer is made of the train data"
     )
-    random_width: int = option(256, "with random: width of a state, in units")
-    random_layers: int = option(3, "with random: layers of the encoder, and of the decoder")
-    vocabulary: int = option(4000, "with random: pieces of the tokenizer")
-    task: str | None = option(None, "multi30k (multi30k/train.en and so on: train, val, test_2016_flickr)")
-    source: str = option("en", "ending of the files with the texts")
-    target: str = option("de", "ending of the files with their translations")
+    random_width: int = option(256, "Width of a state, in units. This needs random")
+    random_layers: int = option(3, "Number of layers of the encoder, and of the decoder. This needs random")
+    vocabulary: int = option(4000, "Number of pieces of the tokenizer. This needs random")
+    task: str | None = option(None, "Task: multi30k (multi30k/train.en and so on: train, val, test_2016_flickr)")
+    source: str = option("en", "Ending of the files with the texts")
+    target: str = option("de", "Ending of the files with their translations")
     source_prefix: str | None = option(
-        None, 'put before every text, as T5 wants it: "translate English to German: "; by default nothing'
+        None, 'Text put before every text. T5 wants "translate English to German: ". Default: nothing'
     )
     train_file: str | None = option(
-        None, "instead of a task: your own training data, one text a line: data/train for data/train.en and .de"
+        None,
+        "Your own training data, in place of a task, one text on a line. data/train means "
+        "data/train.en and data/train.de",
     )
     dev_file: str | None = option(
-        None, "your own dev data, likewise; not with train_samples, where dev is cut from the train file"
+        None,
+        "Your own dev data, named alike. With train_samples the dev set is cut from the train file, so leave this out",
     )
-    test_file: str | None = option(None, "your own test data, likewise; by default the dev data")
+    test_file: str | None = option(None, "Your own test data, named alike. Default: the dev data")
     skip_samples: int = option(
-        0, "leave out the first that many pairs of the shuffled train data, which an earlier run trained on, say"
+        0,
+        "Number of pairs that are left out at the start of the shuffled train data. An earlier run may have trained on "
+        "them",
     )
     train_samples: int | None = option(
-        None, "K: train on the next K pairs of the shuffled train data; by default on all of them"
+        None, "K, the number of training pairs: the next K of the shuffled train data. Default: all"
     )
     dev_samples: int = option(
         1000,
-        "with train_samples: the next that many pairs are the dev set, as in GLUE; else at most that many of the dev "
-        "data",
+        "Number of pairs in the dev set. With train_samples they are taken behind the first K, else from the dev data",
     )
-    max_target_length: int = option(128, "tokens of a translation; longer ones are cut, and none longer is made")
-    beams: int = option(1, "beams of the search for a translation; 1: greedy")
+    max_target_length: int = option(
+        128, "Largest number of tokens in a translation. Longer ones are cut, and none longer is written"
+    )
+    beams: int = option(1, "Number of beams in the search for a translation. 1 is a greedy search")
 
     def _check_data(self) -> None:
         super()._check_data()

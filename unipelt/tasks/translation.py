@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from unipelt.api import inject
+from unipelt.files.atomic import named_write
 from unipelt.runs.cache import SharedCache
 from unipelt.runs.device import find_device
 from unipelt.runs.errors import RunError
@@ -125,11 +126,12 @@ class TranslationJob(TaskJob):
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            whole.save_pretrained(folder)
+            with named_write(folder):
+                whole.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
         finally:
             if bars:
                 logging.enable_progress_bar()
-        self.tokenizer.save_pretrained(folder)
         return {"fingerprint": {}, "config": json.loads(self.model.config.to_json_string(use_diff=True))}
 
     def _scorer(self, split: str) -> Callable[[EvalPrediction], dict[str, float]]:

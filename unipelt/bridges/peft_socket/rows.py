@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from unipelt.bridges.peft_socket.heads import wrappers
 from unipelt.bridges.peft_socket.room import PeftRoom
+from unipelt.files.messages import suggest
 from unipelt.submodules.forward_pass import SetRows
 from unipelt.submodules.room import StackSet, SubmoduleSet, rooms
 
@@ -45,7 +46,8 @@ def row_by_row(model: nn.Module, names: Sequence[str], options: dict[str, Any]) 
     held = [room for _, room in rooms(model) if isinstance(room, PeftRoom)]
     known = {name for room in held for name in room}
     if unknown := sorted(set(names) - known - {BASE}):
-        raise ValueError(f"there is no set {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        meant = suggest(unknown[0], sorted(known), f"there are {', '.join(sorted(known))}")
+        raise ValueError(f"there is no set {unknown[0]!r}; {meant}")
     if problem := _find_unmixable(held, set(names)):
         raise ValueError(problem)
     first = {name: place for place, name in reversed(list(enumerate(names)))}
