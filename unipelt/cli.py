@@ -1,4 +1,7 @@
-"""The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them.
+"""The command `unipelt`: `unipelt run CONFIG` trains one method on one task, and `unipelt demo` shows what that gives.
+
+`unipelt configs` lists the configurations that come with the package. `unipelt sweep CONFIG --out DIR` does a grid of
+runs, and `unipelt report DIR` reads them.
 
 `unipelt collect DIR` copies their records alone, to publish; `unipelt fold DIR` folds the model of one, `unipelt rerun
 DIR` does one again and compares, and `unipelt push DIR user/name` uploads its model. `unipelt export DIR` writes LoRA
@@ -10,11 +13,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from unipelt.files.messages import complain, say
+from unipelt.files.messages import complain, printable, say
+from unipelt.version import __version__
 
 _LISTS = {"tasks": "task", "k": "train_samples", "seeds": "seed", "methods": "method"}
 
@@ -23,10 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0 done; 1 some runs failed, or a rerun gave other numbers; 2 bad input; 130 interrupted.
+        The exit code: 0 done; 1 a run failed, or a rerun gave other numbers; 2 bad input; 130 interrupted.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = make_parser().parse_args(argv)
+        if words[:1] == ["run"]:  # its options are those of the kind of run, which the configuration decides
+            from unipelt.launch import launch
+
+            return launch("unipelt run", words[1:])
+        arguments = make_parser().parse_args(words)
         return arguments.do(arguments)
     except (ValueError, OSError, ImportError) as error:
         complain("unipelt", error)
@@ -44,10 +53,76 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command; each sub-command adds its own. It imports neither PyTorch nor Transformers."""
     parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|export|push")
-    for add in (_add_sweep, _add_report, _add_collect, _add_fold, _add_rerun, _add_export, _add_push):
+    parser.add_argument("--version", action="version", version=f"unipelt {__version__}")
+    adders = (_add_run, _add_demo, _add_configs, _add_sweep, _add_report, _add_collect, _add_fold, _add_rerun)
+    adders += (_add_export, _add_push)
+    commands = parser.add_subparsers(
+        required=True, metavar="|".join(add.__name__.removeprefix("_add_") for add in adders)
+    )
+    for add in adders:
         add(commands)
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    """List the command; `main` hands it to `launch`."""
+    commands.add_parser("run", help="train one method on one task", add_help=False)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="UniPELT beside LoRA and the frozen model, in about a minute",
+        description="Train UniPELT, LoRA and the frozen model's head on 320 short sentences, and test them on "
+        "sentences with other words. A bag of words cannot do this task. No hub and no GPU are needed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out", default="unipelt-demo", metavar="DIR", help="folder of the runs and the picture [unipelt-demo]"
+    )
+    parser.set_defaults(do=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from unipelt.demo.run import need_model, run_demo
+
+    need_model()
+    from unipelt.runs.errors import exit_code
+
+    return exit_code("unipelt", lambda: run_demo(arguments.out))
+
+
+def _add_configs(commands: Any) -> None:
+    parser = commands.add_parser(
+        "configs",
+        help="the configurations that come with the package",
+        description="List the configurations that come with the package, or print one.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    parser.add_argument("--to", metavar="FOLDER", help="copy it, and the files that it builds on, into this folder")
+    parser.set_defaults(do=_configs)
+
+
+def _configs(arguments: argparse.Namespace) -> int:
+    from unipelt import packaged
+
+    if arguments.to is not None:
+        if arguments.name is None:
+            raise ValueError("--to needs the name of a configuration; `unipelt configs` lists them")
+        for path in packaged.copy(arguments.name, arguments.to):
+            say(path)
+    elif arguments.name is not None:
+        print(printable(packaged.named(arguments.name).read_text(encoding="utf-8")), end="")
+    else:
+        files = [packaged.named(name) for name in packaged.names()]
+        wide = max(len(path.stem) for path in files)
+        for use, command in packaged.USES.items():
+            say(f"{command}:")
+            for path in files:
+                if packaged.use(path) == use:
+                    say(f"  {path.stem:<{wide}}  {packaged.purpose(path)}")
+    return 0
 
 
 def _add_option(group: Any, name: str, help_: str, **switch: Any) -> None:
@@ -74,7 +149,9 @@ def _add_sweep(commands: Any) -> None:
         "machines may do so in one shared folder at once.",
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="the sweep file, YAML or JSON (see configs/)")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="the sweep file, YAML or JSON, or a name that `unipelt configs` lists"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs")
     parser.add_argument("--dry-run", action="store_true", help="only say what there is to do")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at a time [1; with ray, what the cluster takes]")
@@ -98,6 +175,7 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
+    from unipelt.packaged import find
     from unipelt.sweep import carry_out, read_sweep, split_list, status, write_request
 
     if arguments.workers is not None and arguments.workers < 1:
@@ -108,7 +186,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--pack must be 1 or more, and 1 on a cluster, not {arguments.pack}")
     given = {field: getattr(arguments, name) for name, field in _LISTS.items()}
     narrow = {field: split_list(text) for field, text in given.items() if text is not None}
-    sweep = read_sweep(arguments.config, narrow, _fields_given(arguments))
+    sweep = read_sweep(find(arguments.config), narrow, _fields_given(arguments))
+    sweep = replace(sweep, path=arguments.config)
     workers, start = arguments.workers or 1, None
     if arguments.pack > 1:
         from unipelt.sweep.pack_workers import by_pack, in_packs

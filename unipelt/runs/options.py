@@ -21,6 +21,7 @@ from unipelt.runs.settings import (
     TrainingSettings,
     clean_name,
     expand_method,
+    locate_file,
     with_numbers,
 )
 
@@ -31,7 +32,7 @@ _WHAT = "Train one method on one task, test it once, and leave one result.json."
 Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
-def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
+def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT, program: str | None = None) -> Kind:
     """Read settings from a command line.
 
     Args:
@@ -40,6 +41,7 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
             all); then `--field value` for any field, and `--method.part.field value` for any field of the method.
         kind: the settings to read, a dataclass.
         what: the program does, for `--help`.
+        program: its name, for `--help`; by default the script's.
 
     Raises:
         SettingsError, ConfigError, FileNotFoundError: something is unknown or cannot be meant.
@@ -48,7 +50,7 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
     words = list(argv)
     config = words.pop(0) if words and not words[0].startswith("-") else None
     words, overrides = _split_method(words)
-    namespace, unknown = _parser(kind, what).parse_known_args(words)
+    namespace, unknown = _parser(kind, what, program).parse_known_args(words)
     for word in unknown:
         if word.startswith("--"):
             raise SettingsError(_unknown("option", word, [f"--{item.name}" for item in fields(kind)]))
@@ -68,7 +70,8 @@ def read_config(path: str | Path, kind: type[TrainingSettings], also: Sequence[s
     """The fields that a configuration file sets, its bases included.
 
     Relative paths of data and of the method are looked for from the current folder and then from the root of the
-    repository that the file lies in (the nearest folder above with a `pyproject.toml` or `.git`).
+    repository that the file lies in (the nearest folder above with a `pyproject.toml` or `.git`). `package:NAME/FILE`
+    is a file inside an installed Python package.
 
     Args:
         path: the file.
@@ -95,7 +98,12 @@ def read_option(name: str, value: Any, kind: type[TrainingSettings]) -> Any:
 
 
 def locate_path(name: str, config: Path) -> str:
-    """A path from a configuration file: from the current folder, else from the root of the file's repository."""
+    """A path from a configuration file: from the current folder, else from the root of the file's repository.
+
+    `package:NAME/FILE` is a file inside an installed Python package. Raises `SettingsError` if it is not there.
+    """
+    if name.startswith("package:"):
+        return locate_file(name)
     if os.path.isabs(name) or os.path.exists(name):
         return name
     for folder in Path(os.path.realpath(config)).parents:
@@ -216,8 +224,9 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(message)
 
 
-def _parser(kind: type[TrainingSettings], what: str) -> argparse.ArgumentParser:
+def _parser(kind: type[TrainingSettings], what: str, program: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
+        prog=program,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [CONFIG] [--FIELD VALUE ...] [--method.PART.FIELD VALUE ...]",
