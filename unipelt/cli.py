@@ -54,12 +54,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command; each sub-command adds its own. It imports neither PyTorch nor Transformers."""
     parser = _Parser(prog="unipelt", description=" ".join(str(__doc__).split()), allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"unipelt {__version__}")
-    adders = (_add_run, _add_demo, _add_configs, _add_sweep, _add_report, _add_collect, _add_fold, _add_rerun)
-    adders += (_add_export, _add_push)
     commands = parser.add_subparsers(
-        required=True, metavar="|".join(add.__name__.removeprefix("_add_") for add in adders)
+        required=True, metavar="run|demo|configs|sweep|report|collect|fold|rerun|export|push"
     )
-    for add in adders:
+    for add in (
+        *(_add_run, _add_demo, _add_configs, _add_sweep, _add_report, _add_collect, _add_fold),
+        *(_add_rerun, _add_export, _add_push),
+    ):
         add(commands)
     return parser
 

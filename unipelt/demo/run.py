@@ -121,7 +121,12 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     figure = new_figure(width=5.6, height=2.6)
     axes = figure.subplots()
     bars = axes.barh([row.name for row in rows], [row.accuracy for row in rows], color="#4051b5")
-    axes.bar_label(bars, [f"{row.accuracy:.2f}" for row in rows], padding=3)
+    axes.bar_label(
+        bars,
+        [f"{row.accuracy:.2f}" for row in rows],
+        padding=3,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
     axes.axvline(0.5, color="#666666", linestyle=":")  # about what guessing reaches
     axes.set(xlim=(0, 1.1), xlabel="accuracy on sentences with other animals and objects")
     axes.invert_yaxis()
