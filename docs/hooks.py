@@ -138,17 +138,9 @@ def commands() -> str:
 
     sections = []
     with sample_terminal():
-        sections.append(("python examples/run_glue.py", help_of(run_script, "run_glue")))
-        for name in ("sweep", "report", "collect", "fold", "rerun", "export", "push"):
+        for name in ("demo", "run", "configs", "sweep", "report", "collect", "fold", "rerun", "export", "push"):
             sections.append((f"unipelt {name}", help_of(cli.main, [name, "--help"])))
     return "\n\n".join(f"## `{title}`\n\n```text\n{text.strip()}\n```" for title, text in sections)
-
-
-def run_script(name: str) -> None:
-    """Ask a script of `examples` for its help."""
-    import runpy
-
-    runpy.run_path(str(HOME / "examples" / f"{name}.py"))["main"](["--help"])
 
 
 def help_of(function: Any, argument: Any) -> str:

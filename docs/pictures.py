@@ -1,7 +1,7 @@
 """Draw the pictures of docs/gates.md: `python docs/pictures.py --run runs/demo` (seconds on one core).
 
 Everything but the plan of a layer is computed here, by the package, on the small BERT of the extra `demo`; `runs/demo`
-is what the README's main job leaves.
+is what `unipelt run demo` leaves.
 """
 
 from __future__ import annotations

@@ -5,29 +5,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
+
+from unipelt.launch import launch
 
 
 def main(argv: Sequence[str]) -> int:
     """Run; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
-
-    from unipelt.runs.errors import exit_code
-    from unipelt.runs.options import parse
-    from unipelt.tasks.settings import TranslationSettings
-
-    what = "Train one method on texts and their translations, test it once, and leave one result.json."
-
-    def do() -> None:
-        settings = parse(argv, TranslationSettings, what)
-        from unipelt.runs.run import run  # imports PyTorch, which --help and a mistake need not wait for
-        from unipelt.tasks.translation import prepare
-
-        run(settings, prepare)
-
-    return exit_code("run_translation.py", do)
+    return launch("run_translation.py", argv, "translation")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The command `unipelt`: `unipelt sweep CONFIG --out DIR` does a grid of runs, `unipelt report DIR` reads them.
+"""The command `unipelt`: `unipelt run CONFIG` trains one method on one task, and `unipelt demo` shows what that gives.
+
+`unipelt configs` lists the configurations that come with the package. `unipelt sweep CONFIG --out DIR` does a grid of
+runs, and `unipelt report DIR` reads them.
 
 `unipelt collect DIR` copies their records alone, to publish; `unipelt fold DIR` folds the model of one, `unipelt rerun
 DIR` does one again and compares, and `unipelt push DIR user/name` uploads its model. `unipelt export DIR` writes LoRA
@@ -11,11 +14,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unipelt.files.arguments import OneLineParser
-from unipelt.files.messages import complain, say
+from unipelt.files.messages import complain, printable, say
+from unipelt.version import __version__
 
 _LISTS = {"tasks": "task", "k": "train_samples", "seeds": "seed", "methods": "method"}
 _FIELD = "field "  # what the names of a run's settings begin with among the parsed arguments
@@ -25,10 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0 done; 1 some runs failed, or a rerun gave other numbers; 2 bad input; 130 interrupted.
+        The exit code: 0 done; 1 a run failed, or a rerun gave other numbers; 2 bad input; 130 interrupted.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = make_parser().parse_args(argv)
+        if words[:1] == ["run"]:  # its options are those of the kind of run, which the configuration decides
+            from unipelt.launch import launch
+
+            return launch("unipelt run", words[1:])
+        arguments = make_parser().parse_args(words)
         return arguments.do(arguments)
     except (ValueError, OSError, ImportError) as error:
         complain("unipelt", error)
@@ -42,13 +52,78 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command; each sub-command adds its own. It imports neither PyTorch nor Transformers."""
     parser = OneLineParser(
         prog="unipelt",
-        description="Grids of runs, their reports, and the models that they leave.",
+        description="Runs, grids of runs, their reports, and the models that they leave.",
         epilog="unipelt COMMAND --help says more of a command.",
     )
-    commands = parser.add_subparsers(required=True, metavar="sweep|report|collect|fold|rerun|export|push")
-    for add in (_add_sweep, _add_report, _add_collect, _add_fold, _add_rerun, _add_export, _add_push):
+    parser.add_argument("--version", action="version", version=f"unipelt {__version__}")
+    commands = parser.add_subparsers(
+        required=True, metavar="run|demo|configs|sweep|report|collect|fold|rerun|export|push"
+    )
+    for add in (
+        *(_add_run, _add_demo, _add_configs, _add_sweep, _add_report, _add_collect, _add_fold),
+        *(_add_rerun, _add_export, _add_push),
+    ):
         add(commands)
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    """List the command; `main` hands it to `launch`."""
+    commands.add_parser("run", help="train one method on one task", add_help=False)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="UniPELT beside LoRA and the frozen model, in about a minute",
+        description="Train UniPELT, LoRA and the frozen model's head on 320 short sentences, and test them on "
+        "sentences with other words. A bag of words cannot do this task. No hub and no GPU are needed.",
+    )
+    parser.add_argument(
+        "--out", default="unipelt-demo", metavar="DIR", help="folder of the runs and the picture [unipelt-demo]"
+    )
+    parser.set_defaults(do=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from unipelt.demo.run import need_model, run_demo
+
+    need_model()
+    from unipelt.runs.errors import exit_code
+
+    return exit_code("unipelt", lambda: run_demo(arguments.out))
+
+
+def _add_configs(commands: Any) -> None:
+    parser = commands.add_parser(
+        "configs",
+        help="the configurations that come with the package",
+        description="List the configurations that come with the package, or print one.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    parser.add_argument("--to", metavar="FOLDER", help="copy it, and the files that it builds on, into this folder")
+    parser.set_defaults(do=_configs)
+
+
+def _configs(arguments: argparse.Namespace) -> int:
+    from unipelt import packaged
+
+    if arguments.to is not None:
+        if arguments.name is None:
+            raise ValueError("--to needs the name of a configuration; `unipelt configs` lists them")
+        for path in packaged.copy(arguments.name, arguments.to):
+            say(path)
+    elif arguments.name is not None:
+        print(printable(packaged.named(arguments.name).read_text(encoding="utf-8")), end="")
+    else:
+        files = [packaged.named(name) for name in packaged.names()]
+        wide = max(len(path.stem) for path in files)
+        for use, command in packaged.USES.items():
+            say(f"{command}:")
+            for path in files:
+                if packaged.use(path) == use:
+                    say(f"  {path.stem:<{wide}}  {packaged.purpose(path)}")
+    return 0
 
 
 def _add_option(group: Any, name: str, help_: str) -> None:
@@ -76,7 +151,9 @@ def _add_sweep(commands: Any) -> None:
         "that was stopped. Several machines may work on one shared folder at once. The groups from `what to run` on "
         "are fields of all runs. For a field that the grid lists, an option keeps only the values that it names.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="Sweep file, YAML or JSON (see configs/).")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="Sweep file, YAML or JSON, or a name that `unipelt configs` lists."
+    )
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument("--out", required=True, metavar="DIR", help="Folder of the runs. Required.")
     sweep.add_argument("--dry-run", action="store_true", help="The runs are listed and not done.")
@@ -110,6 +187,7 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
+    from unipelt.packaged import find
     from unipelt.sweep import carry_out, read_sweep, split_list, status, write_request
 
     if arguments.workers is not None and arguments.workers < 1:
@@ -120,7 +198,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--pack must be 1 or more, and 1 on a cluster, not {arguments.pack}")
     given = {field: getattr(arguments, name) for name, field in _LISTS.items()}
     narrow = {field: split_list(text) for field, text in given.items() if text is not None}
-    sweep = read_sweep(arguments.config, narrow, _fields_given(arguments))
+    sweep = read_sweep(find(arguments.config), narrow, _fields_given(arguments))
+    sweep = replace(sweep, path=arguments.config)
     workers, start = arguments.workers or 1, None
     if arguments.pack > 1:
         from unipelt.sweep.pack_workers import by_pack, in_packs

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "unipelt"
 FLOORS = (
     ("files", "lazy", "version"),
     ("config", "records"),
-    ("submodules",),
+    ("packaged", "submodules"),
     ("hosts",),
     ("injection",),
     ("gates", "pack"),
@@ -23,8 +23,8 @@ FLOORS = (
     ("multitask",),
     ("runs",),
     ("glue", "tasks"),
-    ("sweep",),
-    ("report",),
+    ("launch", "sweep"),
+    ("demo", "report"),
     ("cli",),
 )
 """Folders and files of the package, from the ground up; those on one floor do not import each other."""

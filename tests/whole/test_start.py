@@ -23,6 +23,20 @@ HEAVY = ("torch", "transformers", "datasets", "sklearn", "scipy", "pyarrow", "pa
         "from unipelt import UniPELTConfig, PRESETS, ConfigError",
         "from unipelt.cli import make_parser; make_parser()",
         "from unipelt.cli import main; main(['report'])",
+        "from unipelt.cli import main; main(['configs'])",
+        "from unipelt.cli import main; main(['configs', 'demo'])",
+        "from unipelt.cli import main; main(['run', 'demo', '--no_such_field', '1'])",
+        "import unipelt.demo.run",
+        *(
+            f"""
+from unipelt.cli import main
+try:
+    main({words})
+except SystemExit as end:
+    assert end.code == 0
+"""
+            for words in (["--help"], ["--version"], ["run", "--help"], ["run", "qa-xquad", "--help"])
+        ),
         "from unipelt.runs.settings import TrainingSettings",
     ],
 )

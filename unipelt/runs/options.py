@@ -22,6 +22,7 @@ from unipelt.runs.settings import (
     TrainingSettings,
     clean_name,
     expand_method,
+    locate_file,
     with_numbers,
 )
 
@@ -53,7 +54,7 @@ _OTHER = "further options"
 Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
-def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
+def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT, program: str | None = None) -> Kind:
     """Read settings from a command line.
 
     Args:
@@ -62,6 +63,7 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
             all); then `--field value` for any field, and `--method.part.field value` for any field of the method.
         kind: the settings to read, a dataclass.
         what: the program does, for `--help`.
+        program: its name, for `--help`; by default the script's.
 
     Raises:
         SettingsError, ConfigError, FileNotFoundError: something is unknown or cannot be meant.
@@ -70,7 +72,7 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
     words = list(argv)
     config = words.pop(0) if words and not words[0].startswith("-") else None
     words, overrides = _split_method(words)
-    namespace = _parser(kind, what).parse_args(words)
+    namespace = _parser(kind, what, program).parse_args(words)
     given = {name: read_option(name, value, kind) for name, value in vars(namespace).items() if value is not None}
     values = {} if config is None else read_config(config, kind)
     if config is not None and given.get("output_dir") is None and values.get("output_dir") is None:
@@ -84,7 +86,8 @@ def read_config(path: str | Path, kind: type[TrainingSettings], also: Sequence[s
     """The fields that a configuration file sets, its bases included.
 
     Relative paths of data and of the method are looked for from the current folder and then from the root of the
-    repository that the file lies in (the nearest folder above with a `pyproject.toml` or `.git`).
+    repository that the file lies in (the nearest folder above with a `pyproject.toml` or `.git`). `package:NAME/FILE`
+    is a file inside an installed Python package.
 
     Args:
         path: the file.
@@ -111,7 +114,12 @@ def read_option(name: str, value: Any, kind: type[TrainingSettings]) -> Any:
 
 
 def locate_path(name: str, config: Path) -> str:
-    """A path from a configuration file: from the current folder, else from the root of the file's repository."""
+    """A path from a configuration file: from the current folder, else from the root of the file's repository.
+
+    `package:NAME/FILE` is a file inside an installed Python package. Raises `SettingsError` if it is not there.
+    """
+    if name.startswith("package:"):
+        return locate_file(name)
     if os.path.isabs(name) or os.path.exists(name):
         return name
     for folder in Path(os.path.realpath(config)).parents:
@@ -229,8 +237,9 @@ class _Parser(OneLineParser):
     order = ": a configuration file comes first, then options as --field value"
 
 
-def _parser(kind: type[TrainingSettings], what: str) -> argparse.ArgumentParser:
+def _parser(kind: type[TrainingSettings], what: str, program: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
+        prog=program,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [CONFIG] [--FIELD VALUE ...] [--method.PART.FIELD VALUE ...]",
         description=f"{what}\n\nCONFIG is a YAML or JSON file that sets some of these fields (see configs/). An option "

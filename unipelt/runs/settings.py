@@ -284,17 +284,35 @@ def locate_model(model: str) -> str:
     """
     if not model.startswith("package:"):
         return model
-    package, _, inside = model.removeprefix("package:").partition("/")
-    if not package.isidentifier():
-        raise SettingsError(f"{show(model)} is not of the form package:NAME/FOLDER")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SettingsError(
-            f"the model is a part of the Python package {package!r}, which is not installed; "
-            "install the extra 'demo' (pip install -e '.[demo]') or the package itself"
-        )
-    folders = [Path(place) / inside for place in spec.submodule_search_locations]
+    package, inside, folders = _in_package(model, "the model", "FOLDER")
     found = [folder for folder in folders if (folder / "config.json").is_file()]
     if not found:
         raise SettingsError(f"the package {package!r} holds no model at {inside!r}: {folders[0]} has no config.json")
     return str(found[0])
+
+
+def locate_file(name: str) -> str:
+    """The file behind `package:NAME/FILE`, found without importing the package.
+
+    Raises:
+        SettingsError: the package is not installed, or has no such file.
+    """
+    package, inside, places = _in_package(name, "the file", "FILE")
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise SettingsError(f"the package {package!r} holds no file {inside!r}: there is no {places[0]}")
+    return str(found[0])
+
+
+def _in_package(name: str, what: str, form: str) -> tuple[str, str, list[Path]]:
+    """The package of `package:NAME/PATH`, the path, and where it would lie. Raises `SettingsError`."""
+    package, _, inside = name.removeprefix("package:").partition("/")
+    if not package.isidentifier():
+        raise SettingsError(f"{show(name)} is not of the form package:NAME/{form}")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SettingsError(
+            f"{what} is a part of the Python package {package!r}, which is not installed; "
+            f"install the extra 'demo' or the package itself (pip install {package.replace('_', '-')})"
+        )
+    return package, inside, [Path(place) / inside for place in spec.submodule_search_locations]
