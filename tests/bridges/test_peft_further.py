@@ -195,6 +195,34 @@ def test_lengths_that_move_alone_are_a_term(tmp_path: Path) -> None:
     near(logits(back, tiny_batch("gpt2")), want)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mt5", "bart", "phi3"])
+def test_updates_of_every_linear_projection_travel(family: str, tmp_path: Path) -> None:
+    """There and back; what comes back names its places."""
+    model = unipelt.inject(tiny_model(family), {"preset": "lora", "lora": {"rank": 3, "places": "all-linear"}})
+    shake(model)
+    want = logits(model, tiny_batch(family))
+    unipelt.save_peft(model, tmp_path)
+    near(logits(in_peft(tiny_model(family), tmp_path), tiny_batch(family)), want, 1e-5)
+    back = unipelt.load_peft(tiny_model(family), tmp_path)
+    near(logits(back, tiny_batch(family)), want, 1e-5)
+    gate = ("gate",) if family in ("llama", "mt5") else ()
+    places = injection_of(back).config.lora.places  # type: ignore[union-attr]
+    assert places == ("query", "value", "key", "attention", "up", "down", *gate)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj"], ["gate_proj", "q_proj", "down_proj"]])
+@pytest.mark.parametrize("dora", [False, True])
+def test_loras_of_pefts_own_on_every_linear_projection_and_on_gates(targets: Any, dora: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=targets, use_dora=dora)
+    ours = from_peft("llama", tmp_path, config)
+    assert "gate" in injection_of(ours).config.lora.places  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("family", "task"), [("gpt2", "CAUSAL_LM"), ("bloom", "CAUSAL_LM"), ("mt5", "SEQ_2_SEQ_LM")])
+def test_loras_of_pefts_own_on_every_linear_projection(family: str, task: str, tmp_path: Path) -> None:
+    from_peft(family, tmp_path, peft.LoraConfig(task_type=task, r=4, lora_alpha=6, target_modules="all-linear"))
+
+
 # What cannot go
 
 

@@ -102,7 +102,7 @@ def build_entry_low_rank(
     rows: list[Rows] = []
     fused = lora.gate and lora.start == "zero" and shares_product(config.gate)
     for place, projection in (("query", target.query), ("value", target.value)):
-        if place not in lora.places:
+        if place not in lora.projections:
             continue
         _check_start(projection, lora)
         where = target.term(lora, place, projection, in_cross=in_cross)

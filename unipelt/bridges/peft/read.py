@@ -33,7 +33,7 @@ from unipelt.bridges.peft.plan import (
 from unipelt.bridges.peft.prompts import plan_prompt
 from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.config.methods import PROJECTIONS, LoRAConfig
+from unipelt.config.methods import LINEAR, LoRAConfig
 from unipelt.config.schema import LARGEST, ConfigError, read_mapping
 from unipelt.files.messages import shorten, show, show_path
 from unipelt.files.strict import read_bytes
@@ -143,7 +143,7 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
     decomposed = bool(values.get("use_dora"))
     pairs, lengths, saved = _sort(tensors, decomposed)
     check_saved(model, saved)
-    found = possible_slots(model, LoRAConfig(gate=False), PROJECTIONS, least=("query", "value"))
+    found = possible_slots(model, LoRAConfig(gate=False), LINEAR, least=("query", "value"))
     if unknown := sorted(pairs.keys() - {slot.path for slot in found}):
         ends = sorted({slot.path.rpartition(".")[2] for slot in found})
         raise CheckpointError(
