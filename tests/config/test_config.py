@@ -73,6 +73,15 @@ FURTHER: dict[str, dict[str, Any]] = {
         "activation": "gelu",
     },
 }
+EXPECTED["unipelt"] = (
+    "",
+    True,
+    {
+        "adapter": {**PARTS["adapter"], "gate": True, "start": "zero"},
+        "prefix": {**PARTS["prefix"], "gate": True, "softmax": "own"},
+        "lora": {**PARTS["lora"], "gate": True},
+    },
+)
 EXPECTED["prompt"] = ("", False, {"prompt": {"length": 20}})
 EXPECTED |= {name: ("", False, {name: {**part, "gate": False}}) for name, part in FURTHER.items()}
 for _name, _gate in (("mam", False), ("unipelt-mam", True)):
@@ -301,7 +310,7 @@ def test_constructors_check_too(build: Any, field: str) -> None:
         build()
 
 
-@pytest.mark.parametrize("preset", ["", "unipelt", "UniPELT-APL", "unipelt_apl", "configs"])
+@pytest.mark.parametrize("preset", ["", "unipelt-", "UniPELT-APL", "unipelt_apl", "configs"])
 def test_an_unknown_preset_is_told_the_presets(preset: str) -> None:
     for config in (preset, {"preset": preset}):
         with pytest.raises(ConfigError, match=re.escape(repr(preset))) as caught:

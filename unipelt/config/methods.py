@@ -39,10 +39,13 @@ class AdapterConfig:
     Attributes:
         bottleneck: M, the width of the bottleneck, in units.
         gate: whether a gate scales the adapter's output.
+        start: of the projection back up. `normal`: random, near zero (the paper). `zero`: at zero, so that the adapter
+            adds nothing before it is trained, however large the numbers are that it reads.
     """
 
     bottleneck: int = 48
     gate: bool = True
+    start: Literal["normal", "zero"] = omitted_if_default("normal")
 
     def __post_init__(self) -> None:
         check_fields(self, "bottleneck")

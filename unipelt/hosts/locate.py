@@ -163,7 +163,8 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
             raise InjectionError(f"the description of {kind!r} models cannot work: {error}") from error
     for name, reason in family.refused.items():
         if config.part(name) is not None:
-            raise InjectionError(f"{kind!r} models cannot take {_NAMED.get(name, name)}: {reason}")
+            instead = "; take a method without one, such as the preset unipelt-al" if name == "prefix" else ""
+            raise InjectionError(f"{kind!r} models cannot take {_NAMED.get(name, name)}: {reason}{instead}")
     if config.prompt is not None and len(family.stacks) > 1:
         raise InjectionError(
             f"{kind!r} models cannot take a prompt: a decoder would read the encoder's states of it too, which is not "

@@ -142,7 +142,7 @@ def build_adapter(layer: LayerTargets, plan: Plan) -> Adapter:
             rows = _blank_rows(name, "adapter.down", "adapter", config.adapter.bottleneck, hidden, like, bias=True)
             fused = rows if shares_product(config.gate) else ()
             adapter.entry = Entry(hidden, (name,), config.gate, like, causal=found.causal, rows=fused)
-    adapter.set_up(config.adapter.bottleneck, like)
+    adapter.set_up(config.adapter, like)
     return adapter
 
 

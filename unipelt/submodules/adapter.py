@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unipelt.config.methods import AdapterConfig
 from unipelt.submodules.gate import INITIAL_STD
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.term import Term, add_scaled
@@ -27,8 +28,9 @@ class Adapter(Term):
     so adapter and gate read its output as it is: `h = a + h_F + g * up(ReLU(down(h_F)))`. (Granite multiplies all that
     it adds to a residual by a constant, and the adapter's part with it.)
 
-    Weights start normal(0, 0.02) and biases at zero, as in the authors' release: near, not at, zero. A gate that reads
-    h shares its product with `down`: the entry then holds down's rows.
+    Weights start normal(0, 0.02) and biases at zero, as in the authors' release: near, not at, zero. With the start
+    `zero`, up's weight is zero too. A gate that reads h shares its product with `down`: the entry then holds down's
+    rows.
 
     Attributes:
         down: D -> M; None where the entry holds it.
@@ -44,14 +46,16 @@ class Adapter(Term):
         self.reads_output = True
         self.down = None
 
-    def set_up(self, bottleneck: int, like: Tensor) -> None:
+    def set_up(self, config: AdapterConfig, like: Tensor) -> None:
         """Draw the start of both projections; where the entry holds down's rows, it gets them."""
         hidden = self.outputs.count
-        down = nn.Linear(hidden, bottleneck, dtype=like.dtype, device=like.device)
-        self.up = nn.Linear(bottleneck, hidden, dtype=like.dtype, device=like.device)
+        down = nn.Linear(hidden, config.bottleneck, dtype=like.dtype, device=like.device)
+        self.up = nn.Linear(config.bottleneck, hidden, dtype=like.dtype, device=like.device)
         for linear in (down, self.up):
             nn.init.normal_(linear.weight, std=INITIAL_STD)
             nn.init.zeros_(linear.bias)
+        if config.start == "zero":
+            nn.init.zeros_(self.up.weight)
         if self.entry is not None and self.gate_name in self.entry.row_names:
             self.entry.start_rows(self.gate_name, down.weight, down.bias)
         else:
