@@ -223,6 +223,34 @@ def test_loras_of_pefts_own_on_every_linear_projection(family: str, task: str, t
     from_peft(family, tmp_path, peft.LoraConfig(task_type=task, r=4, lora_alpha=6, target_modules="all-linear"))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dropout_travels_both_ways(family: str, tmp_path: Path) -> None:
+    """With the same seed both drop the same numbers, where a module has one term."""
+    places = ["attention", "down"] if family == "gpt2" else "all-linear"
+    model = unipelt.inject(tiny_model(family), {"preset": "lora", "lora": {"dropout": 0.3, "places": places}})
+    shake(model)
+    unipelt.save_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.3
+    back = unipelt.load_peft(tiny_model(family), tmp_path)
+    assert injection_of(back).config.lora.dropout == 0.3  # type: ignore[union-attr]
+    theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
+    outs = []
+    for each in (model, back, theirs):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outs.append(each.train()(**tiny_batch(family)).logits)
+    near(outs[1], outs[0])
+    near(outs[2], outs[0], 1e-5)
+    assert (logits(model, tiny_batch(family)) - outs[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("value", [1.0, -0.5, "0.1", True])
+def test_a_dropout_that_is_no_probability_is_refused(value: Any, tmp_path: Path) -> None:
+    unipelt.save_peft(unipelt.inject(tiny_bert(), "lora"), tmp_path)
+    edit(tmp_path, lora_dropout=value)
+    refused(unipelt.load_peft, tmp_path, "lora_dropout must be a number of at least 0 and below 1")
+
+
 # What cannot go
 
 

@@ -32,6 +32,12 @@ LINEAR: tuple[Place, ...] = (*PROJECTIONS, "gate")
 """The places that are projections; only a gated feed-forward network has the last."""
 
 
+def _check_dropout(dropout: float) -> None:
+    """Raise `ConfigError` for what is no probability below 1."""
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be at least 0 and below 1, not {show(dropout)}")
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """A bottleneck adapter after the feed-forward network of a layer (Houlsby et al., 2019; Pfeiffer placement).
@@ -41,14 +47,18 @@ class AdapterConfig:
         gate: whether a gate scales the adapter's output.
         start: of the projection back up. `normal`: random, near zero (the paper). `zero`: at zero, so that the adapter
             adds nothing before it is trained, however large the numbers are that it reads.
+        dropout: while training, the probability that an activation in the bottleneck is zero:
+            `up(dropout(ReLU(down(h))))`.
     """
 
     bottleneck: int = 48
     gate: bool = True
     start: Literal["normal", "zero"] = omitted_if_default("normal")
+    dropout: float = omitted_if_default(0.0)
 
     def __post_init__(self) -> None:
         check_fields(self, "bottleneck")
+        _check_dropout(self.dropout)
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,8 @@ class LoRAConfig:
             Decomposed updates keep their scale in any case.
         start: `zero`: B. `pissa`: A and B start as the principal part of the weight, its `rank` largest singular values
             and vectors, and what is added is their difference to that start (Meng et al., 2024).
+        dropout: while training, the probability that a number of x is zero before A: `s B A dropout(x)`, as PEFT's
+            `lora_dropout`. What a gate reads is never dropped.
     """
 
     rank: int = 8
@@ -113,9 +125,11 @@ class LoRAConfig:
     decomposed: bool = omitted_if_default(False)
     start: Literal["zero", "pissa"] = omitted_if_default("zero")
     gating: Literal["replace", "multiply"] = omitted_if_default("replace")
+    dropout: float = omitted_if_default(0.0)
 
     def __post_init__(self) -> None:
         check_fields(self, "rank", "alpha")
+        _check_dropout(self.dropout)
         if self.places != ("all-linear",):
             if not self.places or len(set(self.places)) != len(self.places) or not {*self.places} <= {*LINEAR}:
                 raise ConfigError(
@@ -131,6 +145,11 @@ class LoRAConfig:
     def name(self) -> str:
         """What it is called."""
         return "lora"
+
+    @property
+    def shares_entry(self) -> bool:
+        """Whether one product can serve A and a gate: A reads the same x, undropped, and starts at random."""
+        return self.start == "zero" and not self.dropout
 
     @property
     def is_all_linear(self) -> bool:

@@ -79,7 +79,7 @@ def build_low_rank(target: TermTarget, plan: Plan) -> LoRA | FunctionTerm:
         return build_term(target, plan)
     _check_start(projection, lora)
     like = plan.like(projection)
-    fused = shares_product(plan.config.gate) and lora.start == "zero"
+    fused = shares_product(plan.config.gate) and lora.shares_entry
     entry = _own_entry(target, plan, rows=lora.rank if fused else 0)
     term = LoRA(target.name, projection.rows, lora)
     down = LoRA.initial_down(target.inputs, lora, like)
@@ -100,7 +100,7 @@ def build_entry_low_rank(
         return [], ()
     built: list[tuple[TermTarget, LoRA]] = []
     rows: list[Rows] = []
-    fused = lora.gate and lora.start == "zero" and shares_product(config.gate)
+    fused = lora.gate and lora.shares_entry and shares_product(config.gate)
     for place, projection in (("query", target.query), ("value", target.value)):
         if place not in lora.projections:
             continue

@@ -29,12 +29,13 @@ class Adapter(Term):
     it adds to a residual by a constant, and the adapter's part with it.)
 
     Weights start normal(0, 0.02) and biases at zero, as in the authors' release: near, not at, zero. With the start
-    `zero`, up's weight is zero too. A gate that reads h shares its product with `down`: the entry then holds down's
+    `zero`, up's weight is zero too. With dropout, while training, it is `up(dropout(ReLU(down(h))))`. A gate that reads h shares its product with `down`: the entry then holds down's
     rows.
 
     Attributes:
         down: D -> M; None where the entry holds it.
         up: M -> D.
+        dropout: the probability that an activation in the bottleneck is zero, while training.
     """
 
     folds_to = "constant"
@@ -45,10 +46,12 @@ class Adapter(Term):
         super().__init__(name, "adapter", OutputSlice(1, 0, hidden))
         self.reads_output = True
         self.down = None
+        self.dropout = 0.0
 
     def set_up(self, config: AdapterConfig, like: Tensor) -> None:
         """Draw the start of both projections; where the entry holds down's rows, it gets them."""
         hidden = self.outputs.count
+        self.dropout = config.dropout
         down = nn.Linear(hidden, config.bottleneck, dtype=like.dtype, device=like.device)
         self.up = nn.Linear(config.bottleneck, hidden, dtype=like.dtype, device=like.device)
         for linear in (down, self.up):
@@ -76,5 +79,8 @@ class Adapter(Term):
         if low is None:
             assert self.down is not None
             low = self.down(x.to(up.weight.dtype))
-        update = up(nn.functional.relu(low)).to(y.dtype)
+        low = nn.functional.relu(low)
+        if self.dropout:
+            low = nn.functional.dropout(low, self.dropout, self.training)
+        update = up(low).to(y.dtype)
         return add_scaled(y, gate, update)
