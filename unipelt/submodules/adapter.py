@@ -29,8 +29,8 @@ class Adapter(Term):
     it adds to a residual by a constant, and the adapter's part with it.)
 
     Weights start normal(0, 0.02) and biases at zero, as in the authors' release: near, not at, zero. With the start
-    `zero`, up's weight is zero too. With dropout, while training, it is `up(dropout(ReLU(down(h))))`. A gate that reads h shares its product with `down`: the entry then holds down's
-    rows.
+    `zero`, up's weight is zero too. With dropout, while training, the term is `g * up(dropout(ReLU(down(h))))`. A gate
+    that reads h shares its product with `down`: the entry then holds down's rows.
 
     Attributes:
         down: D -> M; None where the entry holds it.

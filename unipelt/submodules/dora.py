@@ -19,8 +19,8 @@ class DoRA(nn.Module):
     """`W' x + b` with `W' = m (W + s B A) / |W + s B A|`, length and direction apart (Liu et al., 2024, equation 5).
 
     The length of a row counts as a constant in the backward pass (section 4.3 there). `A` starts Kaiming-uniform with
-    a = sqrt(5), `B` at zero and `m` at the lengths of W's rows, so the term starts at zero. With dropout, while training,
-    what A reads is dropped: `m / |W + s B A| (W x + s B A dropout(x)) + b`.
+    a = sqrt(5), `B` at zero and `m` at the lengths of W's rows, so the term starts at zero. With dropout, what A
+    reads is dropped while training: `m / |W + s B A| (W x + s B A dropout(x)) + b`.
 
     Attributes:
         A: (r, I).
