@@ -26,6 +26,7 @@ from tiny import (
     ENCODERS,
     EOS,
     FAMILIES,
+    GATED,
     INSERTED,
     PAD,
     VOCABULARY,
@@ -36,7 +37,7 @@ from tiny import (
 from torch import Tensor
 
 import unipelt
-from unipelt.config.methods import PROJECTIONS, Place
+from unipelt.config.methods import LINEAR, PROJECTIONS, Place
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 AS_DECODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text", "ernie")
@@ -227,7 +228,8 @@ def methods(
             **(
                 {
                     "places": st.just(["query", "value"])
-                    | st.sets(st.sampled_from(PROJECTIONS), min_size=1).map(sorted),
+                    | st.just("all-linear")
+                    | st.sets(st.sampled_from(LINEAR if family in GATED else PROJECTIONS), min_size=1).map(sorted),
                     "scaling": st.sampled_from(["standard", "rank_stabilised"]),
                     "decomposed": st.sampled_from([False, False, True]),
                 }
@@ -287,7 +289,7 @@ def _further(draw: st.DrawFn, sizes: Sizes, gate: st.SearchStrategy[bool]) -> di
     inner = {"bottleneck": width, "activation": st.just("gelu")}  # a ReLU so narrow may be closed for every token
     terms = draw(st.sampled_from([1, 2])) if sizes.heads * sizes.head % 2 == 0 else 1
     fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-        "ia3": {"places": st.sets(st.sampled_from(get_args(Place)), min_size=1).map(sorted)},
+        "ia3": {"places": st.sets(st.sampled_from(PLACES), min_size=1).map(sorted)},
         "red": {"places": st.sampled_from([["down"], ["query", "activation"], ["attention", "feed_forward"]])},
         "houlsby": {"places": st.sampled_from([["attention", "down"], ["query", "up"], ["down"]]), **inner},
         "parallel": {"scale": st.sampled_from([1.0, 4.0]), **inner},
@@ -327,6 +329,8 @@ def _has_biases(family: str) -> bool:
     return any(name.endswith("bias") for name, _ in tiny_model(family, "Model").named_parameters())
 
 
+PLACES = [place for place in get_args(Place) if place != "gate"]
+"""The places that every family has."""
 WITH_BIASES = [family for family in FAMILIES if _has_biases(family)]
 
 

@@ -34,6 +34,8 @@ FAMILIES = {
 ENCODER_DECODERS = [name for name, family in FAMILIES.items() if len(family.stacks) == 2]
 DECODERS = [name for name, family in FAMILIES.items() if len(family.stacks) == 1 and family.stacks[0].causal]
 ENCODERS = [name for name in FAMILIES if name not in (*ENCODER_DECODERS, *DECODERS)]
+GATED = [name for name, family in FAMILIES.items() if family.stacks[0].gate and name != "t5"]
+"""Those whose feed-forward network has a projection of its own for its gate; T5's has none by default."""
 SIMPLE = [name for name in FAMILIES if "prefix" in FAMILIES[name].refused]
 """Those that take everything but a prefix."""
 _INTERFACE_SINCE = {"t5": "5.15", "mt5": "5.15", "umt5": "5.15", "modernbert": "5.1", "nemotron": "5.13"}

@@ -195,6 +195,62 @@ def test_lengths_that_move_alone_are_a_term(tmp_path: Path) -> None:
     near(logits(back, tiny_batch("gpt2")), want)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mt5", "bart", "phi3"])
+def test_updates_of_every_linear_projection_travel(family: str, tmp_path: Path) -> None:
+    """There and back; what comes back names its places."""
+    model = unipelt.inject(tiny_model(family), {"preset": "lora", "lora": {"rank": 3, "places": "all-linear"}})
+    shake(model)
+    want = logits(model, tiny_batch(family))
+    unipelt.save_peft(model, tmp_path)
+    near(logits(in_peft(tiny_model(family), tmp_path), tiny_batch(family)), want, 1e-5)
+    back = unipelt.load_peft(tiny_model(family), tmp_path)
+    near(logits(back, tiny_batch(family)), want, 1e-5)
+    gate = ("gate",) if family in ("llama", "mt5") else ()
+    places = injection_of(back).config.lora.places  # type: ignore[union-attr]
+    assert places == ("query", "value", "key", "attention", "up", "down", *gate)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj"], ["gate_proj", "q_proj", "down_proj"]])
+@pytest.mark.parametrize("dora", [False, True])
+def test_loras_of_pefts_own_on_every_linear_projection_and_on_gates(targets: Any, dora: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=targets, use_dora=dora)
+    ours = from_peft("llama", tmp_path, config)
+    assert "gate" in injection_of(ours).config.lora.places  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("family", "task"), [("gpt2", "CAUSAL_LM"), ("bloom", "CAUSAL_LM"), ("mt5", "SEQ_2_SEQ_LM")])
+def test_loras_of_pefts_own_on_every_linear_projection(family: str, task: str, tmp_path: Path) -> None:
+    from_peft(family, tmp_path, peft.LoraConfig(task_type=task, r=4, lora_alpha=6, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dropout_travels_both_ways(family: str, tmp_path: Path) -> None:
+    """With the same seed both drop the same numbers, where a module has one term."""
+    places = ["attention", "down"] if family == "gpt2" else "all-linear"
+    model = unipelt.inject(tiny_model(family), {"preset": "lora", "lora": {"dropout": 0.3, "places": places}})
+    shake(model)
+    unipelt.save_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.3
+    back = unipelt.load_peft(tiny_model(family), tmp_path)
+    assert injection_of(back).config.lora.dropout == 0.3  # type: ignore[union-attr]
+    theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
+    outs = []
+    for each in (model, back, theirs):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outs.append(each.train()(**tiny_batch(family)).logits)
+    near(outs[1], outs[0])
+    near(outs[2], outs[0], 1e-5)
+    assert (logits(model, tiny_batch(family)) - outs[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("value", [1.0, -0.5, "0.1", True])
+def test_a_dropout_that_is_no_probability_is_refused(value: Any, tmp_path: Path) -> None:
+    unipelt.save_peft(unipelt.inject(tiny_bert(), "lora"), tmp_path)
+    edit(tmp_path, lora_dropout=value)
+    refused(unipelt.load_peft, tmp_path, "lora_dropout must be a number of at least 0 and below 1")
+
+
 # What cannot go
 
 

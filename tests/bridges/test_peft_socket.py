@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"preset": "lora", "lora": SIZES["lora"]},
     "dora": {"preset": "lora", "lora": {**SIZES["lora"], "decomposed": True}},
     "pissa": {"preset": "lora", "lora": {**SIZES["lora"], "start": "pissa"}},
+    "every projection": {"preset": "lora", "lora": {**SIZES["lora"], "places": "all-linear"}},
     "ia3": {"preset": "ia3"},
     "gated lora and ia3": {"preset": "unipelt-al", "ia3": {}, "adapter": SIZES["adapter"], "lora": SIZES["lora"]},
     "compacter": {"preset": "compacter", "compacter": {"bottleneck": 4, "terms": 2}},
@@ -51,7 +52,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = {"bert": "SEQ_CLS", "bart": "SEQ_2_SEQ_LM", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 CASES = [
-    pytest.param(family, method, marks=[] if method in ("unipelt-apl", "lora") else [pytest.mark.slow])
+    pytest.param(
+        family,
+        method,
+        marks=[]
+        if method in ("unipelt-apl", "lora") or (family, method) == ("llama", "every projection")
+        else [pytest.mark.slow],
+    )
     for family in FAMILIES
     for method in METHODS
     if not (method == "prompt" and family in ENCODER_DECODERS)
@@ -415,7 +422,7 @@ def test_unloading_leaves_the_base(family: str, method: str) -> None:
 def test_merging(family: str, method: str) -> None:
     model = peft_model(family, method)
     want = logits(model, family)
-    if method not in ("lora", "pissa"):
+    if method not in ("lora", "pissa", "every projection"):
         with pytest.raises(ValueError, match="these cannot be merged into weights: "):
             model.merge_and_unload()
         assert torch.equal(logits(model, family), want)

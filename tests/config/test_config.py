@@ -74,6 +74,15 @@ FURTHER: dict[str, dict[str, Any]] = {
         "activation": "gelu",
     },
 }
+EXPECTED["unipelt"] = (
+    "",
+    True,
+    {
+        "adapter": {**PARTS["adapter"], "gate": True, "start": "zero"},
+        "prefix": {**PARTS["prefix"], "gate": True, "softmax": "own"},
+        "lora": {**PARTS["lora"], "gate": True},
+    },
+)
 EXPECTED["prompt"] = ("", False, {"prompt": {"length": 20}})
 EXPECTED |= {name: ("", False, {name: {**part, "gate": False}}) for name, part in FURTHER.items()}
 for _name, _gate in (("mam", False), ("unipelt-mam", True)):

@@ -626,7 +626,9 @@ def test_attention_with_a_prefix(name: str, place: int, which: int, gating: str)
             unipelt.inject(base, config)
         return
     if own and CASES[name].family in INSERTED:
-        with pytest.raises(unipelt.InjectionError, match=r"outside .* interface.*take prefix.softmax: shared"):
+        with pytest.raises(
+            unipelt.InjectionError, match=r"outside .* interface.*take the preset unipelt-apl, .* or unipelt-al, which"
+        ):
             unipelt.inject(base, config)
         return
     given = captured(name, stack, heads, at)

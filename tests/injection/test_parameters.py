@@ -64,6 +64,10 @@ COUNTS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
         {"adapter": ADAPTER, "prefix": NETWORK, "lora": LORA},
         ("adapter", "prefix", "lora_query", "lora_value"),
     ),
+    "unipelt": (
+        {"adapter": ADAPTER, "prefix": NETWORK, "lora": LORA},
+        ("adapter", "prefix", "lora_query", "lora_value"),
+    ),
     "unipelt-al": ({"adapter": ADAPTER, "lora": LORA}, ("adapter", "lora_query", "lora_value")),
     "unipelt-pl": ({"prefix": NETWORK, "lora": LORA}, ("prefix", "lora_query", "lora_value")),
     "unipelt-ap-nogate": ({"adapter": ADAPTER, "prefix": NETWORK}, ()),

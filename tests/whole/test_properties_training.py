@@ -280,7 +280,7 @@ def test_folding_constant_gates_changes_nothing(case: Case, described: Texts, da
     kept = {gate.name for gate in report.gates if gate.outcome == "kept"}
     terms = {f"{part.name}_{place}" for part in case.method.more for place in part.places}
     if case.method.lora is not None and case.method.lora.decomposed:
-        terms |= {f"lora_{place}" for place in case.method.lora.places}
+        terms |= {f"lora_{place}" for place in case.method.lora.projections}
     kept = {name for name in kept if name.rpartition(".")[2] not in terms}  # those are never folded
     assert kept <= ({"lora_query"} if case.family == "deberta-v2" else set())
 

@@ -13,17 +13,29 @@ from typing import Any, Literal, get_args
 from unipelt.config.schema import ConfigError, build, check_fields, omitted_if_default, overlay, to_plain
 from unipelt.files.messages import show
 
-Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward"]
+Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward", "gate"]
 """Where in a layer a term can be added.
 
 `query`, `key`, `value`: the projections. `attention`: the projection that ends the attention. `up`, `down`: the first
-and the last projection of the feed-forward network. `activation`: what `down` is given. `feed_forward`: past the
-network, from what `up` reads to what `down` gives.
+and the last projection of the feed-forward network. `gate`: the projection beside `up` in a gated feed-forward network
+(Llama's `gate_proj`). `activation`: what `down` is given. `feed_forward`: past the network, from what `up` reads to
+what `down` gives.
 """
 
+LoRAPlace = Literal[Place, "all-linear"]
+"""A place of LoRA; `all-linear` stands for every projection of a layer that has a name here."""
 
 PROJECTIONS: tuple[Place, ...] = ("query", "value", "key", "attention", "up", "down")
-"""The places that are projections."""
+"""The projections that a layer has."""
+
+LINEAR: tuple[Place, ...] = (*PROJECTIONS, "gate")
+"""The places that are projections; only a gated feed-forward network has the last."""
+
+
+def _check_dropout(dropout: float) -> None:
+    """Raise `ConfigError` for what is no probability below 1."""
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be at least 0 and below 1, not {show(dropout)}")
 
 
 @dataclass(frozen=True)
@@ -33,13 +45,20 @@ class AdapterConfig:
     Attributes:
         bottleneck: M, the width of the bottleneck, in units.
         gate: whether a gate scales the adapter's output.
+        start: of the projection back up. `normal`: random, near zero (the paper). `zero`: at zero, so that the adapter
+            adds nothing before it is trained, however large the numbers are that it reads.
+        dropout: while training, the probability that an activation in the bottleneck is zero:
+            `up(dropout(ReLU(down(h))))`.
     """
 
     bottleneck: int = 48
     gate: bool = True
+    start: Literal["normal", "zero"] = omitted_if_default("normal")
+    dropout: float = omitted_if_default(0.0)
 
     def __post_init__(self) -> None:
         check_fields(self, "bottleneck")
+        _check_dropout(self.dropout)
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,8 @@ class LoRAConfig:
         rank: r.
         alpha: numerator of the scale `alpha / rank`; a gate replaces that scale, as `gating` says.
         gate: whether gates (one for each projection) replace `alpha / rank`.
-        places: which projections: `query`, `key`, `value`, `attention`, `up`, `down`.
+        places: which projections: `query`, `key`, `value`, `attention`, `up`, `down`, `gate`; or `all-linear`, which
+            stands for all of these that a layer has.
         scaling: `standard`, or `rank_stabilised` for the scale `alpha / sqrt(rank)` (Kalajdzievski, 2023).
         decomposed: weight-decomposed updates, DoRA (Liu et al., 2024): the length of each row of the weight is learned
             apart from its direction. A gate leads from the frozen projection (0) to the updated one (1), and the scale
@@ -93,31 +113,53 @@ class LoRAConfig:
             Decomposed updates keep their scale in any case.
         start: `zero`: B. `pissa`: A and B start as the principal part of the weight, its `rank` largest singular values
             and vectors, and what is added is their difference to that start (Meng et al., 2024).
+        dropout: while training, the probability that a number of x is zero before A: `s B A dropout(x)`, as PEFT's
+            `lora_dropout`. What a gate reads is never dropped.
     """
 
     rank: int = 8
     alpha: float = 16.0
     gate: bool = True
-    places: tuple[Place, ...] = omitted_if_default(("query", "value"))
+    places: tuple[LoRAPlace, ...] = omitted_if_default(("query", "value"))
     scaling: Literal["standard", "rank_stabilised"] = omitted_if_default("standard")
     decomposed: bool = omitted_if_default(False)
     start: Literal["zero", "pissa"] = omitted_if_default("zero")
     gating: Literal["replace", "multiply"] = omitted_if_default("replace")
+    dropout: float = omitted_if_default(0.0)
 
     def __post_init__(self) -> None:
         check_fields(self, "rank", "alpha")
-        if not self.places or len(set(self.places)) != len(self.places) or not {*self.places} <= {*PROJECTIONS}:
-            raise ConfigError(f"places must name one or more of {', '.join(PROJECTIONS)}, none of them twice")
+        _check_dropout(self.dropout)
+        if self.places != ("all-linear",):
+            if not self.places or len(set(self.places)) != len(self.places) or not {*self.places} <= {*LINEAR}:
+                raise ConfigError(
+                    f"places must name one or more of {', '.join(LINEAR)}, none of them twice, or all-linear alone"
+                )
+            object.__setattr__(self, "places", tuple(place for place in LINEAR if place in self.places))
         if self.decomposed and self.start != "zero":
             raise ConfigError(f"start: {self.start} is of plain updates, and decomposed ones start at zero")
         if self.decomposed and self.gating != "replace":
             raise ConfigError("decomposed updates keep their scale under a gate; leave gating out")
-        object.__setattr__(self, "places", tuple(place for place in PROJECTIONS if place in self.places))
 
     @property
     def name(self) -> str:
         """What it is called."""
         return "lora"
+
+    @property
+    def shares_entry(self) -> bool:
+        """Whether one product can serve A and a gate: A reads the same x, undropped, and starts at random."""
+        return self.start == "zero" and not self.dropout
+
+    @property
+    def is_all_linear(self) -> bool:
+        """Whether its places are all projections that a layer has."""
+        return self.places == ("all-linear",)
+
+    @property
+    def projections(self) -> tuple[Place, ...]:
+        """Its places by name; under `all-linear` all there are, of which a layer may lack the `gate`."""
+        return tuple(place for place in LINEAR if self.is_all_linear or place in self.places)
 
     @property
     def scale(self) -> float:

@@ -31,6 +31,8 @@ def _presets() -> dict[str, UniPELTConfig]:
         **{name: replace(nothing, **{name: part}) for name, part in bare.items()},
         "prompt": replace(nothing, prompt=PromptConfig()),
     }
+    own = replace(parts["prefix"], softmax="own")
+    presets["unipelt"] = replace(nothing, adapter=AdapterConfig(start="zero"), prefix=own, lora=parts["lora"])
     for letters in ("ap", "apl", "al", "pl"):
         chosen = [name for name in parts if name[0] in letters]
         presets[f"unipelt-{letters}"] = replace(nothing, **{name: parts[name] for name in chosen})
@@ -45,6 +47,8 @@ def _presets() -> dict[str, UniPELTConfig]:
 PRESETS: Mapping[str, UniPELTConfig] = types.MappingProxyType(_presets())
 """Methods by name: those of the paper, of which every `unipelt-*` has a `-nogate` twin, and further submodules.
 
+`unipelt` has the parts of `unipelt-apl` and starts near the base: its prefix has a softmax of its own, and takes no
+attention from the text; its adapter starts at zero.
 Single methods are ungated. `mam` is the mix-and-match adapter of He et al. (2022), `unipelt-mam` the same with gates.
 """
 

@@ -151,11 +151,11 @@ def _changed(
 
 
 def _t5_like(family: Family) -> Family:
-    """With the name of the first projection in models whose feed-forward network has a gate, and in those without."""
+    """With the names of the first projections in models whose feed-forward network has a gate, and in those without."""
     stacks = []
     for stack in family.stacks:
         network = stack.up.rpartition(".")[0]
-        stacks.append(replace(stack, up=f"{network}.wi|{network}.wi_0"))
+        stacks.append(replace(stack, up=f"{network}.wi|{network}.wi_0", gate=f"{network}.wi_1"))
     return Family(tuple(stacks), family.refused)
 
 

@@ -20,6 +20,7 @@ from unipelt.hosts.description import Attention, Stack
 from unipelt.hosts.families import family_of, has, is_complete, is_registered, layers_at
 from unipelt.hosts.rows import rows_of
 from unipelt.submodules.outputs import OutputSlice
+from unipelt.submodules.room import ROOM
 
 logger = logging.get_logger(__name__)
 
@@ -162,7 +163,8 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
             raise InjectionError(f"the description of {kind!r} models cannot work: {error}") from error
     for name, reason in family.refused.items():
         if config.part(name) is not None:
-            raise InjectionError(f"{kind!r} models cannot take {_NAMED.get(name, name)}: {reason}")
+            instead = "; take a method without one, such as the preset unipelt-al" if name == "prefix" else ""
+            raise InjectionError(f"{kind!r} models cannot take {_NAMED.get(name, name)}: {reason}{instead}")
     if config.prompt is not None and len(family.stacks) > 1:
         raise InjectionError(
             f"{kind!r} models cannot take a prompt: a decoder would read the encoder's states of it too, which is not "
@@ -203,6 +205,8 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
             found = {index: _find_layer(layers[index], stack, model, config, own, cross) for index in indices}
         except AttributeError as error:
             raise _built_otherwise(model, str(error)) from error
+        if config.lora is not None and config.lora.is_all_linear:
+            _report_left_out(found, stack)
         if any(layer.attention or layer.cross for layer in found.values()):
             owner = model.base_model.get_submodule(stack.layers.partition(".*")[0].rpartition(".")[0])
             chosen.append(StackTargets(stack, owner, found, causal, label))
@@ -212,6 +216,24 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
             f"{type(model).__name__} to add submodules to"
         )
     return chosen
+
+
+def _report_left_out(found: Mapping[int, LayerTargets], stack: Stack) -> None:
+    """Log the projections of layers that have no place, which `all-linear` leaves as they are."""
+    left: dict[str, None] = {}
+    for layer in found.values():
+        reached = {term.projection.path for term in layer.low_rank}
+        for attention in (layer.attention, layer.cross):
+            reached |= {attention.query.path, attention.value.path} if attention is not None else set()
+        for path, module in layer.module.named_modules():
+            crossing = stack.cross is not None and path.startswith(f"{stack.cross.path}.")
+            wanted = (layer.cross if crossing else layer.attention) is not None and not path.startswith(f"{ROOM}.")
+            if wanted and isinstance(module, (nn.Linear, Conv1D)) and path not in reached:
+                left[path] = None
+    if left:
+        logger.warning(
+            f"lora.places: all-linear leaves out {', '.join(left)}, for which there is no place (unipelt.config.Place)"
+        )
 
 
 def _choose(model: PreTrainedModel, layers: Sequence[nn.Module], stack: Stack, config: UniPELTConfig) -> Sequence[int]:
@@ -253,7 +275,7 @@ def _find_layer(
             f"describe its last one instead: '{stack.norm or stack.output}.{len(adapted) - 1}'"
         )
     found: list[tuple[TermTarget, ...]] = []
-    for wanted in (_wanted_terms(config), _wanted_low_rank(config.lora)):
+    for wanted in (_wanted_terms(config), _wanted_low_rank(config.lora, layer, stack)):
         terms = list(_find_terms(layer, stack, stack.attention, model, wanted)) if own else []
         if crossing and stack.cross:
             terms += _find_terms(layer, stack, stack.cross, model, wanted, in_cross=True)
@@ -268,11 +290,19 @@ def _wanted_terms(config: UniPELTConfig) -> Wanted:
     return [(part, part.places) for part in config.more]
 
 
-def _wanted_low_rank(lora: LoRAConfig | None) -> Wanted:
+def _wanted_low_rank(lora: LoRAConfig | None, layer: nn.Module, stack: Stack) -> Wanted:
     """All of DoRA's; of others, what is not of queries and values, which the attention itself serves."""
     if lora is None:
         return []
-    return [(lora, [place for place in lora.places if lora.decomposed or place not in ENTRY_PLACES])]
+    places = [place for place in lora.projections if lora.decomposed or place not in ENTRY_PLACES]
+    if lora.is_all_linear and not _has_gate(layer, stack):
+        places.remove("gate")
+    return [(lora, places)]
+
+
+def _has_gate(layer: nn.Module, stack: Stack) -> bool:
+    """Whether a layer's feed-forward network has a projection beside its first one."""
+    return bool(stack.gate) and has(layer, _alternative(layer, stack.gate))
 
 
 def _find_terms(
@@ -321,11 +351,29 @@ def _find_in_feed_forward(
     down = _projection(layer, _alternative(layer, _told(stack.down, "down", f"last {told}")))
     if place == "up":
         return TermTarget(part, place, up, up.inputs)
+    if place == "gate":
+        if not _has_gate(layer, stack):
+            raise InjectionError(_without_gate(layer, up, down))
+        gate = _projection(layer, _alternative(layer, stack.gate))
+        return TermTarget(part, place, gate, gate.inputs)
     if place == "activation":
         return TermTarget(part, place, replace(down, rows=OutputSlice(1, 0, down.inputs)), down.inputs)
     if place == "feed_forward":
         return TermTarget(part, place, down, up.inputs, reader=up.path)
     return TermTarget(part, place, down, down.inputs)
+
+
+def _without_gate(layer: nn.Module, up: Projection, down: Projection) -> str:
+    """What to tell a caller who wants the place `gate` in a layer that has no such projection."""
+    if up.rows.count == 2 * down.inputs:
+        return (
+            f"this {type(layer).__name__} has no projection at 'gate' alone: {up.path} computes the gate of its "
+            "feed-forward network too; take the place 'up', which is all of that module"
+        )
+    return (
+        f"this {type(layer).__name__} has no projection of the feed-forward network at 'gate': nothing but {up.path} "
+        "reads its input; leave 'gate' out of places"
+    )
 
 
 def _told(path: str, name: str, what: str) -> str:

@@ -181,7 +181,8 @@ def _wiring(
     if lengthens and built.prefix.gating == "added":
         raise InjectionError(
             f"{type(target.module).__name__} is outside Transformers' attention interface, where alone a prefix can "
-            "have a softmax of its own; take prefix.softmax: shared"
+            "have a softmax of its own; take the preset unipelt-apl, whose prefix shares the text's softmax "
+            "(prefix.softmax: shared), or unipelt-al, which has no prefix"
         )
     reads_mask = lengthens or built.averages
     return Wiring(

@@ -79,7 +79,7 @@ def build_low_rank(target: TermTarget, plan: Plan) -> LoRA | FunctionTerm:
         return build_term(target, plan)
     _check_start(projection, lora)
     like = plan.like(projection)
-    fused = shares_product(plan.config.gate) and lora.start == "zero"
+    fused = shares_product(plan.config.gate) and lora.shares_entry
     entry = _own_entry(target, plan, rows=lora.rank if fused else 0)
     term = LoRA(target.name, projection.rows, lora)
     down = LoRA.initial_down(target.inputs, lora, like)
@@ -100,9 +100,9 @@ def build_entry_low_rank(
         return [], ()
     built: list[tuple[TermTarget, LoRA]] = []
     rows: list[Rows] = []
-    fused = lora.gate and lora.start == "zero" and shares_product(config.gate)
+    fused = lora.gate and lora.shares_entry and shares_product(config.gate)
     for place, projection in (("query", target.query), ("value", target.value)):
-        if place not in lora.places:
+        if place not in lora.projections:
             continue
         _check_start(projection, lora)
         where = target.term(lora, place, projection, in_cross=in_cross)
@@ -142,7 +142,7 @@ def build_adapter(layer: LayerTargets, plan: Plan) -> Adapter:
             rows = _blank_rows(name, "adapter.down", "adapter", config.adapter.bottleneck, hidden, like, bias=True)
             fused = rows if shares_product(config.gate) else ()
             adapter.entry = Entry(hidden, (name,), config.gate, like, causal=found.causal, rows=fused)
-    adapter.set_up(config.adapter.bottleneck, like)
+    adapter.set_up(config.adapter, like)
     return adapter
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unipelt.config.methods import AdapterConfig
 from unipelt.submodules.gate import INITIAL_STD
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.term import Term, add_scaled
@@ -27,12 +28,14 @@ class Adapter(Term):
     so adapter and gate read its output as it is: `h = a + h_F + g * up(ReLU(down(h_F)))`. (Granite multiplies all that
     it adds to a residual by a constant, and the adapter's part with it.)
 
-    Weights start normal(0, 0.02) and biases at zero, as in the authors' release: near, not at, zero. A gate that reads
-    h shares its product with `down`: the entry then holds down's rows.
+    Weights start normal(0, 0.02) and biases at zero, as in the authors' release: near, not at, zero. With the start
+    `zero`, up's weight is zero too. With dropout, while training, the term is `g * up(dropout(ReLU(down(h))))`. A gate
+    that reads h shares its product with `down`: the entry then holds down's rows.
 
     Attributes:
         down: D -> M; None where the entry holds it.
         up: M -> D.
+        dropout: the probability that an activation in the bottleneck is zero, while training.
     """
 
     folds_to = "constant"
@@ -43,15 +46,19 @@ class Adapter(Term):
         super().__init__(name, "adapter", OutputSlice(1, 0, hidden))
         self.reads_output = True
         self.down = None
+        self.dropout = 0.0
 
-    def set_up(self, bottleneck: int, like: Tensor) -> None:
+    def set_up(self, config: AdapterConfig, like: Tensor) -> None:
         """Draw the start of both projections; where the entry holds down's rows, it gets them."""
         hidden = self.outputs.count
-        down = nn.Linear(hidden, bottleneck, dtype=like.dtype, device=like.device)
-        self.up = nn.Linear(bottleneck, hidden, dtype=like.dtype, device=like.device)
+        self.dropout = config.dropout
+        down = nn.Linear(hidden, config.bottleneck, dtype=like.dtype, device=like.device)
+        self.up = nn.Linear(config.bottleneck, hidden, dtype=like.dtype, device=like.device)
         for linear in (down, self.up):
             nn.init.normal_(linear.weight, std=INITIAL_STD)
             nn.init.zeros_(linear.bias)
+        if config.start == "zero":
+            nn.init.zeros_(self.up.weight)
         if self.entry is not None and self.gate_name in self.entry.row_names:
             self.entry.start_rows(self.gate_name, down.weight, down.bias)
         else:
@@ -72,5 +79,8 @@ class Adapter(Term):
         if low is None:
             assert self.down is not None
             low = self.down(x.to(up.weight.dtype))
-        update = up(nn.functional.relu(low)).to(y.dtype)
+        low = nn.functional.relu(low)
+        if self.dropout:
+            low = nn.functional.dropout(low, self.dropout, self.training)
+        update = up(low).to(y.dtype)
         return add_scaled(y, gate, update)

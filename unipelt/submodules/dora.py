@@ -19,7 +19,8 @@ class DoRA(nn.Module):
     """`W' x + b` with `W' = m (W + s B A) / |W + s B A|`, length and direction apart (Liu et al., 2024, equation 5).
 
     The length of a row counts as a constant in the backward pass (section 4.3 there). `A` starts Kaiming-uniform with
-    a = sqrt(5), `B` at zero and `m` at the lengths of W's rows, so the term starts at zero.
+    a = sqrt(5), `B` at zero and `m` at the lengths of W's rows, so the term starts at zero. With dropout, what A
+    reads is dropped while training: `m / |W + s B A| (W x + s B A dropout(x)) + b`.
 
     Attributes:
         A: (r, I).
@@ -37,9 +38,12 @@ class DoRA(nn.Module):
         self.magnitude = nn.Parameter(spot.matrix().detach().norm(dim=1).to(like))
         self.spot = replace(spot, weight=like.new_empty(0))  # where W is, and not a copy of it
         self.scale = config.scale
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The term, (B, T, O)."""
+        if self.dropout:
+            x = nn.functional.dropout(x, self.dropout, self.training)
         low = self.scale * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
         with torch.no_grad():
             length = (self.spot.matrix() + self.scale * self.B @ self.A).norm(dim=1)

@@ -36,7 +36,8 @@ class LoRA(Term):
     With a gate that replaces s, `B0 A0` is that approximation, and the gate leads from W (0) to `W - B0 A0 + B A` (1).
 
     A gate that is computed from x shares its product with A: then an entry holds A's rows, of this term or of the
-    layer's attention, and the term has no parameter A.
+    layer's attention, and the term has no parameter A. Not so with dropout: while training, x is dropped before A (and
+    A0), and never before the gate.
 
     Attributes:
         A: (r, I); absent where an entry holds it.
@@ -45,6 +46,7 @@ class LoRA(Term):
         in_entry: whether the entry of the layer's attention holds A.
         scale: the factor without a gate.
         gated_scale: the factor beside a gate.
+        dropout: the probability that a number of x is zero before A, while training.
     """
 
     folds_to = "merged"
@@ -56,6 +58,7 @@ class LoRA(Term):
         super().__init__(name, "lora", outputs)
         self.scale = config.scale
         self.gated_scale = config.gated_scale
+        self.dropout = config.dropout
         self.in_entry = False
 
     def set_up(self, down: Tensor, like: Tensor, *, has_start: bool, keep_down: bool) -> None:
@@ -126,6 +129,8 @@ class LoRA(Term):
             up = torch.cat([up, -held["B0"]], dim=1)
         if low is None:
             down = held["A"] if start is None else torch.cat([held["A"], start])
+            if self.dropout:
+                x = nn.functional.dropout(x, self.dropout, self.training)
             low = nn.functional.linear(x.to(down.dtype), down)
         if gate is not None:
             low = low * flat_like(gate, x)

@@ -71,7 +71,7 @@ def alone(part: LoRAConfig | SubmoduleConfig) -> UniPELTConfig:
 def find_slots(model: PreTrainedModel, config: UniPELTConfig) -> list[Slot]:
     """All places of terms that a configuration means."""
     paths = {module: path for path, module in model.named_modules()}
-    plain = config.lora.places if config.lora is not None and not config.lora.decomposed else ()
+    plain = config.lora.projections if config.lora is not None and not config.lora.decomposed else ()
     found = []
     for stack in find_stacks(model, config):
         own = "decoder" if stack.causal else "encoder"

@@ -33,7 +33,7 @@ from unipelt.bridges.peft.plan import (
 from unipelt.bridges.peft.prompts import plan_prompt
 from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.config.methods import PROJECTIONS, LoRAConfig
+from unipelt.config.methods import LINEAR, LoRAConfig
 from unipelt.config.schema import LARGEST, ConfigError, read_mapping
 from unipelt.files.messages import shorten, show, show_path
 from unipelt.files.strict import read_bytes
@@ -48,13 +48,14 @@ _PAIR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _NAME = re.compile(r"[\w.]+")
 _IGNORED = IGNORED | {
     # where it is, which the tensors' names say too; how training starts and goes, how it runs
-    *("layers_to_transform", "layers_pattern", "lora_dropout", "eva_config", "corda_config", "lora_ga_config"),
+    *("layers_to_transform", "layers_pattern", "eva_config", "corda_config", "lora_ga_config"),
     *("loftq_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base's own weights as they are."""
 _READ = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+    | {"lora_dropout"}
 )
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -67,7 +68,7 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     Its modules must be projections of some layers, the same in each, which is where they go here. `alpha / r`,
     rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and a fused
     projection give the same product to rounding; whatever else changes what is computed is refused. `lora_dropout` is
-    not taken over: training goes on without.
+    taken over for further training.
 
     Args:
         model: the base model that it was trained on, with the same head class; nothing injected yet.
@@ -143,7 +144,7 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
     decomposed = bool(values.get("use_dora"))
     pairs, lengths, saved = _sort(tensors, decomposed)
     check_saved(model, saved)
-    found = possible_slots(model, LoRAConfig(gate=False), PROJECTIONS, least=("query", "value"))
+    found = possible_slots(model, LoRAConfig(gate=False), LINEAR, least=("query", "value"))
     if unknown := sorted(pairs.keys() - {slot.path for slot in found}):
         ends = sorted({slot.path.rpartition(".")[2] for slot in found})
         raise CheckpointError(
@@ -179,7 +180,14 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
     rank = max(1, *(len(low) for low, _ in terms.values()))
     try:
         places = {path.rpartition(".lora_")[2] for path in terms}
-        lora = LoRAConfig(rank, scale * rank, gate=False, places=tuple(places), decomposed=decomposed)  # type: ignore[arg-type]
+        lora = LoRAConfig(
+            rank,
+            scale * rank,
+            gate=False,
+            places=tuple(places),  # type: ignore[arg-type]
+            decomposed=decomposed,
+            dropout=values.get("lora_dropout") or 0.0,
+        )
     except ConfigError as error:
         raise CheckpointError(f"its LoRA cannot be meant: {error}") from error
     inner = "function." if decomposed else ""
@@ -213,6 +221,9 @@ def _check_values(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= LARGEST:
             raise CheckpointError(f"{name} must be a number above 0 and at most {LARGEST:,}, not {show(value)}")
+    dropout = values.get("lora_dropout") or 0.0
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+        raise CheckpointError(f"lora_dropout must be a number of at least 0 and below 1, not {show(dropout)}")
     for name in ("use_rslora", "use_dora"):
         if not isinstance(values.get(name, False), bool):
             raise CheckpointError(f"{name} must be true or false, not {show(values[name])}")

@@ -72,6 +72,8 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
     _check_travels(model, injection, method)
     if method == "LORA":
         fields, tensors = _pairs(model, _terms(model, injection))
+        assert injection.config.lora is not None
+        fields["lora_dropout"] = injection.config.lora.dropout
     else:
         fields, tensors = write_factors(model) if method == "IA3" else write_prompt(model)
     task = task_of(model)
@@ -274,7 +276,6 @@ def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], 
         "lora_alpha": int(alpha),
         "target_modules": name_modules(model, by_projection),
         "fan_in_fan_out": all(isinstance(leaf, Conv1D) for leaf in leaves),
-        "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
         **({"use_dora": True} if decomposed else {}),
