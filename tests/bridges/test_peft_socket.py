@@ -507,6 +507,7 @@ def test_peft_opens_a_folder_of_ours(family: str, method: str, deploy: bool, tmp
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    assert "whole configuration is in `adapter_config.json`" in (tmp_path / "out" / "README.md").read_text()
     loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded, family), logits(model, family), atol=1e-5, rtol=1e-5)
     auto = getattr(peft, AUTO[FAMILIES[family]]).from_pretrained(tmp_path / "out")
@@ -522,7 +523,8 @@ def test_peft_opens_a_folder_of_ours(family: str, method: str, deploy: bool, tmp
 def test_both_write_the_same_folder(family: str, method: str, tmp_path: Path) -> None:
     model = peft_model(family, method)
     model.save_pretrained(tmp_path / "pefts")
-    unipelt.save(from_peft(model), tmp_path / "ours", peft=True)
+    back: Any = from_peft(model)
+    back.save_pretrained(tmp_path / "ours", peft=True)
     pefts, ours = (
         (
             json.loads((tmp_path / name / "adapter_config.json").read_text()),

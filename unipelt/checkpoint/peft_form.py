@@ -155,7 +155,7 @@ def build_base_of_peft(
     logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
     try:
         model: PreTrainedModel = cls.from_pretrained(
-            name, **{"use_safetensors": True, "revision": revision or "main", **options}
+            name, **{"use_safetensors": True, "trust_remote_code": False, "revision": revision or "main", **options}
         )
     except OSError as error:
         raise MissingBaseError(
@@ -213,7 +213,8 @@ def write_folder(
     whole = dict(tensors)
     for path in held:
         for name, tensor in model.get_submodule(path).state_dict(prefix=f"{path}.").items():
-            whole.setdefault(name, tensor.detach().cpu().contiguous())  # PEFT's copies are of whole modules
+            if name not in whole:  # PEFT's copies are of whole modules
+                whole[name] = tensor.detach().cpu().contiguous()
     task = _task_of(model, base["class"]) if injection.config.train_head else None  # PEFT trains the head for a task
     named = {"base_model_class": base["class"], "parent_library": _module_of(base["class"])}
     values = {
