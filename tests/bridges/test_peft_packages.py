@@ -1,10 +1,11 @@
-"""Packages that know PEFT, with a set of ours: TRL, sentence-transformers, Transformers.
+"""Packages that know PEFT, with a set of ours: TRL, sentence-transformers, SetFit, lm-evaluation-harness, Transformers.
 
-`.ci/peft` makes an environment with the first two.
+`.ci/peft` makes an environment with all but the last.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,103 @@ def test_a_cross_encoder_comes_back(sentences: Any, minilm: str, tmp_path: Path)
     again = sentences.CrossEncoder(str(tmp_path / "saved"), device="cpu")
     assert_same_set(again, model)
     assert abs(again.predict(texts, show_progress_bar=False) - want).max() < 1e-6
+
+
+def test_a_sparse_encoder_comes_back(sentences: Any, tokens: Any, tmp_path: Path) -> None:
+    tiny_model("bert", "MaskedLM", vocab_size=len(tokens), max_position_embeddings=128).save_pretrained(
+        tmp_path / "base"
+    )
+    tokens.save_pretrained(tmp_path / "base")
+    model = sentences.SparseEncoder(str(tmp_path / "base"), device="cpu")
+    model.add_adapter(unipelt.PeftConfig(METHOD, task_type="FEATURE_EXTRACTION"))
+    before = encode(model).to_dense()
+    shake(model)
+    want = encode(model).to_dense()
+    assert (want - before).abs().max() > 1e-3
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = sentences.SparseEncoder(str(tmp_path / "saved"), device="cpu")
+    assert_same_set(again, model)
+    assert (encode(again).to_dense() - want).abs().max() < 1e-6
+
+
+# SetFit
+
+
+def test_setfit_trains_the_set_alone(minilm: str, tmp_path: Path) -> None:
+    reason = "SetFit is not installed; .ci/peft makes an environment with it"
+    setfit = pytest.importorskip("setfit", reason=reason)
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+
+    model = setfit.SetFitModel.from_pretrained(minilm, device="cpu")
+    body = model.model_body
+    body.add_adapter(unipelt.PeftConfig(METHOD, task_type="FEATURE_EXTRACTION"))
+    before = {name: parameter.clone() for name, parameter in body.named_parameters()}
+    texts = ["a lovely film", "great fun", "a dull film", "an awful evening"]
+    arguments = setfit.TrainingArguments(
+        output_dir=str(tmp_path / "out"), batch_size=2, max_steps=3, body_learning_rate=1e-2, report_to="none"
+    )
+    rows = Dataset.from_dict({"text": texts, "label": [1, 1, 0, 0]})
+    setfit.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    changed = {name for name, value in before.items() if not torch.equal(body.get_parameter(name), value)}
+    assert changed
+    assert all(".unipelt.default." in name for name in changed)
+    assert model.predict(texts).tolist() == [1, 1, 0, 0]
+    want = encode(body)
+    # SetFit's own save_pretrained writes a config.json of its own, with which no folder of an adapter is read again
+    body.save_pretrained(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert_same_set(again, body)
+    assert abs(encode(again) - want).max() < 1e-6
+
+
+# lm-evaluation-harness
+
+
+def test_the_harness_scores_a_folder_as_the_model(tokens: Any, policy: Any, tmp_path: Path) -> None:
+    reason = "lm-eval is not installed; .ci/peft makes an environment with it"
+    pytest.importorskip("lm_eval", reason=reason)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    rows = [
+        {"start": "the sky is", "ends": [" blue", " made of soup"], "right": 0},
+        {"start": "a cat has", "ends": [" nine wheels", " four legs"], "right": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    task = {
+        "task": "ends",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{start}}",
+        "doc_to_choice": "{{ends}}",
+        "doc_to_target": "right",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "ends.yaml").write_text(json.dumps(task))
+    tokens.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    model = peft.get_peft_model(policy, config()).eval()
+    shake(model, std=0.2)
+    model.save_pretrained(tmp_path / "set")
+
+    def score(**given: Any) -> list[Any]:
+        manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+        judged = HFLM(device="cpu", batch_size=2, dtype="float32", **given)
+        found = simple_evaluate(model=judged, tasks=["ends"], task_manager=manager, log_samples=True, bootstrap_iters=0)
+        return [
+            found["results"]["ends"]["acc,none"],
+            *(number for sample in found["samples"]["ends"] for number, _ in sample["filtered_resps"]),
+        ]
+
+    want = score(pretrained=model, tokenizer=base)
+    assert score(pretrained=base, peft=str(tmp_path / "set")) == pytest.approx(want, abs=1e-4)
+    assert score(pretrained=base) != pytest.approx(want, abs=1e-1)
 
 
 # Transformers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import pickle
 import subprocess
 import sys
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import shake
+from hub_server import only_hub
 from tiny import ENCODER_DECODERS, WITHOUT_INTERFACE, tiny_batch, tiny_model
 from torch import Tensor
 
 import unipelt
 from unipelt import from_peft, to_peft
 from unipelt.bridges.peft_socket.register import TYPE, find_problem
+from unipelt.pack import Pack
 
 peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers")
@@ -461,6 +465,286 @@ def test_gates_are_recorded(family: str, method: str) -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+# Folders of ours and of PEFT's
+
+AUTO = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+}
+
+
+def in_folder(family: str, folder: Path) -> Any:
+    """The class of a base, which lies in a folder."""
+    base_model(family).save_pretrained(folder / "base")
+    return type(base_model(family))
+
+
+@every
+def test_our_loader_opens_a_folder_of_pefts(family: str, method: str, tmp_path: Path) -> None:
+    cls = in_folder(family, tmp_path)
+    model = peft.get_peft_model(cls.from_pretrained(tmp_path / "base"), config(family, method)).eval()
+    shake(model)
+    model.save_pretrained(tmp_path / "out")
+    want = unipelt.save(from_peft(copy.deepcopy(model)), tmp_path / "same")
+    loaded = unipelt.load(base_model(family), tmp_path / "out")
+    whole = unipelt.from_pretrained(tmp_path / "out")
+    assert type(whole) is cls
+    elsewhere = unipelt.from_pretrained(tmp_path / "out", base=tmp_path / "base")
+    kept = unipelt.load(base_model(family), want)
+    for one in (loaded, whole, elsewhere):
+        assert named(one).keys() == named(kept).keys()
+        assert all(torch.equal(value, named(kept)[name]) for name, value in named(one).items())
+        assert one.unipelt_injection.head == kept.unipelt_injection.head
+        assert unipelt.parameter_counts(one) == unipelt.parameter_counts(kept)
+    torch.testing.assert_close(logits(whole, family), logits(model, family), atol=1e-5, rtol=1e-5)
+    base = type(whole).from_pretrained(tmp_path / "base")
+    assert named(unipelt.remove(whole)).keys() == named(base).keys()
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+@every
+def test_peft_opens_a_folder_of_ours(family: str, method: str, deploy: bool, tmp_path: Path) -> None:
+    cls = in_folder(family, tmp_path)
+    model = unipelt.inject(cls.from_pretrained(tmp_path / "base"), METHODS[method]).eval()
+    shake(model)
+    unipelt.save(model, tmp_path / "out", peft=True, deploy=deploy)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert "whole configuration is in `adapter_config.json`" in (tmp_path / "out" / "README.md").read_text()
+    loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(loaded, family), logits(model, family), atol=1e-5, rtol=1e-5)
+    auto = getattr(peft, AUTO[FAMILIES[family]]).from_pretrained(tmp_path / "out")
+    ours = unipelt.from_pretrained(tmp_path / "out")
+    unipelt.save(model, tmp_path / "same", deploy=deploy)
+    kept = named(unipelt.load(base_model(family), tmp_path / "same"))
+    for one in (from_peft(loaded), from_peft(auto), ours):
+        assert named(one).keys() == kept.keys()
+        assert all(torch.equal(value, kept[name]) for name, value in named(one).items())
+
+
+@every
+def test_both_write_the_same_folder(family: str, method: str, tmp_path: Path) -> None:
+    model = peft_model(family, method)
+    model.save_pretrained(tmp_path / "pefts")
+    back: Any = from_peft(model)
+    back.save_pretrained(tmp_path / "ours", peft=True)
+    pefts, ours = (
+        (
+            json.loads((tmp_path / name / "adapter_config.json").read_text()),
+            safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors"),
+        )
+        for name in ("pefts", "ours")
+    )
+    assert pefts[1].keys() == ours[1].keys()
+    assert all(torch.equal(value, ours[1][name]) for name, value in pefts[1].items())
+    for fields in (pefts[0], ours[0]):
+        fields["modules_to_save"] = sorted(set(fields["modules_to_save"] or ()) - {"score", "classifier"})  # PEFT's own
+        fields.pop("peft_version", None)
+    assert pefts[0] == ours[0]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_folder_says_its_base_without_a_task(trains: bool, tmp_path: Path) -> None:
+    cls = in_folder("bert", tmp_path)
+    method = {**METHODS["lora"], "train_head": trains}
+    model = peft.get_peft_model(cls.from_pretrained(tmp_path / "base"), unipelt.PeftConfig(method)).eval()
+    shake(model)
+    model.save_pretrained(tmp_path / "pefts")
+    ours = unipelt.from_pretrained(tmp_path / "pefts")
+    torch.testing.assert_close(logits(ours, "bert"), logits(model, "bert"), atol=1e-5, rtol=1e-5)
+    assert ours.unipelt_injection.head == {"classifier.weight", "classifier.bias"}
+    unipelt.save(ours, tmp_path / "ours", peft=True)
+    auto = peft.AutoPeftModel if not trains else peft.AutoPeftModelForSequenceClassification
+    again = auto.from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again, "bert"), logits(model, "bert"), atol=1e-5, rtol=1e-5)
+
+
+def test_a_set_of_another_name_is_opened_in_its_own_folder(tmp_path: Path) -> None:
+    model = peft_model("bert")
+    model.add_adapter("rte", config("bert", "lora"))
+    model.set_adapter("rte")
+    shake(model, seed=5)
+    model.save_pretrained(tmp_path)
+    loaded = unipelt.load(base_model("bert"), tmp_path / "rte")
+    assert torch.equal(logits(loaded, "bert"), logits(model, "bert"))
+
+
+def test_a_module_that_trains_beside_the_head_comes_along(tmp_path: Path) -> None:
+    model = peft_model("bert", modules_to_save=["pooler"])
+    model.save_pretrained(tmp_path)
+    loaded = unipelt.load(base_model("bert"), tmp_path)
+    assert torch.equal(logits(loaded, "bert"), logits(model, "bert"))
+    assert loaded.unipelt_injection.unfrozen == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    with pytest.raises(ValueError, match=r"pooler.dense.bias is kept beside the head, and PEFT cannot carry it"):
+        unipelt.save(loaded, tmp_path / "out", peft=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_our_loader_refuses_other_folders_of_pefts(tmp_path: Path) -> None:
+    method = peft.LoraConfig(task_type="SEQ_CLS")
+    peft.get_peft_model(base_model("bert"), method).save_pretrained(tmp_path / "lora")
+    rows = peft_model("bert", trainable_token_indices={"word_embeddings": [5]})
+    rows.save_pretrained(tmp_path / "rows")
+    peft_model("bert").save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    peft_model("bert").save_pretrained(tmp_path / "whole")
+    for name, text in (
+        ("lora", r"peft_type is 'LORA', not UNIPELT; unipelt\.load_peft reads"),
+        ("rows", r"trainable_token_indices"),
+        ("pickle", r"adapter_model\.bin, a pickle, which is not read"),
+    ):
+        model = base_model("bert")
+        with pytest.raises(unipelt.CheckpointError, match=text):
+            unipelt.load(model, tmp_path / name)
+        assert named(model).keys() == named(base_model("bert")).keys()
+    fields = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    for changed, text in (
+        ({"method": {"invented": 1}}, "adapter_config.json cannot be read: .*invented"),
+        ({"method": 3}, "method must be a mapping, not 3"),
+        ({"head": "classifier"}, "head must be a list"),
+        ({"deployed": None}, "deployed must be true or false"),
+        ({"method": unipelt.resolve("lora").to_dict()}, "does not fit"),
+    ):
+        (tmp_path / "whole" / "adapter_config.json").write_text(json.dumps({**fields, **changed}))
+        with pytest.raises(unipelt.CheckpointError, match=text):
+            unipelt.load(base_model("bert"), tmp_path / "whole")
+    (tmp_path / "whole" / "adapter_model.safetensors").write_bytes(b"x" * 30)
+    (tmp_path / "whole" / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(unipelt.CheckpointError, match="not a valid safetensors file"):
+        unipelt.load(base_model("bert"), tmp_path / "whole")
+
+
+def test_a_base_of_a_folder_that_cannot_be_had(tmp_path: Path) -> None:
+    peft_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(unipelt.CheckpointError, match="built in memory"):
+        unipelt.from_pretrained(tmp_path)
+    with pytest.raises(unipelt.CheckpointError, match=r"cannot be had: .*; say base="):
+        unipelt.from_pretrained(tmp_path, base=tmp_path / "nothing")
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    for mapping in (
+        None,
+        {"base_model_class": "Popen", "parent_library": "subprocess"},
+        {"base_model_class": "AutoTokenizer", "parent_library": "transformers"},
+    ):
+        changed = {**fields, "task_type": None, "auto_mapping": mapping}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
+        with pytest.raises(unipelt.CheckpointError, match="does not say which class of transformers"):
+            unipelt.from_pretrained(tmp_path, base=tmp_path)
+
+
+def test_what_pefts_form_cannot_hold_is_refused(tmp_path: Path) -> None:
+    for method, text in ((METHODS["lora"], "was folded"), ("bitfit", "no place for a second value")):
+        model = unipelt.inject(base_model("bert"), method)
+        if method != "bitfit":
+            unipelt.fold(model, [])
+        with pytest.raises(ValueError, match=text):
+            unipelt.save(model, tmp_path / "out", peft=True)
+        assert not (tmp_path / "out").exists()
+    model = unipelt.inject(base_model("bert"), METHODS["lora"])
+    unipelt.save(model, tmp_path / "ours")
+    with pytest.raises(ValueError, match="holds a checkpoint of unipelt's own form"):
+        unipelt.save(model, tmp_path / "ours", peft=True)
+    assert not (tmp_path / "ours" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_peft_model_goes_to_the_hub_and_comes_back(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with only_hub(monkeypatch, tmp_path) as hub:
+        cls = in_folder(family, tmp_path)
+        files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+        commit = hub.publish("owner/tiny", files)
+        model = peft.get_peft_model(cls.from_pretrained("owner/tiny"), config(family)).eval()
+        shake(model)
+        model.push_to_hub("somebody/adapter")
+        repository = hub.repositories["somebody/adapter"]
+        assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(
+            repository.commits[repository.branches["main"]]
+        )
+        loaded = peft.PeftModel.from_pretrained(cls.from_pretrained("owner/tiny"), "somebody/adapter")
+        assert_came_back(loaded, model, family)
+        assert_came_back(getattr(peft, AUTO[FAMILIES[family]]).from_pretrained("somebody/adapter"), model, family)
+        ours = unipelt.from_pretrained("somebody/adapter")
+        kept = named(from_peft(copy.deepcopy(model)))
+        assert all(torch.equal(value, kept[name]) for name, value in named(ours).items())
+        # a folder of ours in PEFT's form says where its base is, at which commit
+        unipelt.save(ours, tmp_path / "out", peft=True)
+        fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (fields["base_model_name_or_path"], fields["revision"]) == ("owner/tiny", commit)
+        named_files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        hub.publish("somebody/ours", named_files)
+        assert_came_back(getattr(peft, AUTO[FAMILIES[family]]).from_pretrained("somebody/ours"), model, family)
+        model.push_to_hub("somebody/adapter", revision="try", create_pr=True)
+        assert "refs/pr/1" in repository.branches
+
+
+# Our verbs on a PeftModel
+
+
+def refusals(folder: Path) -> dict[str, Callable[[Any], Any]]:
+    return {
+        "save": lambda model: unipelt.save(model, folder),
+        "push_to_hub": lambda model: unipelt.push_to_hub(model, "user/name"),
+        "remove": unipelt.remove,
+        "merge": unipelt.merge,
+        "save_peft": lambda model: unipelt.save_peft(model, folder),
+        "release_state_dict": unipelt.release_state_dict,
+        "Pack": lambda model: Pack(model, 7),
+        "to_peft": to_peft,
+    }
+
+
+@pytest.mark.parametrize("holder", ["PeftModel", "Transformers"])
+@pytest.mark.parametrize("verb", refusals(Path()))
+def test_verbs_that_need_an_injected_model_say_what_to_call(verb: str, holder: str, tmp_path: Path) -> None:
+    model = peft_model("bert", "lora") if holder == "PeftModel" else base_model("bert").eval()
+    if holder == "Transformers":
+        model.add_adapter(config("bert", "lora"))
+        shake(model)
+    before, want = named(model), logits(model, "bert")
+    with pytest.raises(ValueError, match=r"call model = unipelt\.from_peft\(model\) first"):
+        refusals(tmp_path / "out")[verb](model)
+    assert named(model).keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in named(model).items())
+    assert not (tmp_path / "out").exists()
+    back = from_peft(model)
+    assert torch.equal(logits(back, "bert"), want)
+    unipelt.save(back, tmp_path / "out")
+
+
+def test_tasks_take_what_from_peft_gives_as_a_task(tmp_path: Path) -> None:
+    model = peft_model("bert")
+    with pytest.raises(unipelt.InjectionError, match=r"unipelt\.from_peft\(model\) gives, and load it as a task"):
+        unipelt.Tasks(model)
+    model.save_pretrained(tmp_path / "pefts")
+    tasks = unipelt.Tasks(base_model("bert").eval())
+    with pytest.raises(FileNotFoundError, match=r"PEFT's: save \(unipelt\.save\) what unipelt\.load makes of it"):
+        tasks.load("rte", tmp_path / "pefts")
+    want = logits(model, "bert")
+    unipelt.save(from_peft(model), tmp_path / "ours")
+    tasks.load("rte", tmp_path / "ours")
+    assert torch.equal(logits(tasks["rte"], "bert"), want)
+
+
+@pytest.mark.parametrize("name", ["default", "rte"])
+def test_parameters_are_counted_and_grouped(name: str) -> None:
+    model = peft.get_peft_model(base_model("bert"), config("bert"), adapter_name=name)
+    injected = unipelt.inject(base_model("bert"), METHODS["unipelt-apl"])
+    assert unipelt.parameter_counts(model) == unipelt.parameter_counts(injected)
+    got, want = (unipelt.parameter_groups(one, lr=1e-3, gate=1e-2, head=1e-4) for one in (model, injected))
+
+    def shape(groups: list[dict[str, Any]]) -> list[Any]:
+        return [
+            (one["name"], one["lr"], one["weight_decay"], sum(each.numel() for each in one["params"])) for one in groups
+        ]
+
+    assert sorted(shape(got)) == sorted(shape(want))
+
+
 # Transformers
 
 
@@ -493,14 +777,7 @@ def test_transformers_finds_and_loads_a_folder(family: str, method: str, tmp_pat
     shake(model)
     model.save_pretrained(tmp_path / "out")
     assert_came_back(cls.from_pretrained(tmp_path / "out").eval(), model, family)
-    auto = getattr(
-        peft,
-        {
-            "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-            "CAUSAL_LM": "AutoPeftModelForCausalLM",
-            "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-        }[FAMILIES[family]],
-    )
+    auto = getattr(peft, AUTO[FAMILIES[family]])
     assert_came_back(auto.from_pretrained(tmp_path / "out").eval(), model, family)
     plain = cls.from_pretrained(tmp_path / "base").eval()
     plain.load_adapter(str(tmp_path / "out"), adapter_name="named")
@@ -661,11 +938,44 @@ def test_folding_a_peft_model_and_unloading_it(tmp_path: Path) -> None:
     report = unipelt.fold(model, [tiny_batch("bert")], tolerance=0.5)
     assert report.merged == 6
     folded = logits(model, "bert")
-    with pytest.raises(ValueError, match="this set was folded"):
-        model.save_pretrained(tmp_path)
+    unfolded: dict[str, Callable[[], Any]] = {
+        "save_pretrained": lambda: model.save_pretrained(tmp_path),
+        "add_adapter": lambda: model.add_adapter("rte", config("bert", "lora")),
+        "delete_adapter": lambda: model.delete_adapter("default"),
+        "unload": model.unload,
+        "adapter_names=": lambda: logits(model, "bert", adapter_names=["__base__"] * 3),
+        "disable_adapter": lambda: model.disable_adapter().__enter__(),
+    }
+    for name, verb in unfolded.items():
+        with pytest.raises(ValueError, match=f"this set was folded, and {name} needs the base's own weights"):
+            verb()
+    with pytest.raises(ValueError, match="this set was folded"), unipelt.disable(model):
+        pass
+    assert torch.equal(logits(model, "bert"), folded)
+    other = from_peft(copy.deepcopy(model))
+    unipelt.save(other, tmp_path / "ours")
+    assert torch.equal(logits(unipelt.load(base_model("bert"), tmp_path / "ours"), "bert"), folded)
+    assert torch.equal(logits(unipelt.remove(other), "bert"), logits(base_model("bert"), "bert"))
     merged = model.merge_and_unload()
     assert torch.equal(logits(merged, "bert"), folded)
     assert named(merged).keys() == named(base_model("bert")).keys()
+
+
+@pytest.mark.parametrize("names", [["rte"], ["default", "rte"]])
+def test_folding_takes_one_set(names: list[str]) -> None:
+    model = peft.get_peft_model(base_model("bert"), config("bert"), adapter_name=names[0]).eval()
+    for name in names[1:]:
+        model.add_adapter(name, config("bert", "lora"))
+    shake(model, std=0.02)
+    before = named(model)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(unipelt.FoldError, match=r"one set, called 'default', and this has rte; delete .*from_peft"):
+        unipelt.fold(model, [tiny_batch("bert")], tolerance=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in named(model).items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    for name in names[:-1]:
+        model.delete_adapter(name)
+    assert unipelt.fold(from_peft(model), [tiny_batch("bert")], tolerance=0.5).merged == 6
 
 
 # Refusals

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-import transformers
 import yaml
 from helpers import trained
-from hub_server import READER, WRITER, Hub, serve
+from hub_server import READER, Hub, only_hub
 from huggingface_hub import ModelCard, constants
 from records.test_record import make_record
 from tiny import tiny_batch
@@ -37,20 +35,7 @@ TEXTS = ["the cat was lovely", "a dull grey dog sat on the mat"]
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that the whole process talks to, as one that may write, with an empty cache."""
-    with serve() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
-        # newer Transformers keep one, with the address that it was made with
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        huggingface_hub.utils.disable_progress_bars()
+    with only_hub(monkeypatch, tmp_path) as hub:
         yield hub
 
 

@@ -7,6 +7,7 @@ Each process has half of a batch, and each computes in itself, with the whole ba
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import unipelt
 from unipelt.hosts.locate import layers_at
-from unipelt.injection.state import injection_of
+from unipelt.injection.state import host_of, injection_inside
 from unipelt.submodules.room import own_parts
 
 LENGTHS = ((9, 5, 7, 7), (4, 6, 2, 8))
@@ -44,6 +45,15 @@ def build(family: str) -> Any:
     """An injected model in training mode, the same in every process."""
     model = tiny_model(family).train()
     unipelt.inject(model, "unipelt-apl" if family in WITH_PREFIX else "unipelt-al")
+    shake(model)
+    return model
+
+
+def build_peft(family: str) -> Any:
+    """A `PeftModel` with the same set, in training mode."""
+    import peft
+
+    model = peft.get_peft_model(tiny_model(family).train(), unipelt.PeftConfig("unipelt-apl"))
     shake(model)
     return model
 
@@ -93,6 +103,12 @@ def shard(family: str, model: Any) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
+def shard_peft(family: str, model: Any) -> Any:
+    """The same for a `PeftModel`: the layers, the model inside, and the wrapper."""
+    shard(family, host_of(model))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
+
+
 def own_rows() -> slice:
     """Which texts of a batch are this process's."""
     half, rank = 4 // PROCESSES, torch.distributed.get_rank()
@@ -119,16 +135,19 @@ def differing_between_processes(tensors: dict[str, Tensor]) -> list[str]:
 
 def compare(family: str, way: str) -> dict[str, Any]:
     """What two processes and one do not agree on."""
-    alone, model = build(family), build(family)
+    of_peft = way == "fsdp2 of peft"
+    make = build_peft if of_peft else build
+    alone, model = make(family), make(family)
     start = {name: whole(parameter) for name, parameter in model.named_parameters()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     want_gradients, want = step(family, alone, alone, slice(None))
     if way == "fsdp2 checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    wrapped = DistributedDataParallel(model) if way == "ddp" else shard(family, model)
+    spread = shard_peft if of_peft else shard
+    wrapped = DistributedDataParallel(model) if way == "ddp" else spread(family, model)
     gradients, got = step(family, model, wrapped, own_rows())
     return {
-        "prefix": injection_of(model).config.prefix is not None,
+        "prefix": injection_inside(host_of(model)).config.prefix is not None,
         "parameters": len(got),
         "sharded": sum(isinstance(parameter, DTensor) for parameter in model.parameters()),
         "other gradients": differing(gradients, want_gradients),
@@ -177,6 +196,21 @@ def save(family: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def save_peft(family: str, folder: Path) -> dict[str, Any]:
+    """What the folder of a sharded `PeftModel` does not hold."""
+    import peft
+
+    model = build_peft(family)
+    shard_peft(family, model)
+    _, got = step(family, model, model, own_rows())
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank() != 0:
+        return {}
+    model.save_pretrained(folder / f"{family}-peft", state_dict=state)
+    again = dict(peft.PeftModel.from_pretrained(tiny_model(family), folder / f"{family}-peft").named_parameters())
+    return {"other parameters": sorted(name for name in got if not torch.equal(got[name], again[name]))}
+
+
 def work(rank: int, folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -185,11 +219,15 @@ def work(rank: int, folder: Path, families: list[str]) -> None:
         "gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
     )
     jobs = [(family, way) for family in families for way in ("ddp", "fsdp2")]
-    jobs += [(family, way) for way in ("fsdp2 checkpointed", "save") for family in families if family in CHECKPOINTED]
+    ways = ["fsdp2 checkpointed", "save"]
+    if importlib.util.find_spec("peft") is not None:
+        ways += ["fsdp2 of peft", "save of peft"]
+    jobs += [(family, way) for way in ways for family in families if family in CHECKPOINTED]
     results: dict[str, dict[str, Any]] = {}
     for family, way in jobs:
         try:
-            found = save(family, folder) if way == "save" else compare(family, way)
+            saves = {"save": save, "save of peft": save_peft}
+            found = saves[way](family, folder) if way in saves else compare(family, way)
         except Exception:
             found = {"error": traceback.format_exc()}
         results[f"{family} {way}"] = found

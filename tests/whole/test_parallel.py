@@ -69,3 +69,11 @@ def test_a_sharded_model_is_saved_from_its_gathered_state(results: list[dict[str
     assert found["logits apart when deployed"] < 1e-5
     assert hasattr(transformers, found["class"]), "from_pretrained finds the class by this name"
     assert "each process holds only a part of" in found["refusal"]
+
+
+@pytest.mark.parametrize("family", CHECKPOINTED)
+def test_fsdp2_shards_a_peft_model_and_saves_it(results: list[dict[str, Any]], family: str) -> None:
+    pytest.importorskip("peft", minversion="0.21")
+    check(results, family, "fsdp2 of peft")
+    assert "error" not in results[0][f"{family} save of peft"], results[0][f"{family} save of peft"]["error"]
+    assert results[0][f"{family} save of peft"]["other parameters"] == []

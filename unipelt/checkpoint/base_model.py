@@ -61,22 +61,29 @@ def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor], *, covers
         covers: what the fingerprint covers, `ALL` or `SAMPLE`.
     """
     injection = injection_of(model)
-    name = model.config._name_or_path
-    # FSDP2 puts a class of its own in front of the model's
-    cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
-    on_hub = bool(name) and not os.path.isdir(name) and may_be_base(name)
     known: Mapping[str, Tensor] = injection.before
     if any(is_sharded(parameter) for parameter in model.parameters()):
         known = {**whole, **known}
     return {
-        "class": cls.__name__,
-        "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
-        "revision": getattr(model.config, "_commit_hash", None) or (cached_commit(name) if on_hub else None),
+        **base_origin(model),
         "config": json.loads(model.config.to_json_string(use_diff=True)),
         "computation": _computation(model),
         "fingerprint": _fingerprint(
             model, injection.head | injection.vocabulary | unfrozen_names(model), known, sampled=covers == SAMPLE
         ),
+    }
+
+
+def base_origin(model: PreTrainedModel) -> dict[str, Any]:
+    """Class, location and revision of the base of a model."""
+    name = model.config._name_or_path
+    # FSDP2 puts a class of its own in front of the model's
+    cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
+    on_hub = bool(name) and not os.path.isdir(name) and may_be_base(name)
+    return {
+        "class": cls.__name__,
+        "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
+        "revision": getattr(model.config, "_commit_hash", None) or (cached_commit(name) if on_hub else None),
     }
 
 

@@ -31,13 +31,14 @@ def _save_pretrained(
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
+    peft: bool = False,
     **_: Any,
 ) -> None:
     """An injected model's `save_pretrained`: what `unipelt.save` writes, so that a Trainer's checkpoints are ours."""
     if push_to_hub:
         raise ValueError("push_to_hub is no option of an injected model's save_pretrained; call unipelt.push_to_hub")
     if is_main_process:
-        save(model, save_directory, state_dict=state_dict)
+        save(model, save_directory, state_dict=state_dict, peft=peft)
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:

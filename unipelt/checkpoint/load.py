@@ -14,13 +14,15 @@ from unipelt.checkpoint.base_model import build_base, check_base, find_base
 from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.format_1 import renamed
 from unipelt.checkpoint.manifest import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     MANIFEST,
     WEIGHTS,
     CheckpointError,
     find_checkpoint,
-    read_checkpoint,
     warn_of_nonfinite,
 )
+from unipelt.checkpoint.peft_form import build_base_of_peft, read_folder
 from unipelt.files.messages import show, show_path
 from unipelt.gates.measure import FoldError
 from unipelt.gates.merge import fold_constants
@@ -36,7 +38,8 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
 
     Args:
         model: the base model that it was trained on, with the same head class; nothing injected yet.
-        folder: what `save`, or a Trainer, wrote.
+        folder: what `save`, or a Trainer, wrote; or a folder that PEFT wrote for type `UNIPELT`, which does not say
+            how to tell another base of the same shapes.
 
     Returns:
         The same model.
@@ -48,8 +51,9 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise InjectionError(f"load takes a PreTrainedModel of transformers, not {type(model).__name__}")
-    manifest, tensors = read_checkpoint(Path(folder))
-    check_base(model, manifest["base"])
+    manifest, tensors = read_folder(Path(folder))
+    if "fingerprint" in manifest["base"]:
+        check_base(model, manifest["base"])
     if problem := _unknown_name(model, manifest):
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {problem}")
     try:
@@ -59,7 +63,8 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
                 tensors, manifest["folded"] = renamed(drafts, tensors, manifest["folded"])
             if problem := _mismatch(shapes(drafts), tensors, also=False):
                 raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
-        inject_as(model, manifest["unipelt"], deployed=manifest["deployed"], head=frozenset(manifest["head"]))
+        head = None if manifest["head"] is None else frozenset(manifest["head"])
+        inject_as(model, manifest["unipelt"], deployed=manifest["deployed"], head=head)
     except InjectionError as error:
         if is_injected(model):
             raise
@@ -70,6 +75,8 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     injection.vocabulary = frozenset(manifest["vocabulary"])
     changed = injection.unfrozen | injection.vocabulary
     held = {*kept_names(model), *changed}
+    if manifest["head"] is None:  # it holds none, and the base's own is kept
+        held -= injection.head
     places = {name: parameter for name, parameter in model.named_parameters() if name in held}
     if problem := _mismatch(places, tensors):
         remove(model)
@@ -105,7 +112,7 @@ def from_pretrained(
 
     Args:
         source: a folder that `save`, or a Trainer, wrote; or, as a text, what `push_to_hub` made, `user/name`. Of
-            that, only the manifest and the weights are read.
+            that, only the manifest and the weights are read. Or a folder of PEFT's, as `load` takes it.
         revision: of a checkpoint on the hub: a branch, a tag or a commit; by default `main`.
         base: where the base model is, if it is not where the checkpoint says. It must be the same base.
         base_revision: of a base on the hub; by default the commit that was trained on.
@@ -122,17 +129,23 @@ def from_pretrained(
         CheckpointError: as `load`; or the base is not to be had, which is an `OSError` too.
     """
     shared: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = find_checkpoint(source, (MANIFEST, WEIGHTS), revision, **shared)
-    manifest, tensors = read_checkpoint(folder)
-    name, commit = find_base(source, manifest["base"], base, base_revision)
-    return load(build_base(source, manifest["base"], tensors, name, commit, **shared, **kwargs), folder).eval()
+    files = (MANIFEST, WEIGHTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    folder = find_checkpoint(source, files, revision, **shared)
+    manifest, tensors = read_folder(folder)
+    described = manifest["base"]
+    name, commit = find_base(source, described, base, base_revision)
+    if "config" in described:
+        model = build_base(source, described, tensors, name, commit, **shared, **kwargs)
+    else:
+        model = build_base_of_peft(source, described, name, commit, **shared, **kwargs)
+    return load(model, folder).eval()
 
 
 def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | None:
     """A parameter that the manifest names and the model does not have."""
     there = {name for name, _ in model.named_parameters()}
     for key in ("head", "unfrozen", "vocabulary"):
-        if unknown := sorted(set(manifest[key]) - there):
+        if unknown := sorted(set(manifest[key] or ()) - there):
             return f"{key} names {show(unknown[0])}, which this {type(model).__name__} does not have"
     return None
 

@@ -24,6 +24,8 @@ from unipelt.gates.merge import Constants
 WEIGHTS = "model.safetensors"
 NEXT = f"{WEIGHTS}.next"
 MANIFEST = "unipelt.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of a folder in PEFT's form (`peft_form`)."""
 FORMAT = 2
 """The version that is written; 1, whose parameters have other names (`format_1`), is read too."""
 logger = logging.get_logger(__name__)
@@ -69,7 +71,7 @@ def find_checkpoint(source: str | Path, files: Sequence[str], revision: str | No
         folder = download(source, files, revision=revision, **options)
     except HubError as error:
         raise HubError(f"there is no folder {source!r} here; {error}") from error.__cause__
-    if not (folder / MANIFEST).is_file():
+    if not any((folder / name).is_file() for name in (MANIFEST, ADAPTER_CONFIG)):
         raise FileNotFoundError(f"{source!r} on the hub is not a checkpoint of unipelt: it has no {MANIFEST}")
     return folder
 
@@ -77,7 +79,12 @@ def find_checkpoint(source: str | Path, files: Sequence[str], revision: str | No
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Manifest and tensors of a checkpoint, checked. Raises `FileNotFoundError` or `CheckpointError`."""
     if not os.path.isfile(folder / MANIFEST):  # which, unlike that of a Path, takes a name too long for one not there
-        raise FileNotFoundError(f"{show_path(folder)} is not a checkpoint of unipelt: it has no {MANIFEST}")
+        remedy = (
+            "; it is a folder of PEFT's: save (unipelt.save) what unipelt.load makes of it"
+            if os.path.isfile(folder / ADAPTER_CONFIG)
+            else ""
+        )
+        raise FileNotFoundError(f"{show_path(folder)} is not a checkpoint of unipelt: it has no {MANIFEST}{remedy}")
     if not any((folder / name).is_file() for name in (WEIGHTS, NEXT)):
         raise FileNotFoundError(f"{folder} is not a checkpoint of unipelt: it has no {WEIGHTS}")
     try:

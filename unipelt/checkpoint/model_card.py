@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from unipelt.checkpoint.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import PRESETS
 from unipelt.files.hub import may_be_base
@@ -75,6 +76,7 @@ def model_card(
     if result is not None and task:
         metadata["model-index"] = [{"name": name or title, "results": [_evaluation(result, task)]}]
     gates = gates or (result or {}).get("gates")
+    of_peft = manifest.get("weights", {}).get("file") == ADAPTER_WEIGHTS
     form = "folded" if "folded" in manifest else "deployed form" if manifest["deployed"] else "as trained"
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
     text = "\n".join(
@@ -91,7 +93,7 @@ def model_card(
             str(counts),
             "```",
             "",
-            "The whole configuration is in `unipelt.json`.",
+            f"The whole configuration is in `{ADAPTER_CONFIG if of_peft else MANIFEST}`.",
             "",
             *(_scores(result) if result is not None else []),
             *(_gate_table(gates) if gates is not None else []),

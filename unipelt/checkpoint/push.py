@@ -14,16 +14,18 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unipelt.checkpoint.base_model import describe_base, find_base
 from unipelt.checkpoint.manifest import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     MANIFEST,
     SAMPLE,
     WEIGHTS,
     CheckpointError,
     find_checkpoint,
     nonfinite,
-    read_checkpoint,
 )
 from unipelt.checkpoint.model_card import model_card
-from unipelt.checkpoint.save import save
+from unipelt.checkpoint.peft_form import read_folder
+from unipelt.checkpoint.save import CARD, save
 from unipelt.files.atomic import named_write, write_whole
 from unipelt.files.hub import is_repository, may_be_base, upload
 from unipelt.files.messages import show, show_path
@@ -31,7 +33,6 @@ from unipelt.injection.parameters import kept_names, parameter_counts
 from unipelt.injection.state import injection_of
 from unipelt.records.record import ResultError, mismatch, read_result
 
-CARD = "README.md"
 _TOKENIZER = "tokenizer_config.json"
 TOKENIZER_FILES = (
     *(_TOKENIZER, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -164,10 +165,11 @@ def load_tokenizer(
         As `unipelt.from_pretrained`.
     """
     shared: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = find_checkpoint(source, (MANIFEST, WEIGHTS, *TOKENIZER_FILES), revision, **shared)
+    files = (MANIFEST, WEIGHTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES)
+    folder = find_checkpoint(source, files, revision, **shared)
     if (folder / _TOKENIZER).is_file() and base is None:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **kwargs)
-    name, commit = find_base(source, read_checkpoint(folder)[0]["base"], base, base_revision)
+    name, commit = find_base(source, read_folder(folder)[0]["base"], base, base_revision)
     return AutoTokenizer.from_pretrained(name, revision=commit or "main", trust_remote_code=False, **shared, **kwargs)
 
 

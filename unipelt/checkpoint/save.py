@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from unipelt.checkpoint.base_model import base_location, describe_base
+from unipelt.checkpoint.base_model import base_location, base_origin, describe_base
 from unipelt.checkpoint.manifest import (
+    ADAPTER_WEIGHTS,
     FORMAT,
     MANIFEST,
     NEXT,
@@ -30,6 +31,7 @@ from unipelt.checkpoint.manifest import (
     warn_of_nonfinite,
 )
 from unipelt.checkpoint.model_card import model_card
+from unipelt.checkpoint.peft_form import check_carried, write_folder
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import show_path
 from unipelt.hosts.vocabulary import resized_vocabulary
@@ -38,6 +40,8 @@ from unipelt.injection.state import injection_of
 from unipelt.submodules.entry import Entry, join_rows
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
 from unipelt.submodules.room import own_parameters
+
+CARD = "README.md"
 
 
 def save(
@@ -48,6 +52,7 @@ def save(
     state_dict: Mapping[str, Tensor] | None = None,
     base: str | None = None,
     base_revision: str | None = None,
+    peft: bool = False,
 ) -> Path:
     """Write what was trained: submodules, gates, head, trained biases; not the frozen base.
 
@@ -64,12 +69,14 @@ def save(
         state_dict: the model's whole state dict, where it had to be gathered from several processes.
         base: what others know the base model by (`user/name` on the hub), in place of where it was loaded from here.
         base_revision: a branch, a tag or a commit of `base`.
+        peft: write the form of PEFT's type `UNIPELT` instead: `adapter_model.safetensors` and `adapter_config.json`,
+            which `peft.PeftModel.from_pretrained` opens, and `unipelt.load` too. It holds no fingerprint of the base.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: nothing was injected.
+        ValueError: nothing was injected; or PEFT cannot carry the model, and the message says why.
         OSError: the folder cannot be written.
     """
     injection = injection_of(model)
@@ -80,17 +87,26 @@ def save(
             f"each process holds only a part of {sharded[0]!r}; gather the state dict in all (get_model_state_dict of "
             "torch.distributed.checkpoint.state_dict, with full_state_dict) and pass it on as state_dict"
         )
-    tensors = _trained_tensors(model, whole, deploy=deploy)
     folder = Path(folder)
+    if peft:
+        check_carried(model, folder)
+    tensors = _trained_tensors(model, whole, deploy=deploy)
     warn_of_nonfinite(tensors, f"what is saved to {show_path(folder)}")
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; save needs a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    deployed = (deploy or injection.deployed) and injection.config.prefix is not None
+    if peft:
+        origin = base_origin(model) | base_location(model, base, base_revision)
+        write_folder(model, folder, tensors, origin, deployed=deployed)
+        described = {"base": origin, "deployed": deployed, "weights": {"file": ADAPTER_WEIGHTS}}
+        write_whole(folder / CARD, model_card(injection.config, parameter_counts(model), described).encode())
+        return folder
     weights = dump_tensors(tensors, metadata={"format": "pt"})
     manifest = {
         "format": FORMAT,
         "unipelt": injection.config.to_dict(),
-        "deployed": (deploy or injection.deployed) and injection.config.prefix is not None,
+        "deployed": deployed,
         "head": sorted(injection.head),
         "unfrozen": sorted(unfrozen_names(model)),
         "vocabulary": sorted(injection.vocabulary),
@@ -110,7 +126,7 @@ def save(
         (folder / NEXT).unlink(missing_ok=True)
         raise
     os.replace(folder / NEXT, folder / WEIGHTS)
-    write_whole(folder / "README.md", model_card(injection.config, parameter_counts(model), manifest).encode())
+    write_whole(folder / CARD, model_card(injection.config, parameter_counts(model), manifest).encode())
     return folder
 
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from unipelt.gates.measure import FoldError, GateTarget, find_gates, measure_gates
 from unipelt.gates.merge import check_gates, fold_constants
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
-from unipelt.injection.state import host_of, injection_of
+from unipelt.injection.state import host_of, injection_inside
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork
+from unipelt.submodules.room import DEFAULT, rooms
 
 Outcome = Literal["merged", "constant", "dropped", "kept"]
 
@@ -135,12 +136,17 @@ def fold(
         ValueError: nothing was injected.
     """
     model = host_of(model)
-    injection = injection_of(model)
+    injection = injection_inside(model)
     _check_arguments(tolerance, closed)
     if injection.shares:
         raise FoldError(
             "this model shares its base with other tasks, and folding would merge its terms into their weights; save "
             "it, and fold what unipelt.from_pretrained gives"
+        )
+    if others := sorted({name for _, room in rooms(model) for name in room} - {DEFAULT}):
+        raise FoldError(
+            f"fold takes a model with one set, called {DEFAULT!r}, and this has {', '.join(others)}; delete all sets "
+            "but one (delete_adapter), and fold what unipelt.from_peft(model) gives"
         )
     if injection.folded is not None:
         raise FoldError("this model is folded already; to fold it otherwise, start from the model before folding")

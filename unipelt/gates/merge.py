@@ -19,7 +19,7 @@ from unipelt.files.messages import show
 from unipelt.gates.measure import FoldError, GateTarget, find_gates
 from unipelt.injection.hooks import hook, put
 from unipelt.injection.parameters import kept_names, unfrozen_names
-from unipelt.injection.state import Folded, Injection, injection_of
+from unipelt.injection.state import Folded, Injection, injection_inside
 from unipelt.injection.wire import rewire_layer, rewire_stacks
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA, low_rank_factors
@@ -46,7 +46,7 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
     Raises:
         FoldError: a gate is not there, a constant is not above 0 and at most 1, or as `fold`. The model is as it was.
     """
-    injection = injection_of(model)
+    injection = injection_inside(model)
     check_gates(model)
     gates = find_gates(model)
     settled = _settle(model, gates, constants)
@@ -90,7 +90,7 @@ def refuse_training(model: Any, args: tuple[Any, ...]) -> None:
 
 def check_gates(model: nn.Module) -> None:
     """Raise `FoldError` for gates that no constant between 0 and 1 of one submodule can stand for."""
-    gate = injection_of(model).config.gate
+    gate = injection_inside(model).config.gate
     has_gates = any(isinstance(module, Gates) for module in model.modules())
     if has_gates and (gate.shared or gate.activation != "sigmoid"):
         raise FoldError("shared gates, and gates that are not between 0 and 1, are not folded")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from unipelt.injection.state import injection_of
+from unipelt.injection.state import injection_inside
 from unipelt.submodules.room import rooms
 
 
@@ -32,7 +32,7 @@ def disable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         with switch():
             yield model
         return
-    injection = injection_of(model)
+    injection = injection_inside(model)
     parameters = dict(model.named_parameters())
     before = injection.before
     for name, value in before.items():

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from unipelt.injection.state import host_of, injection_of
+from unipelt.injection.state import host_of, injection_inside
 from unipelt.submodules.entry import Entry
 from unipelt.submodules.room import own_parts, rooms
 
@@ -52,7 +52,7 @@ def parameter_groups(
         ValueError: nothing was injected, a rate is not a positive number, or the model has no such part.
     """
     model = host_of(model)
-    injection = injection_of(model)
+    injection = injection_inside(model)
     kinds = {own.part.kind for own in own_parts(model)} - {"gate"}
     if unknown := sorted(rates.keys() - kinds):
         raise ValueError(f"this model has no submodule {unknown[0]!r}; it has {', '.join(sorted(kinds)) or 'none'}")
@@ -78,7 +78,7 @@ def parameter_groups(
 
 def print_trainable_parameters(model: PreTrainedModel) -> None:
     """Print how many parameters train, in PEFT's words."""
-    injection_of(model)
+    injection_inside(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from unipelt.hosts.families import FAMILIES
 from unipelt.hosts.quantised import is_quantised
 from unipelt.hosts.vocabulary import resized_vocabulary
-from unipelt.injection.state import Injection, host_of, injection_of
+from unipelt.injection.state import Injection, host_of, injection_inside
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.room import own_parameters, own_parts, rooms
 
@@ -164,7 +164,7 @@ def kept_names(model: nn.Module) -> list[str]:
     The head is kept even when it is frozen: the base's checkpoint does not hold it. The same is true of a vocabulary
     of another size.
     """
-    injection = injection_of(model)
+    injection = injection_inside(model)
     ours = own_parameters(model).keys()
     also = {
         *injection.head,
@@ -179,7 +179,7 @@ def kept_names(model: nn.Module) -> list[str]:
 
 def unfrozen_names(model: nn.Module) -> set[str]:
     """Names of pretrained parameters that train although the configuration does not say so: the caller's wish."""
-    injection = injection_of(model)
+    injection = injection_inside(model)
     ours = own_parameters(model).keys()
     known = {*ours, *injection.vocabulary, *(injection.originals.keys() - injection.unfrozen)}
     return {name for name in kept_names(model) if name not in known}
@@ -191,7 +191,7 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
     In a folded model nothing trains, and what is deployed is what is left beside the base.
     """
     model = host_of(model)
-    injection = injection_of(model)
+    injection = injection_inside(model)
     trained: Counter[str] = Counter()
     deployed: Counter[str] = Counter()
     gates: Counter[str] = Counter()

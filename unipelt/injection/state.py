@@ -77,7 +77,17 @@ def is_injected(model: nn.Module) -> bool:
 
 
 def injection_of(model: nn.Module) -> Injection:
-    """The record of the injection into `model`. Raises `ValueError` if there is none."""
+    """The record of the injection into `model`. Raises `ValueError` if there is none, or if PEFT holds the model."""
+    injection = injection_inside(model)
+    if hasattr(model, "get_base_model") or "peft_config" in vars(model):
+        raise ValueError(
+            f"PEFT holds the sets of this {type(model).__name__}; call model = unipelt.from_peft(model) first"
+        )
+    return injection
+
+
+def injection_inside(model: nn.Module) -> Injection:
+    """The same, also of a model whose sets PEFT holds, for what works on either."""
     injection = getattr(model, "unipelt_injection", None)
     if injection is None:
         raise ValueError(f"this {type(model).__name__} carries no submodules; call unipelt.inject(model, ...) first")

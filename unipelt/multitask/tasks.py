@@ -63,7 +63,12 @@ class Tasks(nn.Module):
         """Freeze a model that nothing was injected into. Raises `InjectionError` for another."""
         super().__init__()
         if not isinstance(model, PreTrainedModel):
-            raise InjectionError(f"Tasks takes a PreTrainedModel of transformers, not {type(model).__name__}")
+            remedy = (
+                "; save (unipelt.save) what unipelt.from_peft(model) gives, and load it as a task"
+                if hasattr(model, "get_base_model")
+                else ""
+            )
+            raise InjectionError(f"Tasks takes a PreTrainedModel of transformers, not {type(model).__name__}{remedy}")
         _check_bare(model)
         self.model = model
         self.current: str | None = None

@@ -13,7 +13,7 @@ from unipelt.bridges.peft_socket.room import PeftRoom, strip
 from unipelt.checkpoint.bind import bind
 from unipelt.injection.inject import REPLACED
 from unipelt.injection.parameters import kept_names
-from unipelt.injection.state import host_of, injection_of
+from unipelt.injection.state import host_of, injection_inside, injection_of
 from unipelt.submodules.room import DEFAULT, rooms
 
 
@@ -37,7 +37,7 @@ def unwrap(peft_model: Any) -> PreTrainedModel:
     held = {path for path, _ in copies(model, name)}
     if other := next((path for path, _ in wrappers(model) if path not in held), None):
         raise ValueError(f"PEFT wraps {other}, and unipelt.inject knows no such training")
-    injection = injection_of(model)
+    injection = injection_inside(model)
     injection.config, injection.deployed = record.peft_config[name].unipelt, record.peft_config[name].deployed
     injection.head = frozenset(plain_name(one) for one in injection.head)
     for path, wrapper in list(copies(model, name)):

@@ -8,7 +8,8 @@ from typing import Any
 
 from packaging.version import Version
 
-TYPE = "UNIPELT"
+from unipelt.checkpoint.peft_form import TYPE
+
 PREFIX = "unipelt"
 """What every parameter of a set has in its name: the name of the room."""
 OLDEST = "0.21"

@@ -22,6 +22,7 @@ from unipelt.bridges.peft_socket.heads import (
 from unipelt.bridges.peft_socket.register import PREFIX, require_peft
 from unipelt.bridges.peft_socket.room import PeftRoom, check_single, furnish
 from unipelt.bridges.peft_socket.rows import put_back, row_by_row, sort_given
+from unipelt.checkpoint.peft_form import find_uncarried
 from unipelt.config.methods import UniPELTConfig
 from unipelt.gates.merge import fold_constants
 from unipelt.hosts.locate import InjectionError, find_stacks
@@ -31,7 +32,7 @@ from unipelt.injection.hooks import take_off
 from unipelt.injection.inject import REPLACED
 from unipelt.injection.parameters import head_names
 from unipelt.injection.precision import widen, widen_input
-from unipelt.injection.state import Injection, injection_of, is_injected
+from unipelt.injection.state import Injection, injection_inside, is_injected
 from unipelt.injection.wire import detach, rewire_layer
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.outputs import matrix_of
@@ -71,8 +72,11 @@ class UniPELTModel(BaseTuner):
         config: UniPELTConfig = chosen.unipelt
         if not isinstance(model, PreTrainedModel):
             raise InjectionError(f"unipelt takes a PreTrainedModel of transformers, not {type(model).__name__}")
-        _check_method(config)
+        if problem := find_uncarried(config):
+            raise ValueError(problem)
         first = not any(isinstance(room, PeftRoom) for _, room in rooms(model))
+        if not first:
+            _check_unfolded(model, "add_adapter")
         flags = [] if first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         adopted = first and is_injected(model)
         if adopted:
@@ -90,7 +94,7 @@ class UniPELTModel(BaseTuner):
             adapter_name=adapter_name,
             activate_adapter=adapter_name in self.active_adapters,
         )
-        injection = injection_of(model)
+        injection = injection_inside(model)
         if adopted:
             _swap_heads(model, injection, adapter_name)
             injection.originals = {}
@@ -119,11 +123,17 @@ class UniPELTModel(BaseTuner):
         self.active_adapter = adapter_name
         if names and names[0] in self.peft_config:
             chosen: Any = self.peft_config[names[0]]
-            injection = injection_of(self.model)
+            injection = injection_inside(self.model)
             injection.config, injection.deployed = chosen.unipelt, chosen.deployed
+
+    def disable_adapter_layers(self) -> None:
+        """Let the base alone compute. Raises `ValueError` for a folded set, which is in the base's weights."""
+        _check_unfolded(self.model, "disable_adapter")
+        super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take a set out, with its copies of modules."""
+        _check_unfolded(self.model, "delete_adapter")
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         del self.peft_config[adapter_name]
@@ -141,6 +151,7 @@ class UniPELTModel(BaseTuner):
         if names is None:
             yield
             return
+        _check_unfolded(self.model, "adapter_names=")
         if self.training:
             raise ValueError("adapter_names= is for a model in evaluation mode; call eval()")
         size = len(names)
@@ -192,6 +203,8 @@ class UniPELTModel(BaseTuner):
         # as with PEFT's own methods, the active set's copy of a head stays
         model = self.model
         names = check_single(adapter_names or self.active_adapters)
+        if not merge:
+            _check_unfolded(model, "unload")
         if merge and names:
             _merge(model, names[0], safe_merge=safe_merge)
         for path, wrapper in wrappers(model):
@@ -209,12 +222,7 @@ class UniPELTModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        injection: Injection | None = getattr(model, "unipelt_injection", None)
-        if injection is not None and injection.folded is not None:
-            raise ValueError(
-                "this set was folded, and a folder of PEFT's says nothing of that; call merge_and_unload, or "
-                "unipelt.save on what from_peft gives"
-            )
+        _check_unfolded(model, "save_pretrained")
         found: dict[str, Any] = super()._get_adapter_state_dict(model, *args, **kwargs)
         return found
 
@@ -237,16 +245,14 @@ def _ids_in_sets(model: nn.Module) -> set[int]:
     return {id(parameter) for holder in holders for parameter in holder.parameters()}
 
 
-def _check_method(config: UniPELTConfig) -> None:
-    """Raise `ValueError` for a method that PEFT cannot carry."""
-    for name, what in (("bitfit", "biases of the base"), ("train_base", "every weight of the base")):
-        if getattr(config, name):
-            raise ValueError(
-                f"{name} trains {what}, and PEFT has no place for a second value of those; use unipelt.inject and "
-                "unipelt.save"
-            )
-    if not config.has_submodules:
-        raise ValueError("this method adds nothing to a model, so PEFT has nothing to carry")
+def _check_unfolded(model: nn.Module, verb: str) -> None:
+    """Raise `ValueError` for a model whose set was folded into the weights of its base."""
+    injection: Injection | None = getattr(model, "unipelt_injection", None)
+    if injection is not None and injection.folded is not None:
+        raise ValueError(
+            f"this set was folded, and {verb} needs the base's own weights; call merge_and_unload, or "
+            "unipelt.from_peft, whose model unipelt.save and unipelt.remove take"
+        )
 
 
 def _check_name(model: nn.Module, added: Sequence[nn.Module], name: str) -> None:
@@ -265,7 +271,7 @@ def _check_name(model: nn.Module, added: Sequence[nn.Module], name: str) -> None
 def _add(model: PreTrainedModel, chosen: Any, name: str, *, first: bool, device: str | None) -> None:
     """Build a set and put it into the rooms of a model. After any error the model is as it was."""
     config: UniPELTConfig = chosen.unipelt
-    plain = {plain_name(one) for one in (head_names(model) if first else injection_of(model).head)}
+    plain = {plain_name(one) for one in (head_names(model) if first else injection_inside(model).head)}
     if chosen.head is None:
         chosen.head = module_paths(plain) if config.train_head else []
     if obstacle := find_obstacle(model, config, plain):
@@ -299,7 +305,7 @@ def _add(model: PreTrainedModel, chosen: Any, name: str, *, first: bool, device:
 
 def _adopt(model: PreTrainedModel, chosen: Any, name: str) -> list[tuple[nn.Parameter, bool]]:
     """Take over the set of an injected model; returns what trains there."""
-    injection = injection_of(model)
+    injection = injection_inside(model)
     config: UniPELTConfig = chosen.unipelt
     if injection.config != config or injection.deployed != chosen.deployed:
         raise ValueError(
@@ -355,7 +361,7 @@ def _merge(model: PreTrainedModel, name: str, *, safe_merge: bool) -> None:
             f"these cannot be merged into weights: {', '.join(left)}; unipelt.fold makes constants of gates that "
             "hardly vary, and a set computes without being merged"
         )
-    injection = injection_of(model)
+    injection = injection_inside(model)
     if injection.folded is None:
         for _, room in rooms(model):
             kept = room.present(name)
