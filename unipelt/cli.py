@@ -37,8 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    dotted = False
+    """Whether it takes `--trainer.NAME VALUE`, as a field of that name."""
+
     def error(self, message: str) -> Any:
         raise ValueError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.dotted:
+            return super().parse_known_args(args, namespace)
+        from unipelt.runs.options import split_dotted
+
+        words, found = split_dotted(args, ("trainer.",))
+        namespace, rest = super().parse_known_args(words, namespace)
+        for name, text in found.items():
+            setattr(namespace, f"field {name}", text)
+        return namespace, rest
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,7 +83,7 @@ def _add_sweep(commands: Any) -> None:
         "sweep",
         help="do a grid of runs, or go on with one",
         usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--pack R] [--tasks rte,cola] [--k 100,500] "
-        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...]",
+        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...] [--trainer.NAME VALUE ...]",
         description="Do the runs of a sweep file, each in a process of its own, and go on with what is there. Several "
         "machines may do so in one shared folder at once.",
         allow_abbrev=False,
@@ -94,6 +108,7 @@ def _add_sweep(commands: Any) -> None:
         if item.name not in ("output_dir", "overwrite"):
             switch: dict[str, Any] = {"nargs": "?", "const": "true"} if str(item.type).startswith("bool") else {}
             _add_option(group, item.name, item.metadata["help"].replace("%", "%%"), **switch)
+    parser.dotted = True
     parser.set_defaults(do=_sweep)
 
 

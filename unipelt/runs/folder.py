@@ -30,6 +30,8 @@ FOLDED = "folded"
 PICTURE = "gates.png"
 PREDICTIONS = "predictions"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+"""What TensorBoard's events are written to, if a run reports to it."""
 _PROGRESS = "progress.json"
 _MARKER = "complete.json"
 _LOCK = ".lock"
@@ -128,7 +130,7 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         progress = Progress("")  # of no settings, so that what is there is cleared away
     finished = (folder / RESULT).exists()
     if progress is None and not finished:
-        for name in (MODEL, PREDICTIONS, CHECKPOINTS, PICTURE):
+        for name in (MODEL, PREDICTIONS, CHECKPOINTS, LOGS, PICTURE):
             # a run that was killed as it began leaves no more than a folder for its progress
             if (folder / name).exists() and not (name == CHECKPOINTS and _is_bare(folder / name)):
                 raise RunError(f"{folder / name} is there and is of no run; choose another output_dir")
@@ -146,6 +148,7 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         (folder / RESULT).unlink(missing_ok=True)
         for checkpoint in _checkpoints(folder):
             _remove_checkpoint(checkpoint)
+        shutil.rmtree(folder / LOGS, ignore_errors=True)
     for name in (MODEL, PREDICTIONS, FOLDED):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # drafts of an attempt that was killed

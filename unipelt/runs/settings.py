@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from unipelt.config.methods import SUBMODULES, UniPELTConfig
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
 from unipelt.files.messages import show
+from unipelt.runs.trainer_options import check_options
 
 INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads", "eval_tokens")
 """Fields that say how a run is carried out, as opposed to what it computes."""
@@ -41,7 +42,7 @@ _NOT_NEGATIVE = (
 )
 
 
-LATER = {"test_samples": None, "train_tokens": None, "pad_to_max_length": False}
+LATER = {"test_samples": None, "train_tokens": None, "pad_to_max_length": False, "trainer": None}
 """Fields that came later, and the values with which a run is what it was before there were these fields."""
 
 
@@ -70,6 +71,9 @@ class TrainingSettings:
         SettingsError, ConfigError: a value cannot be meant, or two contradict each other.
         FileNotFoundError: the method is a path, and no file is there.
     """
+
+    arguments: ClassVar[str] = "TrainingArguments"  # the class of Trainer's arguments in transformers
+    alias_needs: ClassVar[Mapping[str, str]] = {}  # by usual option, a setting without which it has no effect
 
     model: str = option(
         "bert-base-uncased",
@@ -112,6 +116,11 @@ class TrainingSettings:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 for bfloat16 autocast")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    trainer: Mapping[str, Any] | None = option(
+        None,
+        "further options for Transformers' Trainer: in a file a mapping, here single ones as "
+        "--trainer.lr_scheduler_type cosine",
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU where there is one), cpu or cuda")
     num_workers: int = option(0, "processes that prepare batches; 0: the main one")
     threads: int | None = option(None, "CPU threads; by default PyTorch's choice")
@@ -125,6 +134,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         self._check_types()
         self._check_values()
+        self._check_trainer()
         self._check_data()
         object.__setattr__(self, "method", expand_method(self.method))
         if self.learning_rate is None:
@@ -138,6 +148,22 @@ class TrainingSettings:
     def _check_data(self) -> None:
         """Check that the fields which name data go together; the data themselves are not touched."""
 
+    def _check_trainer(self) -> None:
+        """Check the options for Trainer, and that they do not contradict other settings."""
+        try:
+            options = check_options(with_numbers(self.trainer), self.arguments)
+        except ConfigError as error:
+            raise SettingsError(str(error)) from None
+        object.__setattr__(self, "trainer", options)
+        if options is None:
+            return
+        if self.warmup_ratio and options.get("warmup_steps"):
+            raise SettingsError("warmup_ratio and trainer.warmup_steps exclude each other; leave one of them out")
+        if options.get("fp16") and self.precision != "fp32":
+            raise SettingsError("precision bf16 and trainer.fp16 exclude each other; leave one of them out")
+        if options.get("fp16") and self.device == "cpu":
+            raise SettingsError("trainer.fp16 needs a GPU, and device is cpu; leave it out, or take precision bf16")
+
     def _data_name(self) -> str:
         """Name of the data, for the name of a folder."""
         return self.task or Path(str(self.train_file)).stem
@@ -145,7 +171,7 @@ class TrainingSettings:
     def _check_types(self) -> None:
         hints = get_type_hints(type(self))
         for name, hint in ((item.name, hints[item.name]) for item in fields(self)):
-            if name == "method":
+            if name in ("method", "trainer"):
                 continue
             value = getattr(self, name)
             if float in (hint, *get_args(hint)):
