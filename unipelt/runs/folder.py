@@ -23,7 +23,7 @@ from unipelt.files.messages import show_path
 from unipelt.files.strict import PlainError, read_plain
 from unipelt.records.record import RESULT, ResultError, mismatch, read_result
 from unipelt.runs.errors import RunError
-from unipelt.runs.settings import TrainingSettings
+from unipelt.runs.settings import LATER, TrainingSettings
 
 MODEL = "model"
 FOLDED = "folded"
@@ -247,8 +247,9 @@ def _write_json(path: Path, value: Any) -> None:
 def _difference(theirs: Mapping[str, Any], settings: TrainingSettings) -> str:
     """Differences between a record's settings and these, in words."""
     ours = settings.to_dict()
-    names = [name for name in settings.identity() if theirs.get(name) != ours[name]]
-    shown = [f"{name} is {theirs.get(name)!r:.60} there and {ours[name]!r:.60} here" for name in names[:2]]
+    then = {**LATER, **theirs}  # a record from before there were these fields
+    names = [name for name in {**settings.identity(), **LATER} if then.get(name) != ours.get(name)]
+    shown = [f"{name} is {then.get(name)!r:.60} there and {ours.get(name)!r:.60} here" for name in names[:2]]
     more = f", and {len(names) - 2} more" if len(names) > 2 else ""
     return ", ".join(shown) + more if shown else "paths that lead elsewhere"
 

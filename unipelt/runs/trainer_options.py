@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from unipelt.config.schema import ConfigError
-from unipelt.files.messages import shorten, show
+from unipelt.files.messages import show
 
 OURS = {
     "output_dir": "output_dir",
@@ -62,6 +62,11 @@ FIXED = {
     **dict.fromkeys(("ddp_static_graph", "ddp_backend", "average_tokens_across_devices"), _ONE),
 }
 """Options of Trainer that a run sets itself, and the reasons."""
+
+PUBLISHING = ("report_to", "push_to_hub", *(f"hub_{name}" for name in (
+    "model_id", "strategy", "private_repo", "always_push", "revision"
+)))
+"""Options of Trainer that send something elsewhere and change no number; a rerun does without them."""
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
 _KINDS |= {list: "a list"}
@@ -122,21 +127,23 @@ def step_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Check that what reports to these trackers can be made.
+    """Check that the packages of these trackers are installed.
 
     Raises:
-        ConfigError: a tracker's package is not installed, or is not ready for use.
+        ConfigError: one is not.
     """
-    from transformers.integrations import integration_utils
+    if not names:
+        return
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+    ready = [*get_available_reporting_integrations(), "flyte"]  # which that list never holds
     for name in names:
-        try:
-            integration_utils.INTEGRATION_TO_CALLBACK[name]()
-        except (RuntimeError, ImportError) as error:
+        if name not in ready:
+            command = f" (pip install {name})" if name in ("tensorboard", "wandb", "mlflow", "trackio") else ""
             raise ConfigError(
-                f"trainer.report_to names {name}, and its package is not ready here ({shorten(error)}); install the "
-                "package, or leave the name out"
-            ) from error
+                f"trainer.report_to names {name}, whose package is not installed here; install it{command}, or leave "
+                "the name out"
+            )
 
 
 def _check_value(name: str, value: Any, hint: Any) -> None:
