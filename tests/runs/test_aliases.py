@@ -51,9 +51,9 @@ def test_files_of_ones_own_and_switches_that_are_off() -> None:
 
 
 def test_the_other_scripts() -> None:
-    common = "--model_name_or_path m --train_file a --validation_file b --num_train_epochs 2 --max_eval_samples 9".split()
+    words = "--model_name_or_path m --train_file a --validation_file b --num_train_epochs 2 --max_eval_samples 9"
     for kind in (QASettings, TranslationSettings):
-        taken = parse(common, kind)
+        taken = parse(words.split(), kind)
         assert (taken.model, taken.dev_file, taken.epochs, taken.dev_samples) == ("m", "b", 2, 9)
 
 

@@ -63,9 +63,11 @@ FIXED = {
 }
 """Options of Trainer that a run sets itself, and the reasons."""
 
-PUBLISHING = ("report_to", "push_to_hub", *(f"hub_{name}" for name in (
-    "model_id", "strategy", "private_repo", "always_push", "revision"
-)))
+PUBLISHING = (
+    "report_to",
+    "push_to_hub",
+    *(f"hub_{name}" for name in ("model_id", "strategy", "private_repo", "always_push", "revision")),
+)
 """Options of Trainer that send something elsewhere and change no number; a rerun does without them."""
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}

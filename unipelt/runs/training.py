@@ -193,8 +193,9 @@ class _Reporter(TrainerCallback):
         loss = _evaluations(state, ())[-1]["train_loss"]
         value = metrics[f"eval_{self.primary}"]
         better = state.best_metric is None or value > state.best_metric
+        trained = "" if loss is None else f"train loss {loss:.4f}  "
         line = (
-            f"{self._moment(args, state)}  {'' if loss is None else f'train loss {loss:.4f}  '}dev loss {metrics['eval_loss']:.4f}  "
+            f"{self._moment(args, state)}  {trained}dev loss {metrics['eval_loss']:.4f}  "
             f"{self.primary} {value:.3f}{'  best so far' if better else ''}"
         )
         with tqdm.external_write_mode():
@@ -339,6 +340,7 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
         data: lines on its data.
     """
     settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
+    options = ", ".join(f"{name} {value}" for name, value in (settings.trainer or {}).items())
     stop = f", patience {settings.patience}" if settings.patience is not None else ""
     return [
         f"model   {model} ({type(job.model).__name__})",
@@ -347,7 +349,7 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
         *data,
         f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
         f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
-        *([f"trainer {', '.join(f'{name} {value}' for name, value in settings.trainer.items())}"] if settings.trainer else []),
+        *([f"trainer {options}"] if options else []),
         *str(parameter_counts(job.model)).splitlines(),
     ]
 
@@ -411,8 +413,8 @@ def _evaluations(state: TrainerState, metrics: Sequence[str]) -> list[dict[str, 
     Each has the mean train loss of the steps since the one before, as far as it was logged; None if it was not.
     """
     found: list[dict[str, Any]] = []
-    losses: list[tuple[int, float]] = []  # number of steps, their mean loss
-    logged = 0
+    losses: list[tuple[float, float]] = []  # number of steps, their mean loss
+    logged = 0.0
     for entry in state.log_history:
         if "loss" in entry:
             losses.append((entry["step"] - logged, entry["loss"]))

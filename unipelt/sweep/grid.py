@@ -96,7 +96,9 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
         if name in listed:
             narrow[name] = [*narrow.get(name, ()), *split_list(override.pop(name))]
         elif name.startswith(_INNER) and "trainer" in listed:
-            raise SweepError(f"{path} lists trainer as a whole, so {name} cannot be given for all runs; change the file")
+            raise SweepError(
+                f"{path} lists trainer as a whole, so {name} cannot be given for all runs; change the file"
+            )
     common = lay_over(common, {name: read_option(name, text, RunSettings) for name, text in override.items()})
 
     runs: dict[str, RunSettings] = {}
