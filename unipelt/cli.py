@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     dotted = False
-    """Whether it takes `--trainer.NAME VALUE`, as a field of that name."""
+    """Whether it takes `--trainer.NAME VALUE` and `--rates.PART VALUE`, as fields of these names."""
 
     def error(self, message: str) -> Any:
         raise ValueError(message)
@@ -46,9 +46,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not self.dotted:
             return super().parse_known_args(args, namespace)
-        from unipelt.runs.options import split_dotted
+        from unipelt.runs.options import DOTTED, split_dotted
 
-        words, found = split_dotted(args, ("trainer.",))
+        words, found = split_dotted(args, DOTTED[1:])
         namespace, rest = super().parse_known_args(words, namespace)
         for name, text in found.items():
             setattr(namespace, f"field {name}", text)

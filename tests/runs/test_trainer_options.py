@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from report_records import make_record
 from tiny_task import make_quick, quick, write_glue
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -20,6 +21,8 @@ from unipelt.glue.rerun import rerun
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import read_result
+from unipelt.report.cells import Run
+from unipelt.report.group import group_runs
 from unipelt.runs.errors import RunError
 from unipelt.runs.options import parse
 from unipelt.runs.settings import SettingsError
@@ -386,6 +389,23 @@ def test_a_pack_refuses_options(home: Path, tmp_path: Path) -> None:
     outcome = run_packed([chosen], places=1, log=quiet)[str(tmp_path / "run")]
     assert "trainer (lr_scheduler_type) and a pack exclude each other" in str(outcome)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_report_tells_options_apart_or_chooses(tmp_path: Path) -> None:
+    kinds = (("linear", 0.5), ("cosine", 0.7))
+    records = [
+        make_record(seed=seed, score=score, dev=score, trainer={"optim": "sgd", "lr_scheduler_type": kind})
+        for kind, score in kinds
+        for seed in (1, 2)
+    ]
+    runs = [Run(str(index), record) for index, record in enumerate(records)]
+    rows = {cell.row: cell.mean for cell in group_runs(runs, (), {})}
+    assert rows == {f"adapter [trainer.lr_scheduler_type={kind}]": score for kind, score in kinds}
+    (cell,) = group_runs(runs, ("trainer.lr_scheduler_type",), {})
+    assert (cell.row, cell.mean) == ("adapter", 0.7)
+    old = Run("old", make_record(seed=1))
+    new = Run("new", make_record(seed=2, trainer=None, rates=None))
+    assert len(group_runs([old, new], (), {})) == 1, "a record from before there were options is as one without"
 
 
 # Trackers

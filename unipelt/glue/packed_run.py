@@ -295,6 +295,8 @@ def check_packable(settings: RunSettings) -> None:
             f"trainer ({', '.join(settings.trainer)}) and a pack exclude each other; a pack has a training loop of its "
             "own, which Trainer's options do not reach"
         )
+    if settings.rates is not None:
+        raise PackError("rates and a pack exclude each other; all parts of a run in a pack have its learning_rate")
 
 
 def share_base(model: PreTrainedModel, host: PreTrainedModel, equal: dict[str, Tensor]) -> None:

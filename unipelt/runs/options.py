@@ -17,6 +17,7 @@ from unipelt.files.strict import PlainError, parse_yaml
 from unipelt.runs.aliases import SWITCHES, check_needs, names_of, own_names, refuse_usual
 from unipelt.runs.settings import (
     INCIDENTAL,
+    INNER,
     PATHS,
     SettingsError,
     TrainingSettings,
@@ -25,7 +26,7 @@ from unipelt.runs.settings import (
     with_numbers,
 )
 
-DOTTED = ("method.", "trainer.")
+DOTTED = ("method.", *(f"{name}." for name in INNER))
 """How the names begin of what is inside a setting."""
 _ALIASES = ("none", "null", "~")
 _MOST_ABOVE = 50
@@ -40,8 +41,9 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT) -> Kind:
     Args:
         argv: optionally a YAML or JSON file, which holds only what differs from the defaults and may name others as
             `base` (a path or a list of them, relative to the file; later ones win, and the file itself wins over
-            all); then `--field value` for any field, `--method.part.field value` for any field of the method, and
-            `--trainer.name value` for an option of Trainer. The usual names of `unipelt.runs.aliases` do as well.
+            all); then `--field value` for any field, `--method.part.field value` for any field of the method,
+            `--trainer.name value` for an option of Trainer and `--rates.part value` for the learning rate of a part.
+            The usual names of `unipelt.runs.aliases` do as well.
         kind: the settings to read, a dataclass.
         what: the program does, for `--help`.
 
@@ -174,7 +176,7 @@ def lay_over(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     """Lay overrides over values of settings, dotted ones inside them: `{"seed": 2, "trainer.logging_steps": 10}`.
 
     Raises:
-        SettingsError: what an option of Trainer is laid over is no mapping.
+        SettingsError: what is laid over is no mapping.
     """
     found = dict(values)
     inner: dict[str, dict[str, Any]] = {}
@@ -212,7 +214,11 @@ def _override_method(method: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def split_dotted(argv: Sequence[str], heads: tuple[str, ...] = DOTTED) -> tuple[list[str], dict[str, str]]:
-    """Take `--method.part.field value` and `--trainer.name value` (or `=value`) out of a command line.
+    """Take `--method.part.field value`, `--trainer.name value` and `--rates.part value` out of a command line.
+
+    Args:
+        argv: the command line; a value may follow after `=`, too.
+        heads: how the names begin that are taken.
 
     Returns:
         The other words; and by dotted name, the texts.

@@ -29,6 +29,10 @@ PATHS = (*FILES, "glue_dir", "tasks_dir")
 """Fields that are paths of data, of whatever kind of task."""
 
 
+INNER = ("trainer", "rates")
+"""Fields that are mappings of names to values, of which each counts by itself: `trainer.NAME`."""
+
+
 _POSITIVE = (
     *("epochs", "patience", "batch_size", "eval_batch_size", "train_samples", "dev_samples", "test_samples", "threads"),
     "train_tokens",
@@ -42,7 +46,10 @@ _NOT_NEGATIVE = (
 )
 
 
-LATER = {"test_samples": None, "train_tokens": None, "pad_to_max_length": False, "trainer": None}
+LATER: dict[str, Any] = {
+    **dict.fromkeys(("test_samples", "train_tokens", "trainer", "rates")),
+    "pad_to_max_length": False,
+}
 """Fields that came later, and the values with which a run is what it was before there were these fields."""
 
 
@@ -104,6 +111,11 @@ class TrainingSettings:
         "peak learning rate; by default the paper's for BERT-base: fine-tuning 2e-5, adapter and bitfit 1e-4, "
         "prefix 2e-4, lora and combinations 5e-4",
     )
+    rates: Mapping[str, float] | None = option(
+        None,
+        "peak learning rates of parts that are not to have learning_rate: in a file a mapping, here single ones as "
+        "--rates.lora 1e-3; parts are those of the method, gate, head and lora_b",
+    )
     epochs: int = option(50, "at most this many passes over the train data")
     patience: int | None = option(
         10, "stop after this many evaluations (one an epoch) without a better dev score; null: never"
@@ -139,6 +151,7 @@ class TrainingSettings:
         object.__setattr__(self, "method", expand_method(self.method))
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", paper_learning_rate(self.config))
+        self._check_rates()
         if self.data_seed is None:
             object.__setattr__(self, "data_seed", self.seed)
         if self.output_dir is None:
@@ -164,6 +177,32 @@ class TrainingSettings:
         if options.get("fp16") and self.device == "cpu":
             raise SettingsError("trainer.fp16 needs a GPU, and device is cpu; leave it out, or take precision bf16")
 
+    def _check_rates(self) -> None:
+        """Check the learning rates of parts: that the method has these parts, and that each rate is one."""
+        rates = with_numbers(self.rates)
+        if rates is not None and not isinstance(rates, Mapping):
+            raise SettingsError(f"rates must be a mapping of parts to learning rates, not {show(rates)}")
+        rates = {name: rate for name, rate in (rates or {}).items() if rate is not None}
+        object.__setattr__(self, "rates", rates or None)
+        if not rates:
+            return
+        config = self.config
+        parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
+        known = dict.fromkeys(parts)
+        if any(getattr(config.part(name), "gate", False) for name in parts):
+            known["gate"] = None
+        if config.train_head:
+            known["head"] = None
+        if "lora" in known:
+            known["lora_b"] = None
+        for name, rate in rates.items():
+            if name not in known:
+                raise SettingsError(
+                    f"rates.{name}: {self.method_name} trains no such part; its parts are {', '.join(known) or 'none'}"
+                )
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6:
+                raise SettingsError(f"rates.{name} must be a learning rate above 0, not {show(rate)}")
+
     def _data_name(self) -> str:
         """Name of the data, for the name of a folder."""
         return self.task or Path(str(self.train_file)).stem
@@ -171,7 +210,7 @@ class TrainingSettings:
     def _check_types(self) -> None:
         hints = get_type_hints(type(self))
         for name, hint in ((item.name, hints[item.name]) for item in fields(self)):
-            if name in ("method", "trainer"):
+            if name in ("method", *INNER):
                 continue
             value = getattr(self, name)
             if float in (hint, *get_args(hint)):

@@ -32,6 +32,7 @@ from transformers.integrations import TensorBoardCallback
 from unipelt.checkpoint.manifest import WEIGHTS
 from unipelt.config.schema import ConfigError
 from unipelt.files.messages import shorten
+from unipelt.injection.parameter_groups import parameter_groups
 from unipelt.injection.parameters import parameter_counts
 from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
@@ -271,6 +272,26 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
     return arguments
 
 
+def optimizer_options(job: Training, arguments: TrainingArguments) -> dict[str, Any]:
+    """What a trainer is to be made with so that the parts of the method have their own learning rates.
+
+    Args:
+        job: what was loaded.
+        arguments: of the trainer.
+
+    Returns:
+        Nothing where the settings have no `rates`; else `optimizer_cls_and_kwargs`.
+    """
+    settings = job.settings
+    if not settings.rates:
+        return {}
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, job.model)
+    groups = parameter_groups(
+        job.model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay, **dict(settings.rates)
+    )
+    return {"optimizer_cls_and_kwargs": (kind, {**options, "params": groups})}
+
+
 def _check_made(arguments: TrainingArguments, model: PreTrainedModel) -> None:
     """Make what Trainer would make of its arguments only once a run has begun; raises what Trainer would raise."""
     check_trackers(arguments.report_to)  # type: ignore[arg-type]
@@ -340,6 +361,7 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
         data: lines on its data.
     """
     settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
+    rates = "".join(f", {name} {rate:g}" for name, rate in (settings.rates or {}).items())
     options = ", ".join(f"{name} {value}" for name, value in (settings.trainer or {}).items())
     stop = f", patience {settings.patience}" if settings.patience is not None else ""
     return [
@@ -347,8 +369,8 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
         f"task    {task}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
         *(f"        {note}" for note in job.notes),
         *data,
-        f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
-        f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
+        f"method  {settings.method_name}; learning rate {settings.learning_rate:g}{rates}, "
+        f"batch {settings.batch_size}, at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
         *([f"trainer {options}"] if options else []),
         *str(parameter_counts(job.model)).splitlines(),
     ]

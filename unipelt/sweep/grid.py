@@ -16,10 +16,11 @@ from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import shorten_name
 from unipelt.runs.aliases import own_names
 from unipelt.runs.options import lay_over, locate_path, read_config, read_option
+from unipelt.runs.settings import INNER
 
 MOST_RUNS = 20_000
 """The most runs of one block; a longer product is a slip, and would take hours to be spelt out."""
-_INNER = "trainer."
+_INNER = tuple(f"{name}." for name in INNER)
 _SEEDS = ("seed", "data_seed")  # what may differ between the runs of a cell
 
 
@@ -45,10 +46,10 @@ class Sweep:
         """Settings that the runs of a cell share, without seeds and chosen fields, as JSON."""
         chosen = (*_SEEDS, *self.chosen)
         values = {name: value for name, value in settings.identity().items() if name not in chosen}
-        if "trainer" in values:
-            values["trainer"] = {
-                name: value for name, value in values["trainer"].items() if f"trainer.{name}" not in chosen
-            }
+        for head in INNER:
+            if head in values:
+                inner = values[head].items()
+                values[head] = {name: value for name, value in inner if f"{head}.{name}" not in chosen}
         return json.dumps(values, sort_keys=True)
 
 
@@ -62,7 +63,8 @@ def read_sweep(
             to try in each cell), `base`, and fields common to all runs.
         narrow: by field, the values to keep. A method goes by its `method_name`, or by its preset.
         override: by field, as on the command line, what replaces the common value. Of a field that the grid lists,
-            it is the values to keep, with commas between them. `trainer.NAME` is a field, too, here and in the grid.
+            it is the values to keep, with commas between them. `trainer.NAME` and `rates.PART` are
+            fields, too, here and in the grid.
 
     Raises:
         SweepError: a field, a value or a run cannot be meant, or a value to keep is none of those there are.
@@ -95,10 +97,8 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
     for name in list(override):
         if name in listed:
             narrow[name] = [*narrow.get(name, ()), *split_list(override.pop(name))]
-        elif name.startswith(_INNER) and "trainer" in listed:
-            raise SweepError(
-                f"{path} lists trainer as a whole, so {name} cannot be given for all runs; change the file"
-            )
+        elif name.startswith(_INNER) and (head := name.partition(".")[0]) in listed:
+            raise SweepError(f"{path} lists {head} as a whole, so {name} cannot be given for all runs; change the file")
     common = lay_over(common, {name: read_option(name, text, RunSettings) for name, text in override.items()})
 
     runs: dict[str, RunSettings] = {}
@@ -160,7 +160,8 @@ def _shown(settings: RunSettings, name: str) -> Any:
 
 def _value(settings: RunSettings, name: str) -> Any:
     if name.startswith(_INNER):
-        return (settings.trainer or {}).get(name.removeprefix(_INNER))
+        head, _, inner = name.partition(".")
+        return (getattr(settings, head) or {}).get(inner)
     return settings.method_name.replace(" ", "") if name == "method" else getattr(settings, name)
 
 
