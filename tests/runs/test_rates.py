@@ -96,7 +96,8 @@ def test_each_part_has_its_rate(home: Path, tmp_path: Path, made: list[Trainer])
     found = {group["name"]: group["initial_lr"] for group in groups}
     assert found == {**RATES, "prefix": 1e-2}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
-    trained = {id(parameter) for parameter in made[0].model.parameters() if parameter.requires_grad}
+    model: Any = made[0].model
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(held) == sorted(trained)
     assert any("learning rate 0.01, lora 0.001, adapter 0.002, gate 0.05, head 0.0001, batch" in line for line in lines)

@@ -43,7 +43,7 @@ from unipelt.runs.folder import MODEL, PICTURE, PREDICTIONS, Progress
 from unipelt.runs.pretrained import tokenizer_sha256
 from unipelt.runs.settings import SettingsError
 from unipelt.runs.trainer import BatchTrainer
-from unipelt.runs.training import common_record, header, optimizer_options, run_in_folder, train, training_arguments
+from unipelt.runs.training import common_record, header, run_in_folder, train, training_arguments
 from unipelt.submodules.gate import Gates
 
 
@@ -111,10 +111,9 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, log: Call
 
 def make_trainer(job: Job, folder: Path, dev: Any, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
     """The trainer of a run in that folder, with its dev set in batches; it also orders examples, tests and predicts."""
-    arguments = _arguments(job, folder)
     trainer = BatchTrainer(
         model=job.model,
-        args=arguments,
+        args=_arguments(job, folder),
         # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
         data_collator=DataCollatorWithPadding(job.tokenizer).__call__,
         train_dataset=job.splits["train"],
@@ -124,7 +123,6 @@ def make_trainer(job: Job, folder: Path, dev: Any, callbacks: Sequence[TrainerCa
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
         callbacks=list(callbacks),
         train_tokens=job.settings.train_tokens,
-        **optimizer_options(job, arguments),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

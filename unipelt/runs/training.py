@@ -272,26 +272,6 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
     return arguments
 
 
-def optimizer_options(job: Training, arguments: TrainingArguments) -> dict[str, Any]:
-    """What a trainer is to be made with so that the parts of the method have their own learning rates.
-
-    Args:
-        job: what was loaded.
-        arguments: of the trainer.
-
-    Returns:
-        Nothing where the settings have no `rates`; else `optimizer_cls_and_kwargs`.
-    """
-    settings = job.settings
-    if not settings.rates:
-        return {}
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, job.model)
-    groups = parameter_groups(
-        job.model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay, **dict(settings.rates)
-    )
-    return {"optimizer_cls_and_kwargs": (kind, {**options, "params": groups})}
-
-
 def _check_made(arguments: TrainingArguments, model: PreTrainedModel) -> None:
     """Make what Trainer would make of its arguments only once a run has begun; raises what Trainer would raise."""
     check_trackers(arguments.report_to)  # type: ignore[arg-type]
@@ -338,6 +318,11 @@ def train(
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     trainer = make(callbacks)
+    if settings.rates:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, job.model)
+        common = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
+        groups = parameter_groups(job.model, **common, **settings.rates)
+        trainer.optimizer_cls_and_kwargs = (kind, {**options, "params": groups})
     if trainer.args.gradient_accumulation_steps > 1:
         # the models here return the mean over what they are given, also those that take a count of items
         trainer.model_accepts_loss_kwargs = False
@@ -370,7 +355,8 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
         *(f"        {note}" for note in job.notes),
         *data,
         f"method  {settings.method_name}; learning rate {settings.learning_rate:g}{rates}, "
-        f"batch {settings.batch_size}, at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
+        f"batch {settings.batch_size}, at most {settings.epochs} epochs{stop}, seed {settings.seed}; "
+        f"{settings.precision} on {job.device}",
         *([f"trainer {options}"] if options else []),
         *str(parameter_counts(job.model)).splitlines(),
     ]

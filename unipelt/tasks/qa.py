@@ -31,7 +31,7 @@ from unipelt.runs.run import Outcome, TaskJob
 from unipelt.runs.sampling import fixed_rows
 from unipelt.runs.settings import locate_model
 from unipelt.runs.tables import DataError
-from unipelt.runs.training import optimizer_options, training_arguments
+from unipelt.runs.training import training_arguments
 from unipelt.tasks.settings import QASettings
 from unipelt.tasks.squad import (
     Answer,
@@ -72,10 +72,9 @@ class QAJob(TaskJob):
 
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
         """The trainer, which evaluates on the dev set."""
-        arguments = self.arguments(folder)
         return Trainer(
             model=self.model,
-            args=arguments,
+            args=self.arguments(folder),
             # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
             data_collator=DataCollatorWithPadding(self.tokenizer).__call__,
             train_dataset=_rows(self.windows["train"]),
@@ -84,7 +83,6 @@ class QAJob(TaskJob):
             # BART's and T5's outputs hold more than the two kinds of logits
             preprocess_logits_for_metrics=_starts_and_ends,
             callbacks=callbacks,
-            **optimizer_options(self, arguments),
         )
 
     def test(self, trainer: Trainer) -> Outcome:

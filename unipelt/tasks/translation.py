@@ -38,7 +38,7 @@ from unipelt.runs.run import Outcome, TaskJob
 from unipelt.runs.sampling import few_shot_rows, fixed_rows
 from unipelt.runs.settings import SettingsError, locate_model
 from unipelt.runs.tables import DataError, read_lines
-from unipelt.runs.training import optimizer_options, training_arguments
+from unipelt.runs.training import training_arguments
 from unipelt.tasks.settings import TranslationSettings
 
 _MULTI30K = {"train": "multi30k/train", "dev": "multi30k/val", "test": "multi30k/test_2016_flickr"}
@@ -79,17 +79,15 @@ class TranslationJob(TaskJob):
 
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
         """The trainer, which translates the dev set to evaluate."""
-        arguments = self.arguments(folder)
         return Seq2SeqTrainer(
             model=self.model,
-            args=arguments,
+            args=self.arguments(folder),
             # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
             data_collator=DataCollatorForSeq2Seq(self.tokenizer, self.model).__call__,
             train_dataset=self.rows["train"],
             eval_dataset=self.rows["dev"],
             compute_metrics=self._scorer("dev"),
             callbacks=callbacks,
-            **optimizer_options(self, arguments),
         )
 
     def test(self, trainer: Trainer) -> Outcome:
