@@ -283,7 +283,7 @@ def test_options_of_trainer_and_rates_of_parts(home: Path, tmp_path: Path) -> No
     """The train loss of two accumulated batches of 8 is of the size of that of one of 16, not twice it."""
     found = {}
     for batch, times in ((16, 1), (8, 2)):
-        trainer = {"gradient_accumulation_steps": times, "label_smoothing_factor": 0.1, "eval_steps": 3}
+        trainer = {"gradient_accumulation_steps": times, "warmup_steps": 2, "eval_steps": 3}
         changes: dict[str, Any] = {"batch_size": batch, "trainer": trainer, "output_dir": str(tmp_path / str(batch))}
         changes |= {"method": "unipelt-apl", "rates": {"lora": 1e-3, "head": 1e-3}, "model": str(home / "bart")}
         found[batch] = run(TranslationSettings(**values(home, **changes)), prepare, silent)
