@@ -48,9 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(OneLineParser):
+    dotted = False
+    """Whether it takes `--trainer.NAME VALUE` and `--rates.PART VALUE`, as fields of these names."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.dotted:
+            return super().parse_known_args(args, namespace)
+        from unipelt.runs.options import DOTTED, split_dotted
+
+        words, found = split_dotted(args, DOTTED[1:])
+        namespace, rest = super().parse_known_args(words, namespace)
+        for name, text in found.items():
+            setattr(namespace, f"{_FIELD}{name}", text)
+        return namespace, rest
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command; each sub-command adds its own. It imports neither PyTorch nor Transformers."""
-    parser = OneLineParser(
+    parser = _Parser(
         prog="unipelt",
         description="Runs, grids of runs, their reports, and the models that they leave.",
         epilog="unipelt COMMAND --help says more of a command.",
@@ -146,7 +162,7 @@ def _add_sweep(commands: Any) -> None:
         "sweep",
         help="do a grid of runs, or go on with one",
         usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--pack R] [--tasks rte,cola] [--k 100,500] "
-        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...]",
+        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...] [--trainer.NAME VALUE ...]",
         description="Do the runs of a sweep file, each in a process of its own. The same command goes on with a sweep "
         "that was stopped. Several machines may work on one shared folder at once. The groups from `what to run` on "
         "are fields of all runs. For a field that the grid lists, an option keeps only the values that it names.",
@@ -183,6 +199,7 @@ def _add_sweep(commands: Any) -> None:
         "--gpus", type=float, default=0.0, metavar="X", help="GPUs that a run takes, with ray. Default: 0."
     )
     add_options(parser, RunSettings, _FIELD, leave_out=("output_dir", "overwrite"))
+    parser.dotted = True
     parser.set_defaults(do=_sweep)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from unipelt.files.messages import complain, show
 from unipelt.glue.settings import RunSettings
 from unipelt.packaged import find
+from unipelt.runs.aliases import own_names
 from unipelt.runs.options import parse, read_config
 from unipelt.runs.settings import SettingsError, TrainingSettings
 from unipelt.tasks.settings import QASettings, TranslationSettings
@@ -96,7 +97,7 @@ def find_kind(argv: Sequence[str]) -> tuple[list[str], str]:
         for key, what in _OTHER_FILES.items():
             if key in values:
                 raise SettingsError(f"{words[0]} is the file of {what}")
-    values |= options
+    values |= own_names(options, _AnySettings)
     task = values.get("task")
     for kind, known in (("questions", QASettings.known), ("translation", TranslationSettings.known)):
         if task in known:

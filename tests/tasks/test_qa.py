@@ -455,6 +455,21 @@ def test_a_run_learns_and_the_best_epoch_is_kept(home: Path, tmp_path: Path) -> 
     assert record["test"]["metrics"]["f1"] > 0.9
 
 
+def test_options_of_trainer_and_rates_of_parts(home: Path, tmp_path: Path) -> None:
+    trainer = {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "eval_steps": 2}
+    chosen = settings(home, output_dir=str(tmp_path / "out"), trainer=trainer, rates={"head": 1e-3}, method="lora")
+    record = run(chosen, prepare, lambda line: None)
+    assert record["evaluations"][0]["step"] == 2
+    assert record["settings"]["trainer"] == trainer
+    assert record["settings"]["rates"] == {"head": 1e-3}
+    with pytest.raises(SettingsError, match="trainer: One of min_lr"):
+        run(
+            replace(chosen, output_dir=str(tmp_path / "bad"), trainer={"lr_scheduler_type": "cosine_with_min_lr"}),
+            prepare,
+        )
+    assert not (tmp_path / "bad").exists()
+
+
 def test_a_run_that_was_killed_goes_on(home: Path, tmp_path: Path) -> None:
     class Killed(BaseException):
         pass

@@ -279,6 +279,20 @@ def test_a_prefix_stands_before_every_text(home: Path) -> None:
         assert other["labels"] == one["labels"]
 
 
+def test_options_of_trainer_and_rates_of_parts(home: Path, tmp_path: Path) -> None:
+    """The train loss of two accumulated batches of 8 is of the size of that of one of 16, not twice it."""
+    found = {}
+    for batch, times in ((16, 1), (8, 2)):
+        trainer = {"gradient_accumulation_steps": times, "warmup_steps": 2, "eval_steps": 3}
+        changes: dict[str, Any] = {"batch_size": batch, "trainer": trainer, "output_dir": str(tmp_path / str(batch))}
+        changes |= {"method": "unipelt-apl", "rates": {"lora": 1e-3, "head": 1e-3}, "model": str(home / "bart")}
+        found[batch] = run(TranslationSettings(**values(home, **changes)), prepare, silent)
+        assert [item["step"] for item in found[batch]["evaluations"]] == [3, 6, 8]
+        assert found[batch]["settings"]["trainer"] == trainer
+    one, other = (found[batch]["evaluations"][0]["train_loss"] for batch in (16, 8))
+    assert one == pytest.approx(other, rel=0.1), "dropout and the lengths of batches differ"
+
+
 def test_a_run_that_was_killed_goes_on(home: Path, tmp_path: Path) -> None:
     class Killed(BaseException):
         pass

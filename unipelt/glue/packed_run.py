@@ -240,10 +240,7 @@ def sit(
     """
     clock = time.monotonic()
     folder = Path(str(settings.output_dir))
-    if settings.gradient_checkpointing:
-        raise PackError("gradient checkpointing and a pack exclude each other; pack fewer runs instead")
-    if settings.train_tokens is not None:
-        raise PackError("train_tokens and a pack exclude each other; a pack trains on whole batches")
+    check_packable(settings)
     if (record := place.find_finished(settings, folder)) is not None:
         return record
     if settings.threads is not None:
@@ -285,6 +282,21 @@ def sit(
             raise
         seat.lock = lock.pop_all()
     return seat
+
+
+def check_packable(settings: RunSettings) -> None:
+    """Raise `PackError` if a run cannot train in a pack."""
+    if settings.gradient_checkpointing:
+        raise PackError("gradient checkpointing and a pack exclude each other; pack fewer runs instead")
+    if settings.train_tokens is not None:
+        raise PackError("train_tokens and a pack exclude each other; a pack trains on whole batches")
+    if settings.trainer is not None:
+        raise PackError(
+            f"trainer ({', '.join(settings.trainer)}) and a pack exclude each other; a pack has a training loop of its "
+            "own, which Trainer's options do not reach"
+        )
+    if settings.rates is not None:
+        raise PackError("rates and a pack exclude each other; all parts of a run in a pack have its learning_rate")
 
 
 def share_base(model: PreTrainedModel, host: PreTrainedModel, equal: dict[str, Tensor]) -> None:

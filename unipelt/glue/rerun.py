@@ -34,6 +34,7 @@ from unipelt.runs.errors import RunError
 from unipelt.runs.folder import MODEL
 from unipelt.runs.pretrained import tokenizer_sha256
 from unipelt.runs.settings import FILES, clean_name
+from unipelt.runs.trainer_options import PUBLISHING
 from unipelt.version import __version__
 
 RECORD = "rerun.json"
@@ -153,6 +154,10 @@ def settings_of(record: Mapping[str, Any], changes: Mapping[str, Any] | None = N
         given["method"] = config.to_dict()  # a preset may have changed since; what was run is what counts
     _check_digest(record, RunSettings(**given), absent, notes)
     given |= {"overwrite": False, "output_dir": None} | _hardware_of(record, given, changes, notes) | changes
+    options = given.get("trainer") or {}
+    if sent := [name for name in options if name in PUBLISHING]:
+        given["trainer"] = {name: value for name, value in options.items() if name not in sent}
+        notes.append(f"a rerun reports and uploads nothing: trainer.{', trainer.'.join(sent)} left out")
     if record.get("packed") is not None:
         notes.append(
             f"it was one of a pack ({record['packed']!r:.60}) and is done by itself now: without dropout the numbers "

@@ -41,6 +41,7 @@ from unipelt.runs import folder as place
 from unipelt.runs.batches import Batches, default_tokens, materialize, pack_rows, pack_tokens, text_lengths
 from unipelt.runs.folder import MODEL, PICTURE, PREDICTIONS, Progress
 from unipelt.runs.pretrained import tokenizer_sha256
+from unipelt.runs.settings import SettingsError
 from unipelt.runs.trainer import BatchTrainer
 from unipelt.runs.training import common_record, header, run_in_folder, train, training_arguments
 from unipelt.submodules.gate import Gates
@@ -67,6 +68,7 @@ def run(
 
     def load() -> Job:
         job = prepare(settings)
+        _arguments(job, Path(str(settings.output_dir)))  # so that what Trainer does not take is said before all else
         if check is not None:
             check(job)
         return job
@@ -78,6 +80,8 @@ def run(
 
 
 def _arguments(job: Job, folder: Path) -> TrainingArguments:
+    if job.task.is_regression and (job.settings.trainer or {}).get("label_smoothing_factor"):
+        raise SettingsError("trainer.label_smoothing_factor is for classes, and this task has scores; leave it out")
     # 1 to Trainer; its batches of evaluation come ready made
     return training_arguments(job, folder, TrainingArguments, per_device_eval_batch_size=1)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from unipelt.glue.tasks import get_task
 from unipelt.runs.settings import FILES, SettingsError, TrainingSettings, option
@@ -25,6 +27,8 @@ class RunSettings(TrainingSettings):
     Raises:
         As `TrainingSettings`.
     """
+
+    alias_needs: ClassVar[Mapping[str, str]] = {"max_eval_samples": "train_samples"}
 
     task: str | None = option(None, "GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte")
     glue_dir: str | None = option(

@@ -18,7 +18,7 @@ from typing import Any
 
 from unipelt.report.paper import Printed, paper
 from unipelt.report.significance import mean_effect
-from unipelt.runs.settings import FILES, INCIDENTAL, LATER
+from unipelt.runs.settings import FILES, INCIDENTAL, INNER, LATER
 
 PARTS = ("adapter", "prefix", "lora")
 """The paper's submodules, in its order."""
@@ -29,6 +29,15 @@ _NOT_A_VARIANT = {
     *("task", "train_samples", "seed", "data_seed", "method", "learning_rate"),
     *(*INCIDENTAL, *FILES, "do_predict", "glue_dir", "model_sha256"),
 }
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's settings, those that are mappings of options with one key for each option: `trainer.NAME`."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = key in INNER and isinstance(value, Mapping)
+        found |= {f"{key}.{name}": option for name, option in value.items()} if inner else {key: value}
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Run:
         return {
             **{
                 key: value
-                for key, value in settings.items()
+                for key, value in flat_settings(settings).items()
                 if key not in _NOT_A_VARIANT and not (key in LATER and value == LATER[key])
             },
             "learning_rate": self.record["method"]["learning_rate"],

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unipelt.report.blocks import Block, Fold, Heading, Items, Paragraph
-from unipelt.report.cells import Run
+from unipelt.report.cells import Run, flat_settings
 from unipelt.report.numbers import k_name
 from unipelt.report.results import Results
 from unipelt.report.scores import seeds_text
@@ -94,12 +94,12 @@ def _common(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _differing(runs: Sequence[Run]) -> dict[str, str]:
     """What some runs have otherwise than others, by setting: the values, each with its runs and their tasks."""
-    known = {key for run in runs for key in run.record["settings"] if key in run.variant} - _APART
+    known = {key for run in runs for key in flat_settings(run.record["settings"]) if key in run.variant} - _APART
     found: dict[str, str] = {}
     for key in sorted(known):
         values: dict[str, list[Run]] = defaultdict(list)
         for run in runs:
-            values[json.dumps(run.record["settings"].get(key))].append(run)
+            values[json.dumps(flat_settings(run.record["settings"]).get(key))].append(run)
         if len(values) > 1:
             found[key] = "; ".join(
                 f"{value} ({count(len(group), 'run')}: {', '.join(sorted({run.task for run in group}))})"

@@ -23,13 +23,15 @@ from unipelt.files.messages import show_path
 from unipelt.files.strict import PlainError, read_plain
 from unipelt.records.record import RESULT, ResultError, mismatch, read_result
 from unipelt.runs.errors import RunError
-from unipelt.runs.settings import TrainingSettings
+from unipelt.runs.settings import LATER, TrainingSettings
 
 MODEL = "model"
 FOLDED = "folded"
 PICTURE = "gates.png"
 PREDICTIONS = "predictions"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+"""What TensorBoard's events are written to, if a run reports to it."""
 _PROGRESS = "progress.json"
 _MARKER = "complete.json"
 _LOCK = ".lock"
@@ -128,7 +130,7 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         progress = Progress("")  # of no settings, so that what is there is cleared away
     finished = (folder / RESULT).exists()
     if progress is None and not finished:
-        for name in (MODEL, PREDICTIONS, CHECKPOINTS, PICTURE):
+        for name in (MODEL, PREDICTIONS, CHECKPOINTS, LOGS, PICTURE):
             # a run that was killed as it began leaves no more than a folder for its progress
             if (folder / name).exists() and not (name == CHECKPOINTS and _is_bare(folder / name)):
                 raise RunError(f"{folder / name} is there and is of no run; choose another output_dir")
@@ -146,6 +148,7 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         (folder / RESULT).unlink(missing_ok=True)
         for checkpoint in _checkpoints(folder):
             _remove_checkpoint(checkpoint)
+        shutil.rmtree(folder / LOGS, ignore_errors=True)
     for name in (MODEL, PREDICTIONS, FOLDED):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # drafts of an attempt that was killed
@@ -244,8 +247,9 @@ def _write_json(path: Path, value: Any) -> None:
 def _difference(theirs: Mapping[str, Any], settings: TrainingSettings) -> str:
     """Differences between a record's settings and these, in words."""
     ours = settings.to_dict()
-    names = [name for name in settings.identity() if theirs.get(name) != ours[name]]
-    shown = [f"{name} is {theirs.get(name)!r:.60} there and {ours[name]!r:.60} here" for name in names[:2]]
+    then = {**LATER, **theirs}  # a record from before there were these fields
+    names = [name for name in {**settings.identity(), **LATER} if then.get(name) != ours.get(name)]
+    shown = [f"{name} is {then.get(name)!r:.60} there and {ours.get(name)!r:.60} here" for name in names[:2]]
     more = f", and {len(names) - 2} more" if len(names) > 2 else ""
     return ", ".join(shown) + more if shown else "paths that lead elsewhere"
 

@@ -15,8 +15,10 @@ from unipelt.config.schema import read_mapping
 from unipelt.files.arguments import OneLineParser
 from unipelt.files.messages import show, show_path, suggest
 from unipelt.files.strict import PlainError, parse_yaml
+from unipelt.runs.aliases import SWITCHES, check_needs, names_of, own_names, refuse_usual
 from unipelt.runs.settings import (
     INCIDENTAL,
+    INNER,
     PATHS,
     SettingsError,
     TrainingSettings,
@@ -26,6 +28,8 @@ from unipelt.runs.settings import (
     with_numbers,
 )
 
+DOTTED = ("method.", *(f"{name}." for name in INNER))
+"""How the names begin of what is inside a setting."""
 _ALIASES = ("none", "null", "~")
 _MOST_ABOVE = 50
 _WHAT = "Train one method on one task, test it once, and leave one result.json."
@@ -39,8 +43,8 @@ GROUPS = {
     ),
     "method": ("method",),
     "training": (
-        *("learning_rate", "epochs", "patience", "batch_size", "train_tokens", "weight_decay", "warmup_ratio"),
-        *("max_grad_norm", "precision", "gradient_checkpointing"),
+        *("learning_rate", "rates", "epochs", "patience", "batch_size", "train_tokens", "weight_decay", "warmup_ratio"),
+        *("max_grad_norm", "precision", "gradient_checkpointing", "trainer"),
     ),
     "evaluation": (
         *("eval_batch_size", "eval_tokens", "beams", "n_best", "max_answer_length", "null_threshold", "do_predict"),
@@ -60,7 +64,9 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT, program: str
     Args:
         argv: optionally a YAML or JSON file, which holds only what differs from the defaults and may name others as
             `base` (a path or a list of them, relative to the file; later ones win, and the file itself wins over
-            all); then `--field value` for any field, and `--method.part.field value` for any field of the method.
+            all); then `--field value` for any field, `--method.part.field value` for any field of the method,
+            `--trainer.name value` for an option of Trainer and `--rates.part value` for the learning rate of a part.
+            The usual names of `unipelt.runs.aliases` do as well.
         kind: the settings to read, a dataclass.
         what: the program does, for `--help`.
         program: its name, for `--help`; by default the script's.
@@ -71,15 +77,19 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT, program: str
     """
     words = list(argv)
     config = words.pop(0) if words and not words[0].startswith("-") else None
-    words, overrides = _split_method(words)
+    words, dotted = split_dotted(words)
     namespace = _parser(kind, what, program).parse_args(words)
-    given = {name: read_option(name, value, kind) for name, value in vars(namespace).items() if value is not None}
+    asked = {name: value for name, value in vars(namespace).items() if value is not None} | dotted
+    given: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+    for name, value in own_names(asked, kind).items():
+        (overrides if name.startswith(DOTTED) else given)[name] = read_option(name, value, kind)
     values = {} if config is None else read_config(config, kind)
     if config is not None and given.get("output_dir") is None and values.get("output_dir") is None:
         given["output_dir"] = _default_folder(config, given, overrides)
     values.update(given)
-    values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
-    return kind(**values)
+    check_needs([*asked, *({} if config is None else read_mapping(config))], values, kind)
+    return kind(**lay_over(values, overrides))
 
 
 def read_config(path: str | Path, kind: type[TrainingSettings], also: Sequence[str] = ()) -> dict[str, Any]:
@@ -103,6 +113,8 @@ def read_config(path: str | Path, kind: type[TrainingSettings], also: Sequence[s
 
 def read_option(name: str, value: Any, kind: type[TrainingSettings]) -> Any:
     """A value from the command line, where everything is text."""
+    if name.startswith(DOTTED):
+        return _read_scalar(value, name)
     hint = get_type_hints(kind)[name]
     if isinstance(value, list):
         return None if [item.lower() for item in value] in (["none"], ["null"]) else value
@@ -155,12 +167,14 @@ def _read_config(
     values: dict[str, Any] = {}
     for base in bases:
         values |= _read_config(path.parent / base, kind, (*above, place), known_bases)
+    own = own_names(own, kind)
     known = [item.name for item in fields(kind)]
     overrides = {}
     for key in list(own):
-        if key.startswith("method."):
-            overrides[key.removeprefix("method.")] = with_numbers(own.pop(key))
+        if key.startswith(DOTTED):
+            overrides[key] = with_numbers(own.pop(key))
         elif key not in (*known, *also):
+            refuse_usual(str(key))
             meant = suggest(key, [*also, *known])
             raise SettingsError(
                 f"{show_path(path)}: unknown field {show(key)}; {f'{meant} (see --help)' if meant else 'see --help'}"
@@ -169,8 +183,7 @@ def _read_config(
         if isinstance(own.get(name), str):
             own[name] = locate_path(own[name], path)
     values |= own
-    if overrides:
-        values["method"] = _override_method(values.get("method", "unipelt-apl"), overrides)
+    values = lay_over(values, overrides)
     known_bases[place] = values
     return values
 
@@ -183,6 +196,30 @@ def _read_scalar(text: str, name: str) -> Any:
     if text.lower() in _ALIASES:
         return None
     return with_numbers(value)
+
+
+def lay_over(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay overrides over values of settings, dotted ones inside them: `{"seed": 2, "trainer.logging_steps": 10}`.
+
+    Raises:
+        SettingsError: what is laid over is no mapping.
+    """
+    found = dict(values)
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in overrides.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(head, {})[rest] = value
+        else:
+            found[name] = value
+    if "method" in inner:
+        found["method"] = _override_method(found.get("method", "unipelt-apl"), inner.pop("method"))
+    for head, changes in inner.items():
+        below = found.get(head)
+        if below is not None and not isinstance(below, Mapping):
+            raise SettingsError(f"{head} must be a mapping, not {show(below)}")
+        found[head] = {**(below or {}), **changes}
+    return found
 
 
 def _override_method(method: Any, overrides: Mapping[str, Any]) -> Any:
@@ -202,13 +239,24 @@ def _override_method(method: Any, overrides: Mapping[str, Any]) -> Any:
     return merged
 
 
-def _split_method(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--method.part.field value` (or `=value`) out of a command line."""
+def split_dotted(argv: Sequence[str], heads: tuple[str, ...] = DOTTED) -> tuple[list[str], dict[str, str]]:
+    """Take `--method.part.field value`, `--trainer.name value` and `--rates.part value` out of a command line.
+
+    Args:
+        argv: the command line; a value may follow after `=`, too.
+        heads: how the names begin that are taken.
+
+    Returns:
+        The other words; and by dotted name, the texts.
+
+    Raises:
+        SettingsError: a value is missing.
+    """
     rest: list[str] = []
-    overrides: dict[str, Any] = {}
+    found: dict[str, str] = {}
     words = iter(argv)
     for word in words:
-        if not word.startswith("--method."):
+        if not word.startswith(tuple(f"--{head}" for head in heads)):
             rest.append(word)
             continue
         key, equals, text = word.partition("=")
@@ -216,14 +264,14 @@ def _split_method(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             text = next(words, "")
         if not text or text.startswith("--"):
             raise SettingsError(f"{key} needs a value")
-        overrides[key.removeprefix("--method.").replace("-", "_")] = _read_scalar(text, key)
-    return rest, overrides
+        found[key.removeprefix("--").replace("-", "_")] = text
+    return rest, found
 
 
 def _default_folder(config: str, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
     """`runs/` and a name that tells runs apart: the configuration file's, and the options that change the outcome."""
     options = {name: value for name, value in given.items() if name not in (*INCIDENTAL, "glue_dir", "tasks_dir")}
-    options |= {f"method.{key}": value for key, value in overrides.items()}
+    options |= overrides
     parts = [Path(config).stem, *(f"{name}={_plain(value)}" for name, value in options.items())]
     return str(Path("runs") / clean_name("-".join(parts)))
 
@@ -236,17 +284,29 @@ class _Parser(OneLineParser):
     problem = SettingsError
     order = ": a configuration file comes first, then options as --field value"
 
+    def _unknown(self, kind: str, name: str, known: list[str]) -> str:
+        refuse_usual(name.removeprefix("--").replace("-", "_"))
+        return super()._unknown(kind, name, known)
+
 
 def _parser(kind: type[TrainingSettings], what: str, program: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [CONFIG] [--FIELD VALUE ...] [--method.PART.FIELD VALUE ...]",
+        usage="%(prog)s [CONFIG] [--FIELD VALUE ...] [--method.PART.FIELD VALUE ...] [--trainer.NAME VALUE ...]",
         description=f"{what}\n\nCONFIG is a YAML or JSON file that sets some of these fields (see configs/). An option "
         "wins over\nthe file. A field of the method has an option of its own, such as --method.lora.rank 4.",
         epilog=textwrap.fill(f"Presets: {', '.join(PRESETS)}.", 96),
     )
     add_options(parser, kind)
+    group = parser.add_argument_group("the same by the names of Transformers' scripts")
+    for alias, own in names_of(kind).items():
+        options: dict[str, Any] = {
+            "help": f"The same as --{own}." if own else "Accepted where true, since a run always does it."
+        }
+        switch = alias in SWITCHES or alias in ("overwrite_output_dir", "push_to_hub", "torch_compile", "fp16")
+        options |= {"nargs": "?", "const": "true", "metavar": "true|false"} if switch else {"metavar": "VALUE"}
+        group.add_argument(f"--{alias}", dest=alias, **options)
     return parser
 
 

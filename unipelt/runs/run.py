@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from unipelt.checkpoint.manifest import MANIFEST
 from unipelt.checkpoint.save import save
@@ -90,6 +97,10 @@ class TaskJob(ABC):
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
     @abstractmethod
+    def arguments(self, folder: Path) -> TrainingArguments:
+        """Trainer's arguments in that folder of a run; writes nothing. Raises as `training_arguments`."""
+
+    @abstractmethod
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
         """The trainer, which evaluates on the dev set."""
 
@@ -123,10 +134,15 @@ def run(settings: Settings, prepare: Callable[[Settings], TaskJob], log: Callabl
         RunFailed: the run failed after it had begun; its checkpoints are kept.
     """
 
+    def load() -> TaskJob:
+        job = prepare(settings)
+        job.arguments(Path(str(settings.output_dir)))  # so that what Trainer does not take is said before all else
+        return job
+
     def execute(job: TaskJob, folder: Path, progress: Progress, begun: float) -> dict[str, Any]:
         return _execute(job, folder, progress, begun, log)
 
-    return run_in_folder(settings, lambda: prepare(settings), execute, log)
+    return run_in_folder(settings, load, execute, log)
 
 
 def _execute(

@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from unipelt.config.methods import SUBMODULES, UniPELTConfig
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
 from unipelt.files.messages import show
+from unipelt.runs.trainer_options import check_options
 
 INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads", "eval_tokens")
 """Fields that say how a run is carried out, as opposed to what it computes."""
@@ -26,6 +27,10 @@ FILES = ("train_file", "dev_file", "test_file")
 
 PATHS = (*FILES, "glue_dir", "tasks_dir")
 """Fields that are paths of data, of whatever kind of task."""
+
+
+INNER = ("trainer", "rates")
+"""Fields that are mappings of names to values, of which each counts by itself: `trainer.NAME`."""
 
 
 _POSITIVE = (
@@ -41,7 +46,10 @@ _NOT_NEGATIVE = (
 )
 
 
-LATER = {"test_samples": None, "train_tokens": None, "pad_to_max_length": False}
+LATER: dict[str, Any] = {
+    **dict.fromkeys(("test_samples", "train_tokens", "trainer", "rates")),
+    "pad_to_max_length": False,
+}
 """Fields that came later, and the values with which a run is what it was before there were these fields."""
 
 
@@ -70,6 +78,9 @@ class TrainingSettings:
         SettingsError, ConfigError: a value cannot be meant, or two contradict each other.
         FileNotFoundError: the method is a path, and no file is there.
     """
+
+    arguments: ClassVar[str] = "TrainingArguments"  # the class of Trainer's arguments in transformers
+    alias_needs: ClassVar[Mapping[str, str]] = {}  # by usual option, a setting without which it has no effect
 
     model: str = option(
         "bert-base-uncased",
@@ -102,6 +113,11 @@ class TrainingSettings:
         "Peak learning rate. Default: the paper's for BERT-base, which is 2e-5 for fine-tuning, 1e-4 for adapter and "
         "bitfit, 2e-4 for prefix, and 5e-4 for lora and combinations",
     )
+    rates: Mapping[str, float] | None = option(
+        None,
+        "Peak learning rates of parts that learning_rate is not for. In CONFIG it is a mapping. --rates.lora 1e-3 sets "
+        "one. Parts are those of the method, gate, head and lora_b",
+    )
     epochs: int = option(50, "Largest number of passes over the train data")
     patience: int | None = option(
         10, "Number of epochs without a better dev score after which training stops. null means never"
@@ -120,6 +136,11 @@ class TrainingSettings:
     gradient_checkpointing: bool = option(
         False, "Activations are computed again in the backward pass. This saves memory and costs time"
     )
+    trainer: Mapping[str, Any] | None = option(
+        None,
+        "Further options for Transformers' Trainer. In CONFIG it is a mapping. --trainer.lr_scheduler_type cosine sets "
+        "one",
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Device: auto, cpu or cuda. auto takes a GPU where there is one"
     )
@@ -135,10 +156,12 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         self._check_types()
         self._check_values()
+        self._check_trainer()
         self._check_data()
         object.__setattr__(self, "method", expand_method(self.method))
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", paper_learning_rate(self.config))
+        self._check_rates()
         if self.data_seed is None:
             object.__setattr__(self, "data_seed", self.seed)
         if self.output_dir is None:
@@ -148,6 +171,48 @@ class TrainingSettings:
     def _check_data(self) -> None:
         """Check that the fields which name data go together; the data themselves are not touched."""
 
+    def _check_trainer(self) -> None:
+        """Check the options for Trainer, and that they do not contradict other settings."""
+        try:
+            options = check_options(with_numbers(self.trainer), self.arguments)
+        except ConfigError as error:
+            raise SettingsError(str(error)) from None
+        object.__setattr__(self, "trainer", options)
+        if options is None:
+            return
+        if self.warmup_ratio and options.get("warmup_steps"):
+            raise SettingsError("warmup_ratio and trainer.warmup_steps exclude each other; leave one of them out")
+        if options.get("fp16") and self.precision != "fp32":
+            raise SettingsError("precision bf16 and trainer.fp16 exclude each other; leave one of them out")
+        if options.get("fp16") and self.device == "cpu":
+            raise SettingsError("trainer.fp16 needs a GPU, and device is cpu; leave it out, or take precision bf16")
+
+    def _check_rates(self) -> None:
+        """Check the learning rates of parts: that the method has these parts, and that each rate is one."""
+        rates = with_numbers(self.rates)
+        if rates is not None and not isinstance(rates, Mapping):
+            raise SettingsError(f"rates must be a mapping of parts to learning rates, not {show(rates)}")
+        rates = {name: rate for name, rate in (rates or {}).items() if rate is not None}
+        object.__setattr__(self, "rates", rates or None)
+        if not rates:
+            return
+        config = self.config
+        parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
+        known = dict.fromkeys(parts)
+        if any(getattr(config.part(name), "gate", False) for name in parts):
+            known["gate"] = None
+        if config.train_head:
+            known["head"] = None
+        if "lora" in known:
+            known["lora_b"] = None
+        for name, rate in rates.items():
+            if name not in known:
+                raise SettingsError(
+                    f"rates.{name}: {self.method_name} trains no such part; its parts are {', '.join(known) or 'none'}"
+                )
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6:
+                raise SettingsError(f"rates.{name} must be a learning rate above 0, not {show(rate)}")
+
     def _data_name(self) -> str:
         """Name of the data, for the name of a folder."""
         return self.task or Path(str(self.train_file)).stem
@@ -155,7 +220,7 @@ class TrainingSettings:
     def _check_types(self) -> None:
         hints = get_type_hints(type(self))
         for name, hint in ((item.name, hints[item.name]) for item in fields(self)):
-            if name == "method":
+            if name in ("method", *INNER):
                 continue
             value = getattr(self, name)
             if float in (hint, *get_args(hint)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,17 +25,23 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
+from transformers.integrations import TensorBoardCallback
 
 from unipelt.checkpoint.manifest import WEIGHTS
+from unipelt.config.schema import ConfigError
 from unipelt.files.atomic import failed_write
+from unipelt.files.messages import shorten
+from unipelt.injection.parameter_groups import parameter_groups
 from unipelt.injection.parameters import parameter_counts
 from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
 from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
-from unipelt.runs.folder import CHECKPOINTS, Progress
+from unipelt.runs.folder import CHECKPOINTS, LOGS, Progress
 from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
-from unipelt.runs.settings import TrainingSettings
+from unipelt.runs.settings import SettingsError, TrainingSettings
+from unipelt.runs.trainer_options import check_trackers, step_options
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Job = TypeVar("Job")
@@ -185,11 +192,12 @@ class _Reporter(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         metrics = event["metrics"]
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        loss = _evaluations(state, ())[-1]["train_loss"]
         value = metrics[f"eval_{self.primary}"]
         better = state.best_metric is None or value > state.best_metric
+        trained = "" if loss is None else f"train loss {loss:.4f}  "
         line = (
-            f"epoch {state.epoch:>3.0f}  train loss {losses[-1]:.4f}  dev loss {metrics['eval_loss']:.4f}  "
+            f"{self._moment(args, state)}  {trained}dev loss {metrics['eval_loss']:.4f}  "
             f"{self.primary} {value:.3f}{'  best so far' if better else ''}"
         )
         with tqdm.external_write_mode():
@@ -198,52 +206,87 @@ class _Reporter(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
 
+    def _moment(self, args: Any, state: TrainerState) -> str:
+        """When an evaluation is: after an epoch, or after a step."""
+        return f"step {state.global_step:>6}" if args.eval_strategy == "steps" else f"epoch {state.epoch:>3.0f}"
+
 
 def training_arguments(job: Training, folder: Path, kind: type[Arguments], **options: Any) -> Arguments:
-    """Trainer's arguments for a run.
+    """Trainer's arguments for a run: those of its settings, those of its options for Trainer, and what each run needs.
 
     Args:
         job: what was loaded.
         folder: of the run.
         kind: of Trainer's arguments.
         options: further arguments.
+
+    Raises:
+        SettingsError: Trainer does not take its options together, or not here. Nothing was written.
     """
     settings = job.settings
+    chosen = dict(settings.trainer or {})
+    known = {item.name for item in fields(kind)}
     if settings.gradient_checkpointing:
-        known = {item.name for item in fields(kind)}  # the option got a new name in 5.x
+        # the option got a new name in 5.x
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         options |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    arguments = kind(
-        output_dir=str(folder / CHECKPOINTS),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=float(settings.learning_rate or 0.0),
-        lr_scheduler_type="linear",
-        warmup_steps=settings.warmup_ratio,  # below 1 it is a fraction of all steps
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",  # the default depends on PyTorch's version
-        seed=settings.seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # it would put the mean of the others in the place of a loss that is NaN
-        save_total_limit=None,  # _Marker removes checkpoints, and only after the next one is complete
-        load_best_model_at_end=True,
-        metric_for_best_model=job.primary,
-        greater_is_better=True,
-        restore_callback_states_from_checkpoint=True,
-        bf16=settings.precision == "bf16",
-        use_cpu=job.device == "cpu",
-        dataloader_num_workers=settings.num_workers,
-        dataloader_pin_memory=job.device == "cuda",
-        report_to="none",
-        disable_tqdm=True,
-        **options,
-    )
+    if chosen.get("fp16") and job.device == "cpu":
+        raise SettingsError("trainer.fp16 needs a GPU, and there is none here; leave it out, or take precision bf16")
+    if "logging_dir" in known:  # in older versions; a newer one takes it from the callback
+        options["logging_dir"] = str(folder / LOGS)
+    values: dict[str, Any] = {
+        "output_dir": str(folder / CHECKPOINTS),
+        "run_name": folder.name,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": float(settings.learning_rate or 0.0),
+        "lr_scheduler_type": "linear",
+        "warmup_steps": settings.warmup_ratio,  # below 1 it is a fraction of all steps
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": "adamw_torch",  # the default depends on PyTorch's version
+        "seed": settings.seed,
+        "logging_nan_inf_filter": False,  # it would put the mean of the others in the place of a loss that is NaN
+        "save_total_limit": None,  # _Marker removes checkpoints, and only after the next one is complete
+        "load_best_model_at_end": True,
+        "metric_for_best_model": job.primary,
+        "greater_is_better": True,
+        "restore_callback_states_from_checkpoint": True,
+        "bf16": settings.precision == "bf16",
+        "use_cpu": job.device == "cpu",
+        "dataloader_num_workers": settings.num_workers,
+        "dataloader_pin_memory": job.device == "cuda",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    try:
+        arguments = kind(**{**values, **step_options(chosen), **options, **chosen})
+        if chosen:
+            _check_made(arguments, job.model)
+    except (ValueError, TypeError, ImportError) as error:
+        if not chosen:
+            raise
+        said = str(error) if isinstance(error, ConfigError) else f"trainer: {shorten(error)}"
+        raise SettingsError(said) from error
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # batch_size is that of a step: no DataParallel over whatever GPUs there are
     return arguments
+
+
+def _check_made(arguments: TrainingArguments, model: PreTrainedModel) -> None:
+    """Make what Trainer would make of its arguments only once a run has begun; raises what Trainer would raise."""
+    check_trackers(arguments.report_to)  # type: ignore[arg-type]
+    Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(2),
+            num_training_steps=2,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+        )
 
 
 def train(
@@ -276,6 +319,17 @@ def train(
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     trainer = make(callbacks)
+    if settings.rates:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, job.model)
+        common = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
+        groups = parameter_groups(job.model, **common, **settings.rates)
+        trainer.optimizer_cls_and_kwargs = (kind, {**options, "params": groups})
+    if trainer.args.gradient_accumulation_steps > 1:
+        # the models here return the mean over what they are given, also those that take a count of items
+        trainer.model_accepts_loss_kwargs = False
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder / LOGS)
     last = _train(trainer, job.digest, folder, log)
 
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
@@ -293,14 +347,18 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
         data: lines on its data.
     """
     settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
+    rates = "".join(f", {name} {rate:g}" for name, rate in (settings.rates or {}).items())
+    options = ", ".join(f"{name} {value}" for name, value in (settings.trainer or {}).items())
     stop = f", patience {settings.patience}" if settings.patience is not None else ""
     return [
         f"model   {model} ({type(job.model).__name__})",
         f"task    {task}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
         *(f"        {note}" for note in job.notes),
         *data,
-        f"method  {settings.method_name}; learning rate {settings.learning_rate:g}, batch {settings.batch_size}, "
-        f"at most {settings.epochs} epochs{stop}, seed {settings.seed}; {settings.precision} on {job.device}",
+        f"method  {settings.method_name}; learning rate {settings.learning_rate:g}{rates}, "
+        f"batch {settings.batch_size}, at most {settings.epochs} epochs{stop}, seed {settings.seed}; "
+        f"{settings.precision} on {job.device}",
+        *([f"trainer {options}"] if options else []),
         *str(parameter_counts(job.model)).splitlines(),
     ]
 
@@ -359,16 +417,29 @@ def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def _evaluations(state: TrainerState, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Every evaluation on the dev set, in order, with the train loss of its epoch."""
-    train = {entry["step"]: entry for entry in state.log_history if "loss" in entry}
-    return [
-        {
-            "epoch": entry["epoch"],
-            "step": entry["step"],
-            "loss": entry["eval_loss"],
-            "train_loss": train[entry["step"]]["loss"],
-            "metrics": {name: entry[f"eval_{name}"] for name in metrics},
-        }
-        for entry in state.log_history
-        if "eval_loss" in entry
-    ]
+    """Every evaluation on the dev set, in order.
+
+    Each has the mean train loss of the steps since the one before, as far as it was logged; None if it was not.
+    """
+    found: list[dict[str, Any]] = []
+    losses: list[tuple[float, float]] = []  # number of steps, their mean loss
+    logged = 0.0
+    for entry in state.log_history:
+        if "loss" in entry:
+            losses.append((entry["step"] - logged, entry["loss"]))
+            logged = entry["step"]
+        elif "eval_loss" in entry:
+            train = losses[0][1] if len(losses) == 1 else None
+            if len(losses) > 1:
+                train = sum(steps * loss for steps, loss in losses) / sum(steps for steps, _ in losses)
+            found.append(
+                {
+                    "epoch": entry["epoch"],
+                    "step": entry["step"],
+                    "loss": entry["eval_loss"],
+                    "train_loss": train,
+                    "metrics": {name: entry[f"eval_{name}"] for name in metrics},
+                }
+            )
+            losses = []
+    return found

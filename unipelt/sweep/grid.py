@@ -14,10 +14,13 @@ from typing import Any
 from unipelt.files.messages import show, suggest
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import shorten_name
-from unipelt.runs.options import locate_path, read_config, read_option
+from unipelt.runs.aliases import own_names
+from unipelt.runs.options import lay_over, locate_path, read_config, read_option
+from unipelt.runs.settings import INNER
 
 MOST_RUNS = 20_000
 """The most runs of one block; a longer product is a slip, and would take hours to be spelt out."""
+_INNER = tuple(f"{name}." for name in INNER)
 _SEEDS = ("seed", "data_seed")  # what may differ between the runs of a cell
 
 
@@ -41,7 +44,12 @@ class Sweep:
 
     def cell(self, settings: RunSettings) -> str:
         """Settings that the runs of a cell share, without seeds and chosen fields, as JSON."""
-        values = {name: value for name, value in settings.identity().items() if name not in (*_SEEDS, *self.chosen)}
+        chosen = (*_SEEDS, *self.chosen)
+        values = {name: value for name, value in settings.identity().items() if name not in chosen}
+        for head in INNER:
+            if head in values:
+                inner = values[head].items()
+                values[head] = {name: value for name, value in inner if f"{head}.{name}" not in chosen}
         return json.dumps(values, sort_keys=True)
 
 
@@ -55,7 +63,8 @@ def read_sweep(
             to try in each cell), `base`, and fields common to all runs.
         narrow: by field, the values to keep. A method goes by its `method_name`, or by its preset.
         override: by field, as on the command line, what replaces the common value. Of a field that the grid lists,
-            it is the values to keep, with commas between them.
+            it is the values to keep, with commas between them. `trainer.NAME` and `rates.PART` are
+            fields, too, here and in the grid.
 
     Raises:
         SweepError: a field, a value or a run cannot be meant, or a value to keep is none of those there are.
@@ -80,6 +89,7 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
         raise SweepError(f"{path}: grid must be a list of blocks, each a mapping of fields to lists of values")
     if not isinstance(choose, dict):
         raise SweepError(f"{path}: choose must be a mapping of fields to lists of values, not {show(choose)}")
+    grid, choose = [own_names(block, RunSettings) for block in grid], own_names(choose, RunSettings)
     listed = {name for block in [*grid, choose] for name in block}
     _check_fields(path, [*common, *listed])
     if any(set(block) & set(choose) for block in grid):
@@ -87,13 +97,15 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
     for name in list(override):
         if name in listed:
             narrow[name] = [*narrow.get(name, ()), *split_list(override.pop(name))]
-    common |= {name: read_option(name, text, RunSettings) for name, text in override.items()}
+        elif name.startswith(_INNER) and (head := name.partition(".")[0]) in listed:
+            raise SweepError(f"{path} lists {head} as a whole, so {name} cannot be given for all runs; change the file")
+    common = lay_over(common, {name: read_option(name, text, RunSettings) for name, text in override.items()})
 
     runs: dict[str, RunSettings] = {}
     for number, block in enumerate(grid, start=1):
         for values in _product(path, {**block, **choose}):
             try:
-                settings = RunSettings(**{**common, **values})
+                settings = RunSettings(**lay_over(common, values))
             except (ValueError, OSError) as error:
                 raise SweepError(f"{path}, block {number} of the grid: {error}") from error
             runs.setdefault(settings.digest(), settings)
@@ -103,7 +115,7 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
 def _check_fields(path: Path, names: Sequence[str]) -> None:
     known = [item.name for item in fields(RunSettings) if item.name not in ("output_dir", "overwrite")]
     for name in names:
-        if name not in known:
+        if name not in known and not name.startswith(_INNER):
             meant = suggest(name, known, "see unipelt sweep --help")
             raise SweepError(f"{path}: unknown field {show(name)} of a sweep; {meant}")
 
@@ -144,11 +156,14 @@ def _keep(runs: tuple[RunSettings, ...], narrow: Mapping[str, Sequence[str]]) ->
 
 
 def _shown(settings: RunSettings, name: str) -> Any:
-    value = settings.method_name if name == "method" else getattr(settings, name)
+    value = settings.method_name if name == "method" else _value(settings, name)
     return "all" if name == "train_samples" and value is None else value
 
 
 def _value(settings: RunSettings, name: str) -> Any:
+    if name.startswith(_INNER):
+        head, _, inner = name.partition(".")
+        return (getattr(settings, head) or {}).get(inner)
     return settings.method_name.replace(" ", "") if name == "method" else getattr(settings, name)
 
 

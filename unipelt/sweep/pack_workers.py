@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from unipelt.glue.pack_runs import pack_key, train
+from unipelt.glue.packed_run import check_packable
 from unipelt.glue.settings import RunSettings
 from unipelt.runs.folder import LockedError
 from unipelt.sweep import LOG, SETTINGS, Busy, Sweep, read_settings
@@ -54,7 +55,9 @@ class _Pack:
 
 
 def by_pack(sweep: Sweep) -> Sweep:
-    """The same runs, those that can share a pack side by side."""
+    """The same runs, those that can share a pack side by side. Raises `PackError` if one cannot train in a pack."""
+    for settings in sweep.runs:
+        check_packable(settings)
     order: dict[str, list[RunSettings]] = {}
     for settings in sweep.runs:
         order.setdefault(pack_key(settings), []).append(settings)

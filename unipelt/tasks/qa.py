@@ -65,13 +65,16 @@ class QAJob(TaskJob):
 
     metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
 
+    def arguments(self, folder: Path) -> TrainingArguments:
+        """Trainer's arguments in that folder of a run."""
+        batch = self.settings.eval_batch_size
+        return training_arguments(self, folder, TrainingArguments, per_device_eval_batch_size=batch)
+
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
         """The trainer, which evaluates on the dev set."""
         return Trainer(
             model=self.model,
-            args=training_arguments(
-                self, folder, TrainingArguments, per_device_eval_batch_size=self.settings.eval_batch_size
-            ),
+            args=self.arguments(folder),
             # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
             data_collator=DataCollatorWithPadding(self.tokenizer).__call__,
             train_dataset=_rows(self.windows["train"]),

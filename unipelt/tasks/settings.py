@@ -94,6 +94,8 @@ class QASettings(TaskSettings):
 
     def _check_data(self) -> None:
         super()._check_data()
+        if (self.trainer or {}).get("label_smoothing_factor"):
+            raise SettingsError("trainer.label_smoothing_factor has no effect on questions; leave it out")
         if self.stride >= self.max_length:
             raise SettingsError(f"stride is {self.stride}, and must be below max_length, {self.max_length}")
 
@@ -107,6 +109,7 @@ class TranslationSettings(TaskSettings):
     """
 
     known: ClassVar[tuple[str, ...]] = ("multi30k",)
+    arguments: ClassVar[str] = "Seq2SeqTrainingArguments"
 
     model: str = option(
         "google-t5/t5-small",

@@ -65,10 +65,10 @@ class TranslationJob(TaskJob):
 
     metrics: ClassVar[tuple[str, ...]] = ("bleu",)
 
-    def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-        """The trainer, which translates the dev set to evaluate."""
+    def arguments(self, folder: Path) -> Seq2SeqTrainingArguments:
+        """Trainer's arguments in that folder of a run."""
         settings = self.settings
-        arguments = training_arguments(
+        return training_arguments(
             self,
             folder,
             Seq2SeqTrainingArguments,
@@ -77,9 +77,12 @@ class TranslationJob(TaskJob):
             generation_max_length=settings.max_target_length,
             generation_num_beams=settings.beams,
         )
+
+    def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        """The trainer, which translates the dev set to evaluate."""
         return Seq2SeqTrainer(
             model=self.model,
-            args=arguments,
+            args=self.arguments(folder),
             # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
             data_collator=DataCollatorForSeq2Seq(self.tokenizer, self.model).__call__,
             train_dataset=self.rows["train"],
