@@ -68,7 +68,7 @@ def test_options_win_and_the_folder_is_named_by_the_configuration(started: list[
         (["nothing"], "no configuration file at nothing, and none of that name comes with the package"),
         (["table1"], "table1.yaml is the file of a sweep; start it by `unipelt sweep CONFIG --out DIR`"),
         (["table4"], "table4.yaml is the file of a benchmark; start it by examples/benchmark.py"),
-        (["demo", "--lerning_rate", "1"], "unknown option '--lerning_rate'; did you mean --learning_rate?"),
+        (["demo", "--lerning_rate", "1"], "unknown option '--lerning_rate'; did you mean '--learning_rate'?"),
         (["demo", "--kind", "poetry"], "--kind must be classification, questions, translation, not 'poetry'"),
         ([], "there is nothing to train on: name a task (--task rte) or a train_file"),
     ],
