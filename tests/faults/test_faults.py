@@ -407,7 +407,7 @@ def test_a_read_only_folder_of_a_save(tmp_path: Path) -> None:
     shake(model)
     with read_only(tmp_path / "saved"), pytest.raises(PermissionError) as caught:
         unipelt.save(model, tmp_path / "saved")
-    assert str(caught.value).startswith("[Errno 13] Permission denied: ")
+    assert str(caught.value).startswith("[Errno 13] Permission denied (make the folder writable again): ")
     assert ".tmp" not in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
 
