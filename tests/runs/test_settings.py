@@ -272,7 +272,7 @@ def test_a_configuration_s_data_may_lie_in_a_package(tmp_path: Path, monkeypatch
         ("", "is not of the form package:NAME/FILE"),
     ):
         with pytest.raises(SettingsError, match=said):
-            read_config(write("b.yaml", f"dev_file: package:{name}\n"), RunSettings)
+            read_config(write("b.yaml", f"dev_file: 'package:{name}'\n"), RunSettings)
 
 
 def test_default_folder_tells_runs_apart() -> None:
