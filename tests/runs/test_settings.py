@@ -258,6 +258,25 @@ def test_paths_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert read_config(config, RunSettings)["train_file"] == "data/train.tsv", "the current folder comes first"
 
 
+def test_a_configuration_s_data_may_lie_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("site/data_package/__init__.py", "raise RuntimeError('imported')\n")
+    write("site/data_package/data/train.tsv", "")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    config = write("a.yaml", "train_file: package:data_package/data/train.tsv\n")
+    place = str(tmp_path / "site" / "data_package" / "data" / "train.tsv")
+    assert read_config(config, RunSettings) == {"train_file": place}
+    for name, said in (
+        ("data_package/dev.tsv", "'data_package' holds no file 'dev.tsv': there is no "),
+        (
+            "no_such_package/dev.tsv",
+            r"the file is a part of .* which is not installed; .* \(pip install no-such-package\)",
+        ),
+        ("", "is not of the form package:NAME/FILE"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            read_config(write("b.yaml", f"dev_file: 'package:{name}'\n"), RunSettings)
+
+
 def test_default_folder_tells_runs_apart() -> None:
     config = write("c/rte-apl.yaml", "task: rte\n")
 
