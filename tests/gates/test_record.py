@@ -21,7 +21,7 @@ GATES = {
     "unipelt-al": {"adapter", "lora_query", "lora_value"},
     "unipelt-pl": {"prefix", "lora_query", "lora_value"},
 }
-WITH_GATES = {*GATES, "unipelt-mam"}
+WITH_GATES = {*GATES, "unipelt-mam", "unipelt"}
 
 
 def gated(preset: str = "unipelt-apl", **changes: object) -> Any:
