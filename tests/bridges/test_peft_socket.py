@@ -24,6 +24,7 @@ from torch import Tensor
 import unipelt
 from unipelt import from_peft, to_peft
 from unipelt.bridges.peft_socket.register import TYPE, find_problem
+from unipelt.injection.state import injection_of
 from unipelt.pack import Pack
 
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -488,7 +489,7 @@ def test_our_loader_opens_a_folder_of_pefts(family: str, method: str, tmp_path: 
     for one in (loaded, whole, elsewhere):
         assert named(one).keys() == named(kept).keys()
         assert all(torch.equal(value, named(kept)[name]) for name, value in named(one).items())
-        assert one.unipelt_injection.head == kept.unipelt_injection.head
+        assert injection_of(one).head == injection_of(kept).head
         assert unipelt.parameter_counts(one) == unipelt.parameter_counts(kept)
     torch.testing.assert_close(logits(whole, family), logits(model, family), atol=1e-5, rtol=1e-5)
     base = type(whole).from_pretrained(tmp_path / "base")
@@ -549,7 +550,7 @@ def test_a_folder_says_its_base_without_a_task(trains: bool, tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "pefts")
     ours = unipelt.from_pretrained(tmp_path / "pefts")
     torch.testing.assert_close(logits(ours, "bert"), logits(model, "bert"), atol=1e-5, rtol=1e-5)
-    assert ours.unipelt_injection.head == {"classifier.weight", "classifier.bias"}
+    assert injection_of(ours).head == {"classifier.weight", "classifier.bias"}
     unipelt.save(ours, tmp_path / "ours", peft=True)
     auto = peft.AutoPeftModel if not trains else peft.AutoPeftModelForSequenceClassification
     again = auto.from_pretrained(tmp_path / "ours").eval()
@@ -571,7 +572,7 @@ def test_a_module_that_trains_beside_the_head_comes_along(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     loaded = unipelt.load(base_model("bert"), tmp_path)
     assert torch.equal(logits(loaded, "bert"), logits(model, "bert"))
-    assert loaded.unipelt_injection.unfrozen == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert injection_of(loaded).unfrozen == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     with pytest.raises(ValueError, match=r"pooler.dense.bias is kept beside the head, and PEFT cannot carry it"):
         unipelt.save(loaded, tmp_path / "out", peft=True)
     assert not (tmp_path / "out").exists()
