@@ -515,6 +515,7 @@ def test_peft_opens_a_folder_of_ours(family: str, method: str, deploy: bool, tmp
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    unipelt.register_with_peft()
     assert "whole configuration is in `adapter_config.json`" in (tmp_path / "out" / "README.md").read_text()
     loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded, family), logits(model, family), atol=1e-5, rtol=1e-5)

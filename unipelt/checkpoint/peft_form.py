@@ -146,7 +146,8 @@ def build_base_of_peft(
         MissingBaseError: the base is not to be had.
     """
     cls: Any = getattr(transformers, described["class"], None) if described["class"] else None
-    if not (isinstance(cls, type) and (issubclass(cls, PreTrainedModel) or cls.__name__ in _AUTO)):
+    is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+    if not is_model and described["class"] not in _AUTO:
         raise CheckpointError(
             f"{show_path(source)} does not say which class of transformers its base has; build the base model and call "
             "unipelt.load(model, folder)"
