@@ -86,6 +86,8 @@ def files(folder: Path) -> set[str]:
         ({"label_smoothing_factor": True}, "trainer.label_smoothing_factor must be a number, not True"),
         ({"label_smoothing_factor": 1.0}, "must be at least 0 and below 1, not 1.0"),
         ({"label_smoothing_factor": float("nan")}, "trainer.label_smoothing_factor must be a number, not nan"),
+        ({"warmup_steps": 10**400}, "trainer.warmup_steps must be a number, not 1000"),
+        ({"max_steps": 10**400}, "trainer.max_steps must be a whole number, not 1000"),
         ({"eval_strategy": "no"}, "trainer.eval_strategy cannot be no"),
         ({"eval_strategy": "steps"}, "trainer.eval_strategy steps needs trainer.eval_steps"),
         ({"eval_strategy": "epoch", "eval_steps": 5}, "goes with trainer.eval_strategy steps, not epoch"),

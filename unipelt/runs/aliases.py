@@ -117,7 +117,7 @@ def own_names(values: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
         if own in from_:
             one, other = sorted((from_[own], name), key=lambda each: each == own)
             raise ConfigError(f"{one} is another name of {other}, and both are given; leave one of them out")
-        if own:
+        if own or name not in names:  # what a run always does is no setting
             found[own], from_[own] = value, name
     return found
 

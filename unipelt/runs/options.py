@@ -207,8 +207,8 @@ def lay_over(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     found = dict(values)
     inner: dict[str, dict[str, Any]] = {}
     for name, value in overrides.items():
-        head, _, rest = name.partition(".")
-        if rest:
+        head, dot, rest = name.partition(".")
+        if dot:
             inner.setdefault(head, {})[rest] = value
         else:
             found[name] = value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
@@ -157,9 +156,9 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
                 raise ConfigError(f"trainer.{name} is {show(value)}; {_guess(str(value), values)}")
             return
     kinds = [kind for kind in (get_origin(choice) or choice for choice in choices) if kind in _KINDS]
-    if float in kinds and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return
-    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    meant = not number or abs(value) < 2**63  # which NaN is not
+    if not (meant and (type(value) in kinds or (number and float in kinds))):
         wanted = " or ".join(_KINDS[kind] for kind in kinds)
         raise ConfigError(f"trainer.{name} must be {wanted or 'left out'}, not {show(value)}")
 
