@@ -155,7 +155,7 @@ def build_base_of_peft(
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
     try:
-        model: PreTrainedModel = cls.from_pretrained(  # type: ignore[attr-defined]
+        model: PreTrainedModel = cls.from_pretrained(
             name, **{"use_safetensors": True, "trust_remote_code": False, "revision": revision or "main", **options}
         )
     except OSError as error:
