@@ -67,14 +67,14 @@ def test_a_table_and_a_picture(
     small(tmp_path, monkeypatch)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = ["majority", "bag of words", "frozen model", "lora", "unipelt"]
+    names = ["majority", "bag of words", "frozen model", "lora", "unipelt-apl"]
     begin = next(index for index, line in enumerate(lines) if line.startswith("method "))
     assert [line[:14].strip() for line in lines[begin + 1 : begin + 6]] == names
     trained = [int(line.split()[-2].replace(",", "")) for line in lines[begin + 2 : begin + 6]]
     assert trained[1] < trained[2] < trained[3]
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/result.json")}
-    assert sorted(path.parent.name for path in before) == ["frozen-model", "lora", "unipelt"]
+    assert sorted(path.parent.name for path in before) == ["frozen-model", "lora", "unipelt-apl"]
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0, "the runs have finished, and are only read"
@@ -98,5 +98,5 @@ def test_the_demo_shows_what_it_says(tmp_path: Path) -> None:
     found = {row.name: row.accuracy for row in demo.run_demo(tmp_path / "out", log=lambda line: None)}
     assert found["bag of words"] <= 0.65
     assert found["frozen model"] <= 0.65
-    assert found["unipelt"] >= 0.8
+    assert found["unipelt-apl"] >= 0.8
     assert found["lora"] >= 0.8

