@@ -1,6 +1,6 @@
-"""The equations: submodules and gates, one kind a file.
+"""The equations of submodules and gates, with one file for each kind.
 
-The submodules that a configuration names are imported here, so that the registry knows them.
+This package imports the submodules that a configuration can name, because the import adds them to the registry.
 """
 
 from unipelt.submodules import bottleneck, compacter, dora, ia3, red

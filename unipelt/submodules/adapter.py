@@ -17,25 +17,27 @@ from unipelt.submodules.term import Term, add_scaled
 
 
 class Adapter(Term):
-    """`y + g * up(ReLU(down(h)))` with down: D -> M and up: M -> D, both with bias (paper, section 2.2).
+    """The adapter `y + g * up(ReLU(down(h)))`, with down: D -> M and up: M -> D, both with bias (paper, section 2.2).
 
-    Behind a norm (post-LN), with `s = h_F + a` (feed-forward output plus residual) and the layer's own, frozen norm:
+    In a post-LN layer, the adapter uses `s = h_F + a` (feed-forward output plus residual) and the layer's frozen norm:
 
         h_FN = LN(s)
         h    = LN(s + g * up(ReLU(down(h_FN))))
 
-    (semantics of the authors' release; paper, section 3.2). In a pre-LN layer no norm follows the feed-forward network,
-    so adapter and gate read its output as it is: `h = a + h_F + g * up(ReLU(down(h_F)))`. (Granite multiplies all that
-    it adds to a residual by a constant, and the adapter's part with it.)
+    This is the computation of the authors' release (paper, section 3.2). In a pre-LN layer no norm follows the
+    feed-forward network, so the adapter and the gate read the network's output directly:
+    `h = a + h_F + g * up(ReLU(down(h_F)))`. Granite multiplies everything that a layer adds to a residual by a
+    constant, and so also the adapter's term.
 
-    Weights start normal(0, 0.02) and biases at zero, as in the authors' release: near, not at, zero. With the start
-    `zero`, up's weight is zero too. With dropout, while training, the term is `g * up(dropout(ReLU(down(h))))`. A gate
-    that reads h shares its product with `down`: the entry then holds down's rows.
+    The weights start normal(0, 0.02) and the biases start at zero, as in the authors' release, so the term starts near
+    zero. With the start `zero`, the weight of `up` also starts at zero. With dropout, in training, the term is
+    `g * up(dropout(ReLU(down(h))))`. A gate that reads h shares one matrix product with `down`. Then the entry holds
+    the rows of `down`.
 
     Attributes:
-        down: D -> M; None where the entry holds it.
+        down: D -> M; None if the entry holds the rows of `down`.
         up: M -> D.
-        dropout: the probability that an activation in the bottleneck is zero, while training.
+        dropout: the probability that an activation in the bottleneck is zero, in training.
     """
 
     folds_to = "constant"
@@ -49,7 +51,7 @@ class Adapter(Term):
         self.dropout = 0.0
 
     def set_up(self, config: AdapterConfig, like: Tensor) -> None:
-        """Draw the start of both projections; where the entry holds down's rows, it gets them."""
+        """Draw the initial values of both projections. If the entry holds the rows of `down`, write them there."""
         hidden = self.outputs.count
         self.dropout = config.dropout
         down = nn.Linear(hidden, config.bottleneck, dtype=like.dtype, device=like.device)

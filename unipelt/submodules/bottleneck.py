@@ -1,6 +1,6 @@
-"""Bottleneck adapters in other places and of other form than the paper's.
+"""Bottleneck adapters that differ from the paper's adapter in place and form.
 
-Shapes: B examples, T tokens, I what the place is given, O what it gives, M bottleneck.
+Shapes: B examples, T tokens, I width of the place's input, O width of the place's output, M bottleneck.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Houlsby(nn.Module):
-    """`y + up(f(down(y)))`: an adapter of what a sublayer adds to its residual (Houlsby et al., 2019, section 2.1).
+    """An adapter `y + up(f(down(y)))` of a sublayer's output before the residual (Houlsby et al., 2019, section 2.1).
 
-    down: O -> M and up: M -> O, both with bias; normal(0, 0.02) weights, zero biases.
+    down: O -> M and up: M -> O, both with bias. The weights start normal(0, 0.02) and the biases start at zero.
     """
 
     def __init__(self, config: HoulsbyConfig, spot: TargetInfo) -> None:
@@ -37,15 +37,15 @@ class Houlsby(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The term, (B, T, O)."""
+        """Return the term, (B, T, O)."""
         return self.up(ACTIVATIONS[self.activation](self.down(y)))
 
 
 class Parallel(nn.Module):
-    """`y + s up(f(down(x)))`: an adapter beside the feed-forward network (He et al., 2022, sections 3.2 and 4.6).
+    """An adapter `y + s up(f(down(x)))` parallel to the feed-forward network (He et al., 2022, sections 3.2 and 4.6).
 
-    x is what the network reads, y what it gives. down: I -> M and up: M -> O, both with bias; as in LoRA, `down` starts
-    Kaiming-uniform with a = sqrt(5) and `up` at zero, so the term starts at zero.
+    x is the network's input and y is the network's output. down: I -> M and up: M -> O, both with bias. As in LoRA, the
+    weight of `down` starts Kaiming-uniform with a = sqrt(5) and `up` starts at zero, so the term starts at zero.
     """
 
     def __init__(self, config: ParallelConfig, spot: TargetInfo) -> None:
@@ -57,7 +57,7 @@ class Parallel(nn.Module):
         self.scale = config.scale
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The term, (B, T, O)."""
+        """Return the term, (B, T, O)."""
         return self.scale * self.up(ACTIVATIONS[self.activation](self.down(x)))
 
 

@@ -1,6 +1,6 @@
 """Compacter: adapters whose weights are sums of Kronecker products.
 
-Shapes: B examples, T tokens, O width of the place, M bottleneck, n terms, r rank.
+Shapes: B examples, T tokens, I inputs, O outputs (in `Compacter` the width of the place), n terms, r rank.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from unipelt.submodules.bottleneck import ACTIVATIONS
 from unipelt.submodules.register import TargetInfo, register_submodule
 
 LEFT_STD = 0.01
-"""Standard deviation of the left factors' start, as in the authors' release of Compacter."""
+"""Standard deviation of the initial left factors, as in the authors' release of Compacter."""
 
 
 class KroneckerLinear(nn.Module):
-    """`x W + b` with `W = sum_i A_i (x) (S_i T_i)` (Karimi Mahabadi et al., 2021, equations 5 and 6).
+    """A projection `x W + b` with `W = sum_i A_i (x) (S_i T_i)` (Karimi Mahabadi et al., 2021, equations 5 and 6).
 
-    The product with x is taken factor by factor; W itself, (I, O), is never made.
+    The input is multiplied by one factor after the other, so W, (I, O), is never computed.
 
     Attributes:
         shared: holds `left`, (n, n, n), the A_i.
@@ -43,7 +43,7 @@ class KroneckerLinear(nn.Module):
             nn.init.xavier_normal_(factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, I) -> (B, T, O)."""
+        """Return the projection of x: (B, T, I) -> (B, T, O)."""
         left = self.shared[0]()["left"]
         parts = x.unflatten(-1, (len(left), -1))  # (B, T, n, I / n): x (A (x) C) = A^T parts C, row by row
         low = torch.einsum("...ap,ipr->...air", parts, self.s)
@@ -52,7 +52,10 @@ class KroneckerLinear(nn.Module):
 
 
 class Compacter(nn.Module):
-    """`y + up(f(down(y)))` with both projections sums of Kronecker products (the same, section 3.3)."""
+    """An adapter `y + up(f(down(y)))` whose two projections are sums of Kronecker products.
+
+    Source: Karimi Mahabadi et al., 2021, section 3.3.
+    """
 
     def __init__(self, config: CompacterConfig, spot: TargetInfo) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ class Compacter(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The term, (B, T, O)."""
+        """Return the term, (B, T, O)."""
         return self.up(ACTIVATIONS[self.activation](self.down(y)))
 
 

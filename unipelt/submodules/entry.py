@@ -1,4 +1,4 @@
-"""The entry: every row that reads one input, in one module with one product.
+"""The entry: one module with one matrix product for all weight rows that read the same input.
 
 Shapes: B examples, T tokens, I width of the input, G gates, h width of a gate's network, R further rows.
 """
@@ -19,16 +19,16 @@ from unipelt.submodules.gate_networks import NETWORKS
 
 @dataclass(frozen=True)
 class Part:
-    """One named part of a parameter: all of it, or some of its rows.
+    """One named part of a parameter: the whole parameter, or some of its rows.
 
     Attributes:
         name: the part's name in its set, such as `lora_query.A` or `gate.adapter.weight`.
         kind: the submodule that the part belongs to, or `gate`.
         parameter: the parameter's name in its module.
-        start, count: the rows; all of them where `count` is None.
+        start, count: index of the first row and number of rows; if `count` is None, all rows.
         gate: the name of the gate that the part belongs to; empty for other parts.
         row: the name of the further rows that the part belongs to; empty for other parts.
-        frozen: whether the part never trains.
+        frozen: whether the part is never trained.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Rows:
-    """The first projection of a submodule, which shares the product of an entry.
+    """The first projection of a submodule, as further rows of an entry.
 
     Attributes:
-        name: the key under which the entry returns `W x + b`; also the name of the submodule's gate.
+        name: the name of the rows in the entry, which is also the name of the submodule's gate.
         part: the part's name, such as `lora_query.A`.
         kind: the submodule that the rows belong to.
-        weight: (R, I), the start.
-        bias: (R,), the start; None without bias.
+        weight: (R, I), the initial weight.
+        bias: (R,), the initial bias; None without bias.
     """
 
     name: str
@@ -65,20 +65,21 @@ class Rows:
 
 
 class Entry(nn.Module):
-    """`W x + b` for all that reads x: the gates first, then further rows.
+    """The product `W x + b` for the gates and the projections that read x: first the gates' rows, then further rows.
 
-    Each reader has few rows, so one product reads x once for all. Gates behind a network, and gates without an input
-    (`static`), share nothing with other readers, and their entry has no further rows.
+    Each gate or projection has few rows, so one product for all rows reads x only once. An entry has no further rows if
+    its gates have a network or no input (`static`), because such gates do not share a product.
 
     Attributes:
         gates: activation and pooling of the gates.
-        weight: (G + R, I), or (G, h) behind a network; absent where gates have no input.
-        bias: (G,), or (G + R,) where the further rows have a bias.
-        network: the network that x goes through first, or None.
+        weight: (G + R, I), or (G, h) after a network; absent if the gates have no input.
+        bias: (G,), or (G + R,) if the further rows have a bias.
+        network: the network that transforms x first, or None.
         has_input: whether the gates read x.
         parts: the named parts of the parameters.
-        is_separate: whether gates and further rows are parameters of their own, `gate_weight` and `row_weight` (and
-            biases alike), so that an optimizer may give them different rates. A state dict has them as one.
+        is_separate: whether the gates and the further rows are separate parameters, `gate_weight` and `row_weight`
+            (also `gate_bias` and `row_bias` if the further rows have a bias). Then an optimizer can give them
+            different learning rates. A state dict always has one `weight` and one `bias`.
     """
 
     weight: nn.Parameter
@@ -120,7 +121,7 @@ class Entry(nn.Module):
         self._note()
 
     def _note(self) -> None:
-        """Keep what every pass asks for, so that it need not be put together anew."""
+        """Store the values that every pass needs, so that no pass computes them again."""
         self.parts = self._name_parts()
         self.gate_names = self.gates.names
         self.row_names = tuple(row[0] for row in self._rows)
@@ -131,17 +132,17 @@ class Entry(nn.Module):
         self.gate_split = [self.first_row, len(self.row_names), *([after] if after else [])]
 
     def forward(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute the gates, and the products of the further rows.
+        """Compute the gates and the products of the further rows.
 
         Args:
             x: (..., I).
-            weights: (B, T) token weights, or None, as `Gates` takes them.
+            weights: (B, T) token weights, or None, as in `Gates.forward`.
 
         Returns:
             The gates, (B, 1, G) or (..., G); and `W x + b` of the further rows, (..., R), or None without such rows.
         """
         gates: Any = self._modules["gates"]
-        held = self._parameters  # looked up here, since an attribute of a module costs a call
+        held = self._parameters  # faster than attributes, for which PyTorch calls __getattr__
         bias: Any = held.get("bias")
         if not self.has_input:
             lead = x.shape[:-1] if gates.pooling == "token" else (len(x), 1)
@@ -166,7 +167,7 @@ class Entry(nn.Module):
         return weight, torch.cat([self.gate_bias, self.row_bias]) if self._row_bias else self.bias
 
     def separate(self) -> None:
-        """Keep the gates and the further rows as parameters of their own from now on, in place."""
+        """Split the parameters into separate ones for the gates and for the further rows, in place."""
         if self.is_separate or not self._rows:
             return
         count = len(self.gates.names)
@@ -180,7 +181,7 @@ class Entry(nn.Module):
         self.register_load_state_dict_pre_hook(_part_rows)
 
     def _join(self) -> None:
-        """Keep gates and further rows as one parameter again."""
+        """Join the separate parameters of gates and further rows again, in place."""
         if self.is_separate:
             weight, bias = self._whole()
             for name in [name for name in self._parameters if name.startswith(("gate_", "row_"))]:
@@ -190,7 +191,7 @@ class Entry(nn.Module):
             self._note()
 
     def keep(self, names: Collection[str]) -> None:
-        """Keep the gates of these names, with the further rows of the same names, and drop all others, in place."""
+        """Keep only the gates and the further rows of these names, in place."""
         self._join()
         kept: dict[str, list[int]] = {"weight": [], "bias": []}
         for part in self.parts:
@@ -204,7 +205,7 @@ class Entry(nn.Module):
         self._note()
 
     def start_rows(self, row: str, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Set the numbers that the further rows of this name start at: weight (R, I), bias (R,)."""
+        """Set the initial values of the further rows of this name: weight (R, I), bias (R,) or None."""
         with torch.no_grad():
             for part in self.parts:
                 if part.row == row:
@@ -213,7 +214,7 @@ class Entry(nn.Module):
                     part.of(getattr(self, part.parameter)).copy_(value)
 
     def extract(self, row: str) -> nn.Linear:
-        """Return the further rows of this name as a projection of their own, with copies of their numbers."""
+        """Return a new projection, I -> R, with copies of the further rows of this name."""
         found = {
             part.parameter: part.of(getattr(self, part.parameter)).detach() for part in self.parts if part.row == row
         }
@@ -249,7 +250,7 @@ class Entry(nn.Module):
 
 
 def join_rows(entry: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """State-dict hook of a separate entry: gates and further rows as one tensor, under the name that it always has."""
+    """Join gates and further rows in a state dict to one `weight` and one `bias` (hook of a separate entry)."""
     for name in ("weight", "bias"):
         pieces = [state.pop(key) for key in (f"{prefix}gate_{name}", f"{prefix}row_{name}") if key in state]
         if pieces:
@@ -257,7 +258,7 @@ def join_rows(entry: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> N
 
 
 def _part_rows(entry: Entry, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook before loading a state dict into a separate entry: the one tensor as two."""
+    """Split `weight` and `bias` of a state dict into gates and further rows (hook before a separate entry loads)."""
     count = len(entry.gates.names)
     for name in ("weight", "bias"):
         whole = state.get(f"{prefix}{name}")
@@ -267,5 +268,5 @@ def _part_rows(entry: Entry, state: dict[str, Any], prefix: str, *_: Any) -> Non
 
 
 def shares_product(config: GateConfig) -> bool:
-    """Return whether gates of this kind share their product with other readers of the same input."""
+    """Return whether these gates share one matrix product with other projections of the same input."""
     return config.network not in NETWORKS and config.pooling != "static"

@@ -1,7 +1,7 @@
-"""Values of one forward pass on their way from one module to another; the only file that knows threads.
+"""The values that modules exchange in one forward pass. All code for threads is in this file.
 
-A stack of layers is passed through by one thread at a time or by several. Each thread has a `ForwardPass` of its own,
-which lives as long as the call of the stack (or of a layer that is called alone). Hooks fill it and read it by name.
+Several threads may call one stack of layers at the same time. Each thread has its own `ForwardPass`, which exists as
+long as the call of the stack (or of a layer that is called alone). Hooks write its values and read them by name.
 
 Shapes: B examples, T tokens, G gates, r rank, L prefix length, W = heads * head size.
 """
@@ -20,23 +20,27 @@ import torch
 from torch import Tensor
 
 UNSEEN: Any = object()
-"""The mask of an attention whose call was not seen."""
+"""The mask of an attention that has not been called yet."""
 
 
 @dataclass(frozen=True)
 class SetRows:
-    """Which rows of a batch belong to which named set: `counts[i]` rows of set `names[i]`, one set after the other.
+    """The named sets of a batch's rows: `counts[i]` rows of set `names[i]`, one set after the other.
 
-    The name None stands for the base without a set.
+    The name None stands for the base model without a set.
     """
 
     names: tuple[str | None, ...]
     counts: tuple[int, ...]
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Split by set a tensor (B, ...) or, where a layer has put the tokens of all texts in one row, (B T, ...).
+        """Split a tensor by set.
 
-        Raises `RuntimeError` for a number of rows that cannot be assigned.
+        Args:
+            tensor: (B, ...), or (B T, ...) if a layer has put the tokens of all texts in one dimension.
+
+        Raises:
+            RuntimeError: the number of rows is not a positive multiple of B.
         """
         times, rest = divmod(len(tensor), sum(self.counts))
         if rest or not times:
@@ -51,10 +55,10 @@ class PassFacts:
     """Facts that hold in every layer of a pass.
 
     Attributes:
-        rows: the sets of the rows; None where the whole batch belongs to the active set.
-        prefixes: by the key of a prefix network, keys and values of all its attentions' prefixes, (N, 2, L, W),
-            computed once a pass.
-        hooks: the hooks for saved tensors that the pass began with.
+        rows: the sets of the rows; None if the whole batch belongs to the active set.
+        prefixes: keys and values of the prefixes of all N attentions of a prefix network, (N, 2, L, W), by the key of
+            the network. They are computed once per pass.
+        hooks: the hooks for saved tensors at the start of the pass.
     """
 
     __slots__ = ("_by_head", "_derived", "hooks", "prefixes", "rows")
@@ -67,19 +71,28 @@ class PassFacts:
         self._by_head: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def once(self, source: Any, name: Hashable, make: Callable[[], Any]) -> Any:
-        """Return `make()`, computed once in this pass for a source object (a mask) and a name."""
+        """Return `make()`, computed once in this pass for each pair of a source object (a mask) and a name."""
         if torch.compiler.is_compiling() or getattr(source, "requires_grad", False):
-            return make()  # a compiler finds repetitions itself; a checkpointed layer needs its own part of a graph
+            return make()  # a compiler removes repetitions itself; a checkpointed layer needs its own part of the graph
         key = (id(source), name)
         if key not in self._derived:
-            self._derived[key] = (source, make())  # holding the source keeps its identity from being reused
+            self._derived[key] = (source, make())  # the reference to the source prevents reuse of its id
         return self._derived[key][1]
 
     def prefix(self, key: int, index: int, heads: int) -> Tensor | None:
-        """Return keys and values of one attention's prefix, (2, H, L, d), or None where it must compute them itself.
+        """Return keys and values of one attention's prefix, or None if the attention must compute them itself.
 
-        Gradient checkpointing computes a layer a second time, outside of this pass, and wants the same operations in
-        both. It shows by hooks for saved tensors, or by a first computation without gradients.
+        Gradient checkpointing computes a layer a second time, outside of this pass, with the same operations. So the
+        attention computes its own prefix under gradient checkpointing. The signs of gradient checkpointing are hooks
+        for saved tensors, or a first computation without gradients.
+
+        Args:
+            key: the key of the prefix network.
+            index: the attention's index among the attentions of that network.
+            heads: H.
+
+        Returns:
+            (2, H, L, d), the keys and then the values; or None.
         """
         found = self.prefixes.get(key)
         if found is None or (found.requires_grad and not torch.is_grad_enabled()):
@@ -92,12 +105,12 @@ class PassFacts:
 
 
 def split_heads(both: Tensor, heads: int) -> Tensor:
-    """Return keys and values (..., L, W) by heads: (..., H, L, d)."""
+    """Split keys and values (..., L, W) into heads: (..., H, L, d)."""
     return both.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def saved_tensor_hooks() -> Any:
-    """Return what stands for the present hooks for saved tensors; None without such hooks."""
+    """Return the first of the current hooks for saved tensors, which identifies them; None without hooks."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -106,18 +119,19 @@ def saved_tensor_hooks() -> Any:
 
 @dataclass
 class AttentionPass:
-    """One pass of one attention and what follows it in its layer.
+    """One pass of one attention and of the rest of its layer.
 
     Attributes:
-        mask: the mask that the attention was given; `UNSEEN` before.
-        weights: (B, T) token weights of the masked mean; None where every token counts alike.
+        mask: the attention's mask; `UNSEEN` before the attention's call.
+        weights: (B, T) token weights of the masked mean; None if every token has the same weight.
         gates: values of the gates that read the attention's input, each (B, 1, 1) or (B, T, 1), by name.
         low: `g A x` of the low-rank terms that read the attention's input, (B, T, r), by name.
         inputs: inputs of other projections, by the name of the term that reads them.
-        served: names of gated terms whose projection has been called for the text in this pass.
-        begun_by: path of the projection that opened the entry.
-        lengthened: how many rows of a prefix the attention's text begins with (MPNet).
-        inserted: keys and values (B, L, W) for those rows, by name.
+        served: names of the gated terms that have already been added to the text's projection in this pass.
+        opened: whether the attention's entry has been computed.
+        begun_by: path of the projection at which the entry was computed.
+        lengthened: the number of prefix rows at the start of the attention's text (MPNet).
+        inserted: keys and values (B, L, W) for the prefix rows, by the path of their projection.
     """
 
     mask: Any = UNSEEN
@@ -132,9 +146,15 @@ class AttentionPass:
     inserted: dict[str, Tensor] = field(default_factory=dict)
 
     def weights_for(self, in_attention: bool, x: Tensor) -> Tensor | None:
-        """Return the token weights of x, (B, T), where x may be the lengthened text of the attention.
+        """Return the token weights of x, (B, T), or None if every token has the same weight.
 
-        Raises `RuntimeError` if the attention's mask was not seen.
+        Args:
+            in_attention: whether x is inside the attention, where the text may begin with prefix rows. These rows have
+                the weight 0.
+            x: (B, T, I).
+
+        Raises:
+            RuntimeError: the attention was not called before.
         """
         if self.mask is UNSEEN:
             raise RuntimeError("a gate averages over real tokens, and the layer's attention was not called before it")
@@ -147,13 +167,18 @@ class AttentionPass:
         return torch.nn.functional.pad(weights, (self.lengthened, 0))
 
     def note_gates(self, names: tuple[str, ...], values: Tensor) -> None:
-        """Keep the values of gates, (B, 1 or T, G), by name."""
+        """Store the values of gates, (B, 1 or T, G), by name."""
         self.gates.update(zip(names, (values,) if len(names) == 1 else values.split(1, dim=-1), strict=False))
 
     def gate_for(self, name: str, in_attention: bool) -> Tensor:
-        """Return the value of a gate, for the lengthened text inside the attention if asked.
+        """Return the value of a gate, (B, 1 or T, 1).
 
-        Raises `RuntimeError` outside a pass of its layer.
+        Args:
+            name: the gate's name.
+            in_attention: whether the value is for the attention's text, which may begin with prefix rows.
+
+        Raises:
+            RuntimeError: the gate was not computed, because its layer was not called.
         """
         gate = self.gates.get(name)
         if gate is None:
@@ -167,10 +192,10 @@ class ForwardPass:
     """One pass of a stack, or of a layer that is called alone, in one thread.
 
     Attributes:
-        facts: what holds in every layer.
-        attentions: the passes of attentions in the layer that is computed now, by the key of their set.
+        facts: the facts that hold in every layer.
+        attentions: the passes of the attentions in the present layer, by the key of their set.
         by_layer: whether a layer began this pass.
-        tokens: how many tokens a text has together with the prompt before it; 0 without a prompt.
+        tokens: the number of tokens of a text with its prompt; 0 without a prompt.
     """
 
     __slots__ = ("__weakref__", "attentions", "by_layer", "facts", "tokens")
@@ -192,15 +217,15 @@ class ForwardPass:
 class _HeldArguments(tuple[Any, ...]):
     """Positional arguments of a call that keep a pass alive.
 
-    PyTorch holds the arguments of a module's call until the call ends, by whichever exception. A hook cannot see
-    a `KeyboardInterrupt`, but what only the arguments hold is gone with them.
+    PyTorch keeps the arguments of a module's call until the call ends, also if it ends with an exception. A hook does
+    not notice a `KeyboardInterrupt`. But an object that only the arguments refer to is deleted with the arguments.
     """
 
-    held: tuple[ForwardPass, tuple[Any, ...]]  # the pass, and the arguments before: they may hold one more
+    held: tuple[ForwardPass, tuple[Any, ...]]  # the pass and the earlier arguments, which may hold a pass too
 
 
 def replace_arguments(args: tuple[Any, ...], changed: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return other positional arguments for a call, which keep the same pass alive."""
+    """Return `changed` as the positional arguments of a call, with the pass that `args` keeps alive."""
     if not isinstance(args, _HeldArguments):
         return changed
     held = _HeldArguments(changed)
@@ -209,34 +234,34 @@ def replace_arguments(args: tuple[Any, ...], changed: tuple[Any, ...]) -> tuple[
 
 
 class Passes:
-    """The passes of one stack: the present one of each thread.
+    """The passes of one stack, at most one present pass for each thread.
 
-    A copy of a model is in no pass. A model of which a part alone is compiled serves one thread at a time.
+    A copy of a model has no present pass. If only a part of a model is compiled, the model serves one thread at a time.
     """
 
     def __init__(self) -> None:
         self._by_thread: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()
         self._recomputed: weakref.WeakValueDictionary[tuple[int, int], ForwardPass] = weakref.WeakValueDictionary()
         self._rows: dict[int, SetRows] = {}
-        self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot ask which
+        self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot read its id
         self._latest: weakref.ref[ForwardPass] | None = None
 
     def current(self) -> ForwardPass | None:
-        """Return the pass that this thread is in, or None."""
+        """Return the present pass of this thread, or None."""
         if torch.compiler.is_compiling():
             if self._traced is not None or self._latest is None:
                 return self._traced
-            return self._latest()  # a part of a layer is compiled by itself, in a pass that is not
+            return self._latest()  # only a part of the layer is compiled: the pass began outside it
         found = self._by_thread.get(get_ident())
         if found is None and self._recomputed:
             return self._recomputed.get((get_ident(), torch._C._current_graph_task_id()))
         return found
 
     def current_or_recomputed(self) -> ForwardPass | None:
-        """Return the pass that this thread is in; in a backward pass outside of any, begin one.
+        """Return the present pass of this thread. In a backward pass without a present pass, begin a pass.
 
-        There gradient checkpointing computes a layer again, and calls no hook of the layer. The pass serves the layers
-        one after the other, until the backward pass ends.
+        In a backward pass, gradient checkpointing computes a layer again and calls no hook of the layer. The new pass
+        serves the layers one after the other, until the backward pass ends.
         """
         found = self.current()
         task = -1 if found is not None or torch.compiler.is_compiling() else torch._C._current_graph_task_id()
@@ -246,14 +271,14 @@ class Passes:
         place = (get_ident(), task)
         self._recomputed[place] = again
 
-        def end(held: ForwardPass = again) -> None:  # holds the pass; a backward pass that fails drops its callbacks
+        def end(held: ForwardPass = again) -> None:  # the default keeps the pass; a failed backward pass drops it
             self._recomputed.pop(place, None)
 
         torch.autograd.Variable._execution_engine.queue_callback(end)
         return again
 
     def enter(self, facts: PassFacts, args: tuple[Any, ...], by_layer: bool = False) -> tuple[Any, ...]:
-        """Begin a pass; returns the arguments with which the call goes on."""
+        """Begin a pass. Return the positional arguments with which the call must continue."""
         begun = ForwardPass(facts, by_layer)
         if torch.compiler.is_compiling():
             self._traced = begun
@@ -273,12 +298,12 @@ class Passes:
             self._latest = None
 
     def given_rows(self) -> SetRows | None:
-        """Return the sets that this thread's rows belong to, where `rows` said so."""
+        """Return the sets of this thread's rows inside a block of `rows`; else None."""
         return None if torch.compiler.is_compiling() else self._rows.get(get_ident())
 
     @contextmanager
     def rows(self, rows: SetRows) -> Iterator[None]:
-        """Inside the block, this thread's passes have these rows."""
+        """Give this thread's passes these rows inside the block."""
         before = self._rows.get(get_ident())
         self._rows[get_ident()] = rows
         try:
@@ -296,5 +321,5 @@ _keys = itertools.count()
 
 
 def new_key() -> int:
-    """Return a number that names a module within a pass; no other module has it, copies apart."""
+    """Return a number that identifies a module within a pass. Only copies of the module have the same number."""
     return next(_keys)

@@ -1,4 +1,4 @@
-"""Gates: from logits to values. Nothing here knows what a gate scales.
+"""Gates: the values of gates from their logits. The code here does not depend on the gated submodule.
 
 Shapes: B examples, T tokens, D hidden size, G gates that read the same input.
 """
@@ -14,27 +14,27 @@ from unipelt.config.methods import GateConfig
 from unipelt.config.schema import ConfigError
 
 INITIAL_STD = 0.02
-"""Standard deviation of every normal start, as in the authors' release: gates begin near 0.5."""
+"""Standard deviation of every normal initialisation, as in the authors' release. Gates start near 0.5."""
 
 
 class Gates(nn.Module):
-    """The activation and the pooling of gates that read one input; their parameters belong to an `Entry`.
+    """The activation and the pooling of gates that read one input. The parameters belong to an `Entry`.
 
-    Where attention looks both ways, a gate is one number an example (paper, section 3.2):
+    In bidirectional attention, a gate is one number per example (paper, section 3.2):
 
         g = sum_t m_t sigmoid(w x_t + b)
 
-    `m` are the token weights: 1 / (number of real tokens) on real tokens under `masked_mean`, 1 / T under `mean`.
-    In causal attention such an average would see the future, and a gate is one number a token:
+    `m` are the token weights: 1 / (number of real tokens) on real tokens with `masked_mean`, 1 / T with `mean`.
+    In causal attention such a mean would include later tokens, so a gate is one number per token:
 
         g_t = sigmoid(w x_t + b)
 
-    `GateConfig` has other forms: x goes through a network first, or is left out (`static`: g = sigmoid(b)); tanh or
-    a softmax over the gates stands for sigmoid; a temperature divides the logits.
+    `GateConfig` has further forms. A network can transform x first. A `static` gate has no input: g = sigmoid(b). The
+    activation can be tanh, or a softmax over the gates. A temperature divides the logits.
 
     Attributes:
         names: the name of each gate, in the order of the logits.
-        pooling: `masked_mean`, `mean`, `static`, `token` for a number a token, `text` for a network that pools.
+        pooling: `masked_mean`, `mean`, `static`, `token` (one number per token) or `text` (the network pools).
         activation: `sigmoid`, `tanh` or `softmax`.
         temperature: the divisor of the logits.
     """
@@ -56,18 +56,18 @@ class Gates(nn.Module):
 
     @property
     def averages(self) -> bool:
-        """Whether the gates need the weights of real tokens."""
+        """Whether the gates need the token weights."""
         return self.pooling in ("masked_mean", "text")
 
     def forward(self, logits: Tensor, weights: Tensor | None) -> Tensor:
-        """Compute gate values.
+        """Compute the gates' values.
 
         Args:
-            logits: `W x + b`, (B, T, G); (B, 1, G) behind a network that pools; (..., G) with a number a token.
-            weights: (B, T) token weights that sum to 1 over an example, or None for the mean over all tokens.
+            logits: `W x + b`, (B, T, G); (B, 1, G) after a network that pools; (..., G) with one number per token.
+            weights: (B, T) token weights that sum to 1 over each example, or None for the mean over all tokens.
 
         Returns:
-            (B, 1, G), or (..., G) with a number a token; each in (0, 1), or in (-1, 1) under tanh.
+            (B, 1, G), or (..., G) with one number per token. Each value is in (0, 1), or in (-1, 1) with tanh.
         """
         if self.temperature != 1:
             logits = logits / self.temperature
@@ -88,7 +88,10 @@ class Gates(nn.Module):
 
 
 def start_logit(config: GateConfig, start: float | None) -> float:
-    """Return the bias with which a gate begins at `start` (0.5 under sigmoid and 0 under tanh if None)."""
+    """Return the bias of a gate that starts at the value `start`.
+
+    Without `start` the value is `config.start`. Without both it is 0.5 with sigmoid and 0 with tanh.
+    """
     start = config.start if start is None else start
     if start is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""Networks that a gate's input may go through first.
+"""Networks that can transform the input of gates.
 
 Shapes: B examples, T tokens, D hidden size, h hidden size of the network.
 """
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Two layers, `W2 tanh(W1 x + b1)`: a gating network that looks at each token.
+    """The first of two layers, `W2 tanh(W1 x + b1)`, of a gating network that reads each token by itself.
 
-    (..., D) -> (..., h).
+    W2 is the weight of the gates' `Entry`. (..., D) -> (..., h).
     """
 
     def __init__(self, inputs: int, hidden: int, kind: dict[str, Any]) -> None:
@@ -24,15 +24,15 @@ class Mlp(nn.Module):
         self.inner = _linear(inputs, hidden, kind)
 
     def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """What is in front of the last layer; `weights` is not looked at."""
+        """Return the state before the last layer, (..., h). `weights` is not used."""
         return torch.tanh(self.inner(x))
 
 
 class Recurrent(nn.Module):
     """A minimal gated recurrence (Feng et al., 2024): `h_t = (1 - z_t) h_(t-1) + z_t (V x_t)`, `z_t = sigmoid(U x_t)`.
 
-    z depends on x_t alone, so the last state is a sum over tokens that needs no loop; a padded token has z = 0 and
-    leaves the state as it is, on whichever side it stands. (B, T, D) -> (B, 1, h).
+    z depends on x_t alone, so the last state is a sum over tokens and needs no loop. A padding token has z = 0 and
+    does not change the state, on the left and on the right. (B, T, D) -> (B, 1, h).
     """
 
     def __init__(self, inputs: int, hidden: int, kind: dict[str, Any]) -> None:
@@ -41,21 +41,21 @@ class Recurrent(nn.Module):
         self.candidate = _linear(inputs, hidden, kind)
 
     def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """The state behind the last token."""
+        """Return the state after the last token, (B, 1, h)."""
         scores = self.update(x)
         kept = -nn.functional.softplus(scores)  # log(1 - z)
         update = torch.sigmoid(scores)
         if weights is not None:
             real = (weights > 0).unsqueeze(-1)
             kept, update = kept * real, update * real
-        after = kept.flip(1).cumsum(1).flip(1) - kept  # what later tokens leave of this one's share
+        after = kept.flip(1).cumsum(1).flip(1) - kept  # log of the share that later tokens leave of this token
         return (after.exp() * update * self.candidate(x)).sum(1, keepdim=True)
 
 
 class Transformer(nn.Module):
-    """One head of attention over the text, `e = E x`, `mean_t(e_t + softmax(q_t k / sqrt(h)) v)`.
+    """One attention head over the text: `e = E x`, `mean_t(e_t + softmax(q_t k / sqrt(h)) v)`.
 
-    It knows no positions. (B, T, D) -> (B, 1, h).
+    The network has no position embeddings. (B, T, D) -> (B, 1, h).
     """
 
     def __init__(self, inputs: int, hidden: int, kind: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         self.attend = _linear(hidden, 3 * hidden, kind)
 
     def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """The mean state over real tokens."""
+        """Return the mean state over real tokens, (B, 1, h)."""
         embedded = self.embed(x)
         query, key, value = self.attend(embedded).chunk(3, dim=-1)
         mask = None if weights is None else (weights > 0).unsqueeze(1)
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
 
 def _linear(inputs: int, outputs: int, kind: dict[str, Any]) -> nn.Linear:
     linear = nn.Linear(inputs, outputs, **kind)
-    nn.init.normal_(linear.weight, std=1 / math.sqrt(inputs))  # or two layers would begin as one that is closed to x
+    nn.init.normal_(linear.weight, std=1 / math.sqrt(inputs))  # with a small std, two layers would barely depend on x
     nn.init.zeros_(linear.bias)
     return linear
 

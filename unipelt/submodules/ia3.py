@@ -1,4 +1,4 @@
-"""Learned factors of what a part of a layer gives.
+"""(IA)3: learned factors of the output of a part of a layer.
 
 Shapes: B examples, T tokens, O width of the place.
 """
@@ -12,13 +12,13 @@ from unipelt.submodules.register import TargetInfo, register_submodule
 
 
 class IA3(nn.Module):
-    """`y + (l - 1) y = l y`, a factor for each of a place's numbers: (IA)3 (Liu et al., 2022, section 3.3).
+    """(IA)3: `y + (l - 1) y = l y`, one factor for each unit of a place (Liu et al., 2022, section 3.3).
 
-    Keys and values are multiplied, and what the feed-forward network's last projection is given. With a gate:
-    `(1 + g (l - 1)) y`.
+    By default the factors multiply the keys, the values and the input of the feed-forward network's last projection.
+    With a gate the output is `(1 + g (l - 1)) y`.
 
     Attributes:
-        offset: (O,), `l - 1`, which starts at 0; so weight decay draws to the model without factors.
+        offset: (O,), `l - 1`. It starts at 0, so weight decay pulls the factors l to 1.
     """
 
     def __init__(self, config: IA3Config, spot: TargetInfo) -> None:
@@ -26,16 +26,16 @@ class IA3(nn.Module):
         self.offset = nn.Parameter(spot.weight.new_zeros(spot.outputs))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The term, (B, T, O)."""
+        """Return the term, (B, T, O)."""
         return y * self.offset
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return a projection (O, I), and its bias (O,), whose output is multiplied already."""
+        """Return the weight (O, I) and the bias (O,) of the projection with the factors of its output merged in."""
         factor = 1 + self.offset.detach().to(weight)
         return factor[:, None] * weight, None if bias is None else factor * bias
 
     def merged_input(self, weight: Tensor) -> Tensor:
-        """Return a projection (O, I) that multiplies its input itself."""
+        """Return the weight (O, I) of the projection with the factors of its input, (I,), merged in."""
         return weight * (1 + self.offset.detach().to(weight))
 
 

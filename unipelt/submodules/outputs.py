@@ -1,4 +1,4 @@
-"""Which outputs of a module are a projection's, where one module computes several."""
+"""The outputs of one projection in a module that computes several projections."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """Which of a module's outputs are the projection's, where one module computes several.
+    """The outputs of one projection in a module that computes several projections.
 
-    The outputs are cut into `groups` of equal size; in each, `size` of them from `start` on are meant.
+    The module's outputs are `groups` groups of equal size. In each group, the projection has the `size` outputs from
+    index `start` on.
     """
 
     groups: int
@@ -22,16 +23,16 @@ class OutputSlice:
 
     @property
     def count(self) -> int:
-        """How many outputs are meant."""
+        """The number of the projection's outputs."""
         return self.groups * self.size
 
 
 def own_rows(outputs: Tensor, rows: OutputSlice) -> Tensor:
-    """Those of all outputs of a module, (O, ...), that are the projection's."""
+    """Return the rows of a projection, (O, ...), from the rows of its module, (all outputs, ...)."""
     groups = outputs.unflatten(0, (rows.groups, -1))
     return groups.narrow(1, rows.start, rows.size).flatten(0, 1)
 
 
 def matrix_of(host: Any, rows: OutputSlice) -> Tensor:
-    """A projection's weight as it is now, the rows that are meant: (O, I)."""
+    """Return the present weight of a projection, (O, I), from the weight of its module."""
     return own_rows(host.weight.t() if isinstance(host, Conv1D) else host.weight, rows)

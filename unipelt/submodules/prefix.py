@@ -1,4 +1,4 @@
-"""Prefix-tuning: learned keys and values in front of an attention's own.
+"""Prefix-tuning: learned keys and values before the keys and values of an attention.
 
 Shapes: B examples, T queries, H key-value heads, d head size, W = H * d, L prefix length, N attentions that share a
 network, D hidden size.
@@ -18,11 +18,11 @@ from unipelt.submodules.forward_pass import PassFacts, new_key, split_heads
 from unipelt.submodules.gate import INITIAL_STD
 
 NETWORK_NAMES = ("prefix_network", "cross_prefix_network")
-"""The names of a stack's networks in its set: of the self-attentions, and of the attentions to another stack."""
+"""The names of the prefix networks in a stack's set: for self-attentions and for cross-attentions."""
 
 
 class _Blocks(nn.Linear):
-    """A projection whose outputs are blocks of equal size, of which one alone may be asked for."""
+    """A projection whose outputs are blocks of equal size, and which can compute a single block."""
 
     def forward(self, x: Tensor, index: int | None = None, size: int = 0) -> Tensor:
         """Return all outputs of x, or the `size` outputs of block `index`."""
@@ -35,8 +35,8 @@ class _Blocks(nn.Linear):
 class PrefixNetwork(nn.Module):
     """The reparameterisation of a stack's prefixes: `P' = W2 tanh(W1 P)` (Li and Liang, 2021; paper, section 2.2).
 
-    `P` is (L, D), W1: D -> hidden, W2: hidden -> N * 2 * W, both with bias; one network for all layers of a stack (and
-    one more for their cross-attentions), needed only while training.
+    `P` is (L, D), W1: D -> hidden and W2: hidden -> N * 2 * W, both with bias. One network serves all layers of a
+    stack, and a second network serves their cross-attentions. The networks are needed only in training.
     """
 
     def __init__(self, hidden: int, width: int, layers: int, config: PrefixConfig, like: Tensor) -> None:
@@ -60,14 +60,17 @@ class PrefixNetwork(nn.Module):
 
     @property
     def deployed_count(self) -> int:
-        """The number of parameters that stand for this network after training."""
+        """The number of parameters that replace this network after training."""
         return 2 * self.layers * self.embedding.shape[0] * self.width
 
     def forward(self, index: int | None = None) -> Tensor:
-        """Compute keys and values of the prefixes: of all, (N, 2, L, W), or of one, (2, L, W); keys, then values.
+        """Compute keys and values of the prefixes.
 
         Args:
-            index: the attention's place among those that share this network; None for all.
+            index: the attention's index among the N attentions that share this network; None for all attentions.
+
+        Returns:
+            (N, 2, L, W) for all attentions, or (2, L, W) for one. In the dimension of size 2, keys are before values.
         """
         low = torch.tanh(self.w1(self.embedding))
         shaped = self.w2(low, index, 2 * self.width).unflatten(-1, (-1, 2, self.width)).movedim(0, -2)
@@ -75,25 +78,26 @@ class PrefixNetwork(nn.Module):
 
 
 class Prefix(nn.Module):
-    """One attention's prefix, and how its gate acts.
+    """The prefix of one attention, and the effect of its gate.
 
-    `scale`: keys `[g P_K ; K]`, values `[g P_V ; V]` (the paper). `mass`: keys `[P_K ; K]`, values `[P_V ; V]`, and
-    `log g` is added to the prefix's attention logits, so that its keys weigh g times as much. Where there is a gate
-    for every token (in causal attention always) it is that of the query, g_t, and acts through the mass: keys and
-    values are the same for every query then, and can be cached. The prefix is never masked, shifts no position, and is
-    put in front after rotary embeddings and key norms.
+    With `scale`, the keys are `[g P_K ; K]` and the values are `[g P_V ; V]` (the paper). With `mass`, the keys are
+    `[P_K ; K]`, the values are `[P_V ; V]`, and `log g` is added to the prefix's attention logits, so that the
+    prefix's keys get g times the weight. If every token has a gate (always in causal attention), the gate of the query,
+    g_t, is used with `mass`. Then keys and values are the same for every query and can be cached. The prefix is never
+    masked and does not shift positions. It is added after rotary embeddings and key norms.
 
-    With a softmax of its own nothing is put in front: `attention(Q, K, V) + g attention(Q, P_K, P_V)`, g or g_t.
+    With a separate softmax (`added`), the text's keys and values do not change:
+    `attention(Q, K, V) + g attention(Q, P_K, P_V)`, with g or g_t.
 
     Attributes:
-        index: the attention's place among those that share the network.
+        index: the attention's index among the attentions that share the network.
         source: the name of the network in the stack's set.
-        network: the shared network, in a tuple because it is no part of this module; empty once deployed.
-        keys_values: (2, L, W), the parameter that remains when the network has been folded away; else None.
+        network: the shared network, in a tuple, so that it is no child of this module; empty after deployment.
+        keys_values: (2, L, W), the parameter that replaces the network after deployment; else None.
         gate_name: the gate's name; empty without a gate.
-        gating: `scale` or `mass`, or `added` with a softmax of its own.
-        mass: what is added to the prefix's attention logits, `log c` where a gate that acts through the mass became
-            the constant c (`unipelt.fold`); else 0.
+        gating: `scale`, `mass`, or `added` for a separate softmax.
+        mass: the constant that is added to the prefix's attention logits. It is `log c` if `unipelt.fold` replaced a
+            gate with the gating `mass` by the constant c; else 0.
     """
 
     folds_to = "constant"
@@ -131,11 +135,11 @@ class Prefix(nn.Module):
 
     @property
     def takes_attention(self) -> bool:
-        """Whether the prefix takes attention even when its gate is closed."""
+        """Whether the prefix takes attention even if its gate is 0."""
         return self.gating == "scale"
 
     def deploy(self, both: Tensor) -> None:
-        """Replace the network by the keys and values that it computes, (2, L, W), in place."""
+        """Replace the network by its keys and values, (2, L, W), in place."""
         self.keys_values = nn.Parameter(both)
         self.network = ()
 
@@ -157,17 +161,22 @@ class Prefix(nn.Module):
         return self.network[0](self.index) if own is None else own
 
     def by_head(self, facts: PassFacts, heads: int) -> Tensor:
-        """Return keys and values before the gate, (2, H, L, d), from those that the pass computed for all, if any."""
+        """Return keys and values before the gate, (2, H, L, d).
+
+        They come from the pass if the pass has computed the prefixes of all attentions.
+        """
         shared = facts.prefix(self.network[0].key, self.index, heads) if self.network else None
         return split_heads(self(), heads) if shared is None else shared
 
     def scaled(self, both: Tensor, batch: int, dtype: torch.dtype, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return keys and values as the gate leaves them, each (B, ..., L, width).
+        """Return keys and values after the gate, each (B, ..., L, width).
+
+        Only the gating `scale` changes them.
 
         Args:
             both: (2, ..., L, width), before the gate.
             batch: B.
-            dtype: of the attention's keys.
+            dtype: the type of the attention's keys.
             gate: (B, 1) or (B, T), or None.
         """
         both = both.to(dtype).unsqueeze(1)
@@ -179,13 +188,13 @@ class Prefix(nn.Module):
         return keys, values
 
     def attention(self, both: Tensor, query: Tensor, gate: Tensor | None, **kwargs: Any) -> Tensor:
-        """Return attention over the prefix by itself, as the gate leaves it: (B, T, heads of queries, d).
+        """Compute the gated attention over the prefix alone, (B, T, heads of queries, d).
 
         Args:
             both: (2, H, L, d), before the gate.
             query: (B, heads of queries, T, d).
             gate: (B, 1) or (B, T), or None.
-            kwargs: arguments of the model's own attention function, of which `scaling` and `dropout` are read.
+            kwargs: arguments of the model's attention function. Only `scaling` and `dropout` are used.
         """
         keys, values = self.scaled(both, len(query), query.dtype, gate)
         out = nn.functional.scaled_dot_product_attention(
@@ -201,17 +210,17 @@ class Prefix(nn.Module):
     def columns(
         self, mask: Tensor | None, dtype: torch.dtype, tokens: int, gate: Tensor | None, facts: PassFacts
     ) -> Tensor | None:
-        """Return the attention's mask with columns for the prefix in front.
+        """Return the attention's mask with L columns for the prefix before the other columns.
 
         Args:
             mask: None, boolean or additive, (B or 1, heads or 1, queries or 1, keys).
-            dtype: of the attention's logits.
-            tokens: how many keys there are, where there is no mask.
+            dtype: the type of the attention's logits.
+            tokens: the number of keys, which is used if there is no mask.
             gate: (B, 1) or (B, T), or None.
-            facts: of the pass.
+            facts: the facts of the pass.
 
         Returns:
-            (B or 1, heads or 1, queries or 1, L + keys), or None where there is no mask and need not be one.
+            (B or 1, heads or 1, queries or 1, L + keys), or None if no mask is needed.
         """
         if gate is not None and self.gating == "mass":
             return _with_mass(gate.to(dtype), mask, tokens, self.length)
@@ -233,8 +242,11 @@ class Prefix(nn.Module):
 
 
 def _with_columns(mask: Tensor, dtype: torch.dtype, length: int, mass: float = 0.0) -> Tensor:
-    """Return an additive mask with `length` open columns in front, whose keys weigh exp(mass) times as much."""
-    if mask.dtype == torch.bool:  # sdpa does this too, but in every layer anew
+    """Return an additive mask with `length` columns of the value `mass` before the other columns.
+
+    The keys of these columns get exp(mass) times the weight.
+    """
+    if mask.dtype == torch.bool:  # sdpa converts the mask too, but in every layer
         mask = mask.to(dtype).log()  # 0 where it is true, -inf where it is false
     return nn.functional.pad(mask, (length, 0), value=mass)
 

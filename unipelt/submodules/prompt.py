@@ -1,4 +1,4 @@
-"""Learned vectors in front of the embedded text.
+"""Prompt tuning: learned vectors before the embedded text.
 
 Shapes: B examples, T tokens of the text, L vectors of the prompt, E width of an embedding, D hidden size.
 """
@@ -20,22 +20,23 @@ from unipelt.submodules.tokens import token_weights
 class Prompt(nn.Module):
     """`[P; E(text)]`: L learned vectors before the embedded text (prompt tuning; Lester et al., 2021, section 2).
 
-    P starts at the embeddings of random tokens of the vocabulary (section 3.2 there). The prompt is never masked, and
-    positions count from its first vector on, so the text's are shifted by L, as in PEFT; its token type is 0. What
-    comes out are the text's states alone: heads and poolers read the same tokens as without a prompt.
+    P starts at the embeddings of random tokens of the vocabulary (section 3.2 of that paper). The prompt is never
+    masked. Positions count from the prompt's first vector, so the text's positions are shifted by L, as in PEFT. The
+    prompt's token type is 0. The model returns the states of the text alone, so heads and poolers read the same tokens
+    as without a prompt.
 
-    With a gate it is `[g P; E(text)]`, g one number an example, over the embedded text alone (the prompt's vectors take
-    no part):
+    With a gate the input is `[g P; E(text)]`. The gate g is one number per example, computed from the embedded text
+    alone, without the prompt's vectors:
 
         g = sum_t m_t sigmoid(w e_t + b)
 
-    A closed gate leaves vectors of zeros, which still take attention, as the paper's prefix does (footnote 3). Where
-    attention is causal the text's mean would see the future, so that a gate is static there: g = sigmoid(b).
+    A gate of 0 leaves vectors of zeros, which still take attention, as in the paper's prefix (footnote 3). In causal
+    attention the mean over the text would include later tokens, so the gate must be static: g = sigmoid(b).
 
     Attributes:
         embedding: (L, E), P.
-        entry: computes the gate, or None.
-        gate_name: the gate's name; empty without one.
+        entry: the module that computes the gate, or None.
+        gate_name: the gate's name; empty without a gate.
         inputs: the names of the model's positional arguments.
         passes: the passes of the module that embeds the text.
     """
@@ -70,11 +71,11 @@ class Prompt(nn.Module):
         self.entry, self.gate_name = None, ""
 
     def forward(self, text: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the vectors that are put in front, (B or 1, L, E).
+        """Return the prompt's vectors, (B or 1, L, E).
 
         Args:
-            text: (B, T, E), embedded.
-            mask: (B, T), 0 at padding, or None where there is none.
+            text: (B, T, E), the embedded text.
+            mask: (B, T), with 0 for padding, or None without a mask.
         """
         if self.entry is None:
             return self.embedding.to(text.dtype).unsqueeze(0)
@@ -88,6 +89,6 @@ class Prompt(nn.Module):
 
 
 def embeds_text(module: Any) -> bool:
-    """Return whether a module embeds a text itself, and takes one that is embedded already."""
+    """Return whether a module embeds its text and also accepts an embedded text (`inputs_embeds`)."""
     named = inspect.signature(module.forward).parameters
     return {"inputs_embeds", "attention_mask"} <= named.keys() and hasattr(module, "get_input_embeddings")

@@ -1,4 +1,4 @@
-"""Learned vectors that edit what a part of a layer gives.
+"""RED: learned vectors that edit the output of a part of a layer.
 
 Shapes: B examples, T tokens, O width of the place.
 """
@@ -12,13 +12,14 @@ from unipelt.submodules.register import TargetInfo, register_submodule
 
 
 class RED(nn.Module):
-    """`y + (l - 1) y + b = l y + b`, a factor and a shift for each of a place's numbers (Wu et al., 2024).
+    """RED: `y + (l - 1) y + b = l y + b`, a factor and a shift for each unit of a place (Wu et al., 2024).
 
-    Representation editing (RED) is of what the feed-forward network adds to its residual. With a gate:
-    `y + g ((l - 1) y + b)`. Unlike a bias (BitFit), b needs none in the model, and can be scaled by a gate.
+    By default, representation editing (RED) changes the output of the feed-forward network before the residual. With a
+    gate the output is `y + g ((l - 1) y + b)`. Unlike BitFit, RED also works in a model without biases, and a gate can
+    scale b.
 
     Attributes:
-        offset: (O,), `l - 1`, which starts at 0; so weight decay draws to the model without edits.
+        offset: (O,), `l - 1`. It starts at 0, so weight decay pulls the factors l to 1.
         shift: (O,), b, which starts at 0.
     """
 
@@ -28,11 +29,11 @@ class RED(nn.Module):
         self.shift = nn.Parameter(spot.weight.new_zeros(spot.outputs))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The term, (B, T, O)."""
+        """Return the term, (B, T, O)."""
         return y * self.offset + self.shift
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return a projection (O, I), and its bias (O,), whose output is edited already."""
+        """Return the weight (O, I) and the bias (O,) of the projection with the edits merged in."""
         factor, shift = 1 + self.offset.detach().to(weight), self.shift.detach().to(weight)
         return factor[:, None] * weight, shift if bias is None else factor * bias + shift
 

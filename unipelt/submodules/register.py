@@ -1,4 +1,4 @@
-"""The registry of submodules: what builds each, what it is told, and how one of your own is added.
+"""The registry of submodules, the facts that a builder receives, and the function that adds a user's submodule.
 
 Shapes: B examples, T tokens, I inputs, O outputs.
 """
@@ -19,18 +19,20 @@ from unipelt.submodules.term import SharedParameters
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """What a submodule is told of its place.
+    """The facts about one place that the builder of a submodule receives.
 
     Attributes:
-        place: its name (`unipelt.config.Place`).
-        inputs: I, width of what the place is given.
-        outputs: O, width of what it gives.
-        weight: for its type and its device: the host's own weight, frozen, or one like it where that is quantised.
-        shared: what all modules of this submodule in a stack share: parameters, as its attributes; whichever module
-            comes first makes them. A module refers to it in a tuple, `self.shared = (spot.shared,)`, which makes no
-            part of it, and reads them in `forward` as `self.shared[0]()["name"]`.
+        place: the place's name (`unipelt.config.Place`).
+        inputs: I, width of the place's input.
+        outputs: O, width of the place's output.
+        weight: a tensor with the type and the device for new parameters. It is the host's frozen weight, or a similar
+            tensor where the host is quantised.
+        shared: holds the parameters that all modules of this submodule in a stack share, as its attributes. The first
+            module creates these parameters. A module keeps `shared` in a tuple, `self.shared = (spot.shared,)`, so
+            that PyTorch does not register `shared` as a child. The module reads a parameter in `forward` as
+            `self.shared[0]()["name"]`.
         host: the projection.
-        rows: which of its outputs are meant.
+        rows: the outputs of the host that belong to the place.
     """
 
     place: str
@@ -42,11 +44,11 @@ class TargetInfo:
     rows: OutputSlice
 
     def matrix(self) -> Tensor:
-        """The projection's weight as it is now, the rows that are meant: (O, I)."""
+        """Return the present weight of the projection, (O, I): the rows that belong to the place."""
         return matrix_of(self.host, self.rows)
 
     def bias(self) -> Tensor | None:
-        """Its bias, (O,), if it has one."""
+        """Return the projection's bias, (O,), or None if the projection has no bias."""
         return None if self.host.bias is None else own_rows(self.host.bias, self.rows)
 
 
@@ -54,13 +56,13 @@ Spot = TargetInfo
 """An older name of `TargetInfo`."""
 
 MODULES: dict[type[Any], Callable[[Any, TargetInfo], nn.Module]] = {}
-"""What builds a submodule's function, by its configuration's class."""
+"""The builder of each submodule, by the class of the submodule's configuration."""
 
 
 def register_submodule(
     name: str, config: type[SubmoduleConfig], build: Callable[[Any, TargetInfo], nn.Module]
 ) -> type[SubmoduleConfig]:
-    """Make a submodule of your own known: it gets gates, a configuration, saving, counting and removal.
+    """Register a submodule of your own. The library then gates, configures, saves, counts and removes the submodule.
 
         @dataclass(frozen=True)
         class ShiftConfig(unipelt.SubmoduleConfig):
@@ -79,17 +81,18 @@ def register_submodule(
         unipelt.inject(model, {"preset": "lora", "shift": {"gate": True}})
 
     Args:
-        name: a name in Python; its key in a configuration, and the first part of its gates' names.
-        config: a frozen dataclass, with defaults, whose `places` say where it is added.
-        build: makes the module of one place, from the configuration and a `TargetInfo`: `module(x, y)` gives the term,
-            (B, T, O), for x (B, T, I) and y (B, T, O). Its parameters are of the type and on the device of
+        name: a Python identifier. It is the submodule's key in a configuration and the first part of its gates' names.
+        config: a frozen dataclass with a default for every field. Its field `places` lists the places of the submodule.
+        build: builds the module of one place from the configuration and a `TargetInfo`. `module(x, y)` returns the
+            term, (B, T, O), for x (B, T, I) and y (B, T, O). The parameters have the type and the device of
             `spot.weight`.
 
     Returns:
         The configuration's class.
 
     Raises:
-        ValueError: the name cannot be one, or is taken; or the class is no configuration.
+        ValueError: the name is not an identifier, the name or the class is taken, or the class is not a valid
+            configuration.
     """
     taken = {"adapter", "prefix", "lora", "gate", "gates", "base", "head", *UniPELTConfig.__dataclass_fields__}
     if not name.isidentifier() or name in taken:

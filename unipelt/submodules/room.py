@@ -1,6 +1,7 @@
-"""The room of a layer: one child of the host's that holds everything added there, as named sets.
+"""The room of a layer: one child module that holds everything that was added to the layer, as named sets.
 
-A stack has a room, too: it holds what the layers share (prefix networks, shared parameters), and a prompt.
+A stack also has a room. This room holds the modules that the layers share (prefix networks, shared parameters) and the
+prompt.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class ForwardArgument:
-    """One argument of a forward: its name, and its position in the signature if it is named there."""
+    """One argument of a forward method.
+
+    Attributes:
+        name: the argument's name.
+        position: the argument's position in the signature; None if the signature does not name the argument.
+    """
 
     name: str
     position: int | None
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what was given, or None. Raises `RuntimeError` if there is no such argument."""
+        """Return the argument's value in a call, or None. Raise `RuntimeError` if there is no such argument."""
         if self.position is None and self.name not in kwargs:
             raise RuntimeError(f"attention was called without {self.name!r}; its description names another argument")
         if self.position is not None and len(args) > self.position:
@@ -37,7 +43,7 @@ class ForwardArgument:
         return kwargs.get(self.name)
 
     def write(self, args: list[Any], kwargs: dict[str, Any], value: Any) -> None:
-        """Put `value` in its place."""
+        """Set the argument's value in a call, in place."""
         if self.position is not None and len(args) > self.position:
             args[self.position] = value
         else:
@@ -46,19 +52,21 @@ class ForwardArgument:
 
 @dataclass(frozen=True)
 class Wiring:
-    """Where the hosts of a set are: plain data, by paths from the layer.
+    """The places of a set's host modules, as plain data. All paths start at the layer.
 
     Attributes:
-        attention: the attention module.
-        hidden, mask, bias: its arguments; None for those that nothing reads.
+        attention: path of the attention.
+        hidden, mask, bias: the attention's arguments for the states, the mask and the position bias; None for an
+            argument that is not read.
         truth_values: whether the attention reads a floating-point mask as truth values.
         averages: whether a gate averages over real tokens, so that the attention's mask is read.
-        readers: projections that read the attention's input; the first that is called opens the entry.
-        outputs: terms of what a projection gives, by its path, in their order.
-        inputs: terms of what a projection is given, by its path.
-        handed: terms that read what another projection is given, by that one's path.
-        norm: the norm whose output an adapter reads (post-LN); empty for none.
-        keys, values: projections into which a lengthened prefix is inserted; empty for none.
+        readers: paths of the projections that read the attention's input. The entry is computed at the first of them
+            that is called.
+        outputs: names of the terms that are added to a module's output, in their order, by the module's path.
+        inputs: names of the terms that are added to a projection's input, by the projection's path.
+        handed: names of the terms that read the input of another projection, by that projection's path.
+        norm: path of the norm whose output an adapter reads (post-LN); empty without such an adapter.
+        keys, values: paths of the projections into whose output a prefix is inserted; empty without an insertion.
     """
 
     attention: str = ""
@@ -77,11 +85,18 @@ class Wiring:
 
     @property
     def lengthens(self) -> bool:
-        """Whether a prefix makes the attention's text longer, outside Transformers' attention interface."""
+        """Whether a prefix lengthens the attention's text, in an attention outside Transformers' interface."""
         return bool(self.keys)
 
     def without(self, names: set[str], *, averages: bool, has_entry: bool, lengthens: bool) -> Wiring:
-        """Return this wiring without terms of these names, where an entry, or a lengthening prefix, may be gone too."""
+        """Return this wiring without some terms.
+
+        Args:
+            names: names of the terms to leave out.
+            averages: whether a gate still averages over real tokens.
+            has_entry: whether the set still has an entry.
+            lengthens: whether a prefix still lengthens the attention's text.
+        """
 
         def left(places: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
             kept = {path: tuple(name for name in terms if name not in names) for path, terms in places.items()}
@@ -101,14 +116,14 @@ class Wiring:
 
 
 class SubmoduleSet(nn.Module):
-    """Everything that one method adds to one attention of a layer, and to what follows it.
+    """Everything that one method adds to one attention of a layer, and to the rest of the layer.
 
-    Its children are `entry` (all that reads the attention's input), `prefix`, the terms by their names, and `cross`
-    (the same of the layer's attention to another stack).
+    The children are `entry` (the gates and projections that read the attention's input), `prefix`, the terms by their
+    names, and `cross` (the set of the layer's cross-attention).
 
     Attributes:
-        wiring: where the hosts are.
-        key: names the set within a pass.
+        wiring: the places of the host modules.
+        key: the number that identifies the set within a pass.
     """
 
     def __init__(self, wiring: Wiring) -> None:
@@ -121,18 +136,18 @@ class SubmoduleSet(nn.Module):
 
     @property
     def terms(self) -> dict[str, Term]:
-        """The terms by name, those of cross-attention apart."""
+        """The terms by name, without those of the cross-attention."""
         return {name: child for name, child in self._modules.items() if isinstance(child, Term)}
 
     @property
     def averages(self) -> bool:
-        """Whether a gate here averages over real tokens, so that the attention's mask is needed."""
+        """Whether a gate of this set averages over real tokens, so that the attention's mask is needed."""
         entries = [self.entry, *(term.entry for term in self.terms.values())]
         return any(entry is not None and entry.gates.averages for entry in entries)
 
     @property
     def needs_pass(self) -> bool:
-        """Whether values travel from the attention to what follows it."""
+        """Whether the set's modules exchange values in a pass."""
         return (
             self.entry is not None
             or self.prefix is not None
@@ -141,7 +156,7 @@ class SubmoduleSet(nn.Module):
         )
 
     def attentions(self) -> Iterator[SubmoduleSet]:
-        """Return this set and, where there is one, that of the cross-attention."""
+        """Yield this set and, if there is one, the set of the cross-attention."""
         yield self
         if self.cross is not None:
             yield self.cross
@@ -150,8 +165,8 @@ class SubmoduleSet(nn.Module):
 class StackSet(nn.Module):
     """Everything that one method adds to a stack as a whole.
 
-    Its children are `prefix_network` and `cross_prefix_network`, `NAME_shared` for shared parameters of the submodule
-    NAME, and `prompt`; each only where it is used.
+    The children are `prefix_network`, `cross_prefix_network`, `NAME_shared` (the shared parameters of the submodule
+    NAME) and `prompt`. A child exists only if the method uses it.
     """
 
 
@@ -160,7 +175,7 @@ class Room(nn.Module):
 
     Attributes:
         passes: the passes of the stack that the room belongs to.
-        active: the name of the set that computes; None where the base alone does.
+        active: the name of the active set; None if the base model runs without a set.
     """
 
     def __init__(self, passes: Passes) -> None:
@@ -172,7 +187,7 @@ class Room(nn.Module):
         return self._modules[name]
 
     def __setitem__(self, name: str, added: nn.Module) -> None:
-        self._modules[name] = added  # a set may have any name, such as one that is a method of a module
+        self._modules[name] = added  # add_module would refuse a name that a module's attribute has
 
     def __contains__(self, name: object) -> bool:
         return name in self._modules
@@ -184,20 +199,20 @@ class Room(nn.Module):
         return len(self._modules)
 
     def present(self, name: str | None) -> Any:
-        """Return the set of this name, or None where this room has none."""
+        """Return the set of this name, or None if the room has no such set."""
         return None if name is None else self._modules.get(name)
 
 
 @dataclass
 class Port:
-    """What a host module of a layer remembers: its room, and what it is there.
+    """The link from a host module of a layer to its room.
 
     Attributes:
-        room: the room, in a tuple, which makes no child of the host's.
+        room: the room, in a tuple, so that the room is no child of the host.
         path: the host's path from the layer.
         cross: whether the host belongs to the layer's cross-attention.
-        config: the host's own configuration, where a prefix put another in its place.
-        begins: whether the host begins the pass of its attention, where no hook of the attention does.
+        config: the host's original configuration, if a prefix replaced it; else None.
+        begins: whether the host's hook may begin the pass of the attention, because the attention has no such hook.
     """
 
     room: tuple[Room]
@@ -207,13 +222,13 @@ class Port:
     begins: bool = False
 
     def part(self, name: str | None) -> SubmoduleSet | None:
-        """Return the set of this name at this host, or None."""
+        """Return the set of this name that belongs to the host's attention, or None."""
         found: Any = self.room[0]._modules.get(name) if name is not None else None
         return found._modules.get("cross") if self.cross and found is not None else found
 
 
 def rooms(model: nn.Module) -> Iterator[tuple[str, Room]]:
-    """Find every room of a model, with its path."""
+    """Yield the path and the room of every room in a model."""
     for path, module in model.named_modules():
         if isinstance(module, Room):
             yield path, module
@@ -221,13 +236,13 @@ def rooms(model: nn.Module) -> Iterator[tuple[str, Room]]:
 
 @dataclass(frozen=True)
 class OwnPart:
-    """A named part of what was added to a model.
+    """A named part of a parameter that was added to a model.
 
     Attributes:
-        path: of the module that owns the parameter, from the model.
-        part: its name, its kind, its rows.
+        path: path of the module that owns the parameter, from the model.
+        part: the part's name, kind and rows.
         parameter: the whole parameter.
-        room: path of the room.
+        room: path of the room, from the model.
         set_name: the name of the set in the room.
         cross: whether the part belongs to the layer's cross-attention.
     """
@@ -241,23 +256,23 @@ class OwnPart:
 
     @property
     def full_name(self) -> str:
-        """The parameter's name in the model."""
+        """The name of the whole parameter in the model."""
         return f"{self.path}.{self.part.parameter}"
 
     @property
     def tensor(self) -> Tensor:
-        """The part's numbers, as a view without gradient."""
+        """The part's values, as a view without gradient."""
         return self.part.of(self.parameter.detach())
 
     @property
     def size(self) -> int:
-        """How many numbers the part has; slicing a parameter that is sharded would gather it."""
+        """The number of the part's elements. The parameter is not sliced, because a slice gathers all its shards."""
         numbers = self.parameter.numel()
         return numbers if self.part.count is None else numbers // self.parameter.shape[0] * self.part.count
 
 
 def own_parts(model: nn.Module) -> Iterator[OwnPart]:
-    """Find every named part of what was added to a model, in the order of its modules."""
+    """Yield every named part of the parameters that were added to a model, in the order of the model's modules."""
     for room_path, room in rooms(model):
         for set_name in room:
             for path, module in room[set_name].named_modules():
@@ -277,12 +292,12 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class PlacedTerm:
-    """A term, and the host that it is added at.
+    """A term and its host module.
 
     Attributes:
         layer: path of the layer, from the model.
         path: path of the host, from the model.
-        host: the host.
+        host: the host module.
         owner: the set that holds the term.
         term: the term.
         cross: whether the term belongs to the layer's cross-attention.
@@ -296,7 +311,7 @@ class PlacedTerm:
     cross: bool
 
     def factors(self) -> dict[str, Tensor]:
-        """Return the numbers of all parts of the term, by name."""
+        """Return the values of all parts of the term, by name, such as `A`."""
         prefix = f"{self.term.name}."
         return {
             part.name.removeprefix(prefix): part.of(module.get_parameter(part.parameter).detach())
@@ -308,7 +323,7 @@ class PlacedTerm:
 
 
 def layer_sets(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Any, SubmoduleSet]]:
-    """Find each layer that carries a set of this name; yields its path, the layer, and each attention's set."""
+    """Yield (layer's path, layer, set) for each attention of each layer that has a set of this name."""
     for path, room in rooms(model):
         found = room.present(name)
         if isinstance(found, SubmoduleSet):
@@ -319,7 +334,7 @@ def layer_sets(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Any
 
 
 def placed_terms(model: nn.Module, name: str = DEFAULT) -> Iterator[PlacedTerm]:
-    """Find every term of a set, with the host that it is added at."""
+    """Yield every term of the sets of this name, with its host module."""
     for layer_path, layer, part in layer_sets(model, name):
         wiring = part.wiring
         places = [(path, terms) for places in (wiring.outputs, wiring.inputs) for path, terms in places.items()]

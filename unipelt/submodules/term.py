@@ -1,4 +1,4 @@
-"""Terms: submodules that add `g f(x, y)` to what a part of a layer gives.
+"""Terms: submodules that add `g f(x, y)` to the output of a part of a layer.
 
 Shapes: B examples, T tokens, I inputs, O outputs.
 """
@@ -18,25 +18,30 @@ from unipelt.submodules.outputs import OutputSlice
 class Term(nn.Module):
     """A submodule at one target: `y + g f(x, y)`, with g = 1 for a submodule without a gate.
 
-    A gate has one of three sources: an entry of the term's own, which reads x; the entry of the layer's attention,
-    which computes it for all (`gate_name`); or none.
+    The gate comes from the term's own entry, which reads x, or from the entry of the layer's attention, which computes
+    the gates of several terms. A term can also have no gate.
 
     Attributes:
         name: the key of the term in its set, such as `lora_query`.
         kind: the submodule's name in a configuration, such as `lora`.
-        outputs: which outputs of the host are y, where it computes several.
-        entry: computes the gate, and the first projection of the term where it has one; None for another source.
+        outputs: the outputs of the host that are y, for a host that computes several projections.
+        entry: the term's own entry, which computes the gate and, if the two share one matrix product, the first
+            projection of the term; else None.
         gate_name: the gate's name; empty for a term without a gate.
-        in_attention: whether the term stands inside the attention, whose text a prefix may lengthen.
-        crosses: whether x is of another text than the layer's own.
-        reads_output: whether x is what the host gives, and not what it is given.
-        once: whether the projection is also called for relative positions, which a gated term leaves alone.
+        in_attention: whether the term is inside the attention, so that a prefix may lengthen the term's text.
+        crosses: whether x comes from another text than the layer's text.
+        reads_output: whether x is the host's output instead of the host's input.
+        once: whether the host is also called for relative positions. A gated term does not change that call.
     """
 
     folds_to: Literal["", "merged", "constant"] = ""
-    """What becomes of the term where its gate becomes a constant (`unipelt.fold`); empty where it cannot."""
+    """How `unipelt.fold` treats a gate that becomes a constant.
+
+    `merged`: the term is merged into the weight of its host. `constant`: the constant is merged into the term's own
+    parameters. Empty: the term is not folded.
+    """
     takes_attention = False
-    """Whether the submodule takes attention even when its gate is closed."""
+    """Whether the submodule takes attention even if its gate is 0."""
 
     def __init__(self, name: str, kind: str, outputs: OutputSlice) -> None:
         super().__init__()
@@ -52,12 +57,12 @@ class Term(nn.Module):
         self.once = False
 
     def forward(self, x: Tensor, out: Tensor, now: AttentionPass | None) -> Tensor:
-        """Add the term.
+        """Add the term to the host's output.
 
         Args:
-            x: (B, T, I), what the term reads.
+            x: (B, T, I), the term's input.
             out: (B, T, all outputs of the host).
-            now: the pass of the layer's attention; None outside of one.
+            now: the pass of the layer's attention; None outside of a pass.
 
         Returns:
             (B, T, all outputs of the host).
@@ -78,7 +83,11 @@ class Term(nn.Module):
         return torch.cat([before, own, after], dim=-1).flatten(-2)
 
     def open_gate(self, x: Tensor, now: AttentionPass | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gate, or None without one; and the first projection of x, where it comes with the gate."""
+        """Return the gate and the term's first projection of x.
+
+        The gate is (B, 1 or T, 1), or None for a term without a gate. The first projection is None unless the entry
+        computes it together with the gate.
+        """
         if not self.gate_name:
             return None, None
         entry: Any = self._modules.get("entry")
@@ -92,7 +101,7 @@ class Term(nn.Module):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The named parts of the term's own parameters, those of its entry apart."""
+        """The named parts of the term's own parameters, without those of the entry."""
         return tuple(
             Part(f"{self.name}.{path}", self.kind, path)
             for path, _ in self.named_parameters()
@@ -105,10 +114,10 @@ class Term(nn.Module):
 
 
 class FunctionTerm(Term):
-    """A term whose f is a module of its own, as `register_submodule` describes it.
+    """A term with a separate module for f, as in `register_submodule`.
 
     Attributes:
-        function: computes f(x, y), (B, T, O), from x (B, T, I) and y (B, T, O).
+        function: the module that computes f(x, y), (B, T, O), from x (B, T, I) and y (B, T, O).
     """
 
     def __init__(self, name: str, kind: str, outputs: OutputSlice, function: nn.Module) -> None:
@@ -123,31 +132,32 @@ class FunctionTerm(Term):
 
 
 def add_scaled(y: Tensor, gate: Tensor | None, update: Tensor) -> Tensor:
-    """Return `y + g update`, (B, T, O); the gate is (B, 1 or T, 1), or None for g = 1."""
+    """Return `y + g update`, (B, T, O). The gate is (B, 1 or T, 1), or None for g = 1."""
     if gate is None:
         return y + update
     gate = flat_like(gate, y).to(y.dtype)
     if torch.is_grad_enabled() and update.requires_grad:
-        return y + gate * update  # two operations fewer in the backward pass than addcmul
+        return y + gate * update  # the backward pass has two operations fewer than with addcmul
     return torch.addcmul(y, gate, update)
 
 
 def require(now: AttentionPass | None, name: str) -> AttentionPass:
-    """Return the pass. Raises `RuntimeError` if there is none."""
+    """Return the pass of the layer's attention. Raise `RuntimeError` if there is no pass."""
     if now is None:
         raise RuntimeError(f"{name!r} needs the pass of its layer, and was called outside of one; call the layer")
     return now
 
 
 def flat_like(gate: Tensor, x: Tensor) -> Tensor:
-    """Return a gate (B, T, 1) as it is, or (B T, 1) for an x that has the tokens of all texts in one row."""
+    """Return a gate (B, 1 or T, 1) unchanged, or flat, (B T, 1), if x has the tokens of all texts in one dimension."""
     return gate.flatten(0, -2) if gate.dim() > x.dim() else gate
 
 
 class SharedParameters(nn.Module):
-    """Parameters that all terms of one submodule in a stack share; the stack's own set holds them.
+    """The parameters that all terms of one submodule in a stack share. The stack's set holds this module.
 
-    The term that is built first makes them, as attributes. A module refers to them in a tuple, which makes no part.
+    The first term that is built creates the parameters, as attributes of this module. Each term keeps this module in a
+    tuple, so that PyTorch does not register it as a child of the term.
 
     Attributes:
         name: the submodule's name.
@@ -158,20 +168,20 @@ class SharedParameters(nn.Module):
         self.name = name
 
     def forward(self) -> dict[str, Any]:
-        """Return the parameters by name."""
+        """Return the shared parameters by name."""
         return dict(self._parameters)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The named parts of the parameters."""
+        """The named parts of the shared parameters."""
         return tuple(Part(f"shared.{name}", self.name, name) for name in self._parameters)
 
     def here(self) -> Any:
-        """Return this module: an older way to read the parameters, as its attributes."""
+        """Return this module. This method is an older way to read the parameters as attributes."""
         return self
 
     def has_parameters(self) -> bool:
-        """Return whether any term made some."""
+        """Return whether a term has created parameters."""
         return bool(self._parameters)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Real tokens of a text, told from padding by the mask that an attention is given.
+"""Weights of the real tokens of a text. The attention's mask tells real tokens from padding.
 
 Shapes: B examples, T tokens.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from unipelt.submodules.forward_pass import PassFacts
 
 CLOSED = math.log(2.0**-149)
-"""Logits below this have no exponential in float32, so that softmax gives a token with such a mask nothing."""
+"""The exponential of a logit below this value is 0 in float32, so a token with such a mask gets no attention."""
 
 
 def token_weights(
@@ -21,22 +21,22 @@ def token_weights(
 ) -> Tensor | None:
     """Return the weights of the masked mean: 1 / (number of real tokens) on real tokens, 0 on padding.
 
-    A token is real if any query may attend to it, which is decided as the attention's softmax decides it. So a text
-    has the same real tokens under every form and type of mask.
+    A token is real if at least one query may attend to the token. The attention's softmax follows the same rule. So a
+    text has the same real tokens under every form and type of mask.
 
     Args:
-        mask: None; (B, T) with 0 for padding, of any type; (B or 1, heads or 1, queries or 1, T) of truth values or
-            whole numbers with 0 for closed, or of floating-point numbers that are added to the logits; or a block mask
-            of flex attention.
+        mask: None; or (B, T) of any type, with 0 for padding; or (B or 1, heads or 1, queries or 1, T); or a block
+            mask of flex attention. A mask with 4 dimensions holds truth values or whole numbers, with 0 for a masked
+            token, or floating-point numbers that are added to the logits.
         batch: B.
-        facts: of the pass; the weights are computed once in it.
-        truth_values: whether the attention reads a floating-point mask, too, as truth values (DeBERTa).
+        facts: the facts of the pass. With them the weights are computed once per pass.
+        truth_values: whether the attention reads a floating-point mask as truth values (DeBERTa).
 
     Returns:
-        (B, T) float32 weights that sum to 1 over an example; None where there is no mask.
+        (B, T) float32 weights that sum to 1 over each example; None if `mask` is None.
 
     Raises:
-        ValueError: the mask is of another form.
+        ValueError: the mask has another form.
     """
     if mask is None:
         return None
