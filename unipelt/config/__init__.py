@@ -1,4 +1,4 @@
-"""Configurations: methods as dataclasses, presets with a name, and the schema that checks both."""
+"""Configurations: methods as dataclasses, named presets, and the schema that checks both."""
 
 from unipelt.config.methods import (
     SUBMODULES,

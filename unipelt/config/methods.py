@@ -1,6 +1,6 @@
-"""What to add to a model, how large, gated how: frozen dataclasses, data only.
+"""Configurations of methods: frozen dataclasses with the submodules, their sizes and their gates.
 
-`unipelt.config.presets` has those with a name, and what makes one of a dict or a file.
+`unipelt.config.presets` has the named configurations, and builds a configuration from a dict or a file.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from unipelt.config.schema import ConfigError, build, check_fields, omitted_if_d
 from unipelt.files.messages import show
 
 Place = Literal["query", "key", "value", "attention", "up", "activation", "down", "feed_forward", "gate"]
-"""Where in a layer a term can be added.
+"""A place in a layer where a term can be added.
 
-`query`, `key`, `value`: the projections. `attention`: the projection that ends the attention. `up`, `down`: the first
-and the last projection of the feed-forward network. `gate`: the projection beside `up` in a gated feed-forward network
-(Llama's `gate_proj`). `activation`: what `down` is given. `feed_forward`: past the network, from what `up` reads to
-what `down` gives.
+`query`, `key`, `value`: the projections. `attention`: the last projection of the attention. `up`, `down`: the first
+and the last projection of the feed-forward network. `gate`: the projection parallel to `up` in a gated feed-forward
+network (Llama's `gate_proj`). `activation`: the input of `down`. `feed_forward`: parallel to the whole network, from
+the input of `up` to the output of `down`.
 """
 
 LoRAPlace = Literal[Place, "all-linear"]
-"""A place of LoRA; `all-linear` stands for every projection of a layer that has a name here."""
+"""A place of LoRA. `all-linear` stands for every projection in `LINEAR` that a layer has."""
 
 PROJECTIONS: tuple[Place, ...] = ("query", "value", "key", "attention", "up", "down")
 """The projections that a layer has."""
 
 LINEAR: tuple[Place, ...] = (*PROJECTIONS, "gate")
-"""The places that are projections; only a gated feed-forward network has the last."""
+"""The places that are projections. Only a gated feed-forward network has the last one, `gate`."""
 
 
 def _check_dropout(dropout: float) -> None:
-    """Raise `ConfigError` for what is no probability below 1."""
+    """Raise `ConfigError` unless the dropout is a probability below 1."""
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be at least 0 and below 1, not {show(dropout)}")
 
@@ -45,9 +45,9 @@ class AdapterConfig:
     Attributes:
         bottleneck: M, the width of the bottleneck, in units.
         gate: whether a gate scales the adapter's output.
-        start: of the projection back up. `normal`: random, near zero (the paper). `zero`: at zero, so that the adapter
-            adds nothing before it is trained, however large the numbers are that it reads.
-        dropout: while training, the probability that an activation in the bottleneck is zero:
+        start: the initial weight of the up-projection. `normal`: random, near zero (the paper). `zero`: zero, so that
+            the untrained adapter adds nothing, even for large inputs.
+        dropout: the probability, in training, that an activation in the bottleneck is zero:
             `up(dropout(ReLU(down(h))))`.
     """
 
@@ -67,18 +67,18 @@ class PrefixConfig:
 
     Attributes:
         length: L, in tokens.
-        hidden: width of the reparameterisation network, in units; the network is dropped after training.
+        hidden: width of the reparameterisation network, in units. The network is removed after training.
         gate: whether a gate scales the prefix.
-        gating: how the gate acts. `scale` multiplies prefix keys and values (the paper; a closed gate still takes
-            softmax mass, footnote 3); `mass` adds `log g` to the prefix's attention logits, so that a closed gate
-            is exactly the model without prefix. In causal attention it is always `mass`, a gate for each query.
-            Neither under `softmax: own`.
-        gate_start: where its gate begins; `gate.start` if not given. Near 0 under `mass`, the prefix takes no attention
-            until its gate has learned to open.
-        softmax: `shared`: prefix and text share the attention's softmax (Li and Liang). `own`: each has one, and what
-            attention over the prefix gives is added to what attention over the text gives, times the gate, so that the
-            prefix takes nothing from the text (He et al., 2022, section 3.1, without the factor of the text; with a
-            gate much as in LLaMA-Adapter, Zhang et al., 2024).
+        gating: the effect of the gate. `scale` multiplies the prefix's keys and values (the paper). With a gate of 0
+            the prefix still takes attention from the text (footnote 3). `mass` adds `log g` to the prefix's attention
+            logits, so that the model with a gate of 0 is exactly the model without prefix. Causal attention always
+            uses `mass`, with one gate per query. `softmax: own` uses neither of the two.
+        gate_start: the initial value of the gate; by default `gate.start`. With a value near 0 and `mass`, the prefix
+            takes almost no attention until training raises the gate.
+        softmax: `shared`: prefix and text share the attention's softmax (Li and Liang). `own`: prefix and text have
+            separate softmaxes, and the gated attention over the prefix is added to the attention over the text. Then
+            the prefix takes no attention from the text (He et al., 2022, section 3.1, without the factor of the text;
+            the gate is similar to the gate of LLaMA-Adapter, Zhang et al., 2024).
     """
 
     length: int = 10
@@ -96,25 +96,26 @@ class PrefixConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank updates of projections (Hu et al., 2022); the paper's are those of queries and values.
+    """Low-rank updates of projections (Hu et al., 2022). The paper updates the projections of queries and values.
 
     Attributes:
         rank: r.
-        alpha: numerator of the scale `alpha / rank`; a gate replaces that scale, as `gating` says.
-        gate: whether gates (one for each projection) replace `alpha / rank`.
-        places: which projections: `query`, `key`, `value`, `attention`, `up`, `down`, `gate`; or `all-linear`, which
-            stands for all of these that a layer has.
+        alpha: numerator of the scale `alpha / rank`. A gate can replace the scale (see `gating`).
+        gate: whether each update has a gate.
+        places: the projections with an update: `query`, `key`, `value`, `attention`, `up`, `down`, `gate`; or
+            `all-linear` for all of these projections that a layer has.
         scaling: `standard`, or `rank_stabilised` for the scale `alpha / sqrt(rank)` (Kalajdzievski, 2023).
-        decomposed: weight-decomposed updates, DoRA (Liu et al., 2024): the length of each row of the weight is learned
-            apart from its direction. A gate leads from the frozen projection (0) to the updated one (1), and the scale
-            stays.
-        gating: how the gate acts. `replace`: it stands for the scale (the paper). `multiply`: the scale stays, and the
-            gate is a factor of it, so that half open a term is added as strongly as ungated with half of `alpha`.
-            Decomposed updates keep their scale in any case.
-        start: `zero`: B. `pissa`: A and B start as the principal part of the weight, its `rank` largest singular values
-            and vectors, and what is added is their difference to that start (Meng et al., 2024).
-        dropout: while training, the probability that a number of x is zero before A: `s B A dropout(x)`, as PEFT's
-            `lora_dropout`. What a gate reads is never dropped.
+        decomposed: whether the updates are weight-decomposed, DoRA (Liu et al., 2024). Then the length and the
+            direction of each row of the weight are learned separately. With a gate of 0 the projection is the frozen
+            one, and with a gate of 1 the updated one. The gate does not change the scale.
+        gating: the effect of the gate. `replace`: the gate replaces the scale (the paper). `multiply`: the gate
+            multiplies the scale, so a gate of 0.5 is like half of `alpha` without a gate. Decomposed updates always
+            keep their scale.
+        start: `zero`: B starts at zero. `pissa`: A and B start at the principal part of the weight, from the `rank`
+            largest singular values and their vectors, and the update is the change of `B A` since the start (Meng et
+            al., 2024).
+        dropout: the probability, in training, that an element of x is zero before A: `s B A dropout(x)`, as PEFT's
+            `lora_dropout`. The input of a gate is never dropped.
     """
 
     rank: int = 8
@@ -143,32 +144,32 @@ class LoRAConfig:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The submodule's name."""
         return "lora"
 
     @property
     def shares_entry(self) -> bool:
-        """Whether one product can serve A and a gate: A reads the same x, undropped, and starts at random."""
+        """Whether A and a gate can share one product: A then reads x without dropout and starts at random."""
         return self.start == "zero" and not self.dropout
 
     @property
     def is_all_linear(self) -> bool:
-        """Whether its places are all projections that a layer has."""
+        """Whether the places are all projections that a layer has."""
         return self.places == ("all-linear",)
 
     @property
     def projections(self) -> tuple[Place, ...]:
-        """Its places by name; under `all-linear` all there are, of which a layer may lack the `gate`."""
+        """The places by name. With `all-linear` this is `LINEAR`, although a layer may have no `gate`."""
         return tuple(place for place in LINEAR if self.is_all_linear or place in self.places)
 
     @property
     def scale(self) -> float:
-        """What `B A x` is multiplied by where no gate replaces it."""
+        """The factor of `B A x` without a gate."""
         return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
 
     @property
     def gated_scale(self) -> float:
-        """What `g B A x` is multiplied by where there is a gate."""
+        """The factor of `g B A x` with a gate."""
         return 1.0 if self.gating == "replace" else self.scale
 
 
@@ -177,10 +178,11 @@ class PromptConfig:
     """Learned vectors before the embedded text: prompt tuning (Lester et al., 2021).
 
     Attributes:
-        length: L, in tokens; so many fewer are left for a text in a model that has a longest one.
-        gate: whether a gate, one number an example, scales the vectors. As with a prefix under `scale`, a closed one
-            leaves vectors of zeros, which still take attention. It averages over the embedded text, so causal models
-            take it with `gate.pooling: static` alone; `pooling: token` and `gate.shared` have no place here.
+        length: L, in tokens. In a model with a maximum length, a text can have L tokens fewer.
+        gate: whether a gate, one number per example, scales the vectors. A gate of 0 leaves vectors of zeros, which
+            still take attention, as in a prefix with `scale`. The gate averages over the embedded text, so a causal
+            model needs `gate.pooling: static`. A prompt's gate does not work with `gate.pooling: token` or
+            `gate.shared`.
     """
 
     length: int = 20
@@ -192,11 +194,11 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class SubmoduleConfig:
-    """What every further submodule's configuration has; `unipelt.register_submodule` adds one of your own.
+    """The base class for configurations of further submodules, also of those from `unipelt.register_submodule`.
 
     Attributes:
-        gate: whether a gate scales its term.
-        places: where it is added, each a `Place`; a class gives its own default.
+        gate: whether a gate scales the submodule's term.
+        places: the places where the submodule is added, each a `Place`. Each subclass sets a default.
     """
 
     gate: bool = True
@@ -209,37 +211,37 @@ class SubmoduleConfig:
 
     @property
     def name(self) -> str:
-        """What it is called, in a configuration and in a model."""
+        """The submodule's name, in a configuration and in a model."""
         return next(name for name, cls in SUBMODULES.items() if cls is type(self))
 
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 
 SUBMODULES: dict[str, type[SubmoduleConfig]] = {}
-"""The further submodules by name: those of `unipelt`, and those of `unipelt.register_submodule`."""
+"""The configuration classes of further submodules by name, with those from `unipelt.register_submodule`."""
 
 
 @dataclass(frozen=True)
 class IA3Config(SubmoduleConfig):
-    """Learned factors of keys, values and inner activations: (IA)3 (Liu et al., 2022)."""
+    """(IA)3: learned factors of keys, values and the activations of the feed-forward network (Liu et al., 2022)."""
 
     places: tuple[Place, ...] = ("key", "value", "activation")
 
 
 @dataclass(frozen=True)
 class REDConfig(SubmoduleConfig):
-    """Learned factors and shifts of what the feed-forward network gives: representation editing (Wu et al., 2024)."""
+    """RED: learned factors and shifts of the feed-forward network's output (Wu et al., 2024)."""
 
     places: tuple[Place, ...] = ("down",)
 
 
 @dataclass(frozen=True)
 class HoulsbyConfig(SubmoduleConfig):
-    """Two bottleneck adapters a layer, behind attention and behind the feed-forward network (Houlsby et al., 2019).
+    """Two bottleneck adapters per layer: after the attention and after the feed-forward network (Houlsby et al., 2019).
 
     Attributes:
-        bottleneck: width of each, in units.
-        activation: between its two projections.
+        bottleneck: width of each bottleneck, in units.
+        activation: the function between an adapter's two projections.
     """
 
     places: tuple[Place, ...] = ("attention", "down")
@@ -253,12 +255,12 @@ class HoulsbyConfig(SubmoduleConfig):
 
 @dataclass(frozen=True)
 class ParallelConfig(SubmoduleConfig):
-    """A scaled bottleneck adapter beside the feed-forward network (He et al., 2022).
+    """A scaled bottleneck adapter parallel to the feed-forward network (He et al., 2022).
 
     Attributes:
-        bottleneck: r, in units.
-        scale: s; 1 is the parallel adapter without scale.
-        activation: between its two projections.
+        bottleneck: width of the bottleneck (r in that paper), in units.
+        scale: s, the factor of the adapter's output. The value 1 gives a parallel adapter without scale.
+        activation: the function between the two projections.
     """
 
     places: tuple[Place, ...] = ("feed_forward",)
@@ -276,11 +278,11 @@ class CompacterConfig(SubmoduleConfig):
     """Adapters whose weights are sums of Kronecker products (Karimi Mahabadi et al., 2021).
 
     Attributes:
-        bottleneck: width of each, in units.
-        terms: n, Kronecker products a weight; it divides the bottleneck and the width of the place. Their n left
-            factors, (n, n), are shared by all adapters of a stack.
-        rank: of the right factors.
-        activation: between an adapter's two projections.
+        bottleneck: width of each bottleneck, in units.
+        terms: n, the number of Kronecker products per weight. It must divide the bottleneck and the width of the place.
+            All adapters of a stack share the n left factors, each (n, n).
+        rank: rank of the right factors.
+        activation: the function between an adapter's two projections.
     """
 
     places: tuple[Place, ...] = ("attention", "down")
@@ -298,25 +300,26 @@ class CompacterConfig(SubmoduleConfig):
 
 @dataclass(frozen=True)
 class GateConfig:
-    """How gates are computed. The defaults are the paper's, but for padding.
+    """The computation of gates. The defaults are the paper's, except that gates ignore padding.
 
     Attributes:
-        pooling: of the tokens' numbers. `masked_mean` averages over the tokens that are not padding; `mean` averages
-            over all of them, as the authors' release does, so that a prediction depends on how its batch was padded;
-            `token` leaves a gate for every token (a prefix's acts on its `mass` then); `static` has no input at all,
-            one learned number a layer. In causal layers it is `token` or `static`: a mean would see the future.
-        network: from the input to the gates' logits. `linear`; `mlp`, two layers with tanh between; `recurrent`, a
-            minimal gated recurrence over the text; `transformer`, one head of attention over the text. The last two
-            give one number an example, and have no place in causal layers.
+        pooling: the pooling over the tokens of a text. `masked_mean` averages over the tokens that are not padding.
+            `mean` averages over all tokens, as in the authors' release, so a prediction depends on the padding of its
+            batch. `token` gives one gate per token (a prefix then has the gating `mass`). `static` gates have no
+            input: one learned number per gate and layer. Causal layers use `static` gates if this is `static`, and else
+            `token`, because a mean would include later tokens.
+        network: the network from the input to the gates' logits. `linear`; `mlp`, two layers with tanh between them;
+            `recurrent`, a minimal gated recurrence over the text; `transformer`, one attention head over the text.
+            The last two give one number per example and are not possible in causal layers.
         hidden: inner width of a network that is not linear, in units.
-        shared: whether one network at the entry of a layer's attention, the central gate of the authors' release,
-            computes all gates of the layer; else each is computed from what its submodule reads.
-        activation: `sigmoid`; `tanh`, which is between -1 and 1; `softmax` over the gates of a layer, which is for
+        shared: whether one network at the start of a layer's attention, the central gate of the authors' release,
+            computes all gates of the layer. Otherwise each gate is computed from the input of its submodule.
+        activation: `sigmoid`; `tanh`, with values between -1 and 1; or `softmax` over the gates of a layer, which needs
             shared gates.
-        temperature: what logits are divided by.
-        start: where gates begin: 0.5 under `sigmoid` and 0 under `tanh` if not given. Under `tanh` weights begin at
-            zero, so that a start of 0 is exactly the model without submodules (but for a prefix, footnote 3, and for
-            a prompt, whose vectors of zeros take attention too).
+        temperature: the divisor of the logits.
+        start: the initial value of the gates; by default 0.5 with `sigmoid` and 0 with `tanh`. With `tanh` the weights
+            start at zero, so a start of 0 gives exactly the model without submodules. Exceptions are a prefix (footnote
+            3) and a prompt, whose vectors of zeros still take attention.
     """
 
     pooling: Literal["masked_mean", "mean", "token", "static"] = "masked_mean"
@@ -338,7 +341,7 @@ class GateConfig:
             raise ConfigError(f"a {self.network} network reads all of a text, so its pooling is masked_mean")
 
     def check_start(self, name: str, start: float | None) -> None:
-        """Raise `ConfigError` where a gate cannot begin there."""
+        """Raise `ConfigError` if a gate cannot start at the value `start`. The message calls the value `name`."""
         least = {"sigmoid": 0, "tanh": -1, "softmax": 1}[self.activation]
         if start is not None and not least < start < 1:
             bounds = "nothing, since gates sum to 1" if least == 1 else f"above {least} and below 1"
@@ -346,31 +349,30 @@ class GateConfig:
 
     @property
     def over_text(self) -> bool:
-        """Whether the network gives one number an example by itself."""
+        """Whether the network itself pools over the text, so that it gives one number per example."""
         return self.network in ("recurrent", "transformer")
 
 
 @dataclass(frozen=True)
 class UniPELTConfig:
-    """What `unipelt.inject` adds to a model and what trains.
+    """The submodules that `unipelt.inject` adds to a model, and the parts of the model that are trained.
 
     Attributes:
-        adapter, prefix, lora: the submodules; `None` leaves one out.
-        bitfit: every bias of the model trains (Ben Zaken et al., 2022).
-        gate: how gates pool.
-        train_head: whether the head trains, with every part of the model that its checkpoint did not hold.
-        train_base: every weight of the base trains (full fine-tuning).
-        layers: indices of the layers that carry submodules: a list, a `range`, text such as "6-11" (both ends
-            included), or `None` (or "all") for all. With an encoder and a decoder, they are of each.
-        encoder: whether layers that look both ways carry submodules.
-        decoder: whether causal layers carry submodules in their self-attention and feed-forward network.
-        cross: whether a decoder's attention to the encoder carries what has a place there: a prefix, LoRA, and terms
-            of its projections.
-        prompt: learned vectors before the text, in models of one stack; whatever `layers` says.
-        dtype: the type of what is added. `float32` keeps it in at least float32 over a base in half precision, where
-            small steps would be rounded away; `base` follows the base.
-        more: further submodules, at most one of a kind. In a dict or a file each is a key of its own, by its name:
-            `{"preset": "lora", "ia3": {"gate": false}}`; null leaves it out.
+        adapter, prefix, lora: the submodules; `None` omits a submodule.
+        bitfit: whether every bias of the model is trained (Ben Zaken et al., 2022).
+        gate: the computation of the gates.
+        train_head: whether the head is trained, and every other part of the model that its checkpoint does not contain.
+        train_base: whether every weight of the base model is trained (full fine-tuning).
+        layers: indices of the layers with submodules: a list, a `range`, a text such as "6-11" (both ends included), or
+            `None` (or "all") for all layers. In a model with an encoder and a decoder, the indices are for both.
+        encoder: whether layers with bidirectional attention have submodules.
+        decoder: whether causal layers have submodules in their self-attention and feed-forward network.
+        cross: whether a decoder's cross-attention has submodules: a prefix, LoRA, and terms of its projections.
+        prompt: the learned vectors before the text, in models with one stack. `layers` has no effect on the prompt.
+        dtype: the type of the added parameters. `float32` keeps them in at least float32, also if the base model has
+            half precision, where rounding would remove small steps. `base` is the type of the base model.
+        more: further submodules, at most one of each kind. In a dict or a file each has its own key, its name:
+            `{"preset": "lora", "ia3": {"gate": false}}`. The value null omits a submodule.
     """
 
     adapter: AdapterConfig | None = AdapterConfig()
@@ -409,24 +411,24 @@ class UniPELTConfig:
 
     @property
     def has_submodules(self) -> bool:
-        """Whether anything is added to the layers, as opposed to training what is there."""
+        """Whether the configuration adds submodules, and does not only train existing parameters."""
         return any(part is not None for part in (self.adapter, self.prefix, self.lora, self.prompt, *self.more))
 
     def part(self, name: str) -> Any:
-        """The configuration of a submodule by its name, or None where it is left out."""
+        """Return the configuration of the submodule of this name, or None without such a submodule."""
         if name in ("adapter", "prefix", "lora", "prompt"):
             return getattr(self, name)
         return next((part for part in self.more if part.name == name), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain types that JSON holds; further submodules by their names, if there are any."""
+        """Return all fields as plain types for JSON. Each further submodule has its name as its key."""
         values = to_plain(self)
         del values["more"]
         return values | {part.name: to_plain(part) for part in self.more}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UniPELTConfig:
-        """Build from plain types; what is not named keeps its default. Raises `ConfigError`."""
+        """Build a configuration from plain types. A missing key keeps its default. Raise `ConfigError` on a mistake."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration must be a mapping, not {show(values)}")
         given = {name: values[name] for name in values if name in SUBMODULES}
@@ -436,15 +438,15 @@ class UniPELTConfig:
         return replace(built, more=more) if more else built
 
     def updated(self, changes: Mapping[str, Any]) -> UniPELTConfig:
-        """This configuration with `changes` (nested, plain types) laid over it. Raises `ConfigError`.
+        """Return a configuration with `changes` (nested, plain types) merged in. Raise `ConfigError` on a mistake.
 
-        A part that is absent (`None`) and gets a change starts from its defaults.
+        A change to an absent part (`None`) starts from the part's defaults.
         """
         return UniPELTConfig.from_dict(overlay(self.to_dict(), changes))
 
 
 def _check_prompt_gate(gate: GateConfig) -> None:
-    """Raise `ConfigError` for gates that a prompt has no place for."""
+    """Raise `ConfigError` for gates that a prompt does not support."""
     if gate.shared:
         raise ConfigError(
             "gate.shared: true is of a layer's gates, and a prompt is in front of all layers; take gate.shared: false, "
@@ -458,7 +460,7 @@ def _check_prompt_gate(gate: GateConfig) -> None:
 
 
 def _checked_more(more: Any) -> tuple[SubmoduleConfig, ...]:
-    """Sorted by name, so that the same submodules make the same configuration."""
+    """Return the checked submodules, sorted by name, so that their order does not change the configuration."""
     if not isinstance(more, (list, tuple)):
         raise ConfigError(f"more must be a list of submodules' configurations, not {show(more)}")
     for part in more:

@@ -1,4 +1,4 @@
-"""Configurations by name, and of what a user may pass: a preset, differences to one, a JSON or YAML file."""
+"""Presets, and configurations from user input: a preset, changes to a preset, or a JSON or YAML file."""
 
 from __future__ import annotations
 
@@ -45,24 +45,25 @@ def _presets() -> dict[str, UniPELTConfig]:
 
 
 PRESETS: Mapping[str, UniPELTConfig] = types.MappingProxyType(_presets())
-"""Methods by name: those of the paper, of which every `unipelt-*` has a `-nogate` twin, and further submodules.
+"""The methods by name: the paper's methods and further submodules.
 
-`unipelt` has the parts of `unipelt-apl` and starts near the base: its prefix has a softmax of its own, and takes no
-attention from the text; its adapter starts at zero.
-Single methods are ungated. `mam` is the mix-and-match adapter of He et al. (2022), `unipelt-mam` the same with gates.
+`unipelt-ap`, `-apl`, `-al` and `-pl` combine adapter (a), prefix (p) and LoRA (l), with gates. The same names with
+`-nogate` have no gates. `unipelt` has the submodules of `unipelt-apl` and starts near the base model: the prefix has a
+separate softmax, so the prefix takes no attention from the text, and the adapter starts at zero. Single methods have no
+gates. `mam` is the mix-and-match adapter of He et al. (2022), and `unipelt-mam` is `mam` with gates.
 """
 
 
 def resolve(config: str | Path | Mapping[str, Any] | UniPELTConfig) -> UniPELTConfig:
-    """Make a checked `UniPELTConfig` of anything a user may pass.
+    """Return a checked `UniPELTConfig` for any form of configuration that a user may pass.
 
     Args:
         config: a preset's name, a `UniPELTConfig`, a path to a JSON or YAML file, or a dict. A dict (or file) may
-            name a `preset` to start from; its other keys are the differences.
+            name a `preset`. Then the other keys are changes to that preset.
 
     Raises:
-        ConfigError: the name, a key, a type or a value is not known; the message says what is.
-        FileNotFoundError: a path (something with a suffix of JSON or YAML) that is not there.
+        ConfigError: a name, a key, a type or a value is wrong; the message lists the possible ones.
+        FileNotFoundError: there is no file at the path. A text is a path if it ends in .json, .yaml or .yml.
     """
     if isinstance(config, UniPELTConfig):
         return config

@@ -1,4 +1,4 @@
-"""Dataclasses from plain types, of JSON, YAML or the command line, and back: every key and type is checked."""
+"""Conversion of dataclasses from and to plain types (JSON, YAML, command line). Every key and type is checked."""
 
 from __future__ import annotations
 
@@ -16,17 +16,26 @@ from unipelt.files.messages import show, show_path, suggest
 from unipelt.files.strict import PlainError, language, read_plain
 
 LARGEST = 1_000_000
-"""No size or scale is meant to be above this; a larger one is a slip, or would fill the memory."""
+"""The largest size or scale that is accepted. A larger one is a mistake or would fill the memory."""
 
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be meant; the message says which field, what was seen and what is possible."""
+    """A configuration is wrong. The message names the field, the value and the possible values."""
 
 
 def check_fields(part: Any, *positive: str, skip: tuple[str, ...] = ()) -> None:
-    """Check every field's type, and that some are above 0; an integer may stand for a float, a list for a tuple."""
+    """Check the type of every field of a dataclass, and convert the values as `convert` does.
+
+    Args:
+        part: the dataclass instance.
+        positive: names of the fields that must be above 0 and at most `LARGEST`.
+        skip: names of the fields whose type is not checked.
+
+    Raises:
+        ConfigError: a field has a wrong type or value.
+    """
     hints = get_type_hints(type(part))
     for name, hint in ((item.name, hints[item.name]) for item in fields(part) if item.name not in skip):
         object.__setattr__(part, name, convert(hint, getattr(part, name), name))
@@ -45,17 +54,18 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     """Check a value against a field's type.
 
     Args:
-        hint: the type: `int`, `float`, `bool`, `str`, a `Literal`, a tuple of one of these, a dataclass, or one of
-            all these or None.
-        value: an integer may stand for a float, and a list, or one text, for a tuple of texts. A tuple of integers
-            may be a range, text such as "6-11", or, where None is possible, "all".
-        where: what the value is called in an error.
+        hint: the type: `int`, `float`, `bool`, `str`, a `Literal`, a tuple of one of these, or a dataclass. Each of
+            these types may be combined with None.
+        value: the value. An integer is accepted for a float. A list is accepted for a tuple, and a single text for a
+            tuple of texts. A range or a text such as "6-11" is accepted for a tuple of integers. If the type is a
+            tuple of integers or None, the text "all" is accepted for None.
+        where: the name of the value in an error.
 
     Returns:
-        The value, of exactly that type.
+        The value, with exactly that type.
 
     Raises:
-        ConfigError: it is not of that type; or not finite.
+        ConfigError: the value does not have that type, or is not finite.
     """
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -85,7 +95,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _indices(value: range | str, where: str) -> list[int]:
-    """The integers of a range, or of text such as "6-11", both ends included."""
+    """Return the integers of a range, or of a text such as "6-11" with both ends included."""
     if isinstance(value, range):
         return list(value)
     match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", value)
@@ -95,17 +105,17 @@ def _indices(value: range | str, where: str) -> list[int]:
 
 
 def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), also: Sequence[str] = ()) -> Any:
-    """Build a dataclass from plain types, checking every key and type on the way down.
+    """Build a dataclass from plain types. Every key and type is checked, also in nested dataclasses.
 
     Args:
         cls: the dataclass.
-        values: a mapping of its fields' names.
-        where: what it is called in an error.
-        apart: fields that have no key here.
-        also: keys that an error names besides.
+        values: a mapping of field names to values.
+        where: the name of the mapping in an error.
+        apart: names of the fields that `values` may not contain.
+        also: further keys that an error lists as possible keys.
 
     Raises:
-        ConfigError: a key is not known, or a value is not of its field's type.
+        ConfigError: a key is not known, or a value does not have its field's type.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'a configuration'} must be a mapping, not {show(values)}")
@@ -123,15 +133,15 @@ def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), al
 
 
 def omitted_if_default(default: Any) -> Any:
-    """A field that is left out of what is written where it has its default.
+    """Return a dataclass field that `to_plain` omits if the field has its default.
 
-    So configurations from before the field existed, and folders named after them, stay the same.
+    So configurations that are older than the field, and the names of folders for them, do not change.
     """
     return field(default=default, metadata={"later": True})
 
 
 def to_plain(part: Any) -> dict[str, Any]:
-    """A dataclass's fields as plain types, less those that came later and have their default."""
+    """Return a dataclass's fields as plain types, without the `omitted_if_default` fields that have their default."""
     values = {
         item.name: getattr(part, item.name)
         for item in fields(part)
@@ -141,7 +151,7 @@ def to_plain(part: Any) -> dict[str, Any]:
 
 
 def overlay(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with changes laid over them, mappings within both merged in the same way."""
+    """Return values with changes merged into them. Nested mappings are merged in the same way."""
     merged = dict(values)
     for key, change in changes.items():
         old = merged.get(key)
@@ -151,11 +161,15 @@ def overlay(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def read_mapping(path: str | Path, most: int | None = None) -> dict[str, Any]:
-    """Read a JSON or YAML file that holds one mapping, of at most so many bytes.
+    """Read a JSON or YAML file that holds one mapping.
+
+    Args:
+        path: path of the file.
+        most: the largest accepted size of the file in bytes, by default as in `read_plain`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: it holds no such mapping.
+        ConfigError: the file cannot be read, is too large, or does not hold one mapping of plain values.
     """
     path = Path(path)
     try:
@@ -172,7 +186,7 @@ def read_mapping(path: str | Path, most: int | None = None) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots in its keys: `{"lora": {"rank": 4}}` is `{"lora.rank": 4}`."""
+    """Return nested mappings as one mapping with dots in the keys: `{"lora": {"rank": 4}}` is `{"lora.rank": 4}`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
