@@ -1,4 +1,4 @@
-"""A parser of command lines that says in one line what is wrong, and names the option that was meant."""
+"""A command-line parser that reports each error in one line and suggests the correct option."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from unipelt.files.messages import show, suggest
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An `argparse` parser without abbreviated options; each error is one line.
+    """An `argparse` parser without abbreviated options. Each error is one line.
 
-    It has no options of a single letter but `-h`.
+    Its only option with a single letter is `-h`.
 
     Attributes:
         problem: The type of the errors.
-        order: What comes where on the command line, for the error about a word that is no option's value.
+        order: The order of the words on the command line, for the error about a word that belongs to no option.
     """
 
     problem: type[ValueError] = ValueError
@@ -26,11 +26,11 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> Any:
-        """Raise the error."""
+        """Raise an error of the type `problem`."""
         raise self.problem(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; a misspelt option is the first error, before those that follow from it."""
+        """Parse arguments. A misspelt option is reported before any error that follows from it."""
         words = self._spell(list(sys.argv[1:] if args is None else args))
         namespace, rest = super().parse_known_args(words, namespace)
         if rest:
@@ -38,11 +38,11 @@ class OneLineParser(argparse.ArgumentParser):
         return namespace, rest
 
     def _spell(self, words: list[str]) -> list[str]:
-        """The words with each option as it was added; on a command line its words may be joined by - or by _."""
+        """Return the words with each option spelt as it was added. A user may write - or _ in an option."""
         known = self._option_string_actions
         spelt: list[str] = []
         for number, word in enumerate(words):
-            if word == "--" or (self._subparsers is not None and not word.startswith("-")):  # a command has its own
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):  # a command parses the rest
                 return [*spelt, *words[number:]]
             option, equals, value = word.partition("=")
             if word.startswith("--") and " " not in option and option not in known:

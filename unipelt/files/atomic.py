@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what to do where one cannot be written."""
+"""Files that are written completely or not at all, and helpful errors for files that cannot be written."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _REMEDIES = {
     )
     if (number := getattr(errno, name, None)) is not None
 }
-# What PyTorch's writer of archives says where a file cannot be written; it raises nothing but a RuntimeError.
+# PyTorch raises only a RuntimeError for a file that cannot be written; these are parts of its messages.
 _ARCHIVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "File cannot be opened")
-_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers end such a message
+_RUST = re.compile(r"\(os error (\d+)\)")  # the end of such a message of safetensors or tokenizers
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then in its place.
+    """Write a file completely or not at all: first a draft in the same folder, which then replaces the file.
 
     Raises:
-        OSError: It cannot be written. The message names the file, and says what to do where that is known.
+        OSError: The file cannot be written. The message names the file and, if known, a remedy.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         beside.unlink(missing_ok=True)  # the draft of a process that was killed
-        with open(beside, "xb") as file:  # which opens no link
+        with open(beside, "xb") as file:  # the mode x does not follow a link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -42,24 +42,24 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        # the file, not its draft; where no space is left the system names none at all
+        # the error must name the file and not its draft; on a full disk the system names no file
         raise _refusal(error.errno, error.strerror or "", path) from error
     finally:
-        with contextlib.suppress(OSError):  # where the folder has become read-only, say
+        with contextlib.suppress(OSError):  # the folder may have become read-only
             beside.unlink()
 
 
 def failed_write(error: Exception, folder: Path) -> OSError | None:
-    """The failure of another library to write a file, as an `OSError` with the file's name and what to do.
+    """Return another library's error in writing a file as an `OSError` with the file's name and a remedy.
 
-    PyTorch, safetensors and tokenizers raise other errors, which name no file, or a source file of theirs.
+    PyTorch, safetensors and tokenizers raise other errors, which name no file or one of their own source files.
 
     Args:
-        error: What was raised.
-        folder: The files were written in it, or in folders below.
+        error: The error of the library.
+        folder: The folder that holds the written files, directly or in subfolders.
 
     Returns:
-        The error; None where `error` is of another kind.
+        The `OSError`; None if `error` is of another kind or already names the remedy.
     """
     text = str(error)
     if isinstance(error, OSError):
@@ -68,7 +68,7 @@ def failed_write(error: Exception, folder: Path) -> OSError | None:
             return None
         return _refusal(number, error.strerror or "", Path(os.fsdecode(error.filename or _newest(folder))))
     if (found := _RUST.search(text)) and int(found[1]) in _REMEDIES:
-        # safetensors removes what it could not write, so that the newest file is another
+        # safetensors removes the unfinished file, so the newest file is another one
         removed = type(error).__name__ == "SafetensorError"
         path = folder / "*.safetensors" if removed else _newest(folder)
         return _refusal(int(found[1]), os.strerror(int(found[1])), path)
@@ -79,7 +79,7 @@ def failed_write(error: Exception, folder: Path) -> OSError | None:
 
 @contextlib.contextmanager
 def named_write(folder: Path) -> Iterator[None]:
-    """Turn the failure of another library to write into a folder into what `failed_write` makes of it."""
+    """Replace another library's error in writing into a folder by the `OSError` from `failed_write`."""
     try:
         yield
     except Exception as error:
@@ -94,10 +94,10 @@ def _refusal(number: int, reason: str, path: Path) -> OSError:
 
 
 def _newest(folder: Path) -> Path:
-    """The file that was written last, or else the folder."""
+    """Return the file in the folder that was written last, or the folder if it holds no file."""
     times: dict[Path, int] = {}
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it may just have gone
+        with contextlib.suppress(OSError):  # another process may have removed the file
             if path.is_file():
                 times[path] = path.stat().st_mtime_ns
     return max(times, key=lambda path: times[path], default=folder)

@@ -1,7 +1,7 @@
-"""Files on a hub of models: bring a few of a repository's by name, and put a folder there in one commit.
+"""Files on a model hub: download named files of a repository, and upload a folder in one commit.
 
-Only this module talks to the hub, by `huggingface_hub`, whose settings (`HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`,
-`HF_ENDPOINT`) hold. It knows nothing of models; what is in the files is checked by whoever reads them.
+Only this module accesses the hub. It uses `huggingface_hub` with its settings (`HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`,
+`HF_ENDPOINT`). This module does not check the content of files; the code that reads a file checks its content.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _LOG_IN = "log in (hf auth login), set HF_TOKEN, or pass token"
 
 
 class HubError(OSError):
-    """The hub cannot be reached, does not have what was asked for, or does not let us; the message says which."""
+    """The hub cannot be reached, lacks the repository or revision, or denies access. The message gives the reason."""
 
 
 def is_repository(name: str) -> bool:
-    """Whether this is how a repository of somebody's is called, `user/name`."""
+    """Return whether a name has the form of a user's repository, `user/name`."""
     return _may_be(_NAME, name)
 
 
 def may_be_base(name: str) -> bool:
-    """Whether this may be how a model on the hub is called: `user/name`, or a plain name as `bert-base-uncased`."""
+    """Return whether a name has the form of a model on the hub: `user/name`, or only `name` (`bert-base-uncased`)."""
     return _may_be(_BASE, name)
 
 
@@ -57,21 +57,21 @@ def download(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Bring those of these files that a repository has, all of one commit, into the hub's cache.
+    """Download files of a repository, all from one commit, into the hub's cache. Missing files are skipped.
 
     Args:
-        name: `user/name`.
-        files: their paths in the repository; none other is read.
+        name: the repository, `user/name`.
+        files: paths of the files in the repository. No other file is downloaded.
         revision: a branch, a tag or a commit; by default `main`.
-        token: of the hub; by default that of the environment or of the last login, False for none.
-        cache_dir: by default the hub's own.
-        local_files_only: look into the cache alone.
+        token: the hub's token; by default the token of the environment or of the last login; False for no token.
+        cache_dir: the folder of the cache; by default the hub's cache.
+        local_files_only: whether to use only the cache.
 
     Returns:
-        The folder that they are in; it is the cache's, and not to be written to.
+        The folder with the files. The folder belongs to the cache and must not be changed.
 
     Raises:
-        HubError: as its name says.
+        HubError: the download failed.
     """
     with _explained(name, revision, "reading"):
         folder = snapshot_download(
@@ -87,10 +87,10 @@ def download(
 
 
 def cached_commit(name: str) -> str | None:
-    """The commit that the cache takes for a model's `main`; None if it has none of it.
+    """Return the commit of a model's `main` in the cache, or None if the cache does not have the model.
 
-    Newer versions of Transformers do not say which commit they loaded. If it was another than this, whoever loads
-    what is saved finds that the weights differ.
+    Newer versions of Transformers do not tell which commit they loaded. If they loaded another commit, the check of the
+    base model's weights finds the difference when the saved submodules are loaded.
     """
     path = try_to_load_from_cache(name, "config.json")
     return Path(path).parent.name if isinstance(path, str) else None
@@ -106,22 +106,22 @@ def upload(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Put the files of a folder into a repository, in one commit; other files there are left alone.
+    """Upload the files of a folder to a repository, in one commit. Other files of the repository do not change.
 
     Args:
-        folder: every file right in it is uploaded.
-        name: `user/name`, made if it is not there.
-        message: of the commit.
-        private: whether only its owner sees a repository that is made; by default what the owner's settings say.
-        revision: the branch, made from `main` if it is not there; by default `main`.
-        create_pr: open a pull request instead of committing to the branch.
-        token: as `download` takes it; it must allow writing.
+        folder: the folder. Its files are uploaded, but not the files of its subfolders.
+        name: the repository, `user/name`. A missing repository is created.
+        message: the commit's message.
+        private: whether a created repository is private; by default as in the owner's settings.
+        revision: the branch; by default `main`. A missing branch is created from `main`.
+        create_pr: whether to open a pull request instead of a commit to the branch.
+        token: the hub's token, as in `download`. The token must allow writing.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The URL of the commit or of the pull request.
 
     Raises:
-        HubError: as its name says; no half of a commit is ever made.
+        HubError: the upload failed. The repository never gets a part of a commit.
     """
     api = HfApi(token=token, library_name="unipelt")
     with _explained(name, revision, "writing to"):
@@ -129,14 +129,14 @@ def upload(
         if revision is not None and not create_pr:
             api.create_branch(name, branch=revision, exist_ok=True)
         added = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir()) if path.is_file()]
-        # not upload_folder, which makes several commits of many files
+        # upload_folder would make several commits of many files
         done = api.create_commit(name, operations=added, commit_message=message, revision=revision, create_pr=create_pr)
     return str(done.pr_url or done.commit_url)
 
 
 @contextmanager
 def _explained(name: str, revision: str | None, doing: str) -> Iterator[None]:
-    """Turn what `huggingface_hub` and the HTTP library below it raise into one error in our words."""
+    """Replace errors of `huggingface_hub` and of its HTTP library by a `HubError` with a plain message."""
     try:
         yield
     except Exception as error:
@@ -147,7 +147,7 @@ def _explained(name: str, revision: str | None, doing: str) -> Iterator[None]:
 
 
 def _reason(error: Exception, name: str, revision: str | None) -> str | None:
-    """Why, in words; None for what the hub has no part in."""
+    """Return the reason of an error in words, or None for an error that does not come from the hub."""
     cause = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
         return f"nobody is logged in; {_LOG_IN}"
@@ -168,7 +168,7 @@ def _reason(error: Exception, name: str, revision: str | None) -> str | None:
         if status in (401, 403):
             return f"the hub does not allow it ({status}); {_LOG_IN}, with a token that may do so"
         return shorten(error)
-    # httpx or its successor, as the version of huggingface_hub has it; its uploads of large files raise Python's own
+    # the HTTP library is httpx or its successor; uploads of large files raise Python's own ConnectionError
     if isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0].startswith("httpx"):
         return f"the hub was not reached ({type(error).__name__}: {shorten(error)})"
     return None

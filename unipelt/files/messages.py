@@ -1,4 +1,4 @@
-"""Values, paths and other libraries' messages as texts for a message of one's own."""
+"""Functions that format values, paths and other libraries' messages for a message of this library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def show(value: Any) -> str:
-    """A value for a message, cut to a length that can be read whatever it is."""
+    """Return any value as a text for a message, cut to about 200 characters."""
     try:
         shown = _SHORT.repr(value)
     except (ValueError, RecursionError):  # a whole number of more digits than Python prints
@@ -21,12 +21,12 @@ def show(value: Any) -> str:
 
 
 def suggest(name: object, known: Iterable[str], otherwise: str = "") -> str:
-    """A question with the known name that was meant; of equally near ones, up to three.
+    """Return a question with the known name that is nearest to a wrong name, or with up to three equally near names.
 
     Args:
-        name: What was written.
-        known: The names that there are.
-        otherwise: The answer where no known name is near.
+        name: The wrong name.
+        known: The known names.
+        otherwise: The text to return if no known name is near.
     """
     meant = str(name)[:100].lower().lstrip("-")  # cut, so that a long text costs no time
     near: dict[str, float] = {}
@@ -43,32 +43,32 @@ def suggest(name: object, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text in which every control character but a line break and a tab is spelt out.
+    """Return a text with an escape sequence for every control character except line breaks and tabs.
 
-    A terminal acts upon such characters: they clear the screen, or write over what stands there. Characters that turn
-    the direction of writing are spelt out too.
+    A terminal obeys control characters: they can clear the screen or overwrite its text. Characters that change the
+    direction of writing are replaced too.
     """
     return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def say(text: object) -> None:
-    """Print a line, which may hold what others wrote."""
+    """Print a line. Control characters are escaped, because the line may hold other people's text."""
     print(printable(str(text)), flush=True)
 
 
 def complain(program: str, error: object) -> None:
-    """Print an error as one line on standard error, which may hold what others wrote."""
+    """Print an error as one line on standard error. Control characters are escaped, as in `say`."""
     print(printable(f"{program}: {' '.join(str(error).split())}"), file=sys.stderr)
 
 
 def show_path(path: str | Path) -> str:
-    """A path for a message, less its middle where it is longer than most systems let a file's name be."""
+    """Return a path for a message. A path of more than 400 characters loses its middle."""
     name = printable(str(path))
     return name if len(name) <= 400 else f"{name[:150]}...{name[-150:]}"
 
 
 def shorten(text: object) -> str:
-    """Another library's message in one line, less its middle where it is long, for a message of one's own."""
+    """Return another library's message in one line. A line of more than 400 characters loses its middle."""
     line = printable(" ".join(str(text).split()))
     return line if len(line) <= 400 else f"{line[:300]}...{line[-90:]}"
 

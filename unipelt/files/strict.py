@@ -1,8 +1,8 @@
-"""Plain values out of bytes that anybody may have written: JSON and YAML read strictly, and values put into messages.
+"""A strict reader for JSON and YAML from untrusted files. It returns plain values only.
 
-Plain are texts, finite numbers, truth values, None, and lists and mappings by name of these. Everything that reads a
-configuration, a manifest or a record starts here, so that what is behind meets no other kind of value, and no file is
-too large, too deep or too entangled to be refused in a moment.
+Plain values are texts, finite numbers, truth values, None, and lists and mappings of plain values. The names in a
+mapping are texts. All code that reads a configuration, a manifest or a record uses this reader, so the rest of the code
+gets no other kind of value. A file that is too large, too deeply nested or has too many aliases is refused quickly.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import yaml
 from unipelt.files.messages import shorten, show
 
 MOST_BYTES = {"JSON": 64 * 2**20, "YAML": 2**20}
-"""The largest files that are read. YAML takes seconds a megabyte, and is only ever written by hand."""
+"""The largest accepted sizes of files, in bytes. YAML takes seconds per megabyte, and people write it by hand."""
 MOST_VALUES = 100_000
-"""The most values that a YAML file may stand for, with each alias counted as what it repeats."""
+"""The largest accepted number of values in a YAML file. Each alias counts as all the values that it repeats."""
 DEEPEST = 100
-"""The deepest nesting that is read."""
-_MOST_BITS = 14_000  # of a whole number; Python refuses to print much longer ones
+"""The largest accepted depth of nesting."""
+_MOST_BITS = 14_000  # Python prints whole numbers of at most 4300 digits, which are about 14,280 bits
 
 
 class PlainError(ValueError):
-    """What was read is not plain; the message says what was seen, and not where it was read from."""
+    """A text does not hold plain values. The message names the problem, but not the file."""
 
 
 def read_plain(path: str | Path, most: int | None = None) -> Any:
-    """Read a file of JSON, or of YAML if its name does not end in `.json`.
+    """Read the plain value in a file of JSON, or of YAML if the file's name does not end in `.json`.
 
     Args:
-        path: of the file.
-        most: the largest number of bytes that is read; by default as `MOST_BYTES` has it.
+        path: path of the file.
+        most: the largest accepted size of the file, in bytes; by default from `MOST_BYTES`.
 
     Raises:
-        OSError: there is no file, or it cannot be read; a pipe or a device is not waited for.
-        PlainError: it does not hold plain values.
+        OSError: the file does not exist, cannot be read, or is a pipe or a device.
+        PlainError: the file is too large or does not hold plain values.
     """
     path = Path(path)
     most = MOST_BYTES[language(path)] if most is None else most
@@ -53,12 +53,12 @@ def read_plain(path: str | Path, most: int | None = None) -> Any:
 
 
 def language(path: Path) -> str:
-    """What a file's name says that it holds, `JSON` or `YAML`."""
+    """Return the language of a file by its name: `JSON` for a name that ends in `.json`, else `YAML`."""
     return "JSON" if path.suffix == ".json" else "YAML"
 
 
 def read_bytes(path: Path, most: int = -1) -> bytes:
-    """The contents of a file, or its first so many bytes. Raises `OSError` as `read_plain`."""
+    """Return the content of a file, at most `most` bytes if `most` is not negative. Raise `OSError` as `read_plain`."""
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # a NUL or half a surrogate pair
@@ -70,7 +70,7 @@ def read_bytes(path: Path, most: int = -1) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """The plain value that JSON in UTF-8 stands for; a name may stand once in a mapping. Raises `PlainError`."""
+    """Return the plain value in a JSON text in UTF-8. Raise `PlainError`, also for a repeated name in a mapping."""
     try:
         value = json.loads(_text(content), object_pairs_hook=_mapping)
     except RecursionError as error:
@@ -84,7 +84,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def parse_yaml(content: bytes | str) -> Any:
-    """The plain value that YAML in UTF-8 stands for, without tags or circles. Raises `PlainError`."""
+    """Return the plain value in a YAML text in UTF-8. Raise `PlainError`, also for tags and circular aliases."""
     try:
         loader = _PlainLoader(content if isinstance(content, str) else _text(content))
         try:
@@ -120,7 +120,7 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any) -> None:
-    """Raise `PlainError` at the first thing within that is not plain."""
+    """Raise `PlainError` for the first value inside a value that is not plain."""
     left: list[tuple[Any, tuple[str, ...]]] = [(value, ())]
     while left:
         value, path = left.pop()
@@ -148,7 +148,10 @@ def _check(value: Any) -> None:
 
 
 def _check_text(text: str, path: tuple[str, ...]) -> None:
-    """Half a surrogate pair can be spelt in JSON and written to no file; a NUL is part of no name and no path."""
+    """Raise `PlainError` for a text with a NUL or half a surrogate pair.
+
+    JSON can hold half a surrogate pair, but no file can. No name and no path can hold a NUL.
+    """
     if text.isascii() and "\0" not in text:
         return
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
@@ -161,12 +164,12 @@ def _place(path: tuple[str, ...]) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's own safe loader, less tags, names that stand twice, circles, depth, and aliases of aliases of aliases."""
+    """YAML's safe loader, which refuses tags, repeated names, circular or too many aliases, and deep nesting."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._sizes: dict[int, int] = {}  # values that each node stands for, by its id
+        self._sizes: dict[int, int] = {}  # number of values in each node, by the node's id
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -191,7 +194,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _whole_number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
-    """Return what a whole number looks like: `1:10` is a text and no number to the base 60, `010` is refused."""
+    """Return the value of a YAML whole number. `1:10` is a text, not a number in base 60, and `010` is refused."""
     text = str(loader.construct_scalar(node))
     if ":" in text:
         return text
@@ -207,7 +210,7 @@ def _whole_number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
 
 
 def _number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
-    """Return what a number with a decimal point looks like: `1:10.5` is a text."""
+    """Return the value of a YAML number with a decimal point. `1:10.5` is a text."""
     text = str(loader.construct_scalar(node))
     return text if ":" in text else loader.construct_yaml_float(node)
 

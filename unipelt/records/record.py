@@ -1,4 +1,4 @@
-"""The record that a run leaves: one `result.json` with everything needed to trust the score."""
+"""The record of a run: one `result.json` with the score and all facts that are needed to check the score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unipelt.files.strict import PlainError, read_plain
 RESULT = "result.json"
 FORMAT = 1
 
-# What each part of a record must be; a nested mapping lists the parts of that part.
+# The type of each part of a record; a nested mapping has the types of that part's own parts.
 _NUMBER = (int, float)
 _OPTIONAL_TEXT = (str, type(None))
 _SHAPE: dict[str, Any] = {
@@ -49,15 +49,15 @@ _EVALUATION: dict[str, Any] = {"epoch": _NUMBER, "step": int, "loss": _NUMBER, "
 
 
 class ResultError(ValueError):
-    """A file that is not a record, or not a whole one; the message says where and why."""
+    """A record is damaged, incomplete or of another kind. The message names the file and the reason."""
 
 
 def write_result(record: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write a record as `folder/result.json`, whole or not at all.
+    """Write a record to `folder/result.json`, completely or not at all. Return the path of the file.
 
     Raises:
-        ResultError: the record lacks a part or holds something that is not a finite number; nothing is written.
-        OSError: the folder cannot be written.
+        ResultError: a part of the record is missing, has a wrong type or is not a finite number. Nothing is written.
+        OSError: the file cannot be written.
     """
     path = Path(folder) / RESULT
     _check_record(record, path)
@@ -73,16 +73,16 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """Read and check a record.
 
     Args:
-        path: a `result.json`, or the folder of a run.
+        path: path of a `result.json`, or of a run's folder.
 
     Raises:
-        FileNotFoundError: there is none.
-        ResultError: the file is damaged, of another kind, or of a format that is not known.
+        FileNotFoundError: there is no record at the path.
+        ResultError: the file is damaged, is not a record, or has an unknown format.
     """
     path = Path(path)
     if os.path.isdir(path):
         path = path / RESULT
-    if not os.path.isfile(path):  # which, unlike that of a Path, takes a name too long for one that is not there
+    if not os.path.isfile(path):  # unlike Path.is_file, this returns False for a name that is too long
         raise FileNotFoundError(f"there is no result at {show_path(path)}")
     try:
         record = read_plain(path)
@@ -93,7 +93,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def summary(record: Mapping[str, Any], path: str | Path) -> str:
-    """One line about a finished run."""
+    """Return one line about a finished run: task, method, scores, time and numbers of parameters."""
     settings, primary, counts = record["settings"], record["task"]["primary"], record["parameters"]
     sample = "all data" if settings["train_samples"] is None else f"K={settings['train_samples']}"
     seed = f"seed {settings['seed']}"
@@ -112,13 +112,14 @@ def summary(record: Mapping[str, Any], path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Floor:
-    """The score of an answer that needs no model.
+    """The score of a baseline that needs no model.
 
     Attributes:
-        score: A fraction; None for a regression, which has no classes.
-        name: What answers, in a few words.
-        of_test: Whether it is the score of the test set's most frequent class. False where an older record holds only
-            the score of the train set's most frequent class, and the other cannot be computed from it.
+        score: The score, as a fraction; None for a regression, which has no classes.
+        name: The baseline's name, in a few words.
+        of_test: Whether the baseline is the test split's most frequent class. False for the baseline of a task without
+            classes. Also False for an older record with only the score of the train split's most frequent class, if
+            the score of the test split's class cannot be computed from that score.
     """
 
     score: float | None
@@ -127,13 +128,14 @@ class Floor:
 
 
 def floor(record: Mapping[str, Any]) -> Floor:
-    """The score that a run is compared with: for classes, that of always answering the test set's most frequent one.
+    """Return the baseline that a run is compared with. For a task with classes, it is the test split's majority class.
 
-    Records from before `majority_of` hold the test score of the train set's most frequent class. From it the test
-    set's own is computed where that is possible: always for the accuracy of two classes and for Matthews' correlation.
+    Older records without `majority_of` hold the test score of the train split's majority class. From this score, the
+    score of the test split's majority class is computed if possible. This is always possible for the accuracy of two
+    classes and for Matthews' correlation.
     """
     score = record["majority"]
-    if "floor" in record:  # a task without classes
+    if "floor" in record:  # only a task without classes has this part
         return Floor(score, f"{record['floor']!s:.60}", of_test=False)
     if score is None or not record["task"]["labels"]:
         return Floor(None)
@@ -142,21 +144,21 @@ def floor(record: Mapping[str, Any]) -> Floor:
 
 
 def _from_train(task: Mapping[str, Any], score: float) -> float | None:
-    """The score of the test set's most frequent class from that of the train set's; None where it cannot be known."""
+    """Return the score of the test split's majority class from the train split's, or None if it cannot be known."""
     two, metric = len(task["labels"]) == 2, task["primary"]
-    if metric == "matthews_correlation":  # of a constant answer it is 0
+    if metric == "matthews_correlation":  # a constant answer scores 0
         return 0.0
     if metric == "accuracy" and (two or score >= 0.5):
         return max(score, 1 - score) if two else score
     if (
         metric == "f1" and 0 < score <= 1
-    ):  # the answer is class 1, and with a share p of it among the rows F1 is 2p / (1 + p)
+    ):  # the answer is class 1; if p is the fraction of class 1 in the split, F1 is 2p / (1 + p)
         return score if score / (2 - score) > 0.5 else 0.0
     return None
 
 
 def _check_record(record: Any, path: Path) -> None:
-    """Raise `ResultError` unless this is a whole record of the known format."""
+    """Raise `ResultError` unless a value is a complete record of the known format."""
     if not isinstance(record, Mapping) or "format" not in record or "digest" not in record:
         raise ResultError(f"{path} is not the result of a run")
     if record["format"] != FORMAT:
@@ -178,13 +180,13 @@ def _check_record(record: Any, path: Path) -> None:
 
 
 def mismatch(value: Any, shape: Any, where: str) -> str | None:
-    """The first place where a value read from JSON has not the shape it must have, in words, or None.
+    """Return the first difference between a value from JSON and the required shape, in words, or None.
 
     Args:
-        value: what was read.
-        shape: a type, a tuple of types, or by key the shape of what a mapping holds; other keys are let pass. A
-            number must be finite, and not too large for a float.
-        where: what the value is called.
+        value: the value from JSON.
+        shape: a type, a tuple of types, or a mapping with the shape of each required key. Further keys are allowed. A
+            number must be finite and not too large for a float.
+        where: the name of the value.
     """
     if isinstance(shape, dict):
         if not isinstance(value, Mapping):
@@ -199,6 +201,6 @@ def mismatch(value: Any, shape: Any, where: str) -> str | None:
     kinds = shape if isinstance(shape, tuple) else (shape,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         return f"{where} is {show(value):.60}"
-    if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:  # NaN is not, either
+    if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:  # the comparison also refuses NaN
         return f"{where} is {show(value):.60}"
     return None
