@@ -1,1 +1,1 @@
-"""Reading, writing and fetching files, and how they are named in messages."""
+"""Functions that read, write and download files, and that format values and paths for messages."""

@@ -58,7 +58,11 @@ def language(path: Path) -> str:
 
 
 def read_bytes(path: Path, most: int = -1) -> bytes:
-    """Return the content of a file, at most `most` bytes if `most` is not negative. Raise `OSError` as `read_plain`."""
+    """Return the content of a file, or its first `most` bytes if `most` is not negative.
+
+    Raises:
+        OSError: the file does not exist, cannot be read, or is a pipe or a device.
+    """
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # a NUL or half a surrogate pair

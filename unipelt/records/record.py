@@ -128,10 +128,11 @@ class Floor:
 
 
 def floor(record: Mapping[str, Any]) -> Floor:
-    """Return the baseline that a run is compared with. For a task with classes, it is the test split's majority class.
+    """Return the baseline that a run is compared with.
 
-    Older records without `majority_of` hold the test score of the train split's majority class. From this score, the
-    score of the test split's majority class is computed if possible. This is always possible for the accuracy of two
+    For a task with classes, the baseline always answers the most frequent class of the test split. Older records
+    without `majority_of` hold the test score of the train split's most frequent class. From this score, the score of
+    the test split's most frequent class is computed if possible. This is always possible for the accuracy of two
     classes and for Matthews' correlation.
     """
     score = record["majority"]
@@ -144,7 +145,10 @@ def floor(record: Mapping[str, Any]) -> Floor:
 
 
 def _from_train(task: Mapping[str, Any], score: float) -> float | None:
-    """Return the score of the test split's majority class from the train split's, or None if it cannot be known."""
+    """Compute the score of the test split's most frequent class from the score of the train split's.
+
+    Return None if the score cannot be known.
+    """
     two, metric = len(task["labels"]) == 2, task["primary"]
     if metric == "matthews_correlation":  # a constant answer scores 0
         return 0.0

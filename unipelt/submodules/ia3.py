@@ -30,12 +30,12 @@ class IA3(nn.Module):
         return y * self.offset
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight (O, I) and the bias (O,) of the projection with the factors of its output merged in."""
+        """Return the projection's weight (O, I) and bias (O,), or None, with the factors of the output merged in."""
         factor = 1 + self.offset.detach().to(weight)
         return factor[:, None] * weight, None if bias is None else factor * bias
 
     def merged_input(self, weight: Tensor) -> Tensor:
-        """Return the weight (O, I) of the projection with the factors of its input, (I,), merged in."""
+        """Return the projection's weight (O, I) with the factors of the input, (I,), merged in."""
         return weight * (1 + self.offset.detach().to(weight))
 
 

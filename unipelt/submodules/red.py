@@ -33,7 +33,7 @@ class RED(nn.Module):
         return y * self.offset + self.shift
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight (O, I) and the bias (O,) of the projection with the edits merged in."""
+        """Return the projection's weight (O, I) and bias (O,) with the edits merged in."""
         factor, shift = 1 + self.offset.detach().to(weight), self.shift.detach().to(weight)
         return factor[:, None] * weight, shift if bias is None else factor * bias + shift
 

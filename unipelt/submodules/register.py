@@ -62,7 +62,7 @@ MODULES: dict[type[Any], Callable[[Any, TargetInfo], nn.Module]] = {}
 def register_submodule(
     name: str, config: type[SubmoduleConfig], build: Callable[[Any, TargetInfo], nn.Module]
 ) -> type[SubmoduleConfig]:
-    """Register a submodule of your own. The library then gates, configures, saves, counts and removes the submodule.
+    """Register a submodule of your own. The submodule then has gates, a configuration, saving, counting and removal.
 
         @dataclass(frozen=True)
         class ShiftConfig(unipelt.SubmoduleConfig):
