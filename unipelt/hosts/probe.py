@@ -1,7 +1,7 @@
 """A recorded forward pass of a small model: the calls of its modules with their inputs, and its attentions.
 
 Gradients answer all questions about the recorded pass. The output of a module is added to a residual if and only if the
-gradient of the sum along any direction, taken at that output, is the direction itself. An output of a projection
+gradient of the sum along every direction, taken at that output, is the direction itself. An output of a projection
 belongs to the queries if and only if the queries have a gradient there. A layer is causal if and only if its outputs at
 earlier tokens have no gradient at its inputs at later tokens. One backward pass gives the answer for all modules.
 
@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from unipelt.hosts.shrink import FIRST_WORD, VOCABULARY
 
 TOKENS, SOURCE_TOKENS = 9, 11
-"""Number of tokens of a text; number of tokens of an encoder's text, if a decoder reads another text."""
+"""Numbers of tokens: of a text, and of an encoder's text if a decoder reads another text."""
 INTERFACE = "unipelt_probe"
 _END = 2
 

@@ -27,7 +27,7 @@ def is_quantised(parameter: Tensor) -> bool:
 
 
 def describe_numbers(parameter: Tensor) -> str:
-    """Return the storage of a parameter in one word: a dtype such as `float32`, or the quantiser's name for it."""
+    """Return the storage of a parameter in one word: a dtype such as `float32`, or the quantiser's tensor class."""
     if is_quantised(parameter) and type(parameter) is not nn.Parameter:
         return type(parameter).__name__
     return str(parameter.dtype).removeprefix("torch.")

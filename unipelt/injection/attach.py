@@ -1,6 +1,6 @@
 """Build the set of each layer for the targets that were found, and put the set into the layer's room.
 
-The file `inject.py` decides which parameters train, and answers to the caller.
+The file `inject.py` decides which parameters train, and has the interface for callers.
 """
 
 from __future__ import annotations

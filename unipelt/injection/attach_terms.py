@@ -1,4 +1,4 @@
-"""Build one term for its target: the term's parameters, and its gate if no other term shares the gate's entry."""
+"""Build one term for its target: the term's parameters, and its own gate if it has one."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def build_entry_low_rank(
             continue
         _check_start(projection, lora)
         where = target.term(lora, place, projection, in_cross=in_cross)
-        # cross-attention computes values from the other stack's output, so that output must open their gate
+        # cross-attention computes values from the other stack's output, so the gate of values reads that output too
         entry = _own_entry(where, plan, rows=lora.rank if fused else 0) if lora.gate and where.crosses else None
         term = LoRA(where.name, projection.rows, lora)
         like = plan.like(projection)
