@@ -1,1 +1,1 @@
-"""What a host model looks like: families, places, quantised weights."""
+"""Descriptions of host models: families, places for submodules, and quantised weights."""

@@ -1,4 +1,4 @@
-"""Transformers' attention interface: which modules use it, and which function serves a module."""
+"""Transformers' attention interface: the modules that use it, and the attention function that a module calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACK_ENDS = ("eager", "sdpa")
 
 
 def uses_interface(attention: Any) -> bool:
-    """Whether a module's code goes through Transformers' attention interface, where a prefix can enter."""
+    """Return whether a module's code calls Transformers' attention interface, where a prefix can enter."""
     names = vars(sys.modules[type(attention).__module__]).values()
     known = any(value is AttentionInterface or isinstance(value, AttentionInterface) for value in names)
     return known and isinstance(getattr(attention, "config", None), PreTrainedConfig)
@@ -32,11 +32,15 @@ def check_back_end(name: str | None) -> None:
 
 
 def attention_function(module: Any, config: PreTrainedConfig) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
-    """A module's own attention back-end, by its own configuration: name and function."""
+    """Return the name and the function of the attention back-end that a configuration chooses for a module.
+
+    Raises:
+        ValueError: the back-end is not supported, or the file of the module has no `eager_attention_forward`.
+    """
     name = config._attn_implementation
     check_back_end(name)
     if name == "eager":
-        # FSDP2 puts a class of its own, from a module of its own, in front of the attention's
+        # FSDP2 replaces the attention's class by a subclass from another file, so all base classes are searched
         for cls in type(module).__mro__:
             function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
             if function is not None:
@@ -49,10 +53,10 @@ def attention_function(module: Any, config: PreTrainedConfig) -> tuple[str, Call
 
 
 def redirect(attention: Any, name: str = ATTENTION) -> PreTrainedConfig:
-    """Send one module's attention through `attend`, or what has that name; returns the configuration to put back.
+    """Make a module call the attention function of a name, by default `attend`; return its former configuration.
 
-    The module reads the name of its attention function from its configuration, so it gets a copy that names ours.
-    The model's own configuration is untouched: masks are still built for the model's own back-end.
+    The module reads the name of its attention function from its configuration, so the module gets a changed copy.
+    The model's own configuration does not change: masks are still built for the model's own back-end.
     """
     host: PreTrainedConfig = attention.config
     own = copy.copy(host)
@@ -62,6 +66,6 @@ def redirect(attention: Any, name: str = ATTENTION) -> PreTrainedConfig:
 
 
 def is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
-    """As Transformers' sdpa decides it."""
+    """Return whether the attention is causal, by the rule of Transformers' sdpa."""
     said = kwargs.get("is_causal")
     return getattr(module, "is_causal", True) if said is None else said

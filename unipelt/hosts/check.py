@@ -1,4 +1,4 @@
-"""Try a description that a caller registered: what cannot work is refused when a model is injected, not in a pass."""
+"""Check of a description that a caller registered: an error is raised at injection, not in a forward pass."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from unipelt.hosts.shrink import CannotShrink, small_model
 
 
 def check_adapted(model: PreTrainedModel, family: Family) -> None:
-    """Check in a pass of a small model of the same type that an adapter can read what its module gives.
+    """Check in a pass of a small model that each norm before an adapter (post-LN) reads and returns one tensor.
 
-    A type of which no small model can be built or run is not checked.
+    The small model has the same type. A type without a small model that can be built and run is not checked.
 
     Raises:
-        DescribeError: the feed-forward network gives more than one tensor, or the norm is given more than one.
+        DescribeError: the norm returns more than one tensor, or reads more than one.
     """
     try:
         small = small_model(model)
@@ -38,7 +38,7 @@ def _check_layer(layer: nn.Module, stack: Stack, found: Pass) -> None:
     try:
         adapted = layer.get_submodule(path)
     except AttributeError:
-        return  # the search for places says so
+        return  # `find_stacks` reports the missing module
     name = type(adapted).__name__
     for call in found.calls:
         if call.module is not adapted:

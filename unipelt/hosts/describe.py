@@ -1,7 +1,7 @@
-"""Describe an architecture by inspection: where a model's layers, attentions and feed-forward networks are.
+"""Describe an architecture by inspection: the paths of a model's layers, attentions and feed-forward networks.
 
-Nothing is taken from names alone. A small random model of the same type is run once and watched (`probe.py`), and
-what each module is follows from what its output does there.
+Names alone decide nothing. A small random model of the same type runs once, and the pass is recorded (`probe.py`). The
+role of each module follows from the effect of its output in that pass.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from unipelt.hosts.shrink import CannotShrink, build_small
 
 
 class DescribeError(ValueError):
-    """A model of which a description could not be found; the message says what is missing."""
+    """Error for a model without a description that inspection can find; the message names the missing part."""
 
 
 @dataclass
 class _Layer:
-    """One layer of the pass, with what was found in it."""
+    """One layer of the pass, with the attentions and the feed-forward network that were found in it."""
 
     call: Call
     attentions: list[FoundAttention]
@@ -37,10 +37,10 @@ class _Layer:
 
 
 def describe(model: PreTrainedModel) -> Family:
-    """Find where the parts of a model are, and check it on a small random model of the same type.
+    """Find the paths of the parts of a model, in a pass of a small random model of the same type.
 
-    The small model has the class and the configuration of the model, with fewer and narrower layers; the model itself
-    is only read. Its description is good for `unipelt.register_family`.
+    The small model has the class and the configuration of the model, with fewer and narrower layers. The model itself
+    does not change. `unipelt.register_family` takes the stacks of the description.
 
     Args:
         model: any `PreTrainedModel` that reads text, on any device.
@@ -49,18 +49,18 @@ def describe(model: PreTrainedModel) -> Family:
         The description.
 
     Raises:
-        DescribeError: something could not be found; the message says what.
+        DescribeError: a part could not be found; the message names the part.
     """
     return describe_class(type(model), model.config)
 
 
 def describe_class(cls: Any, config: PreTrainedConfig, changes: dict[str, Any] | None = None) -> Family:
-    """`describe`, of a class (or an `AutoModelFor...`) and a configuration.
+    """Return the description of a model class and a configuration, as `describe` does for a model.
 
     Args:
-        cls: class of the model.
-        config: of a model of any size.
-        changes: of the small model's configuration, by name.
+        cls: class of the model, or an `AutoModelFor...`.
+        config: configuration of a model of any size.
+        changes: values for the small model's configuration, by name.
     """
     try:
         small = build_small(cls, config, changes)
@@ -70,10 +70,10 @@ def describe_class(cls: Any, config: PreTrainedConfig, changes: dict[str, Any] |
 
 
 def describe_small(small: PreTrainedModel) -> Family:
-    """`describe`, of a model that is small already (`build_small`)."""
+    """Return the description of a model that is already small (from `build_small`), as `describe` does."""
     config = small.config.get_text_config()
     crossing = bool(getattr(config, "add_cross_attention", False)) and not small.config.is_encoder_decoder
-    # a classifier of an encoder-decoder makes its decoder's text itself, and a head may want what is no text
+    # some encoder-decoder classifiers build the decoder's text themselves, and some heads need inputs besides text
     ways: list[tuple[Any, bool]] = [(small, True), (small, False), (small.base_model, True)]
     first: Exception | None = None
     with torch.random.fork_rng(devices=[]):
@@ -111,7 +111,7 @@ def _describe(model: PreTrainedModel, found: Pass) -> Family:
 
 
 def _layers(model: PreTrainedModel, found: Pass) -> list[_Layer]:
-    """The layers: of the list items around an attention, the smallest with more than that attention in it."""
+    """Return the layers: for each attention, the smallest list item around it that holds other matrices too."""
     base = model.base_model
     chosen: dict[int, Call] = {}
     for attention in found.attentions:
@@ -136,7 +136,7 @@ def _is_item(base: nn.Module, path: str) -> bool:
 
 
 def _has_more(layer: nn.Module, attention: Softmax, found: Pass) -> bool:
-    """Whether a list item has matrices outside the attention, as a layer with a feed-forward network has."""
+    """Return whether a list item has matrices outside the attention, as a layer with a feed-forward network has."""
     around = [call.module for call in found.calls if call.contains(attention)]
     position = next(index for index, module in enumerate(around) if module is layer)
     inside = around[position + 1 :]
@@ -147,7 +147,7 @@ def _has_more(layer: nn.Module, attention: Softmax, found: Pass) -> bool:
 
 
 def _starred(base: nn.Module, path: str) -> str:
-    """Path of the list that a layer is in; a star stands for every item of an outer list."""
+    """Return the path of the list that holds a layer; `*` stands for every item of an outer list."""
     names, owner = path.split("."), base
     for index, name in enumerate(names):
         if isinstance(owner, nn.ModuleList):
@@ -157,7 +157,7 @@ def _starred(base: nn.Module, path: str) -> str:
 
 
 def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Stack, dict[str, str]]:
-    """A stack, and why it cannot take a prefix or LoRA."""
+    """Return a stack, and the reasons why the stack cannot take a prefix or LoRA, by submodule."""
     name = type(model).__name__
     usable = [layer for layer in layers if any(not found.crosses for found in layer.attentions)]
     if not usable:
@@ -209,19 +209,19 @@ def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Sta
 
 
 def _alternatives(paths: Iterable[str]) -> str:
-    """Paths of which a layer has one, as a `Stack` has them."""
+    """Join different paths by `|`, as a `Stack` writes paths of which a layer has one."""
     return "|".join(dict.fromkeys(path for path in paths if path))
 
 
 def _check_rows(model: PreTrainedModel, found: FoundAttention) -> None:
-    """Raise `DescribeError` unless the outputs that a description means are those that the pass had."""
+    """Raise `DescribeError` unless the outputs that a description gives to a place are those of the pass."""
     for place, flags in found.kinds.items():
         if place == "key" and (found.attention.key or not flags.any()):
             continue
         rows = rows_of(found.attention, place, len(flags), model.config)
         meant = torch.zeros(rows.groups, len(flags) // rows.groups, dtype=torch.bool)
         meant[:, rows.start : rows.start + rows.size] = True
-        plain = not found.attention.fused  # a query may come with its gate, which is as good as a part of it
+        plain = not found.attention.fused  # a query projection may also compute a gate of the query
         if flags.any() and not torch.equal(meant.flatten(), flags) and not (plain and place == "query"):
             raise DescribeError(
                 f"{found.attention.value} of {type(found.call.module).__name__} computes its {place} in an order that "
@@ -234,7 +234,7 @@ def _own(layer: _Layer) -> FoundAttention:
 
 
 def _is_causal(layer: Call) -> bool:
-    """Whether no token of a layer's output has a gradient at a later token of its input."""
+    """Return whether a layer's outputs at earlier tokens have no gradient at its inputs at later tokens."""
     given = next((value for value in layer.inputs.values() if value.is_floating_point() and value.dim() >= 3), None)
     if given is None or layer.output is None:
         return False

@@ -1,4 +1,4 @@
-"""What a description of an architecture says: data classes, and reasons that several architectures share."""
+"""Data classes for the description of an architecture, and reasons that several architectures share."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention module, and where it keeps its projections.
+    """An attention module, and the paths of its projections.
 
-    It is called with the states that its query projection reads, as the first argument or by the name `hidden`, and,
-    where a prefix is to enter, hands queries, keys and values to Transformers' attention interface
-    (`ALL_ATTENTION_FUNCTIONS`), by the name that its own `config._attn_implementation` gives.
+    The module gets the hidden states that its query projection reads as the first argument, or as the argument
+    `hidden`. For a prefix without `bias`, the module must pass queries, keys and values to Transformers' attention
+    interface (`ALL_ATTENTION_FUNCTIONS`), by the name in its own `config._attn_implementation`.
 
     Attributes:
-        path: from a layer.
-        query, value: paths of the projections, from the attention; equal where one module holds both.
-        key: likewise; where it is not given, the name of `value` where that is fused, and else nothing that reads
-            keys can be added.
-        output: path of the projection that ends the attention, from the layer; where it is not given, nothing can be
-            added there.
-        fused: what the module at `value` computes, if more than values. `qkv`: queries, keys and values side by side;
-            `kv`: keys and values; `heads`: queries, keys and values of one head, then of the next; `groups`: for each
-            head of keys, the queries of all heads that share it, its keys and its values; `latent`: what keys and
-            values are both computed from, and then what only keys are.
-        bias: for an attention that does not use the interface and whose logits know positions only by what it is
-            given: the argument that is added to them besides the mask. A prefix then makes its text longer.
-        hidden: name of the argument with the states.
+        path: path of the module, from a layer.
+        query, value: paths of the projections, from the attention; equal if one module computes both.
+        key: path of the key projection, from the attention. An empty path means the path `value` if that projection is
+            fused; otherwise nothing can be added to the keys.
+        output: path of the projection that ends the attention, from the layer. With an empty path, nothing can be added
+            there.
+        fused: layout of the outputs of the module at `value`; empty if these are values alone. `qkv`: queries, keys and
+            values side by side; `kv`: keys and values; `heads`: queries, keys and values of one head, then of the next;
+            `groups`: for each head of keys, the queries of all heads that share the keys, then the keys and the values;
+            `latent`: first the outputs from which both keys and values are computed, then those for keys alone.
+        bias: name of the argument that is added to the logits besides the mask. Only for an attention that does not use
+            the interface, and that gets all positions by this argument. A prefix then makes the text longer.
+        hidden: name of the argument with the hidden states.
         mask: name of the argument with the mask.
-        mask_is_truth_values: the attention reads a floating-point mask as truth values, and adds it to nothing.
-        query_serves_positions: the projections of queries and keys are called again in a pass, on relative positions;
-            what is gated, which belongs to a text, keeps out of that.
+        query_serves_positions: whether a pass calls the projections of queries and keys again, on relative positions.
+            A gated term skips that call, because its gate belongs to a text.
+        mask_is_truth_values: whether the attention reads a floating-point mask as booleans, and does not add the mask
+            to the logits.
     """
 
     path: str
@@ -50,21 +51,23 @@ class Attention:
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of Transformer layers, and where each layer keeps what submodules attach to.
+    """A stack of Transformer layers, and the paths of the modules that submodules attach to.
+
+    A stack has exactly one of `norm`, `output` and `unjoined`.
 
     Attributes:
         layers: path of the list of layers, from the base model; `*` stands for every item of a list.
         attention: the self-attention.
-        norm: path of the normalisation whose input is the feed-forward network's output plus its residual, from a
-            layer (post-LN); or
-        output: path of the module whose output the feed-forward network adds to its residual (pre-LN).
-        up, down: paths of the first and last projection of the feed-forward network, from a layer; `|` stands between
-            names of which a layer has one. Where they are not given, nothing can be added there.
-        gate: likewise, the projection whose activation scales what `up` gives.
-        unjoined: in place of `norm` and `output`, why there is no place for an adapter.
-        missing: name of a part (`up`, `down`) -> why some layers, or all, do not have it.
-        causal: whether a token sees only those before it.
-        cross: the attention to another stack's output, if there is one.
+        norm: path of the normalisation whose input is the feed-forward network's output plus the residual (post-LN),
+            from a layer.
+        output: path of the module whose output the feed-forward network adds to the residual (pre-LN), from a layer.
+        up, down: paths of the first and the last projection of the feed-forward network, from a layer; `|` separates
+            paths of which a layer has one. With an empty path, nothing can be added there.
+        causal: whether a token attends only to itself and earlier tokens.
+        cross: the attention to another stack's output, or None.
+        gate: path of the projection whose activation scales the output of `up`, written as `up` is.
+        unjoined: the reason why an adapter has no place.
+        missing: name of a part (`up`, `down`) -> the reason why some or all layers do not have the part.
     """
 
     layers: str
@@ -89,8 +92,8 @@ class Family:
     """An architecture.
 
     Attributes:
-        stacks: one, or an encoder and then a decoder.
-        refused: submodule (`adapter`, `prefix`, `lora`) -> why this architecture cannot take it.
+        stacks: one stack, or an encoder and then a decoder.
+        refused: submodule (`adapter`, `prefix`, `lora`) -> the reason why this architecture cannot take the submodule.
     """
 
     stacks: tuple[Stack, ...]

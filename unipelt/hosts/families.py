@@ -1,4 +1,4 @@
-"""Where things live in each architecture: the generated table, what differs from it, and what a caller registers."""
+"""Descriptions of architectures: the generated table, exceptions to it, and descriptions that a caller registers."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ logger = logging.get_logger(__name__)
 
 
 def register_family(model_type: str, *stacks: Stack, refused: Mapping[str, str] | None = None) -> Family:
-    """Describe an architecture, so that `unipelt.inject` takes models whose `config.model_type` is `model_type`.
+    """Register the description of an architecture, so that `unipelt.inject` takes its models.
 
-    An architecture that has no description is described by inspection (`unipelt.describe`) when a model is injected;
-    what is registered here comes first, also for a type of Transformers.
+    A registered description comes first, also for a type that the table has. An architecture without a description is
+    described by inspection (`unipelt.describe`) when a model is injected.
 
         unipelt.register_family(
             "mine", unipelt.Stack("blocks", unipelt.Attention("attn", "q", "v"), output="mlp", causal=True)
         )
 
     Args:
-        model_type: of the configuration.
-        stacks: one, or an encoder and then a decoder.
-        refused: submodule (`adapter`, `prefix`, `lora`) -> why this architecture cannot take it.
+        model_type: `config.model_type` of the models.
+        stacks: one stack, or an encoder and then a decoder.
+        refused: submodule (`adapter`, `prefix`, `lora`) -> the reason why this architecture cannot take the submodule.
 
     Returns:
         The description. Paths are checked when a model is injected.
 
     Raises:
-        ValueError: the name was registered with another description, or the description cannot be meant.
+        ValueError: the type was registered with another description, the number of stacks is not 1 or 2, or `refused`
+            names an unknown submodule.
     """
     if not stacks or len(stacks) > 2:
         raise ValueError(f"an architecture has one stack, or an encoder and a decoder; {len(stacks)} were given")
@@ -53,12 +54,12 @@ def register_family(model_type: str, *stacks: Stack, refused: Mapping[str, str] 
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The description of a model: registered, of the table, or else found by inspection, which is logged.
+    """Return the description of a model: a registered one, one of the table, or one found by inspection.
 
-    A description found by inspection is kept for the model's type, where that had none.
+    Inspection logs a warning. Its description is kept for the model's type if that type had none.
 
     Raises:
-        DescribeError: there is none, and inspection did not find one; the message says what it did not find.
+        DescribeError: the type has no description, and inspection found none; the message names the missing part.
     """
     kind = model.config.model_type
     known = FAMILIES.get(kind)
@@ -68,7 +69,7 @@ def family_of(model: PreTrainedModel) -> Family:
         found = describe(model)
     except DescribeError as error:
         if known is not None:
-            return known  # whose paths then say what is missing
+            return known  # the check of its paths then reports the missing module
         raise DescribeError(describe_unknown(kind, str(error))) from error
     logger.warning(
         f"there is no description of {kind!r} models in the table; {type(model).__name__} was described by inspection "
@@ -80,16 +81,16 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def is_registered(model_type: str) -> bool:
-    """Whether the description of a type is a caller's own."""
+    """Return whether a caller registered the description of a model type."""
     return model_type in FAMILIES and FAMILIES[model_type] is _registered.get(model_type)
 
 
 SWITCHES = ("use_bidirectional_attention",)
-"""Settings that are off in every default configuration, and that change what the table says where they are on."""
+"""Settings that are off in every default configuration; the table's description is not valid if one of them is on."""
 
 
 def _fits(model: PreTrainedModel, family: Family) -> bool:
-    """Whether a model has a layer as described in at least one stack, and no stack that is there without one."""
+    """Return whether a model has a stack of the family, and a layer as described in each stack that it has."""
     config = model.config.get_text_config()
     if any(getattr(config, name, None) in (True, "all") for name in SWITCHES):
         return False
@@ -102,13 +103,13 @@ def _fits(model: PreTrainedModel, family: Family) -> bool:
 
 
 def layers_at(base: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The layers at `path`, whose stars stand for every item of a list; none if there is no such place."""
+    """Yield the layers at `path`, where `*` stands for every item of a list; yield none if the path does not exist."""
     first, starred, rest = path.partition(".*")
     try:
         items = base.get_submodule(first)
     except AttributeError:
         return
-    for item in items._modules.values():  # children() would leave out a layer that is there twice
+    for item in items._modules.values():  # children() would yield a repeated layer only once
         assert item is not None
         if starred:
             yield from layers_at(item, rest.removeprefix("."))
@@ -117,14 +118,14 @@ def layers_at(base: nn.Module, path: str) -> Iterator[nn.Module]:
 
 
 def is_complete(layer: nn.Module, stack: Stack) -> bool:
-    """Whether a layer has the attention of its stack's description; in a hybrid model some layers have another."""
+    """Return whether a layer has the modules of its stack's description; in a hybrid model some layers lack them."""
     attention = stack.attention
     paths = [f"{attention.path}.{attention.query}", f"{attention.path}.{attention.value}", stack.norm or stack.output]
     return all(has(layer, path) for path in paths)
 
 
 def has(module: nn.Module, path: str) -> bool:
-    """Whether there is a module at a path."""
+    """Return whether a module has a submodule at a path."""
     try:
         module.get_submodule(path)
     except AttributeError:
@@ -133,7 +134,7 @@ def has(module: nn.Module, path: str) -> bool:
 
 
 def describe_unknown(model_type: str, reason: str) -> str:
-    """What to tell the owner of a model that has no description and of which inspection found none."""
+    """Return the message for a model type without a description, if inspection found none."""
     return (
         f"there is no description of {model_type!r} models, and inspection did not find one: {reason}. "
         "Describe them by where their parts are: "
@@ -145,13 +146,13 @@ def describe_unknown(model_type: str, reason: str) -> str:
 def _changed(
     family: Family, *, refused: Mapping[str, str] | None = None, attention: Mapping[str, Any] | None = None
 ) -> Family:
-    """A family whose attention, and what it refuses, are other than inspection finds."""
+    """Return a family with other attributes of its self-attentions and, if given, other refused submodules."""
     stacks = tuple(replace(stack, attention=replace(stack.attention, **(attention or {}))) for stack in family.stacks)
     return Family(stacks, family.refused if refused is None else refused)
 
 
 def _t5_like(family: Family) -> Family:
-    """With the names of the first projections in models whose feed-forward network has a gate, and in those without."""
+    """Return a family with the paths of the first projections for feed-forward networks with and without a gate."""
     stacks = []
     for stack in family.stacks:
         network = stack.up.rpartition(".")[0]
@@ -169,17 +170,17 @@ EXCEPTIONS: dict[str, Callable[[Family], Family]] = {
     "t5": _t5_like,
     "mt5": _t5_like,
     "umt5": _t5_like,
-    # whether keys are shared by several heads, and by how many, is up to the configuration
+    # the configuration decides how many heads of queries share one head of keys
     "falcon": partial(_changed, attention={"fused": "groups"}),
     "gpt_bigcode": partial(_changed, attention={"fused": "groups"}),
-    # it computes its own softmax, but knows positions only from a bias that it is given: its text can be made longer
+    # MPNet computes its own softmax, but gets all positions as a bias, so a prefix can make its text longer
     "mpnet": partial(_changed, attention={"bias": "position_bias"}, refused={}),
 }
-"""What inspection does not find, or finds otherwise for the default configuration than for others."""
+"""Changes to the table by model type: facts that inspection misses, or that differ from the default configuration."""
 
 FAMILIES: dict[str, Family] = {
     kind: EXCEPTIONS[kind](family) if kind in EXCEPTIONS else family for kind, family in read_table().items()
 }
-"""By `config.model_type`."""
+"""Descriptions by `config.model_type`."""
 
 _registered: dict[str, Family] = {}

@@ -1,4 +1,4 @@
-"""Find, in a watched pass, where a layer's feed-forward network joins the residual, and its projections."""
+"""Find in a recorded pass where a layer's feed-forward network is added to the residual, and its projections."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from unipelt.hosts.projections import FoundAttention, is_projection
 
 @dataclass
 class Joined:
-    """Where one layer's feed-forward network joins the residual; paths from the layer, as in `Stack`.
+    """The place where one layer's feed-forward network is added to the residual, and the network's projections.
 
-    `gate` is the path of the projection whose activation scales another's output, `width` that of what is added.
+    Paths start from the layer, as in `Stack`. `gate` is the path of the projection whose activation scales the output
+    of another projection. `width` is the width of the tensor that is added.
     """
 
     norm: str = ""
@@ -29,7 +30,7 @@ class Joined:
 
 
 def find_joined(layer: Call, inside: Sequence[Call], attentions: Sequence[FoundAttention]) -> Joined | None:
-    """Pre-LN: the module whose output is added. Post-LN: the norm that reads the sum. None if there is neither."""
+    """Find the module whose output is added (pre-LN) or the norm that reads the sum (post-LN); None without either."""
     if layer.output is None or not attentions:
         return None
     times = Counter(id(call.module) for call in inside)
@@ -60,7 +61,7 @@ def _below(call: Call, layer: Call) -> str:
 
 
 def _of_attention(call: Call, attentions: Sequence[FoundAttention]) -> bool:
-    """Whether a module is an attention's, is around one, or only passes on what one's last projection gave."""
+    """Return whether a module is an attention, is inside or around one, or holds one of its projections."""
     for found in attentions:
         if call.module is found.call.module or found.call.contains(call) or call.contains(found.call):
             return True
@@ -70,11 +71,14 @@ def _of_attention(call: Call, attentions: Sequence[FoundAttention]) -> bool:
 
 
 def _added(total: Tensor, calls: Sequence[Call]) -> Call | None:
-    """The outermost module whose output is added, up to a constant factor, to something else to give `total`."""
+    """Return the outermost module whose output, up to a constant factor, is one summand of `total`; None without one.
+
+    Of several such modules, the one with the most parameters is returned.
+    """
     if not total.requires_grad:
         return None
     direction = random_like(total)
-    flat = total.flatten(0, -2).shape  # some layers cut all tokens of a batch into rows first
+    flat = total.flatten(0, -2).shape  # some layers put all tokens of a batch in one dimension
     shapes = (total.shape, flat)
     fitting = [call for call in calls if call.alone and _shape(call) in shapes and call.output is not total]
     found = []
@@ -95,7 +99,7 @@ def _added(total: Tensor, calls: Sequence[Call]) -> Call | None:
 
 
 def _is(given: Tensor | None, total: Tensor) -> bool:
-    """Whether a tensor is, up to a constant factor, another."""
+    """Return whether a tensor equals another up to a constant factor."""
     if given is None or given.shape != total.shape or not given.requires_grad:
         return False
     factor = (given * total).sum() / (given * given).sum()
@@ -103,7 +107,7 @@ def _is(given: Tensor | None, total: Tensor) -> bool:
 
 
 def _is_norm(call: Call) -> bool:
-    """Whether a module has no matrices and reads one tensor."""
+    """Return whether a module reads one tensor and has parameters, but no matrices."""
     parameters = list(call.module.parameters())
     return bool(parameters) and all(parameter.dim() < 2 for parameter in parameters) and len(call.inputs) == 1
 
@@ -118,7 +122,7 @@ def _out(call: Call) -> Tensor:
 
 
 def _find_projections(found: Joined, layer: Call, added: Call, calls: Sequence[Call]) -> None:
-    """First and last projection, and the one whose activation scales: by what reaches what is added."""
+    """Find the first projection, the last one and the gate, by the gradients of the added tensor; set their paths."""
     tokens = _shape(added)[:-1].numel()
     linears = [call for call in calls if is_projection(call.module) and _shape(call)[:-1].numel() == tokens]
     reach = gradients(_out(added), [_out(call) for call in linears])

@@ -26,11 +26,10 @@ HEADS = {
     "MaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "Seq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
-"""What follows `AutoModelFor` -> the model types that have such a class."""
+"""The end of the name of an `AutoModelFor...` -> the model types that have such a class."""
 ORDER = ("Seq2SeqLM", "MaskedLM", "CausalLM", "SequenceClassification")
-"""Of several classes of a type, the first of these is described: an encoder-decoder is more than its decoder."""
+"""The order in which a type's classes are described; the first counts, so an encoder-decoder is before its decoder."""
 SETTINGS: dict[str, dict[str, Any]] = {
-    # the default configuration leaves something out, or is of no use by itself
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
@@ -64,18 +63,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
     },
 }
-"""What a type's small model needs besides its default configuration to be built, or to show all that it may have."""
+"""Changes to a type's default configuration; without them its small model cannot be built, or lacks optional parts."""
 
 
 def text_types() -> list[str]:
-    """Every model type with one of the classes above."""
+    """Return every model type that has a class of `HEADS`, sorted."""
     return sorted({kind for names in HEADS.values() for kind in names})
 
 
 def small_of(kind: str, head: str, changes: dict[str, Any] | None = None) -> PreTrainedModel:
-    """A small model of a type with a head, from the type's default configuration.
+    """Build a small model of a type with a head, from the type's default configuration.
 
-    Raises `DescribeError` if it cannot be built.
+    Raises `DescribeError` if the model cannot be built.
     """
     try:
         with warnings.catch_warnings():
@@ -92,12 +91,12 @@ def small_of(kind: str, head: str, changes: dict[str, Any] | None = None) -> Pre
 
 
 def describe_type(kind: str) -> dict[str, Family]:
-    """The families of a model type, by the `config.model_type` that its models have.
+    """Return the families of a model type, by the `config.model_type` of its models.
 
-    That is the type itself, or, in a model of several modes, the type of its text part.
+    The key is the type itself or, for a multimodal model, the type of its text part.
 
     Raises:
-        DescribeError: none of its classes could be described.
+        DescribeError: none of the type's classes could be described.
     """
     found: dict[str, Family] = {}
     reasons: list[str] = []
@@ -117,7 +116,7 @@ def describe_type(kind: str) -> dict[str, Family]:
 
 
 def _with_cross(kind: str, family: Family) -> Family:
-    """With the attention to an encoder that the type has when its configuration asks for it."""
+    """Return a family with the attention to an encoder, if the type has one in another configuration."""
     if len(family.stacks) > 1 or kind not in HEADS["CausalLM"]:
         return family
     try:
@@ -131,7 +130,7 @@ def _with_cross(kind: str, family: Family) -> Family:
 
 
 def generate() -> dict[str, Any]:
-    """The whole table, as JSON has it."""
+    """Return the whole table, as data for JSON."""
     families: dict[str, Family] = {}
     without: dict[str, str] = {}
     for kind in text_types():
@@ -149,7 +148,7 @@ def generate() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the table."""
+    """Write the table to `table.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
     data = generate()

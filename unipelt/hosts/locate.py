@@ -1,4 +1,4 @@
-"""Find where submodules attach: every place is located and checked before anything is changed."""
+"""Find the places where submodules attach; every place is found and checked before the model changes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,19 @@ logger = logging.get_logger(__name__)
 
 
 class InjectionError(ValueError):
-    """A model that cannot take these submodules; the model is as it was."""
+    """Error for a model that cannot take these submodules; the model has not changed."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A projection of a layer: the module, its path from the layer, and which of its outputs are meant."""
+    """A projection of a layer.
+
+    Attributes:
+        module: the module that computes the projection.
+        path: path of the module, from the layer.
+        inputs: width of the module's input.
+        rows: which outputs of the module are the projection's.
+    """
 
     module: Any
     path: str
@@ -41,16 +48,16 @@ class Projection:
 
 @dataclass(frozen=True)
 class TermTarget:
-    """Where a further submodule adds a term.
+    """The place where a submodule adds a term.
 
     Attributes:
-        config: of the submodule.
-        place: its name.
-        projection: whose output the term is added to; at `activation`, whose input.
-        inputs: width of what the term reads.
-        reader: where another projection is given what the term reads, the path of that; else empty.
-        crosses: whether it reads the other stack's output in an attention whose own input says nothing about it.
-        in_cross: whether it is in a decoder's attention to the encoder.
+        config: configuration of the submodule.
+        place: name of the place.
+        projection: the projection to whose output the term is added; at the place `activation`, to whose input.
+        inputs: width of the tensor that the term reads.
+        reader: path of another projection whose input the term reads; empty if the term reads that of `projection`.
+        crosses: whether the term reads the other stack's output, and not the input of its attention.
+        in_cross: whether the term is in a decoder's attention to the encoder.
         serves_positions: whether the projection is also called on relative positions.
     """
 
@@ -65,25 +72,25 @@ class TermTarget:
 
     @property
     def name(self) -> str:
-        """The name of the term in its set; behind a stack's label, the name of its gate."""
+        """The name of the term in its set; the stack's label and this name make the name of its gate."""
         return f"{self.config.name}_{self.place}"
 
     @property
     def in_attention(self) -> bool:
-        """Whether the term stands inside an attention."""
+        """Whether the term is inside an attention."""
         return self.place in IN_ATTENTION
 
 
 @dataclass(frozen=True)
 class AttentionTargets:
-    """One attention's targets, found and checked before anything is changed.
+    """The targets in one attention, found and checked before the model changes.
 
     Attributes:
         module: the attention.
-        described: where an attention of this architecture keeps its parts.
-        query, value: the projections.
-        readers: paths of the projections that read the attention's input; that of the query comes first.
-        key_path: path of the projection of keys, where a prefix lengthens the text; else empty.
+        described: description of the attention, with the paths of its parts.
+        query, value: the projections of queries and of values.
+        readers: paths of the projections that read the attention's input, from the layer; the query's is first.
+        key_path: path of the key projection, from the layer, if a prefix lengthens the text; else empty.
     """
 
     module: Any
@@ -108,10 +115,17 @@ class AttentionTargets:
 
 @dataclass(frozen=True)
 class LayerTargets:
-    """One layer's targets, found and checked before anything is changed; None for what the configuration leaves out.
+    """The targets in one layer, found and checked before the model changes; None for parts that take no submodule.
 
-    `terms` are of further submodules, `low_rank` those of LoRA beyond plain ones of queries and values. `adapted` is
-    the norm after the feed-forward network (post-LN) or what the network adds to its residual (pre-LN).
+    Attributes:
+        module: the layer.
+        attention: targets in the self-attention.
+        cross: targets in the cross-attention.
+        adapted: the norm after the feed-forward network (post-LN), or the module whose output is added to the residual
+            (pre-LN).
+        adapted_path: path of that module, from the layer.
+        terms: targets of further submodules.
+        low_rank: targets of LoRA, except the plain terms of queries and values.
     """
 
     module: Any
@@ -125,13 +139,14 @@ class LayerTargets:
 
 @dataclass(frozen=True)
 class StackTargets:
-    """A stack, as it was found in a model.
+    """A stack of a model, with its targets.
 
     Attributes:
-        owner: the module that owns the list of layers; it owns the networks of their prefixes too.
-        layers: those that carry submodules, by index.
-        causal: whether a token sees only those before it.
-        label, cross_label: what the names of gates start with.
+        stack: description of the stack.
+        owner: the module that owns the list of layers, and later the networks of the layers' prefixes.
+        layers: targets of the layers that get submodules, by index.
+        causal: whether a token attends only to itself and earlier tokens.
+        label, cross_label: start of the names of gates; the second is for gates in cross-attention.
     """
 
     stack: Stack
@@ -144,13 +159,13 @@ class StackTargets:
 
 _NAMED = {"adapter": "an adapter", "prefix": "a prefix", "lora": "LoRA"}
 ENTRY_PLACES = ("query", "value")
-"""Places whose plain low-rank terms read the attention's input, and share the product of its entry."""
+"""Places whose plain low-rank terms read the attention's input, and share the matrix product of its entry."""
 IN_ATTENTION = ("query", "key", "value", "attention")
-"""Places of terms that an attention, one to an encoder too, has."""
+"""Places of terms inside an attention, also inside cross-attention."""
 
 
 def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTargets]:
-    """The chosen layers of each stack, every place checked. Raises `InjectionError`."""
+    """Find the targets of a configuration in the chosen layers of each stack. Raises `InjectionError`."""
     kind = model.config.model_type
     try:
         family = family_of(model)
@@ -172,9 +187,9 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
         )
     if config.prefix is not None:
         check_back_end(model.config._attn_implementation)
-    # a model may be a part of its architecture: T5's encoder, BART's decoder
+    # a model may have only a part of its architecture, such as T5's encoder or BART's decoder
     stacks = [(stack, list(layers_at(model.base_model, stack.layers))) for stack in family.stacks]
-    # there is no adapter in cross-attention
+    # an adapter has no place in cross-attention
     in_attention = any(place in IN_ATTENTION for part in config.more for place in part.places)
     crossing = config.cross and (config.prefix is not None or config.lora is not None or in_attention)
     present = [(stack, layers) for stack, layers in stacks if layers]
@@ -219,7 +234,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
 
 
 def _report_left_out(found: Mapping[int, LayerTargets], stack: Stack) -> None:
-    """Log the projections of layers that have no place, which `all-linear` leaves as they are."""
+    """Log the projections of layers that have no place, so that `all-linear` does not change them."""
     left: dict[str, None] = {}
     for layer in found.values():
         reached = {term.projection.path for term in layer.low_rank}
@@ -237,14 +252,14 @@ def _report_left_out(found: Mapping[int, LayerTargets], stack: Stack) -> None:
 
 
 def _choose(model: PreTrainedModel, layers: Sequence[nn.Module], stack: Stack, config: UniPELTConfig) -> Sequence[int]:
-    """Return the layers that have the described attention; log the others, or refuse one that was named.
+    """Return the indices of the layers that have the described attention, and log the others.
 
-    Raises `InjectionError`.
+    Raises `InjectionError` if the configuration names one of the others.
     """
     complete = [index for index, layer in enumerate(layers) if is_complete(layer, stack)]
     without = [index for index in range(len(layers)) if index not in complete]
     if not complete or not without:
-        return range(len(layers))  # where none has it, the search says what is missing
+        return range(len(layers))  # if no layer has it, `_find_layer` reports the missing part
     if config.layers is None:
         logger.warning(
             f"layers {', '.join(map(str, without))} of this {type(model).__name__} have no attention as its others "
@@ -291,7 +306,10 @@ def _wanted_terms(config: UniPELTConfig) -> Wanted:
 
 
 def _wanted_low_rank(lora: LoRAConfig | None, layer: nn.Module, stack: Stack) -> Wanted:
-    """All of DoRA's; of others, what is not of queries and values, which the attention itself serves."""
+    """Return LoRA's places: all for DoRA; for plain LoRA those besides queries and values.
+
+    Plain terms of queries and values belong to `AttentionTargets`.
+    """
     if lora is None:
         return []
     places = [place for place in lora.projections if lora.decomposed or place not in ENTRY_PLACES]
@@ -301,7 +319,7 @@ def _wanted_low_rank(lora: LoRAConfig | None, layer: nn.Module, stack: Stack) ->
 
 
 def _has_gate(layer: nn.Module, stack: Stack) -> bool:
-    """Whether a layer's feed-forward network has a projection beside its first one."""
+    """Return whether a layer's feed-forward network has a gate projection beside the first projection."""
     return bool(stack.gate) and has(layer, _alternative(layer, stack.gate))
 
 
@@ -313,7 +331,7 @@ def _find_terms(
     wanted: Wanted,
     in_cross: bool = False,
 ) -> Iterator[TermTarget]:
-    """The places of submodules in one attention of a layer and, but for cross-attention, behind it."""
+    """Yield the targets in one attention of a layer and, except for cross-attention, in the feed-forward network."""
     for part, places in wanted:
         for place in places:
             if place in IN_ATTENTION:
@@ -364,7 +382,7 @@ def _find_in_feed_forward(
 
 
 def _without_gate(layer: nn.Module, up: Projection, down: Projection) -> str:
-    """What to tell a caller who wants the place `gate` in a layer that has no such projection."""
+    """Return the message for a layer that has no projection at the place `gate`."""
     if up.rows.count == 2 * down.inputs:
         return (
             f"this {type(layer).__name__} has no projection at 'gate' alone: {up.path} computes the gate of its "
@@ -383,7 +401,7 @@ def _told(path: str, name: str, what: str) -> str:
 
 
 def _alternative(layer: nn.Module, paths: str) -> str:
-    """The first of several paths that is there; the last, if none is."""
+    """Return the first of several paths that exists in a layer, or the last path if none exists."""
     *others, last = paths.split("|")
     return next((path for path in others if has(layer, path)), last)
 
@@ -415,12 +433,12 @@ def _find_projection(layer: nn.Module, described: Attention, place: str, model: 
 
 
 def _inside(described: Attention, path: str) -> str:
-    """Return a path from the layer, for one from its attention."""
+    """Convert a path from an attention to a path from its layer."""
     return f"{described.path}.{path}" if described.path else path
 
 
 def _projection(owner: nn.Module, path: str) -> Projection:
-    """A module of the host's with all its outputs. Raises `InjectionError` if it is no projection."""
+    """Return the projection at a path, with all its outputs. Raises `InjectionError` for any other module."""
     leaf: Any = owner.get_submodule(path)
     if isinstance(leaf, nn.Linear):
         return Projection(leaf, path, leaf.in_features, OutputSlice(1, 0, leaf.out_features))

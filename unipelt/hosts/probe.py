@@ -1,9 +1,9 @@
-"""One forward pass of a small model, watched: which module was called with what, and where attention took place.
+"""A recorded forward pass of a small model: the calls of its modules with their inputs, and its attentions.
 
-What is asked of the pass afterwards is asked by gradients. The output of a module is what is added to a residual
-exactly if the gradient of every projection of the sum is that projection; a row of a projection belongs to the queries
-exactly if the queries have a gradient there; a layer is causal exactly if earlier outputs have no gradient at later
-inputs. One backward pass answers for all modules at once.
+Gradients answer all questions about the recorded pass. The output of a module is added to a residual if and only if the
+gradient of the sum along every direction, taken at that output, is the direction itself. An output of a projection
+belongs to the queries if and only if the queries have a gradient there. A layer is causal if and only if its outputs at
+earlier tokens have no gradient at its inputs at later tokens. One backward pass gives the answer for all modules.
 
 Shapes: B examples, T tokens, S keys, D width, H heads, d head size.
 """
@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from unipelt.hosts.shrink import FIRST_WORD, VOCABULARY
 
 TOKENS, SOURCE_TOKENS = 9, 11
-"""Length of the text, and of an encoder's text where a decoder reads the other."""
+"""Numbers of tokens: of a text, and of an encoder's text if a decoder reads another text."""
 INTERFACE = "unipelt_probe"
 _END = 2
 
@@ -37,11 +37,11 @@ class Call:
     """One call of a module.
 
     Attributes:
-        module, path: the module, and its name in the base model.
-        inputs: its arguments that are tensors, by name.
-        output: what it gave; where that is a tuple, the first of it.
-        alone: whether it gave a tensor and nothing else.
-        start, end: places in the order of all entries and exits.
+        module, path: the module, and its path from the base model.
+        inputs: the arguments that are tensors, by name.
+        start, end: positions in the order of all entries and exits.
+        output: the output; of a tuple or list, the first item.
+        alone: whether the module returned one tensor and nothing else.
     """
 
     module: nn.Module
@@ -53,21 +53,21 @@ class Call:
     end: int = -1
 
     def contains(self, other: Call | Softmax) -> bool:
-        """Whether the other took place inside this call."""
+        """Return whether the other call or attention took place inside this call."""
         return self.start < other.start and other.end < self.end
 
 
 @dataclass(eq=False)
 class Softmax:
-    """One attention that took place.
+    """One attention in the pass.
 
     Attributes:
-        owner: the innermost module that was running; where the attention interface was called, its first argument.
-        scores: (..., T, S), the logits; None where queries and keys are known.
-        query, key, value: (B, H, T or S, d), where the attention interface was given them.
-        weighted: what came out: the weights, or the attention's output.
+        owner: the innermost module that was running; for the attention interface, its first argument.
+        scores: (..., T, S), the logits; None if queries and keys are known.
+        query, key, value: (B, H, T or S, d), the arguments of the attention function; None if only logits are known.
+        weighted: the result: the attention weights if only logits are known, else the attention's output.
         interface: whether Transformers' attention interface was called.
-        start, end: place in the order of all entries and exits.
+        start, end: positions in the order of all entries and exits.
     """
 
     owner: nn.Module
@@ -83,7 +83,14 @@ class Softmax:
 
 @dataclass
 class Pass:
-    """A watched pass: calls of the modules inside layers, in the order of their entry, and every attention."""
+    """A recorded pass.
+
+    Attributes:
+        calls: the calls of modules inside layers, in the order of their entry.
+        attentions: all attentions, in their order.
+        running: the calls that have not ended, the innermost last.
+        clock: the last position in the order of events.
+    """
 
     calls: list[Call] = field(default_factory=list)
     attentions: list[Softmax] = field(default_factory=list)
@@ -91,7 +98,7 @@ class Pass:
     clock: int = 0
 
     def tick(self) -> int:
-        """The next place in the order of events."""
+        """Return the next position in the order of events."""
         self.clock += 1
         return self.clock
 
@@ -100,7 +107,7 @@ _WATCHED: ContextVar[Pass | None] = ContextVar("watched", default=None)
 
 
 def watch(model: PreTrainedModel, batch: Mapping[str, Any]) -> Pass:
-    """Run a small model once and record what happens in its layers. The model is as before afterwards."""
+    """Run a small model once and record the calls and attentions in its layers. The model does not change."""
     base = model.base_model
     found = Pass()
     handles: list[Any] = []
@@ -120,19 +127,22 @@ def watch(model: PreTrainedModel, batch: Mapping[str, Any]) -> Pass:
 
 
 def text_batch(model: PreTrainedModel, *, crossing: bool = False, two: bool = True) -> dict[str, Any]:
-    """Random texts, one of them padded, as a small model takes them; the same each time.
+    """Return two random texts, one with padding, as arguments of a small model; every call returns the same texts.
 
     Args:
         model: a small model.
-        crossing: whether a model that is no encoder-decoder is given the states of an encoder.
-        two: whether the decoder of an encoder-decoder is given a text of its own.
+        crossing: whether a model that is no encoder-decoder gets the states of an encoder.
+        two: whether the decoder of an encoder-decoder gets its own text.
+
+    Returns:
+        Arguments by name: token ids and mask, (B, T), and encoder states, (B, S, D), if `crossing`; B is 2.
     """
     generator = torch.Generator().manual_seed(1)
     signature = inspect.signature(model.forward).parameters
     config = model.config.get_text_config()
     try:
         words = getattr(model.get_input_embeddings(), "num_embeddings", None) or VOCABULARY
-    except NotImplementedError:  # some models hash their characters
+    except NotImplementedError:  # some models hash characters, and have no table of embeddings
         words = VOCABULARY
 
     def text(tokens: int) -> Tensor:
@@ -143,7 +153,8 @@ def text_batch(model: PreTrainedModel, *, crossing: bool = False, two: bool = Tr
     two = two and bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in signature
     ids = text(SOURCE_TOKENS if two else TOKENS)
     mask = torch.ones_like(ids)
-    mask[1, -2:] = 0  # on the right: the first tokens of a causal model would see nothing else, and so everything
+    # padding on the left would mask all keys of a causal model's first tokens, which would then attend to every key
+    mask[1, -2:] = 0
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if two:
         batch["decoder_input_ids"] = text(TOKENS)
@@ -155,7 +166,13 @@ def text_batch(model: PreTrainedModel, *, crossing: bool = False, two: bool = Tr
 
 
 def gradients(of: Tensor, at: Sequence[Tensor], direction: Tensor | None = None) -> list[Tensor | None]:
-    """Gradients of a random sum of a tensor's entries, or of one along `direction`."""
+    """Return the gradients of a weighted sum of a tensor's entries; None at tensors that the sum does not depend on.
+
+    Args:
+        of: the tensor whose entries are summed.
+        at: the tensors at which gradients are taken.
+        direction: the weights of the sum, with the shape of `of`; random numbers if None.
+    """
     if not of.requires_grad:
         return [None] * len(at)
     wanted = [tensor for tensor in at if tensor.requires_grad]
@@ -166,12 +183,12 @@ def gradients(of: Tensor, at: Sequence[Tensor], direction: Tensor | None = None)
 
 
 def random_like(tensor: Tensor) -> Tensor:
-    """The same random numbers each time, with the tensor's shape."""
+    """Return random numbers with a tensor's shape and dtype; every call returns the same numbers."""
     return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2)).to(tensor.dtype)
 
 
 def _in_a_list(base: nn.Module, path: str) -> bool:
-    """Whether a module is an item of a `ModuleList`, or inside one."""
+    """Return whether a module is an item of a `ModuleList`, or inside one."""
     names = path.split(".")
     owner = base
     for name in names:
@@ -196,7 +213,7 @@ def _entering(found: Pass, path: str) -> Callable[..., None]:
 
 
 def _leaving(found: Pass) -> Callable[..., Any]:
-    """What comes out is remembered, and a copy of it is handed on: later changes in place do not reach it."""
+    """Make a hook that records a module's output and returns a copy; in-place changes do not reach the record."""
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = found.running.pop()
@@ -216,7 +233,7 @@ _SOFTMAXES = (torch.softmax, Tensor.softmax, nn.functional.softmax)
 
 
 class _Functions(TorchFunctionMode):
-    """Sees every softmax over keys, wherever it is computed."""
+    """A mode that records every softmax over keys, in any module."""
 
     def __init__(self, found: Pass) -> None:
         super().__init__()
@@ -245,12 +262,12 @@ class _Functions(TorchFunctionMode):
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Attention function of Transformers' interface: record what was given, then attend as the model does eagerly."""
+    """Record the arguments of an attention, and compute the attention by the model's own eager function."""
     found = _WATCHED.get()
     assert found is not None
     start, before = found.tick(), len(found.attentions)
     output = _eager(module)(module, query, key, value, attention_mask, *args, **kwargs)
-    del found.attentions[before:]  # the softmax inside
+    del found.attentions[before:]  # the same attention, recorded by its softmax
     found.attentions.append(Softmax(module, None, query, key, value, output[0], True, start, found.tick()))
     return output
 
@@ -265,7 +282,7 @@ def _eager(module: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _by_probe(base: nn.Module) -> Iterator[None]:
-    """Modules of layers that have a configuration read the name of their attention function from a copy of it."""
+    """Inside the block, give modules of layers a copy of their configuration, which names the recording function."""
     before: list[tuple[Any, PreTrainedConfig]] = []
     try:
         for path, module in base.named_modules():

@@ -1,8 +1,8 @@
-"""Find an attention and its projections in a watched pass.
+"""Find attentions and their projections in a recorded pass.
 
-Which output of which module is a query, a key or a value is asked by gradients: of the queries, keys and values that
-the attention interface was given, or of the logits, where it was not: one row of the logits belongs to one query, one
-column to one key.
+Gradients show which outputs of a module are queries, keys or values. They are the gradients of the queries, keys and
+values that the attention interface got. Without the interface, they are gradients of the logits: one row of the logits
+belongs to one query, and one column to one key.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from unipelt.hosts.description import CALLED_TWICE, IN_PARTS, KEYS_REPEATED, OWN
 from unipelt.hosts.probe import Call, Softmax, gradients, random_like
 
 QUERY, KEY, VALUE = 1, 2, 4
-"""What an output of a module goes into; a sum, where it goes into several."""
+"""Uses of a module's output; their sum stands for an output with several uses."""
 
 
 @dataclass
 class FoundAttention:
-    """An attention as it was found in one layer.
+    """An attention that was found in one layer.
 
     Attributes:
-        attention: its description.
-        call: of its module.
-        softmax: what took place in it.
-        linears: its projections, by identity.
+        attention: description of the attention.
+        call: call of its module.
+        softmax: the record of its computation; the last one, if it is computed in parts.
+        linears: ids of the modules of its projections.
         crosses: whether its keys are of another text.
-        no_prefix: why no prefix can enter; "" where one can.
-        no_lora: why no low-rank term can be added; "" where one can.
-        kinds: of the modules of queries and of values, which outputs are what: place -> (O,).
+        no_prefix: the reason why no prefix can enter; empty if a prefix can.
+        no_lora: the reason why no low-rank term can be added; empty if one can.
+        kinds: place -> (O,), true for the outputs that belong to the place: `query` is for the outputs of the module of
+            queries, `key` and `value` are for those of the module of values.
     """
 
     attention: Attention
@@ -50,12 +51,12 @@ class FoundAttention:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether submodules attach to it."""
+    """Return whether a module is a projection that submodules can attach to."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def find_attentions(layer: Call, inside: Sequence[Call], softmaxes: Sequence[Softmax]) -> list[FoundAttention]:
-    """The attentions of a layer of which the projections were found, in the order of the pass."""
+    """Return the attentions of a layer for which projections were found, in the order of the pass."""
     linears = [call for call in inside if is_projection(call.module) and call.output is not None]
     found: list[FoundAttention] = []
     for softmax in softmaxes:
@@ -70,10 +71,10 @@ def _find_attention(
 ) -> FoundAttention | None:
     before = [call for call in linears if call.end < softmax.start]
     around = [call for call in inside if call.contains(softmax)]
-    # the innermost module around the softmax that has the projections inside it
+    # the attention is the innermost module around the softmax that also contains the projections
     for attention in reversed(around):
         own = [call for call in before if attention.contains(call)]
-        together = [other for other in softmaxes if attention.contains(other)]  # some attentions take place in parts
+        together = [other for other in softmaxes if attention.contains(other)]  # some attentions are computed in parts
         kinds = _kinds(own, together, attention)
         query = _reads_hidden(attention, [call for call in own if kinds[id(call)][QUERY].any()], kinds, QUERY)
         if query is None:
@@ -138,7 +139,7 @@ def _below(call: Call, owner: Call) -> str:
 
 
 def _kinds(linears: Sequence[Call], softmaxes: Sequence[Softmax], attention: Call) -> dict[int, dict[int, Tensor]]:
-    """For each call of a projection, which of its outputs go into queries, keys and values: each (O,)."""
+    """Return, by call of a projection and by use, which of its outputs go into queries, keys and values: each (O,)."""
     outputs = [call.output for call in linears if call.output is not None]
     kinds = {
         id(call): {kind: torch.zeros(output.shape[-1], dtype=torch.bool) for kind in (QUERY, KEY, VALUE)}
@@ -161,7 +162,10 @@ def _kinds(linears: Sequence[Call], softmaxes: Sequence[Softmax], attention: Cal
 
 
 def _by_scores(scores: Tensor, outputs: Sequence[Tensor], attention: Call) -> dict[int, list[Tensor | None]]:
-    """By the logits: those of one query and other keys have a gradient at that token's query and at others' keys."""
+    """Return which outputs go into queries, keys and values, each (O,), by gradients of the logits.
+
+    The logits of one token's query and the other tokens' keys have gradients at that query and at those keys alone.
+    """
     token = 4
     direction = torch.zeros_like(scores)
     direction[..., token, :] = random_like(scores[..., token, :])
@@ -177,7 +181,7 @@ def _by_scores(scores: Tensor, outputs: Sequence[Tensor], attention: Call) -> di
         others[:, token] = 0
         at_token = gradient[:, token].flatten(0, -2).ne(0).any(dim=0)
         at_others = others.flatten(0, -2).ne(0).any(dim=0)
-        if gradient.shape[1] != scores.shape[-2]:  # keys of another text
+        if gradient.shape[1] != scores.shape[-2]:  # the projection reads another text, so it computes keys
             at_token, at_others = torch.zeros_like(at_token), at_token | at_others
         rows.append(at_token)
         columns.append(at_others)
@@ -198,9 +202,10 @@ def _reached(gradient: Tensor | None) -> Tensor | None:
 def _reads_hidden(
     attention: Call, candidates: Sequence[Call], kinds: dict[int, dict[int, Tensor]], kind: int, preferred: str = ""
 ) -> tuple[str, Call] | None:
-    """Of the projections of one kind, the one that reads what the attention is given, and by which argument.
+    """Return the projection of one kind that reads an argument of the attention, after the name of that argument.
 
-    Where there are several, one that reads the argument `preferred`, or else one that computes nothing else.
+    Of several projections, one that reads the argument `preferred` comes first, then one that computes nothing else.
+    None is returned without any.
     """
     found = []
     for call in candidates:
@@ -221,14 +226,14 @@ def _reads_hidden(
 
 
 def _of_other_text(attention: Call, hidden: str, source: str) -> bool:
-    """Whether an argument of an attention is of another length than what its queries are computed from."""
+    """Return whether the argument `source` has another number of tokens than `hidden`, the source of the queries."""
     return attention.inputs[source].shape[1] != attention.inputs[hidden].shape[1]
 
 
 def _fused(
     query: Call, value: Call, kinds: dict[int, dict[int, Tensor]]
 ) -> Literal["", "qkv", "kv", "heads", "groups", "latent"]:
-    """How the module of the values computes other things too; "" where it does not."""
+    """Return the layout of the outputs of the values' module (`Attention.fused`); empty for values alone."""
     flags = kinds[id(value)]
     queries, keys, values = flags[QUERY], flags[KEY], flags[VALUE]
     if not queries.any() and not keys.any():
@@ -248,13 +253,13 @@ def _fused(
 
 
 def _runs(kinds: Tensor) -> list[tuple[int, int]]:
-    """Kind and length of each run of outputs of one kind."""
+    """Return the kind and the length of each run of outputs of one kind."""
     values, counts = torch.unique_consecutive(kinds, return_counts=True)
     return list(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _output(layer: Call, attention: Call, linears: Sequence[Call], softmax: Softmax) -> Call | None:
-    """The projection that ends the attention: the first one after the softmax that reads what came of it."""
+    """Return the projection that ends the attention: the first after the softmax whose input depends on the softmax."""
     for call in linears:
         if call.start < softmax.end or call.output is None:
             continue
@@ -273,7 +278,7 @@ def _output(layer: Call, attention: Call, linears: Sequence[Call], softmax: Soft
 
 
 def _mask(attention: Call) -> str:
-    """Name of the argument with the mask."""
+    """Return the name of the argument with the mask."""
     signature = list(inspect.signature(attention.module.forward).parameters)
     given = [name for name in attention.inputs if "mask" in name]
     named = [name for name in signature if "mask" in name]

@@ -1,7 +1,7 @@
-"""Frozen bases with quantised weights: which those are, what stands beside them, and what cannot be done with them.
+"""Frozen bases with quantised weights: how to recognise them, the dtype of submodules beside them, and their limits.
 
-No quantiser is imported here: a quantised weight is told by what it is, so that it does not matter which one made it.
-Submodules add to what a projection gives, and that is in ordinary numbers whatever its weight is kept in.
+No quantiser is imported here. The dtype and the class of a weight show whether it is quantised, so every quantiser
+works. Submodules add to the output of a projection, which is in floating point for every storage of the weight.
 """
 
 from __future__ import annotations
@@ -19,26 +19,30 @@ ORDINARY = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether a weight is kept in other numbers than it stands for: whole or 8-bit ones, or packed into several."""
+    """Return whether a weight is stored in another dtype than those of `ORDINARY`, or in a quantiser's tensor class."""
     if parameter.dtype not in ORDINARY:
         return True
-    return is_traceable_wrapper_subclass(parameter) and not hasattr(parameter, "full_tensor")  # a DTensor is a part
+    # a DTensor (it has `full_tensor`) holds a part of an ordinary weight
+    return is_traceable_wrapper_subclass(parameter) and not hasattr(parameter, "full_tensor")
 
 
 def describe_numbers(parameter: Tensor) -> str:
-    """What a parameter is kept in, in a word: `float32`, or how its quantiser calls it."""
+    """Return the storage of a parameter in one word: a dtype such as `float32`, or the quantiser's tensor class."""
     if is_quantised(parameter) and type(parameter) is not nn.Parameter:
         return type(parameter).__name__
     return str(parameter.dtype).removeprefix("torch.")
 
 
 def template_for(weight: Tensor, dtype: torch.dtype, wanted: Literal["float32", "base"] = "float32") -> Tensor:
-    """Return a tensor of the type and on the device that submodules beside a weight are made in.
+    """Return a tensor that has the dtype and the device of submodules beside a weight.
 
     Args:
-        weight: of a projection.
-        dtype: the type that the model computes in.
-        wanted: `float32` for at least float32, so that small steps are not rounded away; `base` for the model's type.
+        weight: the weight of a projection.
+        dtype: the dtype that the model computes in.
+        wanted: `float32` for at least float32, so that small steps are not rounded away; `base` for the model's dtype.
+
+    Returns:
+        The weight itself if it has that dtype, else an empty tensor, (0,).
     """
     kind = dtype if is_quantised(weight) else weight.dtype
     if wanted == "float32" and kind in (torch.float16, torch.bfloat16):
@@ -47,12 +51,12 @@ def template_for(weight: Tensor, dtype: torch.dtype, wanted: Literal["float32", 
 
 
 def find_obstacle(model: nn.Module, config: UniPELTConfig, head: Collection[str]) -> str | None:
-    """Why this cannot be done to a model with quantised weights, or None.
+    """Return the reason why a model with quantised weights cannot take a configuration; None if it can.
 
     Args:
-        model: not injected yet.
-        config: what is to be added.
-        head: names of parameters that train and are saved.
+        model: a model that is not injected yet.
+        config: the configuration of the submodules.
+        head: names of the head's parameters, which train and are saved.
     """
     for name, parameter in model.named_parameters():
         if not is_quantised(parameter):

@@ -1,4 +1,4 @@
-"""Which outputs of a fused projection are queries, keys or values."""
+"""Layouts of fused projections: the outputs that are queries, keys or values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from unipelt.submodules.outputs import OutputSlice
 
 
 def rows_of(described: Attention, place: str, outputs: int, config: PreTrainedConfig) -> OutputSlice:
-    """Which outputs of a module are the queries, the keys or the values.
+    """Return which outputs of a module are the queries, the keys or the values.
 
     Args:
-        described: the attention.
+        described: description of the attention.
         place: `query`, `key` or `value`.
-        outputs: how many the module has.
-        config: of the model; its numbers of heads say how the outputs are cut.
+        outputs: number of outputs of the module.
+        config: configuration of the model; its numbers of heads divide the outputs.
     """
     path = {"query": described.query, "value": described.value, "key": described.key or described.value}[place]
     if not described.fused or path != described.value:
@@ -37,7 +37,7 @@ def rows_of(described: Attention, place: str, outputs: int, config: PreTrainedCo
         if place == "query":
             return OutputSlice(of_keys, 0, queries)
         return OutputSlice(of_keys, queries + (order - 1) * size, size)
-    # side by side: as many heads of queries (if they are there at all), of keys and of values as the model has
+    # `qkv` and `kv`: the heads of queries (in `qkv` alone), then all heads of keys, then all heads of values
     before = heads if described.fused == "qkv" else 0
     size = outputs // (before + 2 * of_keys)
     if place == "query":
@@ -46,7 +46,7 @@ def rows_of(described: Attention, place: str, outputs: int, config: PreTrainedCo
 
 
 def key_heads(config: Any) -> int:
-    """How many heads of keys and values a model has; one in multi-query attention."""
+    """Return the number of heads of keys and values in a model: 1 in multi-query attention."""
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1
     named = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)

@@ -1,8 +1,8 @@
-"""A small random model of the same type as another: the one on which a description is probed.
+"""Small random models of the same type as a given model, for finding and checking descriptions.
 
-A configuration keeps every switch that says how a model is built, and loses its size: widths, heads, layers, experts
-and vocabulary become as small as they can be, by the names that Transformers gives them. Of the layers, one of each
-kind is kept.
+The small configuration keeps every setting that decides how a model is built. Widths and the numbers of heads, layers,
+experts and vocabulary entries become as small as possible; their settings are known by Transformers' names. One layer
+of each kind is kept, and at least two layers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 128
 FIRST_WORD = 96
-"""Ids from here on are no special tokens in a shrunk configuration."""
+"""The first token id after all special tokens of a small configuration."""
 
 MOST_PARAMETERS = 30_000_000
-"""A model that is larger than this when it is shrunk is not small."""
+"""The largest number of parameters of a small model."""
 HEADS, KEY_HEADS = 4, 2
 _SIZES: tuple[tuple[int, str], ...] = (
     (
@@ -101,32 +101,35 @@ _UNSAID = {"pad_token_id": 1, "head_dim": 8, "num_key_value_heads": HEADS, "voca
     "num_experts_per_tok": 2,
     "n_routed_experts": 4,
 }
-"""What takes the place of None."""
+"""Values that replace None."""
 _ROPE_LENGTHENED = ("llama3", "longrope", "yarn", "dynamic", "linear", "su")
 _FEWEST_LAYERS = 2
 
 
 class CannotShrink(ValueError):
-    """No small model of this type could be built."""
+    """Error for a type of which no small model can be built."""
 
 
 def small_model(model: PreTrainedModel, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """A small random model of the same class, on the CPU, the same for the same configuration.
+    """Build a small random model of the same class, on the CPU; equal configurations give equal models.
 
-    The state of PyTorch's random numbers is left as it was.
+    PyTorch's random state does not change.
 
     Args:
-        model: any size, on any device, "meta" too; only its class and its configuration are read.
-        changes: of the small configuration, by name.
+        model: a model of any size, on any device, also on `meta`; only its class and its configuration are read.
+        changes: values for the small configuration, by name.
+
+    Returns:
+        The small model, in float32 and in evaluation mode.
 
     Raises:
-        CannotShrink: the class does not build from a small configuration.
+        CannotShrink: no small model of the class can be built from the configuration.
     """
     return build_small(type(model), model.config, changes)
 
 
 def build_small(cls: Any, config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """A small random model of a class (or by an `AutoModelFor...`), see `small_model`."""
+    """Build a small random model of a class or an `AutoModelFor...`, as `small_model` does for a model."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet():
         try:
             small = small_config(config, changes)
@@ -145,13 +148,13 @@ def build_small(cls: Any, config: PreTrainedConfig, changes: Mapping[str, Any] |
             raise CannotShrink(f"a small {name} could not be built: {type(error).__name__}: {reason}") from error
         made = made.float()
         with torch.no_grad():
-            for parameter in made.parameters():  # biases and norms start at 0 and 1, where much would go unseen
+            for parameter in made.parameters():  # biases of 0 and norms of 1 would hide their effects
                 parameter.copy_(torch.nan_to_num(parameter) + 0.05 * torch.randn(parameter.shape))
     return made.eval()
 
 
 def small_config(config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """The configuration of a small model that is built as one of `config` is."""
+    """Return the configuration of a small model with the same structure as a model of `config`."""
     given = {**_shrink(config.to_dict()), **(changes or {})}
     given.pop("transformers_version", None)
     if given.get("is_encoder_decoder") and given.get("decoder_start_token_id") is None:
@@ -164,7 +167,7 @@ def small_config(config: PreTrainedConfig, changes: Mapping[str, Any] | None = N
 
 
 def sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configurations inside a configuration, at any depth."""
+    """Return the configurations inside a configuration, at any depth."""
     found = []
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
@@ -173,7 +176,7 @@ def sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def _shrink(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration, as `to_dict` gives them, of a small model."""
+    """Return the settings of a small model, from the settings of a configuration as `to_dict` returns them."""
     kept = {name: value for name, value in given.items() if not name.startswith("_") or name in SIZE}
     depth = next((value for name, value in kept.items() if name in _LAYERS and isinstance(value, int)), 0)
     chosen = _one_of_each_kind(kept, depth)
@@ -218,7 +221,10 @@ def _shrink(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_of_each_kind(given: Mapping[str, Any], depth: int) -> list[int]:
-    """The first layer of each kind, by the lists in a configuration that say something about each layer."""
+    """Return the indices of the layers to keep: the first of each kind, and at least two layers in all.
+
+    The kind of a layer follows from the lists in the configuration that have an item for each layer, or hold indices.
+    """
     fewest = min(depth, _FEWEST_LAYERS)
     kinds: dict[tuple[Any, ...], int] = {}
     for layer in range(depth):
@@ -237,7 +243,7 @@ def _one_of_each_kind(given: Mapping[str, Any], depth: int) -> list[int]:
 
 
 def _is_index_list(name: str, value: list[Any]) -> bool:
-    """Whether a list holds the numbers of layers."""
+    """Return whether a list holds the indices of layers."""
     named = name.endswith(("_idxs", "_layers", "_ids", "_indices", "layer_ids")) and not name.startswith("no_rope")
     return named and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
 
@@ -256,7 +262,7 @@ def _small_item(name: str, item: Any) -> Any:
 
 
 def _rope(given: dict[str, Any]) -> dict[str, Any]:
-    """Rotary positions of a short text: nothing is stretched; sections of a head fit a small head."""
+    """Return the settings of rotary positions for short texts and small heads, without scaling to long texts."""
     new: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, dict):
@@ -276,7 +282,7 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Transformers from warning about what a small configuration is."""
+    """Inside the block, silence all warnings, since Transformers warns about values of small configurations."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():

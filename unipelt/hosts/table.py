@@ -1,6 +1,6 @@
-"""The table of families as data: `table.json`, which `python -m unipelt.hosts.generate` writes.
+"""The table of families, `table.json`, which `python -m unipelt.hosts.generate` writes.
 
-A family is a dictionary of its fields, without those that are at their default.
+A family is stored as a dictionary of its fields, without fields at their default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TABLE = Path(__file__).with_name("table.json")
 
 
 def to_data(family: Family) -> dict[str, Any]:
-    """A family as JSON has it."""
+    """Convert a family to data for JSON."""
     data: dict[str, Any] = {"stacks": [_fields(stack) for stack in family.stacks]}
     if family.refused:
         data["refused"] = dict(family.refused)
@@ -25,7 +25,7 @@ def to_data(family: Family) -> dict[str, Any]:
 
 
 def from_data(data: Mapping[str, Any]) -> Family:
-    """The family that `to_data` wrote."""
+    """Build a family from the data that `to_data` returns."""
     stacks = []
     for given in data["stacks"]:
         cross = given.get("cross")
@@ -42,7 +42,7 @@ def from_data(data: Mapping[str, Any]) -> Family:
 
 
 def read_table() -> dict[str, Family]:
-    """Every family of the table, by `model_type`."""
+    """Read every family of the table, by `model_type`."""
     data = json.loads(TABLE.read_text(encoding="utf-8"))
     return {name: from_data(family) for name, family in data["families"].items()}
 

@@ -1,4 +1,4 @@
-"""The rows of a model's vocabulary: whether they are those of its base, and which parameters hold them."""
+"""The size of a model's vocabulary compared with that of its base, and the parameters that hold the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ _FIELDS = ("vocab_size", "decoder_vocab_size")
 
 
 def vocabulary_sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """Return the numbers of rows that a configuration names, by field."""
+    """Return the vocabulary sizes of a configuration, in rows, by field."""
     text: Any = config.get_text_config()
     found = {name: getattr(text, name, None) for name in _FIELDS}
     return {name: size for name, size in found.items() if type(size) is int}
 
 
 def base_vocabulary_sizes(config: PreTrainedConfig, name: str, **options: Any) -> dict[str, int] | None:
-    """Return the numbers of rows of a pretrained base, from its own `config.json`.
+    """Return the vocabulary sizes of a pretrained base, in rows, from its own `config.json`.
 
     Args:
-        config: of a model of the same class.
+        config: configuration of the same class as the base's.
         name: a folder, or a model on the hub.
-        options: passed on to the configuration's `from_pretrained` (`revision`, `token`, `local_files_only`, …).
+        options: arguments for the configuration's `from_pretrained` (`revision`, `token`, `local_files_only`, …).
 
     Returns:
-        None where the file is not to be had.
+        The sizes by field; None if the file cannot be read.
     """
     try:
         return vocabulary_sizes(type(config).from_pretrained(name, **options))
-    except Exception:  # no file, no network, a file of another class: nothing is known then
+    except Exception:  # no file, no network, or a file of another class
         return None
 
 
 def resized_vocabulary(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of the parameters that hold a vocabulary with more or fewer rows than that of the base.
 
-    These are the input embedding and the output head. The base is asked by its `config.json`, in its folder or in the
-    hub's cache; the hub itself is not asked. The set is empty for a base of which no file is known.
+    These are parameters of the input embedding and the output head that are not quantised. The size of the base's
+    vocabulary is read from its `config.json`, in its folder or in the hub's local cache, never over the network. The
+    set is empty if that file cannot be read.
     """
     name = model.config._name_or_path
     here = vocabulary_sizes(model.config)

@@ -1,1 +1,1 @@
-"""Attaching submodules to a host, detaching them, and the state of an injected model."""
+"""Injection of submodules into a host model, their removal, and the state of an injected model."""

@@ -1,6 +1,6 @@
-"""Build the set of each layer for the targets that were found, and put it into the layer's room.
+"""Build the set of each layer for the targets that were found, and put the set into the layer's room.
 
-Which parameters train and what a caller is told are `inject`'s.
+The file `inject.py` decides which parameters train, and has the interface for callers.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from unipelt.submodules.term import SharedParameters, Term
 
 @dataclass(frozen=True)
 class BuiltStack:
-    """What one method adds to a stack, not yet in a model.
+    """The sets that one method adds to a stack, before they are put into a model.
 
     Attributes:
-        found: the stack's targets.
-        stack: the stack's own set.
+        found: the targets in the stack.
+        stack: the set of the stack itself.
         layers: the set of each layer, by index.
     """
 
@@ -47,14 +47,20 @@ class BuiltStack:
 def build(
     model: PreTrainedModel, found: StackTargets, config: UniPELTConfig, deployed: bool, device: str | None = None
 ) -> BuiltStack:
-    """Build the sets of a stack and of its layers, and change nothing of the model.
+    """Build the sets of a stack and of its layers; the model does not change.
 
     Args:
         model: the model.
-        found: the stack's targets.
-        config: what is to be added.
-        deployed: whether prefixes have their form of after training.
-        device: where parameters are made, if not beside the projections; on `meta` they take no memory.
+        found: the targets in the stack.
+        config: configuration of the submodules.
+        deployed: whether prefixes are plain parameters, without the reparameterisation network, as after training.
+        device: device of the parameters; None for the device of the projections. On `meta` they take no memory.
+
+    Returns:
+        The sets.
+
+    Raises:
+        InjectionError: a submodule does not fit its target.
     """
     own = [layer.attention for layer in found.layers.values() if layer.attention is not None]
     cross = [layer.cross for layer in found.layers.values() if layer.cross is not None]
@@ -83,7 +89,7 @@ def build(
 
 
 def install(model: PreTrainedModel, built: BuiltStack, config: UniPELTConfig, name: str = DEFAULT) -> None:
-    """Put the sets of a stack into its rooms, under a name, and wire their hosts."""
+    """Put the sets of a stack into its rooms, under a name, and wire their host modules."""
     found = built.found
     passes = room_of(found.owner, None).passes
     room_of(found.owner, passes)[name] = built.stack.train(model.training)
@@ -97,7 +103,7 @@ def install(model: PreTrainedModel, built: BuiltStack, config: UniPELTConfig, na
 
 
 def room_of(host: Any, passes: Passes | None) -> Room:
-    """Return the room of a layer or a stack, made if it is not there."""
+    """Return the room of a layer or a stack; make the room if it does not exist."""
     if ROOM not in host._modules:
         host.add_module(ROOM, Room(passes or Passes()))
     room: Room = host._modules[ROOM]
@@ -131,7 +137,7 @@ def _fill(
     *,
     in_cross: bool,
 ) -> None:
-    """Put into a set everything that belongs to one attention and, if it is the layer's own, to what follows it."""
+    """Put into a set the submodules of one attention and, for self-attention, of the feed-forward network after it."""
     config = plan.config
     label = plan.found.cross_label if in_cross else plan.found.label
     names: list[str] = []
@@ -153,7 +159,7 @@ def _fill(
     is_low_rank = [isinstance(term, LoRA) for _, term in terms]
     first = [pair for pair, low in zip(terms, is_low_rank, strict=True) if low]
     rest = [pair for pair, low in zip(terms, is_low_rank, strict=True) if not low]
-    # low-rank terms first: the others read the same when one of these is merged into the weight
+    # low-rank terms come first, so that merging one into the weight does not change the input of the other terms
     for where, term in (*low_rank, *first, *rest):
         built.add_module(term.name, term)
         (inputs if where.place == "activation" else outputs).setdefault(where.projection.path, []).append(term.name)
@@ -207,7 +213,7 @@ def _argument(attention: nn.Module, name: str) -> ForwardArgument:
     if name in signature:
         return ForwardArgument(name, list(signature).index(name))
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
-        return ForwardArgument(name, None)  # where it is passed through, every call checks that it is there
+        return ForwardArgument(name, None)  # each call checks that the keyword argument is given
     raise InjectionError(f"the forward of {type(attention).__name__} has no argument {name!r}")
 
 
@@ -247,7 +253,7 @@ def _averages_behind_attention(layer: LayerTargets, config: UniPELTConfig) -> bo
 
 
 def _keep_whole(layer: LayerTargets) -> None:
-    """Let the feed-forward block compute a text as a whole: a gate averages over it. That changes no other number."""
+    """Switch off the chunks of the feed-forward block, because a gate averages over a text. No other value changes."""
     if getattr(layer.module, "chunk_size_feed_forward", None):
         layer.module.unipelt_chunk_size = layer.module.chunk_size_feed_forward
         layer.module.chunk_size_feed_forward = 0
@@ -257,9 +263,10 @@ def _keep_whole(layer: LayerTargets) -> None:
 
 
 def find_entry(model: PreTrainedModel, found: StackTargets) -> Any:
-    """Find what embeds a model's text, which a prompt enters: a head may pass by the base model (OPT's does).
+    """Find the module that embeds a model's text, where a prompt enters.
 
-    Raises `InjectionError` if there is none.
+    The stack's owner comes before the base model, since a head may call the stack and not the base model (OPT's does).
+    Raises `InjectionError` if neither embeds the text.
     """
     entry = next((part for part in (found.owner, model.base_model) if embeds_text(part)), None)
     if entry is None:
@@ -270,7 +277,7 @@ def find_entry(model: PreTrainedModel, found: StackTargets) -> Any:
 def build_prompt(
     model: PreTrainedModel, found: StackTargets, config: UniPELTConfig, device: str | None = None
 ) -> tuple[Any, Prompt]:
-    """Build a prompt; returns the module that it enters, and the prompt."""
+    """Build a prompt; return the module that the prompt enters, and the prompt. Raises `InjectionError`."""
     prompt, gate = config.prompt, config.gate
     assert prompt is not None
     entry = find_entry(model, found)
@@ -287,7 +294,7 @@ def build_prompt(
 def install_prompt(
     model: PreTrainedModel, found: StackTargets, entry: Any, prompt: Prompt, name: str = DEFAULT
 ) -> None:
-    """Put a prompt in front of all that the base model reads."""
+    """Put a prompt in front of every text that the base model reads."""
     room = room_of(entry, None)
     if name not in room:
         room[name] = StackSet()
@@ -295,7 +302,7 @@ def install_prompt(
     ends: list[Any] = [found.owner] if found.owner is entry else [found.owner, entry]
     put(entry, end_prompt)
     for end in ends:
-        end.unipelt_prompt = (room,)  # a reference, in a tuple, which makes no part
+        end.unipelt_prompt = (room,)  # a tuple, so that the room does not become a child of this module
         put(end, leave_prompt)
     put(entry, enter_prompt)
 

@@ -1,4 +1,4 @@
-"""Build one term for its target: its parameters, and its gate if it has one of its own."""
+"""Build one term for its target: the term's parameters, and its own gate if it has one."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ OwnTerm = TypeVar("OwnTerm", bound=Term)
 
 @dataclass(frozen=True)
 class Plan:
-    """What the sets of one stack are built from.
+    """All that is needed to build the sets of one stack.
 
     Attributes:
-        found: the stack's targets.
-        config: what is added.
-        dtype: the type that the model computes in.
-        networks: the prefix networks by name; none once deployed.
-        shared: what all terms of one submodule share, by its name.
-        device: where parameters are made, if not beside the projections.
+        found: the targets in the stack.
+        config: configuration of the submodules.
+        dtype: the dtype that the model computes in.
+        networks: the prefix networks by name; none in the deployed form.
+        shared: the parameters that all terms of one submodule share, by the submodule's name.
+        device: device of the parameters; None for the device of the projections.
     """
 
     found: StackTargets
@@ -43,17 +43,17 @@ class Plan:
     device: torch.device | str | int | None = None
 
     def like(self, projection: Projection) -> Tensor:
-        """Return a tensor of the type and on the device of the submodules at this projection."""
+        """Return a tensor that has the dtype and the device of the submodules at a projection."""
         like = template_for(projection.module.weight, self.dtype, self.config.dtype)
         device = self.device
-        if device is None and like.is_meta:  # accelerate brings the weight in for each pass
+        if device is None and like.is_meta:  # accelerate loads the weight for each pass
             hook = getattr(projection.module, "_hf_hook", None)
             device = None if hook is None else hook.execution_device or "cpu"
         return like if device is None else torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
 def build_term(target: TermTarget, plan: Plan) -> FunctionTerm:
-    """Build the term of a further submodule, or of decomposed LoRA."""
+    """Build the term of a further submodule, or of decomposed LoRA (DoRA)."""
     part, projection = target.config, target.projection
     info = TargetInfo(
         target.place,
@@ -70,7 +70,7 @@ def build_term(target: TermTarget, plan: Plan) -> FunctionTerm:
 
 
 def build_low_rank(target: TermTarget, plan: Plan) -> LoRA | FunctionTerm:
-    """Build a low-rank term that reads another input than the attention's. Raises `InjectionError`."""
+    """Build a LoRA term, except the plain ones of queries and values. Raises `InjectionError`."""
     lora, projection = target.config, target.projection
     assert isinstance(lora, LoRAConfig)
     if lora.decomposed:
@@ -93,7 +93,7 @@ def build_low_rank(target: TermTarget, plan: Plan) -> LoRA | FunctionTerm:
 def build_entry_low_rank(
     target: AttentionTargets, plan: Plan, label: str, *, in_cross: bool
 ) -> tuple[list[tuple[TermTarget, LoRA]], tuple[Rows, ...]]:
-    """Build the low-rank terms of queries and values, and the rows that they have in the attention's entry."""
+    """Build the plain low-rank terms of queries and values, and their rows in the attention's entry."""
     config = plan.config
     lora = config.lora
     if lora is None or lora.decomposed:
@@ -106,7 +106,7 @@ def build_entry_low_rank(
             continue
         _check_start(projection, lora)
         where = target.term(lora, place, projection, in_cross=in_cross)
-        # an attention to another stack reads its values from that stack's output, of which its own input says nothing
+        # cross-attention computes values from the other stack's output, so the gate of values reads that output too
         entry = _own_entry(where, plan, rows=lora.rank if fused else 0) if lora.gate and where.crosses else None
         term = LoRA(where.name, projection.rows, lora)
         like = plan.like(projection)
@@ -157,7 +157,10 @@ def _settle(term: OwnTerm, target: TermTarget, plan: Plan, entry: Entry | None) 
 
 
 def _own_entry(target: TermTarget, plan: Plan, rows: int = 0) -> Entry | None:
-    """Build the entry of a term whose gate reads what the term reads; with the rows of its first projection."""
+    """Build the entry of a term whose gate reads the term's input, with `rows` rows for the term's first projection.
+
+    Returns None for a term without a gate, or with its gate in the entry of the layer's attention.
+    """
     if not target.config.gate or (plan.config.gate.shared and not target.in_cross):
         return None
     name = f"{plan.found.cross_label if target.in_cross else plan.found.label}{target.name}"
@@ -175,7 +178,7 @@ def _blank_rows(
 
 
 def _check_start(projection: Projection, lora: LoRAConfig) -> None:
-    """Raise `InjectionError` where a low-rank term cannot start from the projection's weight."""
+    """Raise `InjectionError` if a low-rank term cannot start from the projection's weight."""
     if lora.start == "zero":
         return
     if is_quantised(projection.module.weight):

@@ -1,8 +1,8 @@
 """The prefix in an attention.
 
-`attend`, an attention function in Transformers' own registry, puts the prefix in front of the keys and values and hands
-on to the model's own attention function. An attention outside that registry (MPNet) is given a text that is longer by
-the prefix instead, the first keys and values of which become the prefix's.
+`attend` is an attention function in Transformers' registry. It puts the prefix in front of the keys and values, and
+calls the model's own attention function. An attention outside that registry (MPNet) gets a text that is longer by L
+tokens, and the prefix replaces the keys and values of the first L tokens.
 
 Shapes: B examples, H heads (of queries, or of keys and values), T queries, S keys, d head size, L prefix length.
 """
@@ -27,20 +27,24 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention over a prefix and the module's own keys, by the model's own attention function.
 
-    Where the prefix has a softmax of its own, that function is given the module's own keys alone, and attention over
-    the prefix is added. Rows of several sets are computed set by set, so prefixes of different lengths need no padding.
+    If the prefix has a softmax of its own, that function gets the module's own keys alone, and attention over the
+    prefix is added. A batch of several sets is computed set by set, so prefixes of different lengths need no padding.
 
     Args:
         module: the attention.
         query: (B, H, T, d).
         key: (B, H, S, d).
         value: (B, H, S, d).
-        attention_mask: as the model's own attention function takes it.
-        kwargs: likewise; `position_bias`, (B or 1, H, T, S), gets columns of zeros for the prefix.
+        attention_mask: the mask for the model's own attention function.
+        kwargs: further arguments of that function; `position_bias`, (B or 1, H, T, S), gets columns of zeros for the
+            prefix.
 
     Returns:
-        As the model's own attention function: output (B, T, H, d), and weights (B, H, T, L + S) or None; (B, H, T, S)
-        where the prefix has a softmax of its own; None for rows of several sets.
+        The output, (B, T, H, d), and the attention weights, (B, H, T, L + S) or None. The weights are (B, H, T, S) if
+        the prefix has a softmax of its own, and None for a batch of several sets.
+
+    Raises:
+        RuntimeError: the module was called outside of its layer.
     """
     port: Port = module.unipelt_port
     now = port.room[0].passes.current_or_recomputed()
@@ -73,7 +77,7 @@ def _attend(
     name, function = attention_function(module, module.unipelt_port.config)
     if part is None or prefix is None:
         return function(module, query, key, value, mask, **kwargs)
-    find_cache(kwargs)  # an attention function that fills a cache by itself would take the prefix for text
+    find_cache(kwargs)  # refuses an unknown cache, in which an attention function would store the prefix as text
     gate, both = _gate_of_prefix(part, prefix, now), prefix.by_head(now.facts, key.shape[1])
     if prefix.gating == "added":
         output, weights = function(module, query, key, value, mask, **kwargs)
@@ -81,8 +85,8 @@ def _attend(
     bias: Tensor | None = kwargs.get("position_bias")
     tokens = query.shape[2]
     if mask is None and name == "sdpa" and tokens > 1 and is_causal(module, kwargs):
-        # sdpa would take it for granted that keys start where queries do, and cut off what is longer (the unused
-        # end of a static cache). With a prefix in front that is no longer so, and the mask has to be said.
+        # without a mask, sdpa aligns the first key with the first query and ignores later keys (the unused end of a
+        # static cache), which is wrong with a prefix in front
         key, value = key[:, :, :tokens], value[:, :, :tokens]
         bias = None if bias is None else bias[..., :tokens]
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
@@ -101,7 +105,7 @@ def _attend(
 
 
 def _gate_of_prefix(part: SubmoduleSet, prefix: Any, now: ForwardPass) -> Tensor | None:
-    """Return the prefix's gate, (B, 1) or (B, T), or None without one."""
+    """Return the prefix's gate, (B, 1) or (B, T), or None for a prefix without a gate."""
     name = prefix.gate_name
     return now.attention(part.key).gate_for(name, False).squeeze(-1) if name else None
 
@@ -113,7 +117,7 @@ def _gate_of_prefix(part: SubmoduleSet, prefix: Any, now: ForwardPass) -> Tensor
 def lengthen_text(
     attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Put L more tokens in front of an attention's text, and the prefix on its way to the projections."""
+    """Put L zero tokens in front of an attention's text, (B, T, D), and keep the prefix for `insert_prefix`."""
     port: Port = attention.unipelt_port
     now = port.room[0].passes.current_or_recomputed()
     part = None if now is None else port.part(port.room[0].active)
@@ -152,7 +156,7 @@ def _lengthen_low(attention: AttentionPass, length: int) -> None:
 
 @hook("output")
 def insert_prefix(projection: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """Put a prefix into the first rows of a key or value projection's output, (B, L + S, W)."""
+    """Replace the first L rows of a key or value projection's output, (B, L + S, W), by the prefix."""
     port: Port = projection.unipelt_port
     now = port.room[0].passes.current()
     part = None if now is None else port.part(port.room[0].active)
@@ -164,7 +168,7 @@ def insert_prefix(projection: Any, args: tuple[Tensor, ...], out: Tensor) -> Ten
 
 @hook("output")
 def shorten_text(attention: Any, args: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Drop the prefix's rows of a lengthened text: output (B, T, D), and weights (B, H, T, L + T) or None."""
+    """Remove the prefix's rows from an attention's results: output (B, T, D), weights (B, H, T, L + T) or None."""
     port: Port = attention.unipelt_port
     now = port.room[0].passes.current()
     part = None if now is None else port.part(port.room[0].active)

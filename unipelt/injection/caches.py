@@ -1,4 +1,4 @@
-"""Caches of keys and values: their names, which of them are understood, and the prefixes that belong to one."""
+"""Caches of keys and values: their argument names, their supported form, and the prefixes that belong to a cache."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from transformers import Cache
 
 CACHE_NAMES = ("past_key_values", "cache")
-"""The names of a cache among a model's arguments, in one version of Transformers or another."""
+"""The names of a model's argument with the cache, in the supported versions of Transformers."""
 
 
 def find_cache(given: Mapping[str, Any]) -> Cache | None:
-    """Return the cache among a model's arguments.
+    """Return the cache among a model's arguments, or None.
 
     Args:
         given: the arguments, by name.
 
     Raises:
-        ValueError: it has a name, or a form, that is not known, so that its length cannot be told.
+        ValueError: the cache has an unknown name or form, so its length is unknown.
     """
     for name, value in given.items():
         if isinstance(value, Cache) and name not in CACHE_NAMES:
@@ -46,20 +46,23 @@ _PREFIXES: WeakKeyDictionary[Cache, WeakKeyDictionary[nn.Module, tuple[_State, T
 
 
 def prefixes_beside(cache: Any, network: nn.Module) -> Tensor:
-    """Return what a prefix network computes, `network()`: once for all passes that share a cache of keys and values.
+    """Return the prefixes of a network, computed once for all passes that share a cache of keys and values.
 
-    The prefixes are keys and values as those of the tokens in the cache are. They are computed anew where the cache is
-    empty, where a parameter has changed, and where gradients are on.
+    The prefixes are kept beside the cache, as the keys and values of its tokens are. They are computed again if the
+    cache is empty, if a parameter has changed, or if gradients are on.
 
     Args:
-        cache: what the stack was given as its cache, or None.
-        network: computes the prefixes from its parameters alone.
+        cache: the cache that the stack got, or None.
+        network: a module that computes the prefixes from its parameters alone.
+
+    Returns:
+        The result of `network()`: for a `PrefixNetwork`, keys and values, (attentions, 2, L, W).
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(cache, Cache):
         return network()
     length = cache.get_seq_length()
     state = _state_of(network)
-    if state is None or not isinstance(length, int):  # on the device, where reading it would wait
+    if state is None or not isinstance(length, int):  # reading a length on the device would wait for it
         return network()
     kept = _PREFIXES.setdefault(cache, WeakKeyDictionary())
     found = kept.get(network)
@@ -69,7 +72,7 @@ def prefixes_beside(cache: Any, network: nn.Module) -> Tensor:
 
 
 def _state_of(network: nn.Module) -> _State | None:
-    """Return where the parameters lie and how often they were changed; None where PyTorch does not count that."""
+    """Return the address and the version of each parameter; None for inference tensors, which have no version."""
     parameters = list(network.parameters())
     if any(parameter.is_inference() for parameter in parameters):
         return None

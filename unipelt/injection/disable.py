@@ -1,4 +1,4 @@
-"""An injected model as its base, for a while."""
+"""A context in which an injected model computes as its base."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from unipelt.submodules.room import rooms
 
 @contextmanager
 def disable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Inside the block, a model computes what its base computed before `inject`, bit for bit, heads included.
+    """Make a model compute as its base did before `inject`, inside the block: bit for bit, heads included.
 
         with unipelt.disable(model), torch.no_grad():
             reference = model(**batch).logits
 
-    Every room is left aside, and every pretrained parameter that trained, or that low-rank terms were merged into, has
-    its former value. After the block, also after an exception, the model is as it was. The block is for one thread: it
-    switches the model, and not a copy. Gradients of what trained must not be computed inside.
+    No set computes inside the block. Every pretrained parameter that trained, or that low-rank terms were merged into,
+    has its former value. After the block, also after an exception, the model is as it was before the block. Only one
+    thread may use the model, because the block changes the model itself and not a copy. Gradients of trained parameters
+    must not be computed inside.
+
+    Args:
+        model: an injected model.
+
+    Yields:
+        The same model.
 
     Raises:
-        ValueError: nothing was injected, or the base's parameters have other shapes now.
+        ValueError: the model has no injection, or a parameter of its base has another shape now.
     """
     switch: Any = getattr(model, "disable_adapter", None)
-    if switch is not None:  # a PeftModel has copies of its head, and the switch for them
+    if switch is not None:  # a PeftModel has copies of its head, and this method switches them
         with switch():
             yield model
         return

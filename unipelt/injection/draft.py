@@ -1,4 +1,4 @@
-"""The submodules of a configuration without memory: their names and shapes, before anything is changed."""
+"""The submodules of a configuration without memory: their names and shapes, before the model changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unipelt.submodules.room import DEFAULT, ROOM
 
 @dataclass(frozen=True)
 class Draft:
-    """A set on the device `meta`, and where its room would be.
+    """A set on the device `meta`, and the place of its room.
 
     Attributes:
         host: path of the layer, or of the stack's owner, from the model.
@@ -27,12 +27,12 @@ class Draft:
     added: nn.Module
 
     def name(self, inner: str) -> str:
-        """Return the name that something in the set has in the model."""
+        """Return the name in the model of a part of the set with the name `inner`."""
         return ".".join(part for part in (self.host, ROOM, DEFAULT, inner) if part)
 
 
 def draft(model: PreTrainedModel, config: UniPELTConfig, deployed: bool) -> list[Draft]:
-    """Build every set of a configuration on the device `meta`. Raises `InjectionError` as injecting does."""
+    """Build every set of a configuration on the device `meta`. Raises `InjectionError` as injection does."""
     paths = {module: path for path, module in model.named_modules()}
     found = []
     stacks = find_stacks(model, config) if config.has_submodules else []
@@ -49,7 +49,7 @@ def draft(model: PreTrainedModel, config: UniPELTConfig, deployed: bool) -> list
 
 
 def shapes(drafts: Sequence[Draft]) -> dict[str, Tensor]:
-    """Return the parameters of drafts by the names that they would have in the model."""
+    """Return the parameters of drafts, which have shapes alone, by their names in the model."""
     return dict(_named(drafts))
 
 

@@ -1,4 +1,4 @@
-"""What reentrant gradient checkpointing needs of a stack whose embeddings are frozen."""
+"""A hook for reentrant gradient checkpointing of a stack with frozen embeddings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from unipelt.submodules.forward_pass import replace_arguments
 def wake_input(
     owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Let the input of a stack require a gradient, which reentrant gradient checkpointing needs.
+    """Make the input of a stack require a gradient, as reentrant gradient checkpointing needs.
 
-    Frozen embeddings give none. A stack is given states, embeddings, or token ids that it embeds itself; Transformers
-    wakes the embedding module when checkpointing is switched on, and this hook sees the first two.
+    The output of frozen embeddings requires none. The input of a stack is hidden states, embeddings or token ids. This
+    hook handles hidden states and embeddings. For token ids, Transformers makes the embedding module's output require a
+    gradient when checkpointing is switched on.
     """
     if not _checkpoints_reentrantly(owner):
         return None
@@ -36,11 +37,11 @@ def _checkpoints_reentrantly(module: Any) -> bool:
 
 
 STATES = ("hidden_states", "inputs_embeds")
-"""What a stack calls its input, where that is not token ids."""
+"""Names of a stack's argument with hidden states or embeddings."""
 
 
 def _awake(value: Any) -> Any:
-    """The same numbers, requiring a gradient."""
+    """Return the same numbers in a tensor that requires a gradient; return other values unchanged."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
         return value
     return value.detach().requires_grad_(True)

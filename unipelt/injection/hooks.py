@@ -1,8 +1,8 @@
-"""Every hook that a host module gets, declared once: detaching and wiring read this registry.
+"""The registry of all hooks of host modules, which wiring and detaching use.
 
-A hook is a free function that reads the module it is called with, so that copies of a model stay correct. All hooks
-are put before those of the user, so that a user's hook acts alike, whether it came before or after `inject`: it sees a
-projection together with its terms, as if they were part of the weight.
+A hook is a plain function and reads all its state from the module that it is called with, so that copies of a model
+stay correct. All hooks run before those of the user. So a user's hook has the same effect whether it was registered
+before or after `inject`: it sees the output of a projection with its terms, as if the terms were part of the weight.
 
 Shapes: B examples, T tokens, I inputs, O outputs of a host.
 """
@@ -23,12 +23,12 @@ from unipelt.submodules.tokens import token_weights
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 HOOKS: dict[Callable[..., Any], str] = {}
-"""Each hook, and when it is called: `enter` (before a forward, with keywords), `input` (before a forward), `output`
-(after it), `leave` (after it, after a failure too)."""
+"""Hook -> the time of its call: `enter` (before a forward, with keyword arguments), `input` (before a forward),
+`output` (after a forward), `leave` (after a forward, also after a failure)."""
 
 
 def hook(when: str) -> Callable[[Hook], Hook]:
-    """Register a function as a hook."""
+    """Return a decorator that registers a function as a hook, called at the time `when` (see `HOOKS`)."""
 
     def register(function: Hook) -> Hook:
         HOOKS[function] = when
@@ -38,7 +38,7 @@ def hook(when: str) -> Callable[[Hook], Hook]:
 
 
 def put(host: nn.Module, function: Callable[..., Any]) -> None:
-    """Put a registered hook on a module, once, before the hooks of others."""
+    """Put a registered hook on a module, before all other hooks, unless the module already has this hook."""
     when = HOOKS[function]
     there = host._forward_pre_hooks if when in ("enter", "input") else host._forward_hooks
     if function in there.values():
@@ -52,7 +52,7 @@ def put(host: nn.Module, function: Callable[..., Any]) -> None:
 
 
 def take_off(host: nn.Module, *functions: Callable[..., Any]) -> None:
-    """Take these hooks off a module; without any, every registered one."""
+    """Remove these hooks from a module; remove every registered hook if none is named."""
     dropped = functions or tuple(HOOKS)
     for hooks in (host._forward_pre_hooks, host._forward_hooks):
         for key in [key for key, function in hooks.items() if function in dropped]:
@@ -66,7 +66,7 @@ def take_off(host: nn.Module, *functions: Callable[..., Any]) -> None:
 
 @hook("enter")
 def enter_stack(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Begin a pass of the stack: compute the prefixes of all its attentions at once."""
+    """Begin a pass of the stack, and compute the prefixes of all its attentions at once."""
     if getattr(owner, "_is_replica", False):
         raise RuntimeError(
             "torch.nn.DataParallel does not work with submodules; start one process a GPU (accelerate launch, "
@@ -94,7 +94,7 @@ def leave_stack(owner: Any, args: tuple[Any, ...], output: Any) -> None:
 def enter_layer(
     layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Begin a pass where the layer is called without its stack."""
+    """Begin a pass if the layer is called without its stack."""
     passes = layer._modules[ROOM].passes
     if passes.current() is not None:
         return None
@@ -103,7 +103,7 @@ def enter_layer(
 
 @hook("leave")
 def leave_layer(layer: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forget the values of the layer's attentions."""
+    """Drop the values of the layer's attentions; end the pass if the layer began it."""
     passes = layer._modules[ROOM].passes
     now = passes.current()
     if now is not None and now.by_layer:
@@ -117,7 +117,7 @@ def leave_layer(layer: Any, args: tuple[Any, ...], output: Any) -> None:
 
 @hook("enter")
 def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Begin the pass of an attention, and read its mask for gates that average over real tokens."""
+    """Begin the pass of an attention, and read its mask for gates that average over all tokens except padding."""
     port: Port = attention.unipelt_port
     now = port.room[0].passes.current_or_recomputed()
     if now is None:
@@ -137,7 +137,7 @@ def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> AttentionPass:
-    """Keep an attention's mask and, where gates average, the weights of its real tokens."""
+    """Keep an attention's mask and, if gates average, its token weights, (B, T), in its pass; return the pass."""
     attention = now.attention(part.key)
     attention.mask = mask
     if part.wiring.averages:
@@ -147,7 +147,7 @@ def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> At
 
 @hook("input")
 def change_input(host: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Add the terms of what a projection is given."""
+    """Add terms to the input of a projection, (B, T, I)."""
     port: Port = host.unipelt_port
     changed = _by_set(port, port.room[0].passes.current(), _add_to_input, args[0], args[0])
     return None if changed is args[0] else (changed, *args[1:])
@@ -163,11 +163,11 @@ def _add_to_input(part: SubmoduleSet, port: Port, now: ForwardPass | None, x: Te
 
 @hook("output")
 def add_terms(host: Any, args: tuple[Any, ...], out: Any) -> Any:
-    """Add the terms of what a projection, or a feed-forward network, gives."""
+    """Add terms to the output of a projection or of a feed-forward network, (B, T, O)."""
     port: Port = host.unipelt_port
     passes = port.room[0].passes
     now = passes.current_or_recomputed() if port.begins else passes.current()
-    if isinstance(out, tuple):  # a mixture of experts gives its router's logits, too
+    if isinstance(out, tuple):  # a mixture of experts also returns its router's logits
         return (_by_set(port, now, _add_to_output, args[0] if args else out[0], out[0]), *out[1:])
     return _by_set(port, now, _add_to_output, args[0] if args else out, out)
 
@@ -178,7 +178,7 @@ def _add_to_output(part: SubmoduleSet, port: Port, now: ForwardPass | None, x: T
     if now is not None:
         attention = now.attention(part.key)
         if port.begins and attention.begun_by == path:
-            # a second call of the same projection: gradient checkpointing computes a shared layer again
+            # gradient checkpointing computes a shared layer again, and so calls the same projection a second time
             attention = now.attentions[part.key] = AttentionPass()
         if path in wiring.readers and not attention.opened and modules.get("entry") is not None:
             attention.begun_by = path
@@ -193,7 +193,7 @@ def _add_to_output(part: SubmoduleSet, port: Port, now: ForwardPass | None, x: T
 
 
 def open_entry(part: SubmoduleSet, x: Tensor, attention: AttentionPass) -> None:
-    """Compute all that reads the attention's input: gates, and the gated `A x` of low-rank terms."""
+    """Compute the gates and low-rank terms' `g A x` from the attention's input x, (B, T, I); keep both in its pass."""
     attention.opened = True
     entry: Any = part._modules["entry"]
     values, further = entry(x, attention.weights if entry.averages else None)
@@ -201,7 +201,7 @@ def open_entry(part: SubmoduleSet, x: Tensor, attention: AttentionPass) -> None:
     if further is None:
         attention.note_gates(names, values)
         return
-    # one split, since each piece of a tensor costs an operation in the backward pass
+    # one split, because each slice of a tensor costs an operation in the backward pass
     behind = first + len(rows)
     before, scaling, *after = values.split(entry.gate_split, dim=-1)
     attention.note_gates(names[:first], before)
@@ -213,7 +213,7 @@ def open_entry(part: SubmoduleSet, x: Tensor, attention: AttentionPass) -> None:
 
 @hook("output")
 def adapt_norm(norm: Any, args: tuple[Tensor, ...], normed: Tensor) -> Tensor:
-    """Compute `LN(s + g * adapter(LN(s)))` behind a post-LN layer's feed-forward network (`Adapter`)."""
+    """Compute `LN(s + g * adapter(LN(s)))` after a post-LN layer's feed-forward network (`Adapter`)."""
     port: Port = norm.unipelt_port
     added = _by_set(port, port.room[0].passes.current(), _adapt, normed, args[0])
     return normed if added is args[0] else norm.forward(added)
@@ -226,17 +226,17 @@ def _adapt(part: SubmoduleSet, port: Port, now: ForwardPass | None, normed: Tens
     return adapter(normed, given, None if now is None else now.attention(part.key))
 
 
-# Sets: the active one, or those of the rows
+# Sets: the active set, or the sets of the batch's rows
 
 
 def parts_at(port: Port, now: ForwardPass) -> list[SubmoduleSet | None]:
-    """Return the set that computes at a host or, where rows belong to several, the set of each."""
+    """Return the active set at a host or, if the batch's rows belong to several sets, each of these sets."""
     rows = now.facts.rows
     return [port.part(port.room[0].active)] if rows is None else [port.part(name) for name in rows.names]
 
 
 def split_mask(mask: Any, facts: PassFacts) -> tuple[Any, ...]:
-    """Split a mask (B or 1, ...) by set, once a pass; None, and one for all rows alike, serve every set."""
+    """Split a mask (B or 1, ...) by set, once in a pass; None, or a mask with one row, is returned for every set."""
     rows = facts.rows
     assert rows is not None
     if not isinstance(mask, Tensor) or len(mask) == 1:
@@ -248,8 +248,8 @@ Compute = Callable[[SubmoduleSet, Port, ForwardPass | None, Tensor, Tensor], Ten
 
 
 def _by_set(port: Port, now: ForwardPass | None, compute: Compute, x: Tensor, y: Tensor) -> Tensor:
-    """Compute for the active set, or for every set on its own rows; rows of no set stay as they are."""
-    # a hook of the user's that gives the stack other arguments ends its pass, but not what the rows belong to
+    """Compute for the active set, or for every set on its own rows of the batch; rows without a set do not change."""
+    # a user's hook that replaces the stack's arguments ends its pass, but the rows still belong to their sets
     rows = port.room[0].passes.given_rows() if now is None else now.facts.rows
     if rows is None:
         part = port.part(port.room[0].active)

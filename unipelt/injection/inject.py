@@ -1,4 +1,4 @@
-"""Add submodules to a model by a checked configuration, and take them out again."""
+"""Add submodules to a model by a checked configuration, and remove them again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,20 @@ from unipelt.submodules.room import own_parameters, placed_terms, rooms
 def inject_as(
     model: PreTrainedModel, config: UniPELTConfig, *, deployed: bool, head: frozenset[str] | None
 ) -> PreTrainedModel:
-    """`inject`, with two things that a checkpoint knows: the prefix's form, and which parameters are the head."""
+    """Add submodules to a model as `inject` does, with two facts that a checkpoint holds.
+
+    Args:
+        model: the model, changed in place.
+        config: configuration of the submodules.
+        deployed: whether prefixes are plain parameters, without the reparameterisation network.
+        head: names of the head's parameters; None to find them by `head_names`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InjectionError: the model cannot take the submodules, and has not changed.
+    """
     if not isinstance(model, PreTrainedModel):
         raise InjectionError(f"inject takes a PreTrainedModel of transformers, not {type(model).__name__}")
     if getattr(model, "unipelt_injection", None) is not None or any(True for _ in rooms(model)):
@@ -63,11 +76,11 @@ def inject_as(
             if name in injection.required_grad and (name in trained or name in injection.head)
         }
         widen(model, widened)
-        # Transformers drops these names when it saves, and Trainer expects just them to be missing when it loads
+        # Transformers does not save these names, and Trainer expects exactly these to be missing when it loads
         kept = set(kept_names(model))
         record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
         if getattr(model, "is_quantized", False):
-            record._hf_peft_config_loaded = True  # or Trainer takes it for a quantised model that nothing was added to
+            record._hf_peft_config_loaded = True  # otherwise Trainer refuses to train a quantised model
     except BaseException:
         strip(model)
         for name, parameter in model.named_parameters():
@@ -77,11 +90,20 @@ def inject_as(
 
 
 def remove(model: PreTrainedModel) -> PreTrainedModel:
-    """Take everything out again: the model as it was before `inject`, bit for bit, in place.
+    """Remove all submodules in place, so that the model is as it was before `inject`, bit for bit.
 
-    Parameters of the model's own that trained (the head, biases, with `train_base` every weight), or that low-rank
-    terms were merged into (`unipelt.fold`), get back the values that they had. Raises `ValueError` if nothing was
-    injected, and for a task of `unipelt.Tasks`, which is deleted there.
+    Pretrained parameters that trained (the head, biases, with `train_base` every weight), or that low-rank terms were
+    merged into (`unipelt.fold`), get their former values back.
+
+    Args:
+        model: an injected model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no injection, is a task of `unipelt.Tasks` (which has `delete`), or has lost or
+            reshaped a pretrained parameter.
     """
     injection = injection_of(model)
     if injection.shares:
@@ -94,7 +116,7 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
             value = before[name]
             if value.dtype == parameter.dtype:
                 parameter.data.copy_(value)
-            else:  # it trained in float32 over a base in half precision
+            else:  # the parameter trained in float32, and its base is in half precision
                 parameter.data = value.to(parameter.device, copy=True)
         if name in injection.required_grad:
             parameter.grad = None
@@ -103,7 +125,7 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_as_it_was(model: PreTrainedModel, injection: Injection) -> None:
-    """Raise `ValueError` if the pretrained parameters are not those that submodules were added beside."""
+    """Raise `ValueError` if a pretrained parameter is missing, or has another shape than before `inject`."""
     ours = own_parameters(model).keys()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name not in ours}
     if gone := sorted(injection.required_grad.keys() - shapes.keys()):
@@ -119,9 +141,10 @@ def _check_as_it_was(model: PreTrainedModel, injection: Injection) -> None:
 
 
 def start_from_weights(model: PreTrainedModel, lora: LoRAConfig) -> None:
-    """Start low-rank terms as the principal parts of their weights (`lora.start: pissa`).
+    """Initialise low-rank terms as the principal parts of their weights (`lora.start: pissa`).
 
-    `inject_as` does not do so: a checkpoint holds the start of what is loaded.
+    `inject_as` does not call this function, because a checkpoint holds the initial values of a loaded model. Raises
+    `InjectionError` for a weight that is not finite, after the removal of all submodules.
     """
     try:
         for placed in placed_terms(model):
@@ -137,9 +160,9 @@ def start_from_weights(model: PreTrainedModel, lora: LoRAConfig) -> None:
 
 
 def check_memory(model: PreTrainedModel) -> None:
-    """Raise `InjectionError` for a parameter on the device `meta`, unless accelerate brings its numbers in.
+    """Raise `InjectionError` for a parameter on the device `meta`, unless accelerate loads its numbers for each pass.
 
-    Inside `torch.device("meta")` shapes alone are asked for, and nothing is checked.
+    Inside `torch.device("meta")` nothing is checked, because only shapes are needed there.
     """
     if torch.get_default_device().type == "meta":
         return
@@ -154,7 +177,7 @@ def check_memory(model: PreTrainedModel) -> None:
 
 
 def strip(model: nn.Module) -> None:
-    """Take out everything, and the record; the parameters' values and flags are the caller's."""
+    """Remove all submodules and the record of the injection; the caller restores parameters and `requires_grad`."""
     detach(model)
     injection: Injection | None = model.__dict__.pop("unipelt_injection", None)
     if injection is not None:
@@ -164,4 +187,4 @@ def strip(model: nn.Module) -> None:
 
 
 REPLACED = ("_keys_to_ignore_on_save", "save_pretrained", "push_to_hub", "_hf_peft_config_loaded")
-"""Attributes of the model that injecting sets (`checkpoint.bind` two of them), and removing puts back."""
+"""Attributes of the model that injection sets (`checkpoint.bind` sets two of them), and that removal restores."""

@@ -1,4 +1,4 @@
-"""Groups of an optimizer: a learning rate for each part of a method, and weight decay for matrices alone."""
+"""Parameter groups for an optimizer: a learning rate for each part of a method, and weight decay for matrices alone."""
 
 from __future__ import annotations
 
@@ -25,31 +25,33 @@ def parameter_groups(
     lora_b: float | None = None,
     **rates: float,
 ) -> list[dict[str, Any]]:
-    """Return an optimizer's groups of all that trains, with a learning rate for each part.
+    """Return an optimizer's groups of all parameters that train, with a learning rate for each part.
 
         groups = unipelt.parameter_groups(model, lr=1e-3, weight_decay=0.01, prefix=1e-2, head=1e-3)
         optimizer = torch.optim.AdamW(groups)
 
-    Weight decay reaches the matrices of every submodule, of gates and of the head alike; no bias, and nothing with one
-    dimension (norms, learned factors).
+    Weight decay applies to the matrices of every submodule, of gates and of the head. It applies to no bias, and to no
+    other parameter with one dimension (norms, learned factors).
 
-    Where a gate has another rate than the rows that share its product, the entry that holds both keeps them as two
-    parameters from then on. The names in checkpoints stay as they are.
+    If a gate has another learning rate than the rows that share its matrix product, the entry that holds both keeps
+    them as two parameters from then on. The names in checkpoints do not change.
 
     Args:
         model: an injected model.
-        lr: the rate of every part that has none of its own.
-        weight_decay: the decay of matrices.
-        gate: the rate of all gates.
-        head: the rate of the head.
-        lora_b: the rate of LoRA's B, which LoRA+ (Hayou et al., 2024) sets to about 16 times that of A.
-        rates: by submodule: `adapter`, `prefix`, `lora`, `prompt`, `ia3`, …
+        lr: learning rate of every part without a learning rate of its own.
+        weight_decay: weight decay of matrices.
+        gate: learning rate of all gates; None for `lr`.
+        head: learning rate of the head; None for `lr`.
+        lora_b: learning rate of LoRA's B, which LoRA+ (Hayou et al., 2024) sets to about 16 times that of A; None for
+            the learning rate of LoRA.
+        rates: learning rates by submodule: `adapter`, `prefix`, `lora`, `prompt`, `ia3`, …
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and `name` (the part).
 
     Raises:
-        ValueError: nothing was injected, a rate is not a positive number, or the model has no such part.
+        ValueError: the model has no injection or no such part, a learning rate is not a positive number, or the weight
+            decay is below 0.
     """
     model = host_of(model)
     injection = injection_inside(model)
@@ -77,7 +79,7 @@ def parameter_groups(
 
 
 def print_trainable_parameters(model: PreTrainedModel) -> None:
-    """Print how many parameters train, in PEFT's words."""
+    """Print the number of parameters that train, the number of all, and their ratio in percent, in PEFT's format."""
     injection_inside(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -98,10 +100,10 @@ def _trained(
     lora_b: float | None,
     rates: dict[str, float],
 ) -> Iterator[tuple[str, nn.Parameter, str, float]]:
-    """Yield each parameter that trains: its name, itself, the part that it belongs to, and its rate."""
+    """Yield each parameter that trains: its name, the parameter, the part that it belongs to, and its learning rate."""
     owners: dict[int, tuple[str, str]] = {}
     for own in own_parts(model):
-        # in an entry that is whole, the rates are one: the rows give the part its name
+        # a gate and rows in one parameter have one learning rate, and the part is named after the rows
         if own.part.kind != "gate" or id(own.parameter) not in owners:
             owners[id(own.parameter)] = (own.part.kind, own.part.name)
     for name, parameter in model.named_parameters():

@@ -1,6 +1,6 @@
-"""Which parameters are ours, which are the head, which train; and how many there are.
+"""The parameters of submodules, those of the head, those that train, and the numbers of all these.
 
-Our parameters are those in rooms, never found by a part of a name.
+The parameters of submodules are those in rooms; no part of a name is used to find them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from unipelt.submodules.room import own_parameters, own_parts, rooms
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters; `unipelt.parameter_counts` makes it.
+    """Numbers of parameters, as `unipelt.parameter_counts` returns them.
 
     Attributes:
-        trained: what the method trains, the head apart (as the paper's Table 4 counts).
-        deployed: what remains after training: the reparameterisation network becomes plain prefixes, and what LoRA
-            started at (`LoRAConfig.start`) counts too.
-        head: what trains of the head, parts of the base that its checkpoint did not hold included.
-        base: the pretrained model, without head and without submodules.
-        submodules: trained, by submodule (`adapter`, `prefix`, `lora`, …, `bitfit`, `base`), gates apart.
-        deployed_submodules: the same, after training.
-        gates: by gate (`adapter`, `prefix`, `lora_query`, `prompt`, …), over all layers; `network` is of those in
-            front of gates.
+        trained: parameters that the method trains, without the head (as in the paper's Table 4).
+        deployed: parameters that remain after training: plain prefixes replace the reparameterisation network, and the
+            initial values of LoRA (`LoRAConfig.start`) count too.
+        head: parameters of the head that train, with the parts of the base that its checkpoint did not hold.
+        base: parameters of the pretrained model, without head and without submodules.
+        submodules: parameters that train, by submodule (`adapter`, `prefix`, `lora`, …, `bitfit`, `base`), without
+            gates.
+        deployed_submodules: parameters that remain after training, by submodule, without gates.
+        gates: parameters by gate (`adapter`, `prefix`, `lora_query`, `prompt`, …), over all layers; `network` counts
+            the networks in front of gates.
     """
 
     trained: int
@@ -68,18 +69,18 @@ _WITHOUT_TASK = (
     transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
     transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
-"""Classes, by configuration, that are pretrained as a whole."""
+"""Model classes, by configuration, that are pretrained as a whole."""
 
 
 def head_names(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the parameters of the task's head, and of parts of the base that its checkpoint did not hold.
+    """Return the names of the parameters of the task's head, and of parts of the base that its checkpoint did not hold.
 
-    The head is what is outside the base model. The head of a language model was pretrained with the base, and its
-    weight is often the embeddings' own, so it is no head here.
+    The head is all parameters outside the base model. The output head of a language model is not counted: it was
+    pretrained with the base, and often shares the weight of the embeddings.
 
-    Transformers marks every parameter that it loads; in a model of which some are marked, an unmarked one started
-    at random (a pooler, say). Embeddings are left out, and so is the output head of a resized vocabulary: resizing
-    makes a new parameter of old rows.
+    Transformers marks every parameter that it loads. If some parameters of a model have the mark, those without it
+    started at random (for example a pooler). Embeddings and the output head of a resized vocabulary are left out,
+    because resizing makes a new parameter from old rows.
     """
     outside = _outside_base(model)
     resized = resized_vocabulary(model)
@@ -96,7 +97,10 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _quantised_afterwards(model: nn.Module, loaded: set[int]) -> set[int]:
-    """Identities of weights that lost their marks by being quantised; what else their module has still tells."""
+    """Return the ids of loaded weights that lost their mark by quantisation.
+
+    A quantised weight counts as loaded if all parameters of its module that are not quantised have the mark.
+    """
     return {
         id(parameter)
         for module in model.modules()
@@ -107,7 +111,7 @@ def _quantised_afterwards(model: nn.Module, loaded: set[int]) -> set[int]:
 
 
 def _outside_base(model: PreTrainedModel) -> set[int]:
-    """Identities of the parameters of a task's head."""
+    """Return the ids of the parameters of a task's head."""
     kind, base = type(model.config), model.base_model
     known: tuple[Any, ...] = tuple(mapping[kind] for mapping in _WITHOUT_TASK if kind in mapping)
     if isinstance(model, known):
@@ -115,7 +119,7 @@ def _outside_base(model: PreTrainedModel) -> set[int]:
     if base is not model:
         inside = list(base.parameters())
     elif model.config.model_type in FAMILIES:
-        # a few classes hold the parts of their base themselves, beside the head
+        # a few classes have no separate base model, and hold its parts beside the head
         parts = {stack.layers.partition(".")[0] for stack in FAMILIES[model.config.model_type].stacks}
         inside = [parameter for part in parts for parameter in getattr(model, part, nn.Module()).parameters()]
         inside += model.get_input_embeddings().parameters()
@@ -128,12 +132,12 @@ def _outside_base(model: PreTrainedModel) -> set[int]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of it (a `DTensor`)."""
+    """Return whether this process holds only a part of a tensor (a `DTensor`)."""
     return hasattr(tensor, "full_tensor")
 
 
 def bias_names(model: nn.Module) -> frozenset[str]:
-    """Names of the model's own biases: what BitFit trains."""
+    """Return the names of the model's own biases, which BitFit trains."""
     ours = own_parameters(model).keys()
     return frozenset(
         name
@@ -143,7 +147,7 @@ def bias_names(model: nn.Module) -> frozenset[str]:
 
 
 def set_trainable(model: PreTrainedModel, injection: Injection) -> None:
-    """Let train what the configuration says and freeze the rest."""
+    """Let the parameters train that the configuration chooses, and freeze all others."""
     config = injection.config
     ours = own_parameters(model).keys()
     frozen = {own.full_name for own in own_parts(model) if own.part.frozen}
@@ -159,10 +163,10 @@ def set_trainable(model: PreTrainedModel, injection: Injection) -> None:
 
 
 def kept_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that a checkpoint holds: ours, the head, and whatever else trains.
+    """Return the names of the parameters that a checkpoint holds: submodules, the head, and all others that train.
 
-    The head is kept even when it is frozen: the base's checkpoint does not hold it. The same is true of a vocabulary
-    of another size.
+    A frozen head is kept too, because the base's checkpoint does not hold the head. For the same reason, a vocabulary
+    of another size is kept.
     """
     injection = injection_inside(model)
     ours = own_parameters(model).keys()
@@ -178,7 +182,7 @@ def kept_names(model: nn.Module) -> list[str]:
 
 
 def unfrozen_names(model: nn.Module) -> set[str]:
-    """Names of pretrained parameters that train although the configuration does not say so: the caller's wish."""
+    """Return the names of pretrained parameters that train by the caller's choice, and not by the configuration."""
     injection = injection_inside(model)
     ours = own_parameters(model).keys()
     known = {*ours, *injection.vocabulary, *(injection.originals.keys() - injection.unfrozen)}
@@ -188,7 +192,7 @@ def unfrozen_names(model: nn.Module) -> set[str]:
 def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
     """Count an injected model's parameters, trained and deployed. Raises `ValueError` if nothing was injected.
 
-    In a folded model nothing trains, and what is deployed is what is left beside the base.
+    In a folded model no parameter trains, and `deployed` counts the parameters that remain beside the base.
     """
     model = host_of(model)
     injection = injection_inside(model)

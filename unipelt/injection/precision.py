@@ -1,4 +1,4 @@
-"""Parts of a model in half precision that train: they do so in float32, where small steps are not rounded away."""
+"""Training of parts of a half-precision model in float32, where small steps are not rounded away."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def widen(model: nn.Module, names: Collection[str]) -> None:
-    """Make the modules that hold these parameters float32, if they are in half precision.
+    """Convert the modules that hold these parameters from half precision to float32.
 
-    Their input is converted on its way in, and their output stays float32: they are heads, and nothing of the base
-    follows.
+    A hook converts the input of such a module. Its output stays float32, because these modules are heads, and no part
+    of the base follows a head.
     """
     for path, module in model.named_modules():
         own = {f"{path}.{name}" if path else name: parameter for name, parameter in module._parameters.items()}
@@ -32,6 +32,6 @@ def widen(model: nn.Module, names: Collection[str]) -> None:
 
 @hook("input")
 def widen_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Convert what a module is given to the type of its parameters."""
+    """Convert the floating-point inputs of a module to the dtype of its parameters."""
     kind = next(parameter.dtype for parameter in module._parameters.values() if parameter is not None)
     return tuple(value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value for value in args)

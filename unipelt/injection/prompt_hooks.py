@@ -1,4 +1,4 @@
-"""The prompt before a model's text: where it enters and where it is cut off again.
+"""The prompt before a model's text: hooks that add the prompt, and hooks that remove its states from the output.
 
 Shapes: B examples, T tokens of the text, L vectors of the prompt, E width of an embedding, D hidden size.
 """
@@ -22,7 +22,10 @@ from unipelt.submodules.room import ROOM, Room
 def enter_prompt(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Put the prompt before the embedded text; where a cache holds the prompt, count its length alone."""
+    """Put the prompt before the embedded text, (B, T, E) to (B, L + T, E), unless a cache already holds the prompt.
+
+    Mask and positions count the prompt in both cases. Raises `ValueError` for a cache or a mask that does not fit.
+    """
     room: Room = model._modules[ROOM]
     held = room.present(room.active)
     prompt: Prompt | None = None if held is None else held._modules.get("prompt")
@@ -57,7 +60,7 @@ def enter_prompt(
         given |= {"input_ids": None, "inputs_embeds": longer}
         if given.get("token_type_ids") is not None:
             given["token_type_ids"] = nn.functional.pad(given["token_type_ids"], (length, 0))
-        if given.get("seq_len") is not None:  # ModernBERT's heads count the text before Transformers 5.1
+        if given.get("seq_len") is not None:  # before Transformers 5.1, ModernBERT's heads pass the text's length
             given["seq_len"] = given["seq_len"] + length
         tokens = longer.shape[1]
     held_arguments = prompt.passes.enter(PassFacts(), replace_arguments(args, ()))
@@ -69,7 +72,7 @@ def enter_prompt(
 
 @hook("output")
 def leave_prompt(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """Return the states of the text alone, from the module that embeds the text and from the stack's owner."""
+    """Remove the prompt's states from the output of the module that embeds the text, and of the stack's owner."""
     room: Room = module.unipelt_prompt[0]
     held = room.present(room.active)
     prompt: Prompt | None = None if held is None else held._modules.get("prompt")
@@ -92,7 +95,7 @@ def end_prompt(model: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _shifted(positions: Tensor, length: int, begun: bool) -> Tensor:
-    """Return positions of a text, (..., T), behind a prompt: (..., T), or (..., L + T) with the prompt's own."""
+    """Shift the positions of a text, (..., T), by L: (..., T), or (..., L + T) with the prompt's positions in front."""
     if begun:
         return positions + length
     own = torch.arange(length, device=positions.device, dtype=positions.dtype)
@@ -100,7 +103,7 @@ def _shifted(positions: Tensor, length: int, begun: bool) -> Tensor:
 
 
 def _cut(output: Any, tokens: int, length: int) -> Any:
-    """Drop the first rows of all states (B, tokens, D) in an output; attention weights stay whole."""
+    """Remove the first `length` rows of all states (B, tokens, D) in an output; attention weights do not change."""
     if isinstance(output, Tensor):
         return output[:, length:] if output.dim() == 3 and output.shape[1] == tokens else output
     if isinstance(output, ModelOutput):

@@ -1,4 +1,4 @@
-"""The state of an injected model: what was added, and what is needed to take it out again."""
+"""The state of an injected model: the submodules that were added, and all values that their removal restores."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from unipelt.config.methods import UniPELTConfig
 
 @dataclass(frozen=True)
 class Folded:
-    """What `unipelt.fold` did to an injected model.
+    """The changes that `unipelt.fold` made to an injected model.
 
     Attributes:
-        constants: path of a `Gates` module -> name of a gate -> the constant that it became; None where the gate was
-            closed and its submodule dropped.
-        tensors: what a checkpoint holds that folding changed or took away, as it was before, on the CPU.
-        weights: the pretrained weights that low-rank terms were merged into, by name, as they were before, on the CPU.
-        unfrozen: what `unfrozen_names` gave before everything was frozen.
+        constants: path of a `Gates` module -> name of a gate -> the constant that the gate became; None if the gate was
+            closed and its submodule was removed.
+        tensors: former values of a checkpoint's tensors that folding changed or removed, by name, on the CPU.
+        weights: former values of the pretrained weights that low-rank terms were merged into, by name, on the CPU.
+        unfrozen: the result of `unfrozen_names` before all parameters were frozen.
     """
 
     constants: Mapping[str, Mapping[str, float | None]]
@@ -31,21 +31,21 @@ class Folded:
 
 @dataclass
 class Injection:
-    """What `unipelt.inject` did to a model, kept on it as `model.unipelt_injection`.
+    """The changes that `unipelt.inject` made to a model, which keeps this record as `model.unipelt_injection`.
 
     Attributes:
-        config: what was added.
+        config: configuration of the submodules that were added.
         deployed: whether prefixes are plain parameters, without the reparameterisation network.
         head: names of the head's parameters, and of the parts of the base that its checkpoint did not hold.
-        required_grad: `requires_grad` of every parameter before.
-        replaced: attributes of the model itself that injection overwrote.
-        originals: what pretrained parameters that train were before, on the CPU.
-        folded: what folding did; None before.
+        required_grad: `requires_grad` of every parameter before injection, by name.
+        replaced: former values of the model's attributes that injection overwrote, by name.
+        originals: former values of the head, and of pretrained parameters that train, by name, on the CPU.
+        folded: the changes by folding; None for a model that is not folded.
         unfrozen: names of pretrained parameters that a loaded checkpoint holds although the configuration trains none
-            of them: the wish of who trained it.
-        vocabulary: names of the parameters that hold a vocabulary of another size than the base's; they are kept with
-            what was trained.
-        shares: whether its base is other models' too (`unipelt.Tasks`).
+            of them, because the user who trained the checkpoint let them train.
+        vocabulary: names of the parameters that hold a vocabulary of another size than the base's; a checkpoint holds
+            them too.
+        shares: whether the model shares its base with other models (`unipelt.Tasks`).
     """
 
     config: UniPELTConfig
@@ -61,7 +61,7 @@ class Injection:
 
     @property
     def before(self) -> dict[str, Tensor]:
-        """What every pretrained parameter that training or folding changed was before, on the CPU, by name."""
+        """The former values of all pretrained parameters that training or folding changed, by name, on the CPU."""
         return {**(self.folded.weights if self.folded else {}), **self.originals}
 
 
@@ -72,12 +72,12 @@ def host_of(model: Any) -> Any:
 
 
 def is_injected(model: nn.Module) -> bool:
-    """Return whether a model carries what `unipelt.inject` adds."""
+    """Return whether a model carries submodules of `unipelt.inject`."""
     return getattr(model, "unipelt_injection", None) is not None
 
 
 def injection_of(model: nn.Module) -> Injection:
-    """The record of the injection into `model`. Raises `ValueError` if there is none, or if PEFT holds the model."""
+    """Return the record of the injection into a model. Raises `ValueError` without one, or if PEFT holds the model."""
     injection = injection_inside(model)
     if hasattr(model, "get_base_model") or "peft_config" in vars(model):
         raise ValueError(
@@ -87,7 +87,7 @@ def injection_of(model: nn.Module) -> Injection:
 
 
 def injection_inside(model: nn.Module) -> Injection:
-    """The same, also of a model whose sets PEFT holds, for what works on either."""
+    """Return the record of the injection into a model, also if PEFT holds its sets. Raises `ValueError` without one."""
     injection = getattr(model, "unipelt_injection", None)
     if injection is None:
         raise ValueError(f"this {type(model).__name__} carries no submodules; call unipelt.inject(model, ...) first")

@@ -1,4 +1,4 @@
-"""Connect hosts with the rooms that serve them: a port and hooks on each host, and nothing else."""
+"""Connect host modules with the rooms that serve them, by a port and hooks on each host and nothing else."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from unipelt.injection.hooks import (
 from unipelt.submodules.room import ROOM, Port, SubmoduleSet, rooms
 
 NAMES = (ROOM, "unipelt_port", "unipelt_layer", "unipelt_prompt", "unipelt_chunk_size")
-"""What modules of the model are given, by name; detaching takes all of it away."""
+"""Names of the attributes that modules of the model get; `detach` removes all of them."""
 
 
 def check_names(model: nn.Module) -> None:
-    """Raise `InjectionError` if a module has something of its own under one of our names."""
+    """Raise `InjectionError` if a module already has an attribute with a name of `NAMES`."""
     for path, module in model.named_modules():
         for name in NAMES:
             if hasattr(module, name):
@@ -37,15 +37,15 @@ def check_names(model: nn.Module) -> None:
 
 
 def wire_stack(owner: Any, layer: nn.Module) -> None:
-    """Let a stack begin and end its passes."""
+    """Put the hooks on a stack that begin and end its passes, and the hook for gradient checkpointing."""
     put(owner, leave_stack)
     put(owner, enter_stack)
-    owner.unipelt_layer = (layer,)  # a reference, in a tuple, which makes no part
+    owner.unipelt_layer = (layer,)  # a tuple, so that the layer does not become a child of this module
     put(owner, wake_input)
 
 
 def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
-    """Give every host of a set its port and its hooks."""
+    """Give every host module of a set its port and its hooks."""
     room: Any = layer._modules[ROOM]
     for cross, part in enumerate(added.attentions()):
         wiring = part.wiring
@@ -86,7 +86,7 @@ def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
 
 
 def rewire_layer(layer: nn.Module) -> None:
-    """Give the hosts of a layer no more than its sets still need."""
+    """Replace the ports and hooks in a layer by those that its sets still need."""
     room: Any = layer._modules[ROOM]
     ours = set(room.modules())
     for module in layer.modules():
@@ -97,7 +97,7 @@ def rewire_layer(layer: nn.Module) -> None:
 
 
 def rewire_stacks(model: nn.Module) -> None:
-    """Let stacks without anything left in their layers begin no more passes."""
+    """Remove the hooks for passes from stacks whose layers have no prefix and no term left."""
     found = list(rooms(model))
     sets = [(room, part) for _, room in found for part in room._modules.values() if isinstance(part, SubmoduleSet)]
     used = {room.passes for room, built in sets for part in built.attentions() if part.prefix is not None or part.terms}
@@ -107,13 +107,13 @@ def rewire_stacks(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach` wherever it got to; the parameters' values and flags are the caller's."""
+    """Remove all rooms, ports and hooks, also after a failed injection; the caller restores the parameters."""
     for module in list(model.modules()):
         _unwire(module)
 
 
 def _release(module: Any) -> None:
-    """Take off a host's hooks, and its port."""
+    """Remove a host module's hooks and port, and restore its configuration."""
     take_off(module)
     port: Port | None = module.__dict__.pop("unipelt_port", None)
     if port is not None and port.config is not None:
@@ -121,7 +121,7 @@ def _release(module: Any) -> None:
 
 
 def _unwire(module: Any) -> None:
-    """Take off whatever a host was given, and give back what it had."""
+    """Remove all that was added to a module, and restore its former attributes."""
     _release(module)
     for name in ("unipelt_layer", "unipelt_prompt"):
         module.__dict__.pop(name, None)
