@@ -298,7 +298,7 @@ def _scale(values: Mapping[str, Any], path: str, rank: int) -> float:
 def _apart(
     path: str, low: Tensor, high: Tensor, touched: Tensor, own: Mapping[str, Projection]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the terms of one module by name, as pairs of A (r, I) and B (outputs of the term, r), without unused ranks.
+    """Return the terms of one module by name, without unused ranks: A (r, I) and B (outputs of the term, r).
 
     `touched`, (O,), marks the rows that the module's pair changes.
     """
@@ -311,7 +311,7 @@ def _apart(
             "does not go"
         )
     shares = {name: outputs_of(high, projection.rows).flatten(0, 1) for name, projection in own.items()}
-    if len(own) > 1:  # in a fused projection, unchanged queries, keys or values get none
+    if len(own) > 1:  # fused projection: unchanged parts get no term
         there = {name: share for name, share in shares.items() if own_rows(touched, own[name].rows).any()}
         shares = there or dict([next(iter(shares.items()))])
     # `save_peft` gives each term of a module separate ranks

@@ -233,8 +233,8 @@ class UniPELTModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Return a parameter's name in a file, without the name of the set.
 
-        `…layer.3.unipelt.default.up.weight` becomes `…layer.3.unipelt.up.weight`.
-        PEFT and Transformers both insert the name of a set after the prefix when they load.
+        `…layer.3.unipelt.default.up.weight` becomes `…layer.3.unipelt.up.weight`. PEFT and Transformers both insert the
+        name of a set after the prefix when they load.
         """
         inside = re.sub(rf"(^|\.){ROOM}\.{re.escape(adapter_name)}\.", rf"\1{ROOM}.", key, count=1)
         if inside != key or key.startswith(f"{ROOM}.") or f".{ROOM}." in key:
