@@ -115,7 +115,7 @@ def from_pretrained(
             name `user/name` of a repository that `push_to_hub` made. Only the manifest and the weights are read from
             the hub.
         revision: a branch, a tag or a commit of a checkpoint on the hub; by default `main`.
-        base: the location of the base model, if the checkpoint's location is not right. It must be the same base.
+        base: the location of the base model, if it differs from that in the checkpoint. It must be the same base.
         base_revision: the revision of a base on the hub; by default the commit of the training.
         token: the token of the hub; by default that of the environment or of the last login.
         cache_dir: the folder for files of the hub; by default the hub's own cache.

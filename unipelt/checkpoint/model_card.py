@@ -202,7 +202,7 @@ def _scores(result: Mapping[str, Any]) -> list[str]:
 
 
 def _floor(result: Mapping[str, Any]) -> str:
-    """Return a sentence with the score of a constant answer, without a model; empty if there is no such score."""
+    """Return a sentence with the score of predictions without a model; empty if there is no such score."""
     found = floor(result)
     if found.score is None:
         return ""

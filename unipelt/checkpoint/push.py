@@ -72,8 +72,8 @@ def push_to_hub(
         name: the name of the repository, `user/name`; created if it does not exist.
         deploy: fold the prefix's reparameterisation network away, as `save` does. The logits are the same and the file
             is much smaller. Use False if others are to continue the same training.
-        base: the name on the hub of the base model, if it was loaded from a local folder. The fingerprint of its
-            weights is uploaded too, so that loading with another base raises an error.
+        base: the name on the hub of the base model, if it was loaded from a local folder. The fingerprint of the
+            base's weights is uploaded too, so that loading with another base raises an error.
         base_revision: a branch, a tag or a commit of the base; by default the commit that was loaded from `main`. Give
             it if another branch was loaded, or if `base` is given and may change.
         tokenizer: a tokenizer to upload too; without one, `load_tokenizer` loads the tokenizer of the base.

@@ -65,9 +65,9 @@ logger = logging.get_logger(__name__)
 def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """Inject the LoRA, DoRA, (IA)3 or prompt of a folder that PEFT or `save_peft` wrote, in place.
 
-    The modules of the folder must be projections of some layers, the same projections in each of these layers. `alpha /
-    r`, rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and fused
-    projections give the same product up to rounding. Any other field that changes the output raises an error.
+    The modules of the folder must be projections of some layers, the same projections in each of these layers. Scales
+    `alpha / r`, rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and
+    fused projections give the same product up to rounding. Any other field that changes the output raises an error.
     `lora_dropout` is kept for further training.
 
     Args:
