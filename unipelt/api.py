@@ -1,4 +1,4 @@
-"""Put submodules into a pretrained model and take them out again: select, attach, count, freeze."""
+"""Inject submodules into a pretrained model."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from unipelt.injection.inject import check_memory, inject_as, start_from_weights
 def inject(
     model: PreTrainedModel, config: str | Path | Mapping[str, Any] | UniPELTConfig = "unipelt-apl"
 ) -> PreTrainedModel:
-    """Add gated Adapter, Prefix and LoRA modules to a pretrained model, in place, and freeze what does not train.
+    """Add gated Adapter, Prefix and LoRA modules to a pretrained model, in place, and set which parameters train.
 
     The model stays the same `PreTrainedModel`: its own parameters keep their names, and `Trainer`, pipelines,
-    accelerate and `copy.deepcopy` work as before. `model.save_pretrained` then writes what `unipelt.save` writes, and
-    `model.push_to_hub` uploads what `unipelt.push_to_hub` uploads.
+    accelerate and `copy.deepcopy` work as before. `model.save_pretrained` then writes the checkpoint of `unipelt.save`,
+    and `model.push_to_hub` uploads the files of `unipelt.push_to_hub`.
 
     Args:
-        model: a model of Transformers, or of your own (`unipelt.register_family`), with or without a head. A part
-            that its checkpoint did not hold (a pooler that starts at random) trains with the head; the head of a
-            language model, tied to its embeddings or not, belongs to what was pretrained and is frozen.
+        model: a model of Transformers, or of your own (`unipelt.register_family`), with or without a head. A part that
+            its checkpoint did not hold (a pooler with random initial values) trains with the head. The head of a
+            language model, tied to its embeddings or not, is pretrained and is frozen.
         config: a preset's name (`unipelt.PRESETS`), a `UniPELTConfig`, a dict, or a path to JSON or YAML.
 
     Returns:
-        The same model.
+        The same model. The parameters that do not train are frozen.
 
     Raises:
-        ConfigError: the configuration cannot be meant.
-        InjectionError: the model carries submodules already, is of an architecture that is not described, or cannot
-            take one of them; the message says why.
+        ConfigError: the configuration is not valid.
+        InjectionError: the model carries submodules already, has an architecture without a description, or cannot take
+            one of the submodules; the message gives the reason.
     """
     resolved = resolve(config)
     if isinstance(model, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562), so that importing it takes no time."""
+"""Import names of a package on first access (PEP 562), so that importing the package is fast."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make a package's `__getattr__` and `__dir__`.
+    """Return a package's `__getattr__` and `__dir__`.
 
     Args:
-        package: its `__name__`.
-        modules: by name, the module of this package that defines it.
+        package: the package's `__name__`.
+        modules: by name, the module of the package that defines the name.
     """
 
     def get(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(modules[name]), name)
-        setattr(sys.modules[package], name, value)  # the next time nobody asks
+        setattr(sys.modules[package], name, value)  # so that `get` runs once for each name
         return value
 
     def names() -> list[str]:

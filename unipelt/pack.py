@@ -1,9 +1,11 @@
-"""Many replicas of one injected model, trained at once.
+"""Train many replicas of one injected model at once.
 
-The frozen base is the same for all, so it sees one batch of all replicas' examples; what trains is stacked, a row a
-replica, and the model's own forward is mapped over the rows (`torch.vmap`). So every method can be packed.
+All replicas have the same frozen base, so the base computes one batch of all replicas' examples. The trained parameters
+are stacked, one row for each replica, and the model's own `forward` is mapped over the rows (`torch.vmap`). So every
+method can be packed.
 
-Shapes: R replicas, B examples of each, T tokens, C outputs of the head, N numbers that a replica keeps.
+Shapes: R replicas, B examples of each replica, T tokens, C outputs of the head, N numbers that a replica keeps, H
+attention heads, d head size.
 """
 
 from __future__ import annotations
@@ -24,34 +26,34 @@ from unipelt.hosts.families import FAMILIES
 from unipelt.injection.parameters import kept_names
 from unipelt.injection.state import injection_of
 
-_ALIGNMENT = 64  # numbers; kernels read vectors, and a parameter may start anywhere in its row
-_PROBE = 0.05  # how far the replicas of the probe are from each other
-_TOLERANCE = 1e-4  # of the probe's largest logit: masks read wrongly give far more, other kernels far less
+_ALIGNMENT = 64  # in numbers; kernels read vectors, so parameters start at multiples of this in a row
+_PROBE = 0.05  # standard deviation of the differences between the probe's replicas
+_TOLERANCE = 1e-4  # relative to the probe's largest logit; a wrong mask gives far more, another kernel far less
 
 
 class PackError(ValueError):
-    """A model that cannot be packed, or a replica that does not belong to it; nothing was changed."""
+    """A model cannot be packed, or a replica does not belong to the pack; nothing was changed."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter is in a replica's row."""
+    """The position of a parameter in a replica's row."""
 
     start: int
     shape: torch.Size
 
     def of(self, rows: Tensor) -> Tensor:
-        """The parameter as a view of rows (..., N): (..., *shape)."""
+        """Return the parameter, (..., *shape), as a view of rows, (..., N)."""
         return rows[..., self.start : self.start + self.shape.numel()].view(*rows.shape[:-1], *self.shape)
 
 
 class Replica:
-    """One replica: its row of the pack, to be read, filled, and given to an optimizer.
+    """One replica: its row of the pack, to be read, filled, and trained with an optimizer.
 
     Attributes:
-        row: (N,), all that it keeps, in the pack's order; a view of the pack's rows.
-        decayed, plain: what trains, with and without weight decay: two leaves, flat, each of which shares its
-            storage and its gradient's with the pack. `torch.optim` and `clip_grad_norm_` work on them as ever.
+        row: (N,), all numbers that the replica keeps, in the pack's order; a view of the pack's rows.
+        decayed, plain: the trained parameters with and without weight decay, as two flat leaf tensors. Each shares its
+            storage and its gradient's storage with the pack. `torch.optim` and `clip_grad_norm_` work on them as usual.
     """
 
     def __init__(self, places: Mapping[str, _Place], device: torch.device) -> None:
@@ -62,11 +64,15 @@ class Replica:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """`[decayed, plain]`, for an optimizer without groups, and for clipping."""
+        """The list `[decayed, plain]`, for an optimizer without groups, and for clipping."""
         return [self.decayed, self.plain]
 
     def tensors(self, row: Tensor | None = None) -> dict[str, Tensor]:
-        """What it keeps, by the model's names and in its shapes: views of its row, or of another of the same pack."""
+        """Return the kept values by the model's names and in its shapes, as views of a row.
+
+        Args:
+            row: (N,), a row of the same pack; by default the replica's own row.
+        """
         return {name: place.of(self.row if row is None else row) for name, place in self._places.items()}
 
 
@@ -83,17 +89,17 @@ class Pack:
             torch.nn.utils.clip_grad_norm_(replica.parameters, 1.0)
             optimizer.step()
 
-    A replica's gradient is that of its own loss alone, so that its trajectory is that of a model by itself.
+    A replica's gradient is that of its own loss alone, so a replica trains as a separate model would.
 
     Args:
-        model: an injected model with one input sequence and `logits`, on the device where it is to train. Its own
-            values of what the replicas keep are left alone, and nothing of it is changed.
-        tokens: the longest texts that will come.
-        decayed: names of the parameters that weight decay is for; the rest of what trains is `plain`.
+        model: an injected model with one input sequence and `logits`, on the device of the training. The model and its
+            own parameter values are not changed.
+        tokens: the largest number of tokens of a text.
+        decayed: names of the parameters with weight decay; the other trained parameters are in `plain`.
 
     Raises:
-        PackError: this model cannot be packed; the message says why.
-        ValueError: nothing was injected.
+        PackError: this model cannot be packed; the message gives the reason.
+        ValueError: the model carries no submodules.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int, decayed: Collection[str] = ()) -> None:
@@ -119,16 +125,16 @@ class Pack:
         self.device = model.device
         self._rows = torch.zeros(0, end, device=self.device)
         self._stack: dict[str, Tensor] = {}
-        self._leaves: dict[Tensor, Tensor] = {}  # each leaf of the stack, and where its gradient goes
+        self._leaves: dict[Tensor, Tensor] = {}  # each leaf of the stack, and the place of its gradient
         linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
         self._biases = {f"{path}.bias" for path in linear} & self.places.keys()
         _probe(self, model, min(tokens, _longest(model)))
 
     def add(self, values: Mapping[str, Tensor]) -> Replica:
-        """A replica that starts from these values, by the names and in the shapes of `kept_values`.
+        """Add a replica that starts from these values, with the names and shapes of `kept_values`.
 
         Raises:
-            PackError: a value is missing, is of another shape, or belongs to nothing that a replica keeps.
+            PackError: a value is missing, has another shape, or has a name that a replica does not keep.
         """
         if wrong := values.keys() ^ self.places.keys():
             problem = "missing" if sorted(wrong)[0] in self.places else "none of them"
@@ -144,9 +150,9 @@ class Pack:
         return self.replicas[-1]
 
     def remove(self, replica: Replica) -> None:
-        """Free a replica's place; what it kept stays readable. The others go on as they are."""
+        """Remove a replica from the pack; its values stay readable. The other replicas do not change."""
         gone = next(index for index, other in enumerate(self.replicas) if other is replica)
-        replica.row = replica.row.clone()  # or it would keep all rows in memory
+        replica.row = replica.row.clone()  # a view would keep all rows in memory
         for leaf in replica.parameters:
             leaf.data, leaf.grad = leaf.data.clone(), None
         self._rows = torch.cat([self._rows[:gone], self._rows[gone + 1 :]])
@@ -154,28 +160,28 @@ class Pack:
         self._bind()
 
     def backward(self, losses: Tensor) -> None:
-        """Put the gradient of its own loss into each replica's leaves; what was there goes.
+        """Write the gradient of each replica's own loss into its leaves; earlier gradients are replaced.
 
         Args:
-            losses: (R,), of all replicas.
+            losses: (R,), the losses of all replicas.
         """
         found = torch.autograd.grad(losses.sum(), list(self._leaves), materialize_grads=True)
         torch._foreach_copy_(list(self._leaves.values()), list(found))
 
     def __call__(self, batch: Mapping[str, Tensor], replicas: Sequence[Replica] | None = None) -> Tensor:
-        """Logits of each replica on its own examples.
+        """Compute the logits of each replica on its own examples.
 
         Args:
-            batch: the model's arguments: `input_ids` and others, (R, B, T), and `attention_mask`, (R, B, T), 1 on
-                real tokens. Where replicas have texts of different lengths, all are padded to the longest; a
-                replica with fewer examples repeats one (and leaves it out of its loss).
-            replicas: whose; by default all. Gradients flow only to all.
+            batch: the model's arguments: `input_ids` and others, (R, B, T), and `attention_mask`, (R, B, T), 1 on real
+                tokens. If texts have different lengths, all are padded to the longest; a replica with fewer examples
+                repeats one (and leaves it out of its loss).
+            replicas: the replicas to compute; by default all. Gradients flow only if all are computed, in their order.
 
         Returns:
-            (R, B, C), with the replicas in the order that they were asked for.
+            (R, B, C), in the order of `replicas`.
 
         Raises:
-            ValueError: the batch is not of as many replicas.
+            ValueError: the batch has another number of replicas.
         """
         stack = self._stack
         if replicas is not None and list(map(id, replicas)) != list(map(id, self.replicas)):
@@ -187,13 +193,13 @@ class Pack:
             raise ValueError(f"{wrong[0]} is for {len(batch[wrong[0]])} replicas, and there are {count}")
         kind = self.device.type
         if torch.is_autocast_enabled(kind):
-            # a map adds a stacked bias by itself, out of autocast's sight, and the sum would be in full precision
+            # vmap adds a stacked bias outside of autocast, and the sum would be in full precision
             half = torch.get_autocast_dtype(kind)
             stack = {name: tensor.to(half) if name in self._biases else tensor for name, tensor in stack.items()}
         return _forward(self.model, stack, batch)
 
     def _bind(self) -> None:
-        """Make the stacked leaves, and those of each replica, views of the rows as they now are."""
+        """Make the stacked leaves, and those of each replica, views of the present rows."""
         decayed, trained = self._ends[:2]
         grads = self._rows.new_zeros(len(self.replicas), trained)
         self._stack, self._leaves = {}, {}
@@ -209,18 +215,18 @@ class Pack:
 
 
 def kept_values(model: nn.Module) -> dict[str, Tensor]:
-    """What a replica keeps of an injected model: submodules, gates, head, and whatever of the base trains."""
+    """Return the values that a replica keeps, by name: submodules, gates, head, and trained parameters of the base."""
     kept = set(kept_names(model))
     return {name: parameter.detach() for name, parameter in model.named_parameters() if name in kept}
 
 
 def losses(logits: Tensor, labels: Tensor, real: Tensor) -> Tensor:
-    """The loss of each replica: cross-entropy, or the squared error where labels are scores.
+    """Compute the loss of each replica: cross-entropy, or the squared error for labels that are scores.
 
     Args:
         logits: (R, B, C); for scores C = 1.
         labels: (R, B), class ids or floating-point scores.
-        real: (R, B), whether the example counts; at least one of each replica does.
+        real: (R, B), whether the example counts; at least one example of each replica must count.
 
     Returns:
         (R,) float32: the mean over each replica's own real examples.
@@ -234,23 +240,26 @@ def losses(logits: Tensor, labels: Tensor, real: Tensor) -> Tensor:
 
 
 class _FoldAttention(torch.autograd.Function):
-    """Fused attention of replicas as one call: they are folded into the batch.
+    """Fused attention of all replicas in one call, with the replicas folded into the batch.
 
-    Not every fused kernel has a batching rule: on a CPU `vmap` would call it once a replica, and warn.
+    Not every fused kernel has a batching rule: on a CPU, `vmap` would call the kernel once for each replica, and warn.
     """
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-        """Outside of a map there is nothing to fold, and nobody calls this."""
+        """Raise `RuntimeError`: only the call inside `vmap` is used."""
         raise RuntimeError("attention of replicas was called outside of their map")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: what is recorded is the call in `vmap`."""
+        """Save nothing, because autograd records the call inside `vmap`."""
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        """(R, B, H, T, d) as (R B, H, T, d), wherever R was."""
+        """Compute attention with (R, B, H, T, d), R at any position, folded into (R B, H, T, d).
+
+        Returns (R, B, H, T, d), and 0, the position of R.
+        """
         *tensors, options = args
         folded = []
         for tensor, place in zip(tensors, in_dims, strict=False):
@@ -264,10 +273,10 @@ class _FoldAttention(torch.autograd.Function):
 
 
 class _Folding(TorchFunctionMode):
-    """Sends fused attention inside a map through `_FoldAttention`."""
+    """Send fused attention inside `vmap` through `_FoldAttention`."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As `TorchFunctionMode` has it."""
+        """Call the function, or `_fold` in place of fused attention; see `TorchFunctionMode`."""
         if func is nn.functional.scaled_dot_product_attention:
             return _fold(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -280,7 +289,7 @@ def _fold(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = 
 
 
 def _forward(model: PreTrainedModel, stack: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits (R, B, C) of the replicas in `stack`, each parameter (R, ...), on a batch of (R, B, T)."""
+    """Return the logits, (R, B, C), of the replicas in `stack`, each parameter (R, ...), on a batch of (R, B, T)."""
     batch = {**batch, "attention_mask": _ready_mask(batch["attention_mask"], model)}
     with _Folding():
         return torch.vmap(partial(_logits, model), randomness="different")(dict(stack), batch)
@@ -291,7 +300,7 @@ def _logits(model: PreTrainedModel, values: dict[str, Tensor], batch: dict[str, 
 
 
 def _ready_mask(mask: Tensor, model: PreTrainedModel) -> Tensor:
-    """A mask (R, B, T) as attention takes it, (R, B, 1, 1, T), so that no model makes one by looking at the data."""
+    """Return a mask (R, B, T) in the form of attention, (R, B, 1, 1, T), so that no model builds one from the data."""
     real = mask.bool()[:, :, None, None, :]
     if model.config._attn_implementation == "sdpa":
         return real
@@ -300,7 +309,7 @@ def _ready_mask(mask: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 def _check(model: PreTrainedModel) -> None:
-    """Raise `PackError` for what cannot be packed whatever the data."""
+    """Raise `PackError` for a model that cannot be packed, whatever the data."""
     name, config = type(model).__name__, injection_of(model).config
     if model.config._attn_implementation not in BACK_ENDS:
         raise PackError(
@@ -323,14 +332,14 @@ def _check(model: PreTrainedModel) -> None:
 
 
 def _longest(model: PreTrainedModel) -> int:
-    """Tokens that the model takes; a few of its positions may be reserved (RoBERTa's)."""
+    """Return the largest number of tokens that the model takes; up to two positions may be reserved (RoBERTa)."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return 1 << 30 if limit is None else limit - 2
 
 
 @torch.no_grad()
 def _probe(pack: Pack, model: PreTrainedModel, tokens: int) -> None:
-    """Raise `PackError` unless two replicas packed give what each gives by itself, on padded texts of that length."""
+    """Raise `PackError` if two packed replicas give other logits than each replica alone, on padded texts."""
     vocabulary, padding = model.config.vocab_size, getattr(model.config, "pad_token_id", None) or 0
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (2, 2, tokens), generator=generator)
@@ -339,7 +348,7 @@ def _probe(pack: Pack, model: PreTrainedModel, tokens: int) -> None:
     mask = (torch.arange(tokens) < lengths[..., None]).long()
     batch = {"input_ids": torch.where(mask.bool(), ids, padding), "attention_mask": mask}
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    # away from each other and from where terms are zero
+    # the second replica differs from the first, and has no term that is zero
     moves = {name: _PROBE * torch.randn(place.shape, generator=generator) for name, place in pack.places.items()}
     values = {name: torch.stack([value, value + moves[name].to(value)]) for name, value in kept_values(model).items()}
     training = model.training
@@ -352,7 +361,7 @@ def _probe(pack: Pack, model: PreTrainedModel, tokens: int) -> None:
             alone.append(_logits(model, single, {key: tensor[index] for key, tensor in batch.items()}))
         try:
             packed = _forward(model, values, batch)
-        except Exception as error:  # whatever its code makes of a tensor that it cannot look into
+        except Exception as error:  # a model's code may raise any error for a tensor inside vmap
             why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise PackError(f"this {name} cannot be packed, its runs must be trained one by one: {why}") from error
     finally:

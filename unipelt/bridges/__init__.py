@@ -1,1 +1,1 @@
-"""Weights of other programs: PEFT, AdapterHub, the authors' release."""
+"""Read and write weights of other programs: PEFT, AdapterHub, the authors' release."""

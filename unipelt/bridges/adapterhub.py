@@ -1,8 +1,8 @@
-"""UniPELT checkpoints of AdapterHub's `adapters` package, into a model of Transformers 5.
+"""Load UniPELT checkpoints of AdapterHub's `adapters` package into a model of Transformers 5.
 
-What that package computes in an encoder is what is computed here with gates that average over padding too
-(`GateConfig(pooling="mean")`), so an adapter, a prefix and LoRA of its default kinds give the same logits. In a causal
-decoder its gates average over tokens still to come, which is not done here.
+In an encoder, that package and this one compute the same function if gates average over padding too
+(`GateConfig(pooling="mean")`), so an adapter, a prefix and LoRA of the default kinds give the same logits. In a causal
+decoder, the gates of that package average over later tokens, which this package does not compute.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ADAPTERS_AT = {
     "electra": "output",
     "distilbert": "output_adapters",
 }
-"""The models that are read: what `adapters` calls the owner of a layer's adapter after the feed-forward network."""
+"""The supported models, and `adapters`' name of the module that owns the adapter after the feed-forward network."""
 
 _HEADS: dict[str, dict[tuple[int, str, bool], dict[str, str]]] = {
     "bert": {
@@ -54,8 +54,8 @@ _HEADS: dict[str, dict[tuple[int, str, bool], dict[str, str]]] = {
     "electra": {(2, "gelu", False): {"1": "classifier.dense", "4": "classifier.out_proj"}},
     "distilbert": {(2, "relu", False): {"1": "pre_classifier", "4": "classifier"}},
 }
-"""Classification heads of `AutoAdapterModel` that are the head of Transformers' own class: by the model, then by
-(layers, activation, whether the pooler is used); the module here for each of their linear layers."""
+"""Classification heads of `AutoAdapterModel` that equal the head of Transformers' own class, by the model type, then by
+(layers, activation, whether the pooler is used): the module in this model for each linear layer of the head."""
 
 _VERSION = re.compile(r"adapters\.(\d+)\.(\d+)\.")
 
@@ -63,27 +63,27 @@ logger = logging.get_logger(__name__)
 
 
 def load_adapterhub(model: PreTrainedModel, folder: str | Path, *, head: bool = True) -> PreTrainedModel:
-    """Inject what `save_adapter` of AdapterHub's `adapters` wrote, in place: UniPELT, or one or two parts of it.
+    """Inject a checkpoint of AdapterHub's `save_adapter` in place: UniPELT, or one or two of its submodules.
 
-    Its weights are read from `adapter.safetensors` alone. `adapters` 1.3 cannot write a prefix into such a file, since
-    each layer holds the same one; `docs/bridges.md` has the lines that turn its pickles into it.
+    The weights are read from `adapter.safetensors` alone. `adapters` 1.3 cannot write a prefix into such a file,
+    because the same prefix is in every layer; `docs/bridges.md` has code that converts its pickles.
 
     Args:
-        model: the base model that it was trained on; nothing injected yet.
-        folder: with `adapter_config.json` and `adapter.safetensors`; with a head, `head_config.json` and
-            `model_head.safetensors` too.
-        head: whether to load a head that is there. That of `AutoAdapterModel` goes into a model for sequence
-            classification where the two are the same function; BERT's replaces the pooler.
+        model: the base model of the training, without submodules.
+        folder: a folder with `adapter_config.json` and `adapter.safetensors`; with a head, also `head_config.json` and
+            `model_head.safetensors`.
+        head: whether to load a head that the folder holds. The head of `AutoAdapterModel` is loaded into a model for
+            sequence classification if both compute the same function. For BERT, the pooler is loaded too.
 
     Returns:
-        The same model. Its gates average over padding too (`gate.pooling: mean`), as that package's do. A prefix whose
-        network was ejected has the deployed form.
+        The same model. Its gates average over padding too (`gate.pooling: mean`), as in that package. A prefix with an
+        ejected network has the deployed form.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        CheckpointError: it is broken, belongs to another model, or holds what is not computed here; the message names
-            it.
-        InjectionError: the model carries submodules already. After any error the model is as it was.
+        CheckpointError: the checkpoint is damaged, belongs to another model, or holds something that this package does
+            not compute; the message names it.
+        InjectionError: the model carries submodules already. After any error the model is unchanged.
     """
     if not isinstance(model, PreTrainedModel):
         raise InjectionError(f"load_adapterhub takes a PreTrainedModel of transformers, not {type(model).__name__}")
@@ -119,7 +119,7 @@ def load_adapterhub(model: PreTrainedModel, folder: str | Path, *, head: bool = 
 
 
 def _read(folder: Path, config: str, weights: str, pickle: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A configuration and its tensors. Raises `FileNotFoundError` or `CheckpointError`."""
+    """Read a configuration and its tensors. Raises `FileNotFoundError` or `CheckpointError`."""
     if not (folder / config).is_file():
         raise FileNotFoundError(f"{show_path(folder)} is not a folder of AdapterHub's: it has no {config}")
     if not (folder / weights).is_file():
@@ -134,7 +134,7 @@ def _read(folder: Path, config: str, weights: str, pickle: str) -> tuple[dict[st
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     try:
-        return values, dict(sorted(load_tensors(read_bytes(folder / weights)).items()))  # safetensors keeps no order
+        return values, dict(sorted(load_tensors(read_bytes(folder / weights)).items()))  # the order in a file varies
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / weights} is not a valid safetensors file: {shorten(error)}") from error
 
@@ -163,7 +163,7 @@ def _check_model(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
 def _own(
     model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[str, dict[str, Tensor]]:
-    """The adapter's name, and its tensors by names that start as this model's do."""
+    """Return the adapter's name, and its tensors under names with this model's base prefix, if the model has one."""
     name = values.get("name")
     if not isinstance(name, str) or not name or "." in name:
         raise CheckpointError(f"name must be the adapter's, not {show(name)}")
@@ -175,7 +175,7 @@ def _own(
         if own in given:
             raise CheckpointError(f"{show(own)} is there twice")
         given[own] = tensor
-    # each layer's module holds the shared prefix too
+    # each layer's module also holds a copy of the shared prefix
     for key in [key for key in given if ".prefix_tuning.pool." in key]:
         original = f"{start if has_base else ''}prefix_tuning.{key.partition('.prefix_tuning.pool.')[2]}"
         if original not in given or not torch.equal(given.pop(key), given[original]):
@@ -188,9 +188,9 @@ class _Value:
     """A tensor of the checkpoint, and its place in the model.
 
     Attributes:
-        name: what a message calls the place.
+        name: the name of the place in messages.
         place: a view into a parameter, without gradient.
-        tensor: what goes there.
+        tensor: the tensor to copy into the place.
     """
 
     name: str
@@ -200,12 +200,12 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Names:
-    """How that package names the parts of what was added to a model.
+    """The names in that package of the parts of injected parameters.
 
     Attributes:
         adapter: the adapter's name.
-        prefix: what the names of the prefix start with.
-        owner: what it calls the owner of a layer's adapter.
+        prefix: the start of the prefix's names.
+        owner: the name of the module that owns a layer's adapter.
         hosts: paths of the hosts of terms, by the layer's path and the term's name.
         attentions: paths of the attentions, by the layer's path.
     """
@@ -217,7 +217,7 @@ class _Names:
     attentions: Mapping[str, str]
 
     def theirs(self, own: OwnPart) -> str:
-        """Return that package's name of a part; the keys and values of all layers are one tensor there."""
+        """Return the name in that package of a part; keys and values of all layers are one tensor in that package."""
         layer, (first, _, rest) = _layer(own), own.part.name.partition(".")
         end = rest.rpartition(".")[2]
         adapter, low_rank = f"{layer}.{self.owner}.adapters.{self.adapter}", f"loras.{self.adapter}"
@@ -236,7 +236,7 @@ class _Names:
         return f"{self.hosts[layer, own.part.gate]}.{low_rank}.gate.{end}"
 
     def ours(self, own: OwnPart) -> str:
-        """Return what a message calls a part: its name behind the path of its host."""
+        """Return the name of a part in messages: the path of its host, then its name."""
         layer = _layer(own)
         host = self.hosts.get((layer, own.part.name.partition(".")[0]), self.attentions.get(layer, layer))
         return f"{host}.{own.part.name}"
@@ -247,16 +247,19 @@ _NETWORK = {"embedding": "wte.weight"} | {
     for ours, theirs in (("w1", "control_trans.0"), ("w2", "control_trans.2"))
     for end in ("weight", "bias")
 }
-"""That package's names of the parts of a prefix's network."""
+"""The names in that package of the parts of a prefix's network."""
 
 
 def _layer(own: OwnPart) -> str:
-    """Return the path of the layer that a part belongs to, or of the stack."""
+    """Return the path of the layer, or of the stack, that a part belongs to."""
     return own.room.rpartition(".")[0]
 
 
 def _sort(model: PreTrainedModel, name: str, given: Mapping[str, Tensor], scaling: float) -> list[_Value]:
-    """Find the place of every tensor in the injected model; every one is used, and none is missing."""
+    """Return every tensor with its place in the injected model.
+
+    Raises `CheckpointError` for a tensor that is missing or has no place.
+    """
     left = dict(given)
 
     def take(key: str) -> Tensor:
@@ -298,7 +301,7 @@ def _sort(model: PreTrainedModel, name: str, given: Mapping[str, Tensor], scalin
 
 
 def _split(names: _Names, prefixes: list[OwnPart], take: Callable[[str], Tensor]) -> Iterator[_Value]:
-    """Split the one row of all layers' keys and values: (L, layers, keys and values, W)."""
+    """Yield each layer's keys and values from the flat tensor of all layers: (L, layers, keys and values, W)."""
     key, (_, length, width) = names.theirs(prefixes[0]), prefixes[0].tensor.shape
     flat = take(key)
     _check_tensor(key, flat, (length * len(prefixes) * 2 * width,))
@@ -315,7 +318,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _read_head(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The head's tensors by the names that they have in this model; nothing if the folder holds none."""
+    """Return the head's tensors by their names in this model; empty if the folder holds no head."""
     if not (folder / HEAD_CONFIG).is_file():
         return {}
     values, tensors = _read(folder, HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE)

@@ -1,4 +1,4 @@
-"""What the configuration of an AdapterHub checkpoint means here, and what of it is not computed here."""
+"""Convert the configuration of an AdapterHub checkpoint, and refuse fields that this package does not compute."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from unipelt.files.messages import show
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is known of one kind of submodule's configuration.
+    """The known fields of one kind of submodule's configuration.
 
     Attributes:
         what: the kind, for a message.
-        needed: fields, and the one value of each that is what is computed here.
+        needed: fields with one supported value each.
         used: fields that are read.
-        ignored: fields that change no logit, or none of an encoder's, or what the tensors' shapes say.
+        ignored: fields that change no logit (at least in an encoder), or that follow from the tensors' shapes.
     """
 
     what: str
@@ -65,13 +65,13 @@ _KINDS = {
         ),
     ),
 }
-"""By `architecture`, which a bottleneck adapter's configuration leaves out."""
+"""By the field `architecture`; the configuration of a bottleneck adapter has none, and is `adapter` here."""
 
 
 def read_configuration(
     model: PreTrainedModel, name: str, values: Mapping[str, Any], given: Mapping[str, Tensor]
 ) -> tuple[UniPELTConfig, bool, float]:
-    """What to inject, whether the prefix has the deployed form, and what the adapter's output is multiplied by."""
+    """Return the method to inject, whether the prefix has the deployed form, and the scale of the adapter's output."""
     parts = _parts(values.get("config"))
     lora = prefix = adapter = None
     deployed, scaling = False, 1.0
@@ -125,7 +125,10 @@ def read_configuration(
 
 
 def _parts(config: Any) -> dict[str, dict[str, Any]]:
-    """The configuration of each submodule by its kind, every field of it accounted for."""
+    """Return the configuration of each submodule by its kind.
+
+    Raises `CheckpointError` for a field that is not supported.
+    """
     if not isinstance(config, dict):
         raise CheckpointError(f"config must be a mapping, not {show(config)}")
     listed = config.get("configs") if config.get("architecture") == "union" else [config]
@@ -158,7 +161,10 @@ def _parts(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def _layers(model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...] | None:
-    """The layers that carry submodules: all but those that every part leaves out, or None for all."""
+    """Return the layers that carry submodules, or None for all.
+
+    Raises `CheckpointError` if the submodules leave out different layers.
+    """
     left_out = [part.get("leave_out") or [] for part in parts.values()]
     for layers in left_out:
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
@@ -174,7 +180,7 @@ def _layers(model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]]) -> t
 
 
 def _size(given: Mapping[str, Tensor], end: str, dimension: int) -> int:
-    """One size of the first tensor whose name ends so."""
+    """Return one size of the first tensor with a name that ends in `end`."""
     for key, tensor in given.items():
         if key.endswith(end) and tensor.dim() > dimension:
             return tensor.shape[dimension]

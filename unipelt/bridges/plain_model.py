@@ -1,4 +1,4 @@
-"""An injected model as a plain model of Transformers: all that can be merged goes into its weights.
+"""Convert an injected model into a plain model of Transformers by merging submodules into its weights.
 
 Shapes: I inputs and O outputs of a projection.
 """
@@ -22,28 +22,29 @@ from unipelt.submodules.room import PlacedTerm, layer_sets, own_parts, placed_te
 
 
 class MergeError(ValueError):
-    """A model that cannot become a plain one; the message says what stands against it. The model is as it was."""
+    """A model cannot become a plain model; the message gives the reason. The model is unchanged."""
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Merge what was added into the weights, in place, and return the plain model of Transformers.
+    """Merge the submodules into the weights, in place, and return the plain model of Transformers.
 
         plain = unipelt.merge(model)
         plain.save_pretrained("plain")  # AutoModel, pipelines and converters read it
 
-    LoRA of every kind (DoRA, PiSSA), IA3 and RED are merged where they have no gate; `unipelt.fold` makes gates that
-    hardly vary constants, and merges their LoRA. Trained biases and the head are in the model already. Sums are made
-    in float32 and rounded once to the type of the weight.
+    LoRA of every kind (DoRA, PiSSA), IA3 and RED are merged if they have no gate; `unipelt.fold` replaces gates that
+    hardly vary by constants, and merges their LoRA. Trained biases and the head are already in the model. Sums are
+    computed in float32 and rounded once to the type of the weight.
 
-    What was merged cannot be taken out again: save the model with `unipelt.save` first if you want it back.
+    Merging cannot be undone: to keep the submodules, save the model with `unipelt.save` first.
 
     Returns:
-        The same model, in evaluation mode, without submodules; its parameters have the flags from before `inject`.
+        The same model, in evaluation mode, without submodules; its parameters have the `requires_grad` flags from
+        before `inject`.
 
     Raises:
         MergeError: a part cannot be merged: an adapter, a prefix, a prompt, a gate that varies, a quantised weight.
-            The message names the first. The model is as it was.
-        ValueError: nothing was injected.
+            The message names the first such part. The model is unchanged.
+        ValueError: the model carries no submodules.
     """
     injection = injection_of(model)
     terms: dict[str, list[PlacedTerm]] = {}
@@ -67,7 +68,7 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _obstacle(model: PreTrainedModel, terms: dict[str, list[PlacedTerm]]) -> str | None:
-    """Return what cannot be merged, in words, or None."""
+    """Return a message on the first part that cannot be merged, or None."""
     for path, _, part in layer_sets(model):
         if part.prefix is not None:
             return f"{path} has a prefix, which no weight can hold; train a method without one"
@@ -93,7 +94,10 @@ def _obstacle(model: PreTrainedModel, terms: dict[str, list[PlacedTerm]]) -> str
 
 
 def _merged(group: list[PlacedTerm]) -> tuple[Tensor, Tensor | None]:
-    """Return a projection's weight, as its module keeps it, and its bias with all its terms."""
+    """Return a projection's weight and bias with all its terms merged.
+
+    The weight is (O, I), or (I, O) for a `Conv1D`; the bias is (O,) or None.
+    """
     host = group[0].host
     kind = torch.promote_types(host.weight.dtype, torch.float32)
     is_conv = isinstance(host, Conv1D)

@@ -1,4 +1,4 @@
-"""Weights of the authors' release, by their names, into and out of an injected BERT."""
+"""Load and write an injected BERT's weights under the names of the authors' release."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CENTRAL_GATE = re.compile(r"\.attention\.self\.prefix_central_gate\.(weight|bia
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one of the release's tensors lives here: in a parameter, or in some rows of it."""
+    """The location of a tensor of the release in this model: a parameter, or some rows of one."""
 
     parameter: Tensor
     part: Part | None = None
@@ -33,21 +33,21 @@ class _Place:
 
 
 def load_release_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Load weights that the authors' release saved, by its names, into an injected BERT, in place.
+    """Load weights that the authors' release saved into an injected BERT, in place.
 
-    Every tensor is accounted for: each goes to its place, or is one that the release never used (the gate of a
-    prefix that is not there, BERT's old `position_ids` buffer). The adapter's name in the keys may be anything.
+    Every tensor must have a place in the model, or be one that the release never used (the gate of an absent prefix,
+    BERT's old `position_ids` buffer). The adapter's name in the keys may be any name.
 
     Args:
-        model: a BERT injected with what the weights hold. The release averages gates over padding too, so its
+        model: a BERT injected with the method of the weights. The release averages gates over padding too, so equal
             logits need `GateConfig(pooling="mean")`.
-        state_dict: names to tensors, of the whole model.
+        state_dict: the tensors of the whole model, by the release's names.
 
     Returns:
         The same model.
 
     Raises:
-        CheckpointError: a tensor is missing, has no place here or has another shape; the model is untouched.
+        CheckpointError: a tensor is missing, has no place in the model or has another shape. The model is unchanged.
         ValueError: the model carries no submodules.
     """
     places = _places(model)
@@ -86,15 +86,15 @@ def load_release_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Ten
 def release_state_dict(
     model: PreTrainedModel, adapter: str = "adapter", *, gradients: bool = False
 ) -> dict[str, Tensor]:
-    """An injected BERT's weights under the names of the authors' release.
+    """Return an injected BERT's weights under the names of the authors' release.
 
     Args:
         model: an injected BERT.
-        adapter: the adapter's name, which the release puts into its keys.
-        gradients: give each parameter's gradient instead, and leave out parameters that have none.
+        adapter: the adapter's name, which is part of the release's keys.
+        gradients: return each parameter's gradient instead, and leave out parameters without one.
 
     Returns:
-        Names to tensors, detached copies. Raises `ValueError` if the model carries no submodules.
+        Tensors by name, detached copies. Raises `ValueError` if the model carries no submodules.
     """
     named = {}
     for key, place in _places(model).items():
@@ -105,7 +105,7 @@ def release_state_dict(
 
 
 def _places(model: PreTrainedModel) -> dict[str, _Place]:
-    """The release's name of every parameter of an injected BERT; an adapter's name is a star."""
+    """Return the place of every parameter of an injected BERT by the release's name, with `*` for an adapter's name."""
     if model.config.model_type != "bert":
         raise CheckpointError(f"the release gates BERT only, and this is a {model.config.model_type!r} model")
     if injection_of(model).folded is not None:
@@ -139,7 +139,7 @@ _NETWORK = {"embedding": "prefix_enc_embed.weight", "w1": "prefix_embed_MLP.0", 
 
 
 def _release_name(own: OwnPart) -> str:
-    """The release's name of a part of what was added."""
+    """Return the release's name of a part of an injected parameter."""
     host = own.room.rpartition(".")[0]  # the layer, or the stack of a network
     first, _, rest = own.part.name.partition(".")
     end = own.part.name.rpartition(".")[2]
@@ -157,7 +157,7 @@ def _release_name(own: OwnPart) -> str:
 
 
 def _never_used(name: str, state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the release saved this tensor without ever reading it."""
+    """Return whether the release saved this tensor without reading it."""
     has_prefix = any(".prefix_enc_embed." in other or other.startswith("prefix_enc_embed.") for other in state_dict)
     has_lora = any(other.endswith(".lora_A") for other in state_dict)
     if _PREFIX_GATE.search(name):

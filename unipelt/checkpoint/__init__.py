@@ -1,1 +1,1 @@
-"""Saving, loading and publishing what was trained."""
+"""Save, load and publish trained weights."""

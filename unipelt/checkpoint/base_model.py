@@ -1,4 +1,4 @@
-"""The base of a checkpoint: what is written down of it, whether a model is it, and how it is built again."""
+"""The base of a checkpoint: describe it in the manifest, check a model against it, and build it again."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from unipelt.injection.state import injection_of
 from unipelt.submodules.room import own_parameters
 
 MOST_MODULES = 1_000
-"""Layers, and whatever else a base has many of, that `from_pretrained` builds because a manifest says so."""
+"""The largest number of layers, groups or experts that `from_pretrained` builds from a manifest."""
 
-_BLOCK = 2**24  # numbers that are brought to the CPU at a time
+_BLOCK = 2**24  # numbers copied to the CPU at a time
 
 NO_MATTER = frozenset(
     {
-        # what it is called, and what it was written by and for
+        # names, and the versions and classes that belong to the file
         *("_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map", "tokenizer_class"),
         *("id2label", "label2id", "finetuning_task", "task_specific_params", "problem_type"),
-        # the same numbers by another way; a dtype or a quantisation shows in the weights
+        # the result is the same; the fingerprint of the weights covers type and quantisation
         *("dtype", "torch_dtype", "quantization_config", "use_cache", "chunk_size_feed_forward", "return_dict"),
         *("output_attentions", "output_hidden_states", "deterministic_flash_attn", "pretraining_tp"),
-        # where training or generation starts
+        # initial values of training, and options of generation
         *("initializer_range", "initializer_factor", "initializer_cutoff_factor", "init_std"),
         *("encoder_no_repeat_ngram_size", "no_repeat_ngram_size", "num_beams", "early_stopping", "max_length"),
     }
@@ -47,18 +47,18 @@ NO_MATTER = frozenset(
 """Fields of a model's configuration that change no output of a given batch in evaluation mode."""
 _OF_HUB = ("token", "cache_dir", "local_files_only")
 _UNBUILDABLE = (TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError)
-_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")  # positions, pooling and shifted labels need them
+_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")  # used for positions, pooling and labels
 
 logger = logging.get_logger(__name__)
 
 
 def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor], *, covers: str = ALL) -> dict[str, Any]:
-    """The manifest's entry on the base: class, origin, configuration, compared fields, fingerprint of its weights.
+    """Return the manifest's entry on the base: class, origin, configuration, compared fields, fingerprint of weights.
 
     Args:
         model: an injected model.
-        whole: its parameters by name, gathered where each process holds a part.
-        covers: what the fingerprint covers, `ALL` or `SAMPLE`.
+        whole: the model's parameters by name, gathered if each process holds a part.
+        covers: the numbers that the fingerprint covers, `ALL` or `SAMPLE`.
     """
     injection = injection_of(model)
     known: Mapping[str, Tensor] = injection.before
@@ -75,9 +75,9 @@ def describe_base(model: PreTrainedModel, whole: Mapping[str, Tensor], *, covers
 
 
 def base_origin(model: PreTrainedModel) -> dict[str, Any]:
-    """Class, location and revision of the base of a model."""
+    """Return class, location and revision of a model's base."""
     name = model.config._name_or_path
-    # FSDP2 puts a class of its own in front of the model's
+    # FSDP2 replaces the model's class by a subclass from torch
     cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
     on_hub = bool(name) and not os.path.isdir(name) and may_be_base(name)
     return {
@@ -88,16 +88,17 @@ def base_origin(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def base_location(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
-    """Base name and revision as overridden by the caller; empty if not."""
+    """Return the base's name and revision as the caller overrides them; empty without an override."""
     if base is None and revision is None:
         return {}
     return {"name_or_path": model.config._name_or_path if base is None else base, "revision": revision}
 
 
 def _computation(model: PreTrainedModel) -> dict[str, Any]:
-    """The fields of a configuration that the numbers depend on, defaults included; nested names have dots.
+    """Return the configuration fields that can change the output, defaults included; nested names have dots.
 
-    All that is not known to be harmless counts: a field that nobody thought of is refused rather than missed.
+    Every field that is not known to be harmless counts, so that an unknown field causes an error rather than a wrong
+    base.
     """
     values = json.loads(model.config.to_json_string(use_diff=False))
     return {
@@ -110,10 +111,10 @@ def _computation(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _other_computation(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The first field in which two bases compute otherwise, or None.
+    """Return a message on the first field that changes the computation between two bases, or None.
 
-    Only fields that both have are compared, since versions of Transformers add some and drop others; and no token
-    that one of the two has not set, which a base is often given later.
+    Only fields that both have are compared, because versions of Transformers add and drop fields. A token id that one
+    of the two has not set is not compared, because it is often set later.
     """
     for name in sorted(saved.keys() & here.keys()):
         unset = name in _TOKENS and None in (saved[name], here[name])
@@ -125,16 +126,16 @@ def _other_computation(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str
 def _fingerprint(
     model: PreTrainedModel, apart: Collection[str], before: Mapping[str, Tensor], *, sampled: bool = False
 ) -> dict[str, str]:
-    """Return what identifies a pretrained base: a SHA-256 over all numbers of its parameters.
+    """Return the fingerprint of a pretrained base: a SHA-256 over all numbers of its parameters.
 
-    Of quantised weights the names count alone: another device may round otherwise, and a quantiser packs them as it
-    needs them. Buffers do not count.
+    For quantised weights, only the names count, because the packed numbers depend on the device and the quantiser.
+    Buffers do not count.
 
     Args:
         model: the base, injected or not. Submodules do not count.
         apart: names of parameters that do not count.
-        before: values that count in place of a parameter's own, by its name.
-        sampled: take 64 numbers of every parameter, as earlier versions did, to compare with a checkpoint of theirs.
+        before: values that count in place of a parameter's present values, by its name.
+        sampled: take 64 numbers of every parameter, to compare with the fingerprints of earlier versions.
     """
     ours = own_parameters(model).keys()
     digest = hashlib.sha256()
@@ -158,9 +159,9 @@ def _fingerprint(
 
 
 def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` if the base is not the one that was trained on."""
+    """Raise `CheckpointError` if the model is not the base of the checkpoint."""
     if getattr(model, "unipelt_injection", None) is not None:
-        return  # _inject says so
+        return  # injecting raises the error
     kind = base["config"].get("model_type")
     if model.config.model_type != kind:
         raise CheckpointError(
@@ -189,16 +190,16 @@ def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
 def find_base(
     source: str | Path, described: Mapping[str, Any], base: str | Path | None, base_revision: str | None
 ) -> tuple[str, str | None]:
-    """Location and revision of a checkpoint's base.
+    """Return location and revision of a checkpoint's base.
 
     Args:
-        source: of the checkpoint.
-        described: what its manifest says of its base.
-        base: where the caller says that it is.
-        base_revision: likewise.
+        source: the location of the checkpoint, for messages.
+        described: the manifest's entry on the base.
+        base: the location that the caller gives, or None.
+        base_revision: the revision that the caller gives, or None.
 
     Raises:
-        CheckpointError: nobody says where, or it was in a folder on another machine.
+        CheckpointError: the location is unknown, or is a folder on another machine.
     """
     if base is not None:
         return str(base), base_revision
@@ -208,7 +209,7 @@ def find_base(
             "the base model was built in memory, so it cannot be restored by name; say base=..., or build it and "
             "call unipelt.load(model, folder)"
         )
-    if not os.path.isdir(source) and not may_be_base(name):  # it came from the hub, perhaps from a stranger
+    if not os.path.isdir(source) and not may_be_base(name):  # a checkpoint of the hub may come from a stranger
         raise CheckpointError(
             f"{source}: its base was in a folder where it was trained ({show_path(name)}); say base=..., where it is "
             "for you"
@@ -224,19 +225,19 @@ def build_base(
     revision: str | None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The base of a checkpoint, of its class and with its configuration.
+    """Build the base of a checkpoint, with its class and configuration.
 
     Args:
-        source: of the checkpoint, for messages.
-        described: what its manifest says of its base.
-        tensors: of the checkpoint, whose sizes tell what can be meant.
-        name: where the base is.
-        revision: of a base on the hub.
-        options: passed on to its `from_pretrained`, which reads safetensors alone unless they say otherwise.
+        source: the location of the checkpoint, for messages.
+        described: the manifest's entry on the base.
+        tensors: the tensors of the checkpoint; their sizes limit the sizes in the configuration.
+        name: the location of the base.
+        revision: the revision of a base on the hub.
+        options: passed to the class's `from_pretrained`, which reads only safetensors by default.
 
     Raises:
-        CheckpointError: what is described is no model, or cannot be built.
-        MissingBaseError: the base is not to be had.
+        CheckpointError: the description is not of a model, or the model cannot be built.
+        MissingBaseError: the base cannot be found or read.
     """
     cls = getattr(transformers, described["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or cls.forward is nn.Module.forward:
@@ -249,11 +250,11 @@ def build_base(
     config_class: Any = cls.config_class
     values = _without_back_ends(described["config"])
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
+    logging.set_verbosity_error()  # no warning on a new head: the head is loaded next
     try:
         try:
             config = config_class.from_dict(values)
-        except Exception as error:  # whatever a class of Transformers makes of values that it cannot mean
+        except Exception as error:  # classes of Transformers raise many kinds of errors for wrong values
             raise TypeError(" ".join(str(error).split())) from error
         given = {"use_safetensors": True, "config": config, "revision": revision or "main", **options}
         wanted = vocabulary_sizes(config)
@@ -281,10 +282,10 @@ def build_base(
 
 
 def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, vocabulary: bool) -> str | None:
-    """What of a base's configuration would take hours or all memory to build, before its weights tell it is wrong.
+    """Return which field of a base's configuration would take hours or all memory to build, or None.
 
-    Transformers builds a model of nothing but shapes first, so large matrices are no matter; many modules are, and
-    so are labels, which get a name each.
+    Transformers first builds the model without memory for its weights, so large matrices cost nothing there. Many
+    modules do cost time, and so do many labels, because each label gets a name.
     """
     sizes = {size for tensor in tensors.values() if tensor.numel() for size in tensor.shape}
     for name, value in flatten(config).items():
@@ -300,9 +301,9 @@ def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, vocabu
 
 
 def _without_back_ends(values: Any) -> Any:
-    """A configuration less what back-ends are called, which may name code on the hub that Transformers would run.
+    """Return a configuration without the names of back-ends, which may be code on the hub that Transformers would run.
 
-    Nor does a checkpoint say how its base is quantised: that the caller does, who knows what the machine can run.
+    The quantisation is left out too: the caller chooses it, for the machine at hand.
     """
     if isinstance(values, dict):
         kept = {key: value for key, value in values.items() if key != "quantization_config"}
@@ -311,5 +312,5 @@ def _without_back_ends(values: Any) -> Any:
 
 
 def _source(base: Mapping[str, Any]) -> str:
-    """The origin of a base, for a message."""
+    """Return the location of a base, for a message."""
     return show_path(base["name_or_path"]) or "built in memory"

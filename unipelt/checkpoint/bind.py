@@ -1,4 +1,4 @@
-"""Bind `save_pretrained` and `push_to_hub` of an injected model to those of this package."""
+"""Replace `save_pretrained` and `push_to_hub` of an injected model by those of this package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unipelt.checkpoint.save import save
 
 
 def bind(model: PreTrainedModel) -> PreTrainedModel:
-    """Give an injected model `save_pretrained` and `push_to_hub` that write what was trained; `remove` undoes it.
+    """Give an injected model a `save_pretrained` and a `push_to_hub` for its trained parameters; `remove` undoes this.
 
     Returns the same model.
     """
@@ -34,7 +34,7 @@ def _save_pretrained(
     peft: bool = False,
     **_: Any,
 ) -> None:
-    """An injected model's `save_pretrained`: what `unipelt.save` writes, so that a Trainer's checkpoints are ours."""
+    """Write the checkpoint of `unipelt.save`, so that a Trainer's checkpoints have the same form."""
     if push_to_hub:
         raise ValueError("push_to_hub is no option of an injected model's save_pretrained; call unipelt.push_to_hub")
     if is_main_process:
@@ -42,5 +42,5 @@ def _save_pretrained(
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:
-    """An injected model's `push_to_hub`: what `unipelt.push_to_hub` does."""
+    """Call `unipelt.push_to_hub`."""
     return push_to_hub(model, repo_id, **options)

@@ -1,7 +1,7 @@
-"""Checkpoints of format 1, in which parameters hung inside modules of the host: their names, and what those are now.
+"""Read checkpoints of format 1: map the old parameter names to the present ones.
 
-Format 1 kept a gate, a low-rank factor and an adapter's projection in parameters of their own; now those that read one
-input are rows of one. The numbers are the same.
+In format 1, parameters were inside modules of the host, and a gate, a low-rank factor and an adapter's projection were
+separate parameters. Now parameters that read the same input are rows of one parameter. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ def renamed(
     """Return the tensors, and the constants of a folded model, under their present names.
 
     Args:
-        drafts: the sets that the checkpoint's configuration means.
-        tensors: by their names of format 1. What is of the model itself keeps its name.
+        drafts: the sets of the checkpoint's configuration.
+        tensors: tensors by their names in format 1. Tensors of the model itself keep their names.
         folded: by the path of the gates, the name of a gate and its constant; None for a model that is not folded.
 
     Raises:
-        CheckpointError: a tensor has a name of today's, or tensors that are rows of one now are not of its size.
+        CheckpointError: a tensor has a name of the present format, or tensors that form one parameter now do not have
+            the right sizes.
     """
     left = dict(tensors)
     found: dict[str, Tensor] = {}
@@ -50,7 +51,7 @@ def renamed(
 
 
 def _stack_rows(pieces: Sequence[Tensor], names: Sequence[str], sizes: Sequence[int]) -> Tensor:
-    """Return the pieces one below the other. Raises `CheckpointError` if one is not so many rows of the same kind."""
+    """Return the pieces, concatenated by rows. Raises `CheckpointError` for a wrong number of rows, shape or type."""
     first = pieces[0]
     for piece, name, size in zip(pieces, names, sizes, strict=True):
         if piece.shape[:1] != (size,) or piece.shape[1:] != first.shape[1:] or piece.dtype != first.dtype:
@@ -62,9 +63,9 @@ def _stack_rows(pieces: Sequence[Tensor], names: Sequence[str], sizes: Sequence[
 
 
 def _old_names(drafts: Sequence[Draft]) -> Iterator[tuple[str, list[str], list[int]]]:
-    """Yield every parameter's name with the names of format 1 whose tensors, one below the other, it consists of.
+    """Yield the name of every parameter, the format 1 names of the tensors that form its rows, and their row counts.
 
-    With several, also how many rows each has.
+    The row counts are empty if there is one tensor.
     """
     for draft in drafts:
         for path, module, old in _owners(draft):
@@ -78,7 +79,7 @@ def _old_names(drafts: Sequence[Draft]) -> Iterator[tuple[str, list[str], list[i
 
 
 def _old_entry(entry: Entry, name: str, gates: str, hosts: Mapping[str, str]) -> tuple[list[str], list[int]]:
-    """Return the old names and rows of an entry's parameter: those of the gates, then those of the further rows."""
+    """Return the old names and row counts of an entry's parameter: first the gates, then the further rows."""
     rows = [part for part in entry.parts if part.parameter == name and part.row]
     old, sizes = [f"{gates}.{name}"], [len(entry.gates.names)]
     for part in rows:
@@ -89,9 +90,9 @@ def _old_entry(entry: Entry, name: str, gates: str, hosts: Mapping[str, str]) ->
 
 
 def _owners(draft: Draft) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield the modules that own parameters: path in the set, module, and what its path was.
+    """Yield the modules that own parameters: the path in the set, the module, and its path in format 1.
 
-    Of an entry, it is the path of the gates, and those of the terms whose rows it holds.
+    For an entry, the third value is the path of the gates and the paths of the terms that have rows in the entry.
     """
     added = draft.added
     if not isinstance(added, SubmoduleSet):
@@ -126,7 +127,7 @@ def _hosts(part: SubmoduleSet) -> Iterator[tuple[str, str]]:
 
 
 def _old_gates(drafts: Sequence[Draft]) -> Iterator[tuple[str, str]]:
-    """Yield the path that the gates of an entry had, and the path of the entry."""
+    """Yield the path that the gates of an entry had in format 1, and the present path of the entry."""
     for draft in drafts:
         for path, module, old in _owners(draft):
             if isinstance(module, Entry):

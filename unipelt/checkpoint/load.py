@@ -1,4 +1,4 @@
-"""Load what was trained onto its base model, or the base model with it."""
+"""Load a checkpoint onto its base model, with or without building the base."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from unipelt.injection.state import injection_of, is_injected
 
 
 def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Put what `save` wrote onto a base model that the caller holds, in place.
+    """Load a checkpoint of `save` onto a base model in memory, in place.
 
     Args:
-        model: the base model that it was trained on, with the same head class; nothing injected yet.
-        folder: what `save`, or a Trainer, wrote; or a folder that PEFT wrote for type `UNIPELT`, which does not say
-            how to tell another base of the same shapes.
+        model: the base model of the training, with the same head class and without submodules.
+        folder: a folder that `save` or a Trainer wrote; or a folder that PEFT wrote for type `UNIPELT`. A folder of
+            PEFT holds no fingerprint, so another base of the same shapes is not recognised.
 
     Returns:
         The same model.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        CheckpointError: the checkpoint is broken, or belongs to another model.
-        InjectionError: the model carries submodules already. After any error the model is as it was.
+        CheckpointError: the checkpoint is damaged, or belongs to another model.
+        InjectionError: the model carries submodules already. After any error the model is unchanged.
     """
     if not isinstance(model, PreTrainedModel):
         raise InjectionError(f"load takes a PreTrainedModel of transformers, not {type(model).__name__}")
@@ -75,7 +75,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     injection.vocabulary = frozenset(manifest["vocabulary"])
     changed = injection.unfrozen | injection.vocabulary
     held = {*kept_names(model), *changed}
-    if manifest["head"] is None:  # it holds none, and the base's own is kept
+    if manifest["head"] is None:  # without a head in the checkpoint, the base's head is kept
         held -= injection.head
     places = {name: parameter for name, parameter in model.named_parameters() if name in held}
     if problem := _mismatch(places, tensors):
@@ -108,25 +108,25 @@ def from_pretrained(
     local_files_only: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """The whole model again: base model and head class restored, submodules loaded, in evaluation mode.
+    """Build the base model with its head class, and load a checkpoint onto it; the model is in evaluation mode.
 
     Args:
-        source: a folder that `save`, or a Trainer, wrote; or, as a text, what `push_to_hub` made, `user/name`. Of
-            that, only the manifest and the weights are read. Or a folder of PEFT's, as `load` takes it.
-        revision: of a checkpoint on the hub: a branch, a tag or a commit; by default `main`.
-        base: where the base model is, if it is not where the checkpoint says. It must be the same base.
-        base_revision: of a base on the hub; by default the commit that was trained on.
-        token: of the hub; by default that of the environment or of the last login.
-        cache_dir: where files of the hub are kept; by default the hub's own cache.
-        local_files_only: ask no hub, and take what is in the cache.
-        kwargs: passed on to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`,
-            `quantization_config`, …). The base is read from safetensors only; say `use_safetensors=False` to allow a
-            pickle.
+        source: a folder that `save` or a Trainer wrote; a folder in PEFT's form, as in `load`; or, as a string, the
+            name `user/name` of a repository that `push_to_hub` made. Only the manifest and the weights are read from
+            the hub.
+        revision: a branch, a tag or a commit of a checkpoint on the hub; by default `main`.
+        base: the location of the base model, if it differs from that in the checkpoint. It must be the same base.
+        base_revision: the revision of a base on the hub; by default the commit of the training.
+        token: the token of the hub; by default that of the environment or of the last login.
+        cache_dir: the folder for files of the hub; by default the hub's own cache.
+        local_files_only: read only the cache, without a request to the hub.
+        kwargs: passed to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`,
+            `quantization_config`, …). The base is read from safetensors only; `use_safetensors=False` allows a pickle.
 
     Raises:
-        HubError: `source` is on no disk and cannot be had from the hub.
-        ValueError: a revision of a folder was asked for.
-        CheckpointError: as `load`; or the base is not to be had, which is an `OSError` too.
+        HubError: `source` is not on the disk and cannot be fetched from the hub.
+        ValueError: a revision was given for a folder.
+        CheckpointError: see `load`; or the base cannot be found or read, which is an `OSError` too.
     """
     shared: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     files = (MANIFEST, WEIGHTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
@@ -142,7 +142,7 @@ def from_pretrained(
 
 
 def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | None:
-    """A parameter that the manifest names and the model does not have."""
+    """Return a message on a parameter that the manifest names and the model does not have, or None."""
     there = {name for name, _ in model.named_parameters()}
     for key in ("head", "unfrozen", "vocabulary"):
         if unknown := sorted(set(manifest[key] or ()) - there):
@@ -151,18 +151,18 @@ def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | 
 
 
 def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], also: bool = True) -> str | None:
-    """Return what is wrong between parameters and the tensors for them, or None.
+    """Return a message on the first difference between parameters and the tensors for them, or None.
 
     Args:
         places: the parameters by name.
         tensors: the tensors by name.
-        also: whether there must be no other tensors.
+        also: whether other tensors are an error.
     """
     if missing := sorted(places.keys() - tensors.keys()):
         return f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
     if also and (extra := sorted(tensors.keys() - places.keys())):
         return f"the model has no {show(extra[0])}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
-    for name, place in places.items():  # in the model's order: that of a file is another each time
+    for name, place in places.items():  # in the model's order, since the order in a file varies
         tensor = tensors[name]
         if tensor.shape != place.shape:
             return f"{name} is {show(tuple(tensor.shape))} there and {tuple(place.shape)} here"

@@ -1,4 +1,4 @@
-"""Read and check the files of a checkpoint, on disk or on the hub, before any model is touched."""
+"""Read and check the files of a checkpoint, on disk or on the hub, before a model is changed."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ MANIFEST = "unipelt.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of a folder in PEFT's form (`peft_form`)."""
 FORMAT = 2
-"""The version that is written; 1, whose parameters have other names (`format_1`), is read too."""
+"""The version that is written. Version 1, with other parameter names (`format_1`), is read too."""
 logger = logging.get_logger(__name__)
 _KEYS = ("format", "unipelt", "deployed", "folded", "head", "unfrozen", "vocabulary", "base", "weights")
 _KINDS: dict[type[Any], str] = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
 
 
 MOST_BYTES = 8 * 2**20
-"""The largest manifest that is read. It holds names and settings; that of a large model has some hundred KB."""
+"""The largest manifest that is read, in bytes. The manifest of a large model has some hundred KB."""
 SAMPLE, ALL = "a sample", "all numbers"
-"""What a fingerprint of a base covers."""
+"""The numbers that a fingerprint of a base covers."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is broken, or belongs to another model; nothing was changed."""
+    """A checkpoint is damaged, or belongs to another model; nothing was changed."""
 
 
 class MissingBaseError(CheckpointError, OSError):
-    """The base of a checkpoint cannot be found, or cannot be read."""
+    """The base of a checkpoint cannot be found or read."""
 
 
 def find_checkpoint(source: str | Path, files: Sequence[str], revision: str | None, **options: Any) -> Path:
-    """The folder of a checkpoint: the one that was given, or that of the hub's cache that these files were put into.
+    """Return the folder of a checkpoint: the given folder, or the folder of the hub's cache with the downloaded files.
 
     Args:
-        source: a folder, or `user/name` on the hub; what is on the disk comes first.
-        files: to be brought from the hub, as far as they are there.
-        revision: as `unipelt.files.hub.download` takes it.
-        options: likewise `token`, `cache_dir`, `local_files_only`.
+        source: a folder, or `user/name` on the hub; an existing folder comes first.
+        files: names of the files to download from the hub, if they exist there.
+        revision: see `unipelt.files.hub.download`.
+        options: `token`, `cache_dir` and `local_files_only`, see `unipelt.files.hub.download`.
 
     Raises:
-        FileNotFoundError: there is no such folder, and on the hub no checkpoint of ours.
-        HubError: as `unipelt.files.hub.download`.
-        ValueError: a revision of a folder was asked for.
+        FileNotFoundError: the repository on the hub holds no checkpoint of this package.
+        HubError: see `unipelt.files.hub.download`.
+        ValueError: a revision was given for a folder.
     """
     if os.path.isdir(source) or not isinstance(source, str) or not is_repository(source):
         if revision is not None:
@@ -77,8 +77,8 @@ def find_checkpoint(source: str | Path, files: Sequence[str], revision: str | No
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Manifest and tensors of a checkpoint, checked. Raises `FileNotFoundError` or `CheckpointError`."""
-    if not os.path.isfile(folder / MANIFEST):  # which, unlike that of a Path, takes a name too long for one not there
+    """Read and check manifest and tensors of a checkpoint. Raises `FileNotFoundError` or `CheckpointError`."""
+    if not os.path.isfile(folder / MANIFEST):  # Path.is_file raises for a name that is too long
         remedy = (
             "; it is a folder of PEFT's: save (unipelt.save) what unipelt.load makes of it"
             if os.path.isfile(folder / ADAPTER_CONFIG)
@@ -117,7 +117,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "name_or_path": _typed(base, "name_or_path", str),
                 "revision": base.get("revision"),
                 "config": _typed(base, "config", dict),
-                # checkpoints of before it was kept are compared by their weights alone
+                # older checkpoints have no such field, and are compared by their weights alone
                 "computation": _typed(base, "computation", dict) if "computation" in base else {},
                 "fingerprint": {key: _typed(found, key, str) for key in ("sha256", "dtype")} | _covers(found),
                 "apart": {*head, *unfrozen, *vocabulary},
@@ -141,16 +141,16 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of those tensors that hold NaN or an infinite number."""
+    """Return the sorted names of the tensors that hold NaN or an infinite number."""
     return sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
 
 
 def warn_of_nonfinite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Log a warning if there are such tensors.
+    """Log a warning if a tensor holds NaN or an infinite number.
 
     Args:
         tensors: by name.
-        what: what holds them.
+        what: the owner of the tensors, for the message.
     """
     if names := nonfinite(tensors):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -165,7 +165,7 @@ def _typed(values: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
 
 
 def _covers(fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    """What of the weights a fingerprint covers; earlier checkpoints, which do not say so, hold that of a sample."""
+    """Return the numbers that a fingerprint covers; in earlier checkpoints without this field, a sample."""
     covers = fingerprint.get("covers", SAMPLE)
     if covers not in (SAMPLE, ALL):
         raise ConfigError(f"fingerprint.covers must be {ALL!r} or {SAMPLE!r}, not {show(covers)}")
@@ -180,7 +180,7 @@ def _names(values: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _constants(values: Mapping[str, Any]) -> Constants:
-    """The constants that gates were folded to; that the gates are there is checked on the model."""
+    """Return the constants of folded gates. Whether these gates exist is checked on the model."""
     folded: dict[str, Any] = _typed(values, "folded", dict)
     for path in folded:
         for name, constant in _typed(folded, path, dict).items():
@@ -198,12 +198,12 @@ def _only(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
 
 
 def finish_interrupted_save(folder: Path) -> None:
-    """Finish a save that broke off after its manifest was written: its weights must not be taken for a draft."""
+    """Finish a save that was interrupted after its manifest was written, so that its weights are not overwritten."""
     try:
         weights = (folder / NEXT).read_bytes()
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         digest = manifest["weights"]["sha256"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return  # there is none, or no manifest that could name it
+        return  # there are no such weights, or no manifest that names them
     if hashlib.sha256(weights).hexdigest() == digest:
         os.replace(folder / NEXT, folder / WEIGHTS)

@@ -1,4 +1,4 @@
-"""The model card that lies beside saved weights: what they are, how they were made, how well they did."""
+"""Write the model card of saved weights: method, training, scores."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ TASKS = {
     "ForConditionalGeneration": "text2text-generation",
     "MTModel": "text2text-generation",
 }
-"""The hub's name of a task, by the end of the name of a class for it."""
+"""The hub's name of a task, by the end of a model class's name."""
 _SAYS_NOTHING = re.compile(r"models?|base|checkpoint(-\d+)?|best|final|output|main|snapshot", re.IGNORECASE)
-"""Names of folders that say nothing about what is in them."""
-_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # the hub's names, where they are others
+"""Names of folders that do not describe their contents."""
+_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # the hub's names, where they differ
 
 
 def model_card(
@@ -43,22 +43,21 @@ def model_card(
     gates: Mapping[str, Any] | None = None,
     has_tokenizer: bool = False,
 ) -> str:
-    """A README in Markdown with the hub's metadata: method, parameter counts, base, how to load, scores, gates.
+    """Return a README in Markdown with the hub's metadata: method, parameter counts, base, how to load, scores, gates.
 
     Args:
-        config: what was added.
-        counts: of the model.
-        manifest: what `unipelt.json` holds.
-        name: of the repository that it is for, `user/name`.
-        license: of these weights, as the hub calls it (`apache-2.0`). None says nothing: it is not for a library to
-            choose.
-        result: the record of the run that trained them (`unipelt.records.record.read_result`).
-        gates: means and standard deviations of gates, as a record holds them: `values` (by gate, `mean` and `std` by
-            layer), `layers` (their indices), `examples` (over how many). By default the record's.
-        has_tokenizer: the tokenizer is in the repository too.
+        config: the method that was injected.
+        counts: parameter counts of the model.
+        manifest: the content of `unipelt.json`.
+        name: the name of the repository, `user/name`.
+        license: the license of these weights, by the hub's name (`apache-2.0`). With None, the card names no license.
+        result: the record of the run that trained the weights (`unipelt.records.record.read_result`).
+        gates: means and standard deviations of gates, in the form of a record: `values` (by gate, `mean` and `std` by
+            layer), `layers` (their indices), `examples` (their number). By default the gates of `result`.
+        has_tokenizer: whether the repository holds the tokenizer too.
 
     Returns:
-        The text. No path of a machine is in it.
+        The text, without any path of this machine.
     """
     base = manifest["base"]
     known = base["name_or_path"] if may_be_base(base["name_or_path"]) else None
@@ -103,12 +102,12 @@ def model_card(
 
 
 def task_of(class_name: str) -> str | None:
-    """What the hub calls the task of a model's class, or None where it has no name for it."""
+    """Return the hub's name for the task of a model class, or None if the hub has no name for this task."""
     return next((task for end, task in TASKS.items() if class_name.endswith(end)), None)
 
 
 def _base_name(place: str) -> str:
-    """What a base is called, by its name on the hub or the folder that it was loaded from."""
+    """Return a readable name for a base, from its name on the hub or from the folder of its checkpoint."""
     parts = [part for part in re.split(r"[/\\]", place) if part]
     for part in reversed(parts):
         if part.startswith("models--"):  # the hub's cache: models--user--name/snapshots/COMMIT
@@ -120,7 +119,7 @@ def _base_name(place: str) -> str:
 
 
 def _parts(config: UniPELTConfig) -> str:
-    """What is added, or what trains."""
+    """Return the names of the injected submodules, or of the parameters that train."""
     if config.train_base:
         return "fine-tuning"
     parts = []
@@ -157,7 +156,7 @@ def _loading(
 
 
 def _dataset(result: Mapping[str, Any]) -> dict[str, str]:
-    """The hub's words for what a run was tested on."""
+    """Return the hub's metadata on the dataset split of a run's test."""
     task, settings = result["task"]["name"], result["settings"]
     if settings.get("task") is None:
         return {"name": task, "type": "custom", "split": "test"}
@@ -203,7 +202,7 @@ def _scores(result: Mapping[str, Any]) -> list[str]:
 
 
 def _floor(result: Mapping[str, Any]) -> str:
-    """The score of an answer without a model, as a sentence."""
+    """Return a sentence with the score of predictions without a model; empty if there is no such score."""
     found = floor(result)
     if found.score is None:
         return ""

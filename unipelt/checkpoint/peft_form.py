@@ -1,6 +1,6 @@
-"""A folder in PEFT's form, of type `UNIPELT`: `adapter_config.json` and `adapter_model.safetensors`.
+"""Read and write a folder in PEFT's form of type `UNIPELT`: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT writes it for a `PeftModel`, and `save` where it is asked to. It is read and written here without PEFT.
+PEFT writes such a folder for a `PeftModel`, and `save` writes one with `peft=True`. This module does not need PEFT.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from unipelt.injection.state import injection_of
 from unipelt.submodules.room import DEFAULT, ROOM
 
 TYPE = "UNIPELT"
-"""What PEFT calls the method."""
-_PREFIX = "base_model.model."  # of every name in a file of PEFT's
+"""PEFT's name of the method."""
+_PREFIX = "base_model.model."  # PEFT's prefix of every name in a file
 _PICKLE = "adapter_model.bin"
 _TASKS = {
     "SEQ_CLS": ("AutoModelForSequenceClassification", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
@@ -49,19 +49,19 @@ _TASKS = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     "FEATURE_EXTRACTION": ("AutoModel", transformers.MODEL_MAPPING),
 }
-"""PEFT's tasks: the class that builds a base for each, and the classes that it builds, by configuration."""
+"""PEFT's tasks: for each task, the auto class that builds a base, and its model classes by configuration."""
 _AUTO = {auto for auto, _ in _TASKS.values()}
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Manifest and tensors of a checkpoint, or of a folder in PEFT's form, in the form of `read_checkpoint`.
+    """Read manifest and tensors of a checkpoint, or of a folder in PEFT's form, in the form of `read_checkpoint`.
 
-    A folder of PEFT's does not say what the base's configuration and fingerprint are: they are left out. Its head is
-    None where it holds none and the method trains none.
+    A folder in PEFT's form holds no configuration and no fingerprint of the base: they are left out of the manifest.
+    The head is None if the folder holds none and the method trains none.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        CheckpointError: it is broken, or of another method of PEFT's.
+        CheckpointError: the checkpoint is damaged, or belongs to another method of PEFT.
     """
     if (folder / MANIFEST).is_file() or not (folder / ADAPTER_CONFIG).is_file():
         return read_checkpoint(folder)
@@ -132,18 +132,18 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def build_base_of_peft(
     source: str | Path, described: Mapping[str, Any], name: str, revision: str | None, **options: Any
 ) -> PreTrainedModel:
-    """The base of a folder of PEFT's, with the configuration that it has where it is.
+    """Build the base of a folder in PEFT's form, with the configuration at the location of the base.
 
     Args:
-        source: of the folder, for messages.
-        described: what `read_folder` says of the base.
-        name: where the base is.
-        revision: of a base on the hub.
-        options: passed on to its `from_pretrained`, which reads safetensors alone unless they say otherwise.
+        source: the location of the folder, for messages.
+        described: the manifest's entry on the base, from `read_folder`.
+        name: the location of the base.
+        revision: the revision of a base on the hub.
+        options: passed to the class's `from_pretrained`, which reads only safetensors by default.
 
     Raises:
-        CheckpointError: the folder does not say what class its base has, or that cannot be built.
-        MissingBaseError: the base is not to be had.
+        CheckpointError: the folder does not name the class of the base, or the base cannot be built.
+        MissingBaseError: the base cannot be found or read.
     """
     cls: Any = getattr(transformers, described["class"], None) if described["class"] else None
     is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
@@ -153,7 +153,7 @@ def build_base_of_peft(
             "unipelt.load(model, folder)"
         )
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report the head as newly initialised; it is loaded next
+    logging.set_verbosity_error()  # no warning on a new head: the head is loaded next
     try:
         model: PreTrainedModel = cls.from_pretrained(
             name, **{"use_safetensors": True, "trust_remote_code": False, "revision": revision or "main", **options}
@@ -171,7 +171,7 @@ def build_base_of_peft(
 
 
 def check_carried(model: PreTrainedModel, folder: Path) -> None:
-    """Raise `ValueError` for a model that a folder in PEFT's form cannot hold, or a folder that is another already."""
+    """Raise `ValueError` if PEFT's form cannot hold the model, or the folder holds a checkpoint of another form."""
     injection = injection_of(model)
     if problem := find_uncarried(injection.config):
         raise ValueError(problem)
@@ -187,7 +187,7 @@ def check_carried(model: PreTrainedModel, folder: Path) -> None:
 
 
 def find_uncarried(config: UniPELTConfig) -> str | None:
-    """Return why PEFT cannot carry a method, or None."""
+    """Return the reason why PEFT's form cannot hold a method, or None."""
     for name, what in (("bitfit", "biases of the base"), ("train_base", "every weight of the base")):
         if getattr(config, name):
             return (
@@ -203,20 +203,20 @@ def write_folder(
     """Write a folder in PEFT's form.
 
     Args:
-        model: an injected model, for which `check_carried` found nothing.
-        folder: where; it is there.
-        tensors: what was trained, by the model's names, on the CPU.
-        base: class, location and revision of the base, as `base_origin` gives them.
-        deployed: whether prefixes have their form of after training.
+        model: an injected model that passed `check_carried`.
+        folder: an existing folder.
+        tensors: the trained parameters, by the model's names, on the CPU.
+        base: class, location and revision of the base, from `base_origin`.
+        deployed: whether prefixes have the deployed form.
     """
     injection = injection_of(model)
     held = dict.fromkeys(name.rpartition(".")[0] for name in sorted(injection.head))
     whole = dict(tensors)
     for path in held:
         for name, tensor in model.get_submodule(path).state_dict(prefix=f"{path}.").items():
-            if name not in whole:  # PEFT's copies are of whole modules
+            if name not in whole:  # PEFT copies whole modules
                 whole[name] = tensor.detach().cpu().contiguous()
-    task = _task_of(model, base["class"]) if injection.config.train_head else None  # PEFT trains the head for a task
+    task = _task_of(model, base["class"]) if injection.config.train_head else None  # a task makes PEFT train the head
     named = {"base_model_class": base["class"], "parent_library": _module_of(base["class"])}
     values = {
         "auto_mapping": None if task else named,
@@ -237,7 +237,7 @@ def write_folder(
 
 
 def _class_name(values: Mapping[str, Any]) -> str | None:
-    """The name of the class of Transformers that builds the base, as far as the configuration says one."""
+    """Return the name of the Transformers class that builds the base, or None if the configuration names none."""
     if values["task_type"] in _TASKS:
         return _TASKS[values["task_type"]][0]
     mapping = values["auto_mapping"] or {}
@@ -247,7 +247,7 @@ def _class_name(values: Mapping[str, Any]) -> str | None:
 
 
 def _task_of(model: PreTrainedModel, class_name: str) -> str | None:
-    """The task of PEFT's whose class for a base gives one of this class, or None."""
+    """Return PEFT's task for which the auto class builds this model class, or None."""
     kind: Any = type(model.config)
     for task, (_, built) in _TASKS.items():
         if kind in built and getattr(built[kind], "__name__", None) == class_name:
@@ -260,7 +260,10 @@ def _module_of(class_name: str) -> str:
 
 
 def _our_name(name: str) -> str:
-    """`base_model.model.bert.….unipelt.up.weight` is `bert.….unipelt.default.up.weight`."""
+    """Return the name here of a tensor in PEFT's file.
+
+    `base_model.model.bert.….unipelt.up.weight` becomes `bert.….unipelt.default.up.weight`.
+    """
     steps = name.removeprefix(_PREFIX).split(".")
     if ROOM in steps:
         steps.insert(steps.index(ROOM) + 1, DEFAULT)
@@ -268,7 +271,7 @@ def _our_name(name: str) -> str:
 
 
 def _their_name(name: str) -> str:
-    """The way back from `_our_name`."""
+    """Return the name in PEFT's file: the inverse of `_our_name`."""
     steps = name.split(".")
     if ROOM in steps:
         del steps[steps.index(ROOM) + 1]

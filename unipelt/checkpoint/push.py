@@ -1,4 +1,4 @@
-"""Put a trained model onto the hub, with a card that says what it is; and the tokenizer of one that is there."""
+"""Upload a trained model with its model card to the hub, and load the tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
     *("source.spm", "target.spm", "bpe.codes"),
 )
-"""What tokenizers of Transformers are kept in; each holds data and no code."""
+"""The files of Transformers' tokenizers; each holds data and no code."""
 _TOLD: dict[str, Any] = {
     "settings": {"seed": int, "batch_size": int},
     "data": {split: {"rows": int} for split in ("train", "dev", "test")},
     "packages": dict.fromkeys(("unipelt", "torch", "transformers"), (str, type(None))),
 }
-"""What a card reads of a record beside what every record has."""
+"""The fields of a record that a card needs in addition to those that every record has."""
 
 
 def push_to_hub(
@@ -65,35 +65,36 @@ def push_to_hub(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Upload what was trained, and a model card, in one commit; `unipelt.from_pretrained(name)` gives the model again.
+    """Upload the trained parameters and a model card in one commit; `unipelt.from_pretrained(name)` restores the model.
 
     Args:
-        model: an injected model. Its base is not uploaded, so others must be able to get that by name.
-        name: of the repository, `user/name`; it is made if it is not there.
+        model: an injected model. Its base is not uploaded, so others must be able to get the base by name.
+        name: the name of the repository, `user/name`; created if it does not exist.
         deploy: fold the prefix's reparameterisation network away, as `save` does. The logits are the same and the file
-            is much smaller; say False to let others go on with the very training.
-        base: the name on the hub of the base model, where it was loaded from a folder here. The fingerprint of its
-            weights goes along, so that another base is refused when it is loaded.
-        base_revision: a branch, a tag or a commit of the base; by default the commit that was loaded from `main`. Say
+            is much smaller. Use False if others are to continue the same training.
+        base: the name on the hub of the base model, if it was loaded from a local folder. The fingerprint of the
+            base's weights is uploaded too, so that loading with another base raises an error.
+        base_revision: a branch, a tag or a commit of the base; by default the commit that was loaded from `main`. Give
             it if another branch was loaded, or if `base` is given and may change.
-        tokenizer: uploaded too; without, `load_tokenizer` takes that of the base.
-        result: a `result.json`, or the folder of the run, that trained this model: its scores and gates go into the
-            card, and the scores into the hub's metadata.
-        gates: values of gates for the card, as `unipelt.record_gates` records them; by default those of `result`.
-        license: of these weights, as the hub calls it; nothing is said by default.
-        message: of the commit.
-        private: as `unipelt.files.hub.upload` takes it.
-        revision: likewise.
-        create_pr: likewise.
-        token: likewise.
+        tokenizer: a tokenizer to upload too; without one, `load_tokenizer` loads the tokenizer of the base.
+        result: a `result.json`, or the folder of the run, that trained this model. Its scores and gates are added to
+            the card, and its scores to the hub's metadata.
+        gates: values of gates for the card, (examples, layers) by name, as `unipelt.record_gates` records them; by
+            default the gates of `result`.
+        license: the license of these weights, by the hub's name; by default the card names none.
+        message: the message of the commit.
+        private: see `unipelt.files.hub.upload`.
+        revision: see `unipelt.files.hub.upload`.
+        create_pr: see `unipelt.files.hub.upload`.
+        token: see `unipelt.files.hub.upload`.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: nothing was injected, the name cannot be meant, nobody else could get the base, `result` is of
-            another model, or a number is not finite. Nothing was uploaded.
-        HubError: the hub cannot be reached, or does not let us.
+        ValueError: the model carries no submodules, the name is not valid, others could not get the base, `result`
+            belongs to another model, or a number is not finite. Nothing was uploaded.
+        HubError: the hub cannot be reached, or denies access.
     """
     injection_of(model)
     kept = set(kept_names(model))
@@ -149,20 +150,20 @@ def load_tokenizer(
     local_files_only: bool = False,
     **kwargs: Any,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a checkpoint: the one beside it, or else that of its base.
+    """Load the tokenizer of a checkpoint: the one in the same folder, or else the one of its base.
 
     Args:
-        source: as `unipelt.from_pretrained` takes it.
-        revision: likewise.
-        base: likewise; its tokenizer is then taken, whatever is beside the checkpoint.
-        base_revision: likewise.
-        token: likewise.
-        cache_dir: likewise.
-        local_files_only: likewise.
-        kwargs: passed on to `AutoTokenizer.from_pretrained`. No code that comes with a tokenizer is run.
+        source: see `unipelt.from_pretrained`.
+        revision: see `unipelt.from_pretrained`.
+        base: see `unipelt.from_pretrained`. If given, its tokenizer is loaded, even if the checkpoint holds one.
+        base_revision: see `unipelt.from_pretrained`.
+        token: see `unipelt.from_pretrained`.
+        cache_dir: see `unipelt.from_pretrained`.
+        local_files_only: see `unipelt.from_pretrained`.
+        kwargs: passed to `AutoTokenizer.from_pretrained`. Code that comes with a tokenizer is never run.
 
     Raises:
-        As `unipelt.from_pretrained`.
+        The exceptions of `unipelt.from_pretrained`.
     """
     shared: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     files = (MANIFEST, WEIGHTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES)
@@ -174,13 +175,13 @@ def load_tokenizer(
 
 
 def summarise_gates(gates: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Mean and standard deviation of gates by layer, in the form that a record of a run has.
+    """Compute mean and standard deviation of gates by layer, in the form of a run's record.
 
     Args:
         gates: by name, (examples, layers), as `unipelt.record_gates` records them.
 
     Raises:
-        ValueError: there are no gates, no examples, or one of them has another shape.
+        ValueError: there are no gates, there are no examples, or a gate has another shape.
     """
     values = {name: torch.as_tensor(value).detach().double().cpu() for name, value in gates.items()}
     if not values or any(value.ndim != 2 or 0 in value.shape for value in values.values()):
@@ -196,12 +197,12 @@ def summarise_gates(gates: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _record_of(result: str | Path, model: PreTrainedModel, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run, if it is one that made this model. Raises `ValueError`."""
+    """Return the record of a run, if the run made this model. Raises `ValueError` otherwise."""
     record = read_result(result)
     if problem := mismatch(record, _TOLD, ""):
         raise ResultError(f"{show_path(result)} does not hold what a card tells: {problem}")
     base = manifest["base"]
-    if record["model"]["fingerprint"].get("covers", SAMPLE) == SAMPLE:  # it is of an earlier version
+    if record["model"]["fingerprint"].get("covers", SAMPLE) == SAMPLE:  # a record of an earlier version
         base = describe_base(model, dict(model.named_parameters()), covers=SAMPLE)
     here = {"method": manifest["unipelt"], "class": base["class"], "base": base["fingerprint"]}
     there = {
@@ -215,7 +216,7 @@ def _record_of(result: str | Path, model: PreTrainedModel, manifest: Mapping[str
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, but for what they say of this machine."""
+    """Write a tokenizer's files, without paths of this machine."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"tokenizer must be one of Transformers, not {type(tokenizer).__name__}")
     with named_write(folder):

@@ -1,8 +1,8 @@
-"""Save what was trained, and only that.
+"""Save the trained parameters, without the frozen base.
 
-A folder holds `model.safetensors` (submodules, gates, head, trained biases), `unipelt.json` (what they belong to) and
-`README.md` (a model card). It has no `config.json`, so Transformers cannot take it for a whole model by mistake; a
-Trainer's checkpoints are such folders too.
+A folder holds `model.safetensors` (submodules, gates, head, trained biases), `unipelt.json` (method and base) and
+`README.md` (a model card). It has no `config.json`, so that Transformers does not load it as a whole model by mistake.
+The checkpoints of a Trainer have the same form.
 """
 
 from __future__ import annotations
@@ -54,33 +54,34 @@ def save(
     base_revision: str | None = None,
     peft: bool = False,
 ) -> Path:
-    """Write what was trained: submodules, gates, head, trained biases; not the frozen base.
+    """Write the trained parameters: submodules, gates, head, trained biases. The frozen base is not written.
 
-    The rows of a vocabulary that was resized (`resize_token_embeddings`) are written too, trained or not: the base
-    does not hold them.
+    The embedding rows of a resized vocabulary (`resize_token_embeddings`) are written too, trained or not, because the
+    base does not hold them.
 
     Args:
         model: an injected model.
-        folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
-            manifest, which holds the weights' SHA-256, last.
-        deploy: fold the prefix's reparameterisation network away. The logits stay the same; the prefix is smaller
-            and, if it is trained further, it is trained directly. A folded model is saved as what it was folded
-            from, in this form, with the gates' constants: loading folds again.
-        state_dict: the model's whole state dict, where it had to be gathered from several processes.
-        base: what others know the base model by (`user/name` on the hub), in place of where it was loaded from here.
+        folder: created if absent; other files in the folder are left alone. A failed write leaves no partial file. The
+            manifest, which holds the SHA-256 of the weights, is written after the weights.
+        deploy: fold the prefix's reparameterisation network away. The logits stay the same, the prefix is smaller, and
+            further training trains the prefix directly. A folded model is saved in this form, with the parameters from
+            before folding and the constants of the gates: loading folds the model again.
+        state_dict: the model's whole state dict, if it had to be gathered from several processes.
+        base: the public name of the base model (`user/name` on the hub), in place of its location on this machine.
         base_revision: a branch, a tag or a commit of `base`.
-        peft: write the form of PEFT's type `UNIPELT` instead: `adapter_model.safetensors` and `adapter_config.json`,
-            which `peft.PeftModel.from_pretrained` opens, and `unipelt.load` too. It holds no fingerprint of the base.
+        peft: write the form of PEFT's type `UNIPELT` instead: `adapter_model.safetensors` and `adapter_config.json`.
+            Both `peft.PeftModel.from_pretrained` and `unipelt.load` read this form. It holds no fingerprint of the
+            base.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: nothing was injected; or PEFT cannot carry the model, and the message says why.
+        ValueError: the model carries no submodules; or PEFT cannot hold the model, and the message gives the reason.
         OSError: the folder cannot be written.
     """
     injection = injection_of(model)
-    injection.vocabulary |= resized_vocabulary(model)  # of a base that was resized after `inject`, too
+    injection.vocabulary |= resized_vocabulary(model)  # the base may be resized after `inject`
     whole: Mapping[str, Any] = dict(model.named_parameters()) if state_dict is None else state_dict
     if sharded := [name for name, tensor in whole.items() if is_sharded(tensor)]:
         raise ValueError(
@@ -116,8 +117,8 @@ def save(
     if injection.folded is not None:
         manifest["folded"] = injection.folded.constants
     text = json.dumps(manifest, indent=2) + "\n"
-    # The manifest decides: until it is replaced the old weights are the checkpoint, from then on the new ones are,
-    # under their first name or the last. So whatever breaks off in between, one of the two is there whole.
+    # The manifest names the valid weights by their SHA-256: the old ones until it is replaced, then the new ones,
+    # under either file name. So an interrupted save leaves one whole checkpoint, the old or the new.
     finish_interrupted_save(folder)
     write_whole(folder / NEXT, weights)
     try:
@@ -132,7 +133,7 @@ def save(
 
 def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, deploy: bool) -> dict[str, Tensor]:
     folded = injection_of(model).folded
-    # of a folded model, what it was folded from: the names and the forms of ours are others now
+    # a folded model is saved with its tensors from before folding: its present parameters have other names and shapes
     left_out = own_parameters(model).keys() if folded else set()
     tensors = {name: whole[name] for name in kept_names(model) if name not in left_out}
     tensors |= folded.tensors if folded else {}

@@ -1,4 +1,4 @@
-"""After training: gates that turned out nearly constant become constants, and what they scale is folded away."""
+"""Replace nearly constant gates of a trained model by constants, and fold the constants into the weights."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ Outcome = Literal["merged", "constant", "dropped", "kept"]
 
 @dataclass(frozen=True)
 class FoldedGate:
-    """One gate of one layer: its values over the data, and what became of it.
+    """One gate of one layer: its values over the data, and the result of folding.
 
     Attributes:
-        path: of the module that computes it, from the model.
-        name: as `unipelt.record_gates` calls it.
-        mean, std, minimum, maximum: over all examples (population standard deviation); of a gate with a number a
-            token, over all real tokens of all examples; where layers are shared, over all passes through them.
-        outcome: `merged` (its low-rank term is in the weight), `constant` (its adapter, prefix or prompt is scaled for
-            good), `dropped` (it is closed, and its submodule gone) or `kept`.
+        path: the path, from the model, of the module that computes the gate.
+        name: the gate's name, as in `unipelt.record_gates`.
+        mean, std, minimum, maximum: statistics over all examples (`std` is the population standard deviation). For a
+            gate with one value per token: over all real tokens of all examples. Where layers are shared: over all
+            passes through the layer.
+        outcome: `merged` (its low-rank term is in the weight), `constant` (its adapter, prefix or prompt is scaled
+            permanently), `dropped` (the gate is closed, and its submodule is removed) or `kept`.
     """
 
     path: str
@@ -46,13 +47,13 @@ class FoldedGate:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What `unipelt.fold` found and did; `str` of it is a table.
+    """The result of `unipelt.fold`; `str` of the report is a table.
 
     Attributes:
         gates: every gate of every layer.
-        examples: how many examples the gates were recorded over.
-        tolerance, closed: what was asked for.
-        merged: how many low-rank terms are in the weights now, those without a gate included.
+        examples: number of examples over which the gates were recorded.
+        tolerance, closed: the arguments of `fold`.
+        merged: number of low-rank terms that are now in the weights, including those without a gate.
         before, after: parameter counts.
     """
 
@@ -66,7 +67,7 @@ class FoldReport:
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """How many gates were merged, became constant, were dropped, were kept."""
+        """The number of gates by outcome: merged, constant, dropped, kept."""
         found = Counter(gate.outcome for gate in self.gates)
         return {name: found[name] for name in ("merged", "constant", "dropped", "kept")}
 
@@ -97,43 +98,44 @@ def fold(
     tolerance: float = 0.05,
     closed: float = 0.01,
 ) -> FoldReport:
-    """Freeze nearly constant gates of a trained model and fold away what they scale, in place.
+    """Replace nearly constant gates of a trained model by constants, and fold the constants away, in place.
 
-    A gate whose standard deviation over the data is at most `tolerance` becomes the constant c, its mean. Then
+    A gate with a standard deviation of at most `tolerance` over the data becomes the constant c, its mean. Then
 
-    - a low-rank term is merged: `W += c B A`, computed in float32 and rounded once to the weight's type. So is a term
-      without a gate, with `c = alpha / r`;
-    - an adapter's `up` is multiplied by c; a closed one goes, with its second pass through the norm;
-    - a prefix under `scale` gating is multiplied by c; under `mass` gating (all causal attention) `log c` becomes a
-      constant beside the mask; one with a softmax of its own has its values multiplied by c; of the last two a closed
-      one goes;
+    - a low-rank term is merged: `W += c B A`, computed in float32 and rounded once to the weight's type. A term
+      without a gate is merged too, with `c = alpha / r`;
+    - an adapter's `up` is multiplied by c. An adapter with a closed gate is removed, with its second pass through the
+      norm;
+    - a prefix under `scale` gating is multiplied by c. Under `mass` gating (all causal attention) `log c` becomes a
+      constant that is added to the mask. A prefix with a separate softmax has its values multiplied by c. A prefix of
+      the last two kinds is removed if its gate is closed;
     - a prompt is multiplied by c.
 
-    Gates that vary are kept, and go on to be computed. A prefix under `scale` and a prompt are never dropped, since a
-    closed one still takes attention (paper, footnote 3). A gate of DeBERTa-v2's query is kept, unless closed: its
-    projection serves relative positions too, which the gated term keeps out of. The reparameterisation networks go as
-    well (the deployed form).
+    Gates that vary are kept, and are still computed. A prefix under `scale` gating and a prompt are never dropped,
+    because they take attention even with a closed gate (paper, footnote 3). A gate of DeBERTa-v2's query is kept,
+    unless closed: its projection also serves relative positions, from which the gated term is left out. The
+    reparameterisation networks are removed (the deployed form).
 
-    The model stays a `PreTrainedModel`, in evaluation mode, of which nothing trains: a forward pass in training mode
-    with gradients is refused. `unipelt.save` and `unipelt.load` give the same folded model again, bit for bit;
-    `unipelt.remove` gives the base again, bit for bit.
+    The model stays a `PreTrainedModel`, in evaluation mode, without trainable parameters: a forward pass in training
+    mode with gradients raises an error. `unipelt.save` and `unipelt.load` restore the same folded model, bit for bit;
+    `unipelt.remove` restores the base, bit for bit.
 
     Args:
         model: an injected model, trained.
-        batches: inputs of the model, as `model(**batch)` takes them, on any device; at least two examples. Real
-            tokens are told from padding by `attention_mask` (`decoder_attention_mask` for a decoder behind an
-            encoder). May be empty for a model without gates.
+        batches: inputs of the model, as `model(**batch)` takes them, on any device; at least two examples.
+            `attention_mask` (`decoder_attention_mask` for a decoder with an encoder) marks the real tokens. May be
+            empty for a model without gates.
         tolerance: the largest standard deviation of a gate that counts as constant; a gate is between 0 and 1.
-        closed: a constant gate with a mean below this is closed.
+        closed: a constant gate with a mean below this value is closed.
 
     Returns:
-        Every gate's statistics and what became of it, and parameter counts before and after.
+        The statistics and the outcome of every gate, and parameter counts before and after.
 
     Raises:
-        FoldError: the model is folded already, has nothing to fold, has a weight that nothing can be merged into
-            (quantised, sharded, offloaded, shared with another module), a gate that is not finite or was never
-            computed; or an argument cannot be meant. The model is as it was.
-        ValueError: nothing was injected.
+        FoldError: the model is folded already; has nothing to fold; has a weight into which nothing can be merged
+            (quantised, sharded, offloaded, shared with another module); has a gate that is not finite or was never
+            computed; or an argument is not valid. The model is unchanged.
+        ValueError: the model carries no submodules.
     """
     model = host_of(model)
     injection = injection_inside(model)
@@ -178,14 +180,14 @@ def _check_arguments(tolerance: float, closed: float) -> None:
 def _constant(
     gate: GateTarget, mean: float, std: float, tolerance: float, closed: float
 ) -> float | Literal["kept"] | None:
-    """What a gate becomes: a constant, None (its submodule is dropped), or that it is kept."""
+    """Return the constant of a gate, None if its submodule is dropped, or "kept"."""
     if std > tolerance or not gate.target.folds_to:
         return "kept"
     if (mean < closed or mean == 0) and not gate.target.takes_attention:
         return None
     if mean == 0 or getattr(gate.target, "once", False):
         return "kept"
-    return min(mean, 1.0)  # a mean of token weights in float32 may be a rounding above 1
+    return min(mean, 1.0)  # rounding in float32 can give a mean slightly above 1
 
 
 def _outcome(gate: GateTarget, constant: float | Literal["kept"] | None) -> Outcome:

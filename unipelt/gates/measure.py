@@ -1,6 +1,7 @@
-"""How much gates vary over data, and where they are.
+"""Find the gates of a model, and measure how much they vary over data.
 
-Shapes: B examples, T tokens, G gates that read the same input, N values of a gate, P parts (calls of a gate).
+Shapes: B examples, T tokens, G gates of one entry (they read the same input), N values of a gate, P parts (calls of
+a gate).
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from unipelt.submodules.room import layer_sets, rooms
 
 
 class FoldError(ValueError):
-    """A model that cannot be folded, or not so; the message says why. The model is as it was."""
+    """A model cannot be folded, or not with these arguments; the message gives the reason. The model is unchanged."""
 
 
 @dataclass(frozen=True)
 class GateTarget:
-    """A gate, and the submodule that it scales.
+    """A gate, and the submodule that the gate scales.
 
     Attributes:
-        path: of the entry that computes it.
-        name: as `unipelt.record_gates` calls it.
+        path: the path of the entry that computes the gate.
+        name: the gate's name, as in `unipelt.record_gates`.
         entry: the entry.
         target: the submodule.
-        mask: the model's input that tells real tokens from padding in what the gate reads.
+        mask: the name of the model's input that marks the real tokens in the gate's input.
     """
 
     path: str
@@ -44,12 +45,12 @@ class GateTarget:
 
     @property
     def row(self) -> int:
-        """The gate's place among those of its entry."""
+        """The index of the gate among the gates of its entry."""
         return self.entry.gates.names.index(self.name)
 
 
 def find_gates(model: PreTrainedModel) -> list[GateTarget]:
-    """Find every gate of an injected model, in the order of its layers."""
+    """Return every gate of an injected model, in the order of its layers."""
     behind_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
     paths = {module: path for path, module in model.named_modules() if isinstance(module, Entry)}
     found = []
@@ -63,7 +64,7 @@ def find_gates(model: PreTrainedModel) -> list[GateTarget]:
             for name in entry.gates.names:
                 target = scaled[name]
                 mask = "attention_mask"
-                if getattr(target, "crosses", False):  # it reads the other text
+                if getattr(target, "crosses", False):  # the gate reads the encoder's output
                     mask = "attention_mask" if behind_encoder else "encoder_attention_mask"
                 elif behind_encoder and name.startswith(("decoder.", "cross.")):
                     mask = "decoder_attention_mask"
@@ -78,19 +79,19 @@ def find_gates(model: PreTrainedModel) -> list[GateTarget]:
 def measure_gates(
     model: PreTrainedModel, gates: list[GateTarget], batches: Iterable[Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], int]:
-    """Run the model over the data, in evaluation mode, and look at its gates.
+    """Run the model over the data in evaluation mode, and compute statistics of its gates.
 
     Args:
-        model: an injected model; its modes are put back.
-        gates: as `find_gates` gave them; at least one.
-        batches: inputs of the model; padding does not count where a gate has a number a token.
+        model: an injected model; its training modes are restored afterwards.
+        gates: at least one gate, from `find_gates`.
+        batches: inputs of the model; padding is left out where a gate has one value per token.
 
     Returns:
-        Mean, population standard deviation, minimum and maximum of the gates, (4, G) in float64 by the path of their
-        module; and how many examples there were.
+        Mean, population standard deviation, minimum and maximum of the gates, (4, G) in float64, by the path of their
+        entry; and the number of examples.
 
     Raises:
-        FoldError: there are fewer than two examples, a gate is not finite or was never computed, or a batch is no
+        FoldError: there are fewer than two examples, a gate is not finite or was never computed, or a batch is not a
             mapping.
     """
     parts: dict[str, list[Tensor]] = {gate.path: [] for gate in gates}
@@ -133,13 +134,13 @@ def _batch_size(inputs: Mapping[str, Any]) -> int:
 
 
 def _sums(values: Tensor) -> Tensor:
-    """Number, mean, sum of squared deviations, minimum and maximum, (5, G), of values (N, G)."""
+    """Return count, mean, sum of squared deviations, minimum and maximum, (5, G), of values (N, G)."""
     count, mean = values.new_full(values.shape[1:], len(values)), values.mean(dim=0)
     return torch.stack([count, mean, (values - mean).square().sum(dim=0), values.amin(dim=0), values.amax(dim=0)])
 
 
 def _spread(parts: Tensor) -> Tensor:
-    """Mean, standard deviation, minimum and maximum, (4, G), over all parts of (P, 5, G)."""
+    """Return mean, standard deviation, minimum and maximum, (4, G), over all parts, (P, 5, G)."""
     count, mean, squares, low, high = parts.unbind(dim=1)
     total = count.sum(dim=0)
     middle = (count * mean).sum(dim=0) / total

@@ -1,4 +1,4 @@
-"""Constants in the place of gates: what they scale goes into weights, and what is no longer computed goes.
+"""Replace gates by constants: merge the constants into weights, and remove the modules that are no longer computed.
 
 Shapes: W prefix width, L prefix length.
 """
@@ -28,23 +28,24 @@ from unipelt.submodules.prompt import Prompt
 from unipelt.submodules.room import PlacedTerm, SubmoduleSet, layer_sets, own_parameters, placed_terms, rooms
 
 Constants = Mapping[str, Mapping[str, float | None]]
-"""Path of a `Gates` module -> name of one of its gates -> its constant, or None where its submodule is dropped."""
+"""Path of an `Entry` -> name of one of its gates -> the gate's constant, or None where its submodule is dropped."""
 
 FOLDABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
-    """Fold gates to given constants, in place: `fold` without the measuring, and what loading does again.
+    """Fold gates to given constants, in place: `fold` without the measurement. Loading a folded model calls this too.
 
     Args:
         model: an injected model that is not folded.
-        constants: of the gates that are to go; the others are kept.
+        constants: constants of the gates to fold; the other gates are kept.
 
     Returns:
-        How many low-rank terms were merged into weights.
+        The number of low-rank terms that were merged into weights.
 
     Raises:
-        FoldError: a gate is not there, a constant is not above 0 and at most 1, or as `fold`. The model is as it was.
+        FoldError: a gate does not exist, a constant is not above 0 and at most 1, or a case of `fold`. The model is
+            unchanged.
     """
     injection = injection_inside(model)
     check_gates(model)
@@ -80,7 +81,7 @@ def fold_constants(model: PreTrainedModel, constants: Constants) -> int:
 
 @hook("input")
 def refuse_training(model: Any, args: tuple[Any, ...]) -> None:
-    """Refuse to train a folded model."""
+    """Raise `RuntimeError` if a folded model runs in training mode with gradients."""
     if model.training and torch.is_grad_enabled():
         raise RuntimeError(
             "a folded model does not train: its gates are constants and its low-rank terms are in the weights; call "
@@ -89,7 +90,7 @@ def refuse_training(model: Any, args: tuple[Any, ...]) -> None:
 
 
 def check_gates(model: nn.Module) -> None:
-    """Raise `FoldError` for gates that no constant between 0 and 1 of one submodule can stand for."""
+    """Raise `FoldError` for gates that cannot be replaced by a constant between 0 and 1 for one submodule."""
     gate = injection_inside(model).config.gate
     has_gates = any(isinstance(module, Gates) for module in model.modules())
     if has_gates and (gate.shared or gate.activation != "sigmoid"):
@@ -98,7 +99,7 @@ def check_gates(model: nn.Module) -> None:
 
 @contextmanager
 def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
-    """What is folded is computed in its own precision, whatever the caller evaluates in."""
+    """Switch autocast off, so that folding computes in its own precision."""
     with ExitStack() as stack:
         for kind in {"cpu", model.device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -106,7 +107,7 @@ def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _settle(model: nn.Module, gates: list[GateTarget], constants: Constants) -> dict[nn.Module, float | None]:
-    """The constant of every submodule that loses its gate, None if it is dropped; low-rank terms without one too."""
+    """Return the constants of submodules: of those that lose their gate (None: dropped), and of LoRA without a gate."""
     known = {(gate.path, gate.name): gate.target for gate in gates}
     settled: dict[nn.Module, float | None] = {}
     for path, named in constants.items():
@@ -132,7 +133,7 @@ def _settle(model: nn.Module, gates: list[GateTarget], constants: Constants) -> 
 
 
 def _check_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) -> None:
-    """Raise `FoldError` if nothing can be merged into a weight that a low-rank term is to be merged into."""
+    """Raise `FoldError` for a weight into which a low-rank term is to be merged but cannot be."""
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for path, terms in _merged_terms(model, settled).items():
         weight: Any = terms[0][0].host._parameters.get("weight")
@@ -153,7 +154,7 @@ def _check_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) 
 def _merged_terms(
     model: nn.Module, settled: Mapping[nn.Module, float | None]
 ) -> dict[str, list[tuple[PlacedTerm, float]]]:
-    """The low-rank terms that are to be merged, each with its constant, by the path of their projection."""
+    """Return the low-rank terms to merge, each with its constant, by the path of their projection."""
     found: dict[str, list[tuple[PlacedTerm, float]]] = {}
     for placed in placed_terms(model):
         constant = settled.get(placed.term)
@@ -163,7 +164,10 @@ def _merged_terms(
 
 
 def _merged_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) -> tuple[dict[str, Tensor], int]:
-    """`W + sum of c B A`, by the weight's name, on the CPU so that every machine rounds alike; and how many terms."""
+    """Return `W + sum of c B A` by the weight's name, and the number of terms.
+
+    All sums are computed on the CPU, so that every machine rounds alike.
+    """
     merged = {}
     count = 0
     for path, terms in _merged_terms(model, settled).items():
@@ -183,7 +187,7 @@ def _merged_weights(model: nn.Module, settled: Mapping[nn.Module, float | None])
 
 
 def _deployed_prefixes(model: nn.Module) -> dict[str, Tensor]:
-    """Keys and values (2, L, W) of every prefix that a network computes, by its path."""
+    """Return the keys and values, (2, L, W), of every prefix that a network computes, by the path of the prefix."""
     shared = {module: module() for module in model.modules() if isinstance(module, PrefixNetwork)}
     return {
         path: shared[network][module.index].clone(memory_format=torch.contiguous_format)
@@ -199,7 +203,7 @@ def _remember(
     prefixes: Mapping[str, Tensor],
     merged: Mapping[str, Tensor],
 ) -> Folded:
-    """What saving, loading and removing need of a model that is about to be folded."""
+    """Return the record that saving, loading and removing a folded model need."""
     networks = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, PrefixNetwork))
     ours = {name for name in own_parameters(model) if not name.startswith(networks)}
     trained = merged.keys() & set(kept_names(model))
@@ -221,7 +225,7 @@ def _drop_networks(model: nn.Module) -> None:
 
 
 def _fold_set(part: SubmoduleSet, settled: Mapping[nn.Module, float | None]) -> None:
-    """Fold what one attention, and what follows it, carries."""
+    """Fold the gates of one attention, and of the layer parts that belong to the same set."""
     gone = set()
     left = {term.gate_name for term in part.terms.values() if term.gate_name and term not in settled}
     prefix = part.prefix

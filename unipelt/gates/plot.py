@@ -1,4 +1,4 @@
-"""Pictures of what the gates did."""
+"""Plot the mean values of gates."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def plot_gates(
 ) -> Path:
     """Draw a heat map of mean gate values, layers by submodules, with the numbers in the cells.
 
-    Colours run from 0 (closed) to 1 (open) in every picture, so that pictures can be compared.
+    The colour scale is 0 (closed) to 1 (open) in every picture, so that pictures can be compared.
 
     Args:
-        gates: by name, (examples, layers), as `unipelt.record_gates` records them. Where some have fewer layers
+        gates: by name, (examples, layers), as `unipelt.record_gates` records them. Where some gates have fewer layers
             than others (an encoder's and a decoder's), cells stay empty.
-        path: the picture; its suffix says the format (`.png`, `.pdf`, `.svg`). Written whole or not at all.
-        layers: the layers' own indices, where only some carry submodules; by default 0, 1, ….
+        path: the file; its suffix gives the format (`.png`, `.pdf`, `.svg`). A failed write leaves no partial file.
+        layers: the layers' indices in the model, where only some layers carry submodules; by default 0, 1, ….
         title: a line above the picture.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: there are no gates or no examples, `layers` names more or fewer than there are, or the suffix is
-            of no known format.
+        ValueError: there are no gates or no examples, `layers` has another length than the gates, or the suffix is not
+            a known format.
         ImportError: matplotlib is not installed.
     """
     means = _means(gates)
@@ -66,7 +66,7 @@ def plot_gates(
         value = values[row, column]
         if np.isnan(value):
             continue
-        colour = "black" if value > 0.6 else "white"  # on viridis, which is light above that
+        colour = "black" if value > 0.6 else "white"  # viridis is light above 0.6
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
     figure.colorbar(image, ax=axes, label="mean gate value")
     if title:
@@ -80,7 +80,7 @@ def plot_gates(
 
 
 def _means(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Each gate's mean over the examples: (layers,)."""
+    """Return the mean of each gate over the examples: (layers,)."""
     if not gates:
         raise ValueError("there are no gates to draw; use a gated method and record_gates")
     means = {}
@@ -100,7 +100,7 @@ def _label(name: str) -> str:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure that belongs to no window system and to none of pyplot's lists."""
+    """Return a figure without a window and without pyplot's global state; `width` and `height` are in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Recording gates: nothing is recorded outside a `record_gates` block.
+"""Record the values of gates inside a `record_gates` block.
 
 Shapes: B examples of a batch, E examples of all batches, N layers that carry the gate.
 """
@@ -17,15 +17,15 @@ from unipelt.submodules.gate import Gates
 
 
 class GateRecord(Mapping[str, Tensor]):
-    """Gate values by name: `adapter`, `prefix`, `lora_query`, `lora_value`, as far as the model has them.
+    """Gate values by name: `adapter`, `prefix`, `lora_query`, `lora_value` and others, for the gates of the model.
 
-    Behind an encoder, a decoder's are called `decoder.adapter` and so on; those of its attention to the encoder are
-    called `cross.prefix` and so on. A prompt's, `prompt`, belongs to no layer and is one column; passes that find the
-    prompt in a cache do not compute it, and have no row.
+    In an encoder-decoder model, the decoder's gates have the names `decoder.adapter` and so on; the gates of its
+    cross-attention have the names `cross.prefix` and so on. The gate of a prompt, `prompt`, belongs to no layer and has
+    one column; a pass that reads the prompt from a cache does not compute this gate, and adds no row.
 
-    `record["adapter"]` is (E, N), on the model's device: a row for each example in the order that the model saw
-    them, a column for each layer that carries the gate (for each pass through it, where layers are shared). Of gates
-    with a number a token, it is the mean over the tokens of the pass.
+    `record["adapter"]` is (E, N), on the model's device: one row for each example, in the order in which the model saw
+    them, and one column for each layer that carries the gate (for each pass through the layer, where layers are
+    shared). For a gate with one value per token, the mean over the tokens of the pass is recorded.
     """
 
     def __init__(self, names: tuple[str, ...], *, detach: bool = True) -> None:
@@ -66,8 +66,9 @@ def record_gates(model: nn.Module, *, detach: bool = True) -> Iterator[GateRecor
 
     Args:
         model: an injected model with gates.
-        detach: values without their graphs. With False a loss can be made of them (`gate_penalty`); without gradient
-            checkpointing, whose second computation is not a pass of the model and is not recorded.
+        detach: record values without their graphs. With False, a loss can be computed from the values
+            (`gate_penalty`). This needs a model without gradient checkpointing: the second computation of a layer is
+            not recorded.
 
     Values stay on the model's device. Raises `ValueError` if the model has no gates.
     """
@@ -88,16 +89,16 @@ def record_gates(model: nn.Module, *, detach: bool = True) -> Iterator[GateRecor
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal inside
         inside = False
-        if output is None:  # the pass failed half-way: it has no row
+        if output is None:  # a failed pass adds no row
             record._drop()
 
     def keep(names: tuple[str, ...], module: nn.Module, args: Any, output: Tensor) -> None:
         if inside:
-            # a layer may have put the tokens of all texts in one row
+            # some layers flatten batch and tokens into one dimension
             record._add(names, output if output.dim() == 3 else output.unflatten(0, (batch, -1)))
 
     handles = [
-        model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),  # a prompt may enter here too
+        model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),  # before the hook of a prompt
         model.register_forward_hook(leave, always_call=True),
         *(module.register_forward_hook(partial(keep, module.names)) for module in modules),
     ]
@@ -109,16 +110,16 @@ def record_gates(model: nn.Module, *, detach: bool = True) -> Iterator[GateRecor
 
 
 def gate_penalty(record: GateRecord, kind: Literal["entropy", "sparsity"]) -> Tensor:
-    """A number to add to the loss, times a weight of the caller's choice, so that gates decide or close.
+    """Compute a penalty on gates, to be weighted by the caller and added to the loss.
 
         with unipelt.record_gates(model, detach=False) as gates:
             loss = model(**batch).loss
         (loss + 0.01 * unipelt.gate_penalty(gates, "entropy")).backward()
 
     Args:
-        record: of at least one pass, with `detach=False`.
-        kind: `entropy`, the mean of `-g log g - (1 - g) log(1 - g)` over gates, layers and examples, at most log 2, at
-            its least where gates are 0 or 1; `sparsity`, the mean of |g|.
+        record: a record of at least one pass, with `detach=False`.
+        kind: `entropy`, the mean of `-g log g - (1 - g) log(1 - g)` over gates, layers and examples: at most log 2, and
+            smallest where gates are 0 or 1. `sparsity`, the mean of |g|.
 
     Returns:
         A scalar. Raises `ValueError` for another kind, and for the entropy of gates that are not between 0 and 1.

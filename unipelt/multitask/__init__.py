@@ -1,1 +1,1 @@
-"""Several tasks on one base model."""
+"""Train and run several tasks on one base model."""

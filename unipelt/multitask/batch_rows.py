@@ -1,4 +1,4 @@
-"""The rows of a batch that mixes tasks: told apart, put together, and given back as one output.
+"""Split the rows of a batch by task, merge them for one pass, and gather the outputs.
 
 Shapes: B rows of a batch, C labels.
 """
@@ -16,13 +16,13 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class MixedOutput(ModelOutput):
-    """What a batch of several tasks gives.
+    """The output for a batch of several tasks.
 
     Attributes:
-        loss: the sum of `losses`; None without labels. So every task's submodules get the gradient that its own model
-            gives them for its own rows.
-        logits: (B, ..., C) in the order of the batch, C the most labels of a task in it; a row has minus infinity at
-            labels that its task does not have. None where a task's output has no logits.
+        loss: the sum of `losses`, a scalar; None without labels. Every task's submodules get the same gradient as from
+            the task's own model on the task's own rows.
+        logits: (B, ..., C) in the order of the batch, with C the largest number of labels of a task in the batch. A row
+            has minus infinity at labels that its task does not have. None if a task's output has no logits.
     """
 
     loss: Tensor | None = None
@@ -30,25 +30,25 @@ class MixedOutput(ModelOutput):
 
     @property
     def outputs(self) -> dict[str, Any]:
-        """By task, what its model gives for its rows: logits (rows, C), loss, and all else."""
+        """By task, the output of its model for its rows: logits (rows, C), loss, and other fields."""
         outputs: dict[str, Any] = self.__dict__.get("_outputs", {})
         return outputs
 
     @property
     def rows(self) -> dict[str, list[int]]:
-        """By task, which rows of the batch are its."""
+        """By task, the indices of its rows in the batch."""
         rows: dict[str, list[int]] = self.__dict__.get("_rows", {})
         return rows
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """By task, the loss over its rows, as its model's class computes it (a mean); empty without labels."""
+        """By task, the loss over its rows (a mean), as the class of its model computes it; empty without labels."""
         losses = {task: getattr(output, "loss", None) for task, output in self.outputs.items()}
         return {task: loss for task, loss in losses.items() if loss is not None}
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:
-    """How many rows a batch has: those of its texts."""
+    """Return the number of rows, B, of a batch. Raises `ValueError` if the batch has no tensor of texts."""
     texts = [batch.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids")]
     first = next((value for value in (*texts, *batch.values()) if isinstance(value, Tensor) and value.dim() > 1), None)
     if first is None:
@@ -61,12 +61,18 @@ def _is_by_row(value: Any, size: int) -> bool:
 
 
 def reorder(value: Any, size: int, index: Tensor) -> Any:
-    """One value of a batch in another order, if it has a row for each text."""
+    """Return a value of a batch with its rows in another order; a value without a row for each text is unchanged."""
     return value.index_select(0, index.to(value.device)) if _is_by_row(value, size) else value
 
 
 def split_batch(batch: Mapping[str, Any], size: int, counts: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Each task's rows, of a batch in which they stand together."""
+    """Return each task's part of a batch in which the rows of a task are contiguous.
+
+    Args:
+        batch: the batch.
+        size: its number of rows, B.
+        counts: the number of rows by task, in the order of the batch.
+    """
     parts: dict[str, dict[str, Any]] = {name: {} for name in counts}
     for key, value in batch.items():
         pieces = value.split([*counts.values()]) if _is_by_row(value, size) else [value] * len(counts)
@@ -76,7 +82,7 @@ def split_batch(batch: Mapping[str, Any], size: int, counts: Mapping[str, int]) 
 
 
 def merge(questions: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, Any]:
-    """The arguments of one pass of the base, from those of each task's."""
+    """Return the arguments of one pass of the base, from the arguments of each task."""
     merged = {}
     for name, first in questions[0].items():
         values = [question.get(name) for question in questions]
@@ -88,7 +94,7 @@ def merge(questions: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict
 
 
 def split_output(value: Any, counts: Sequence[int]) -> list[Any]:
-    """What the base gives, by rows: tensors, and what holds them."""
+    """Split the base's output by rows: tensors, and containers of tensors."""
     if _is_by_row(value, sum(counts)):
         return list(value.split(list(counts)))
     if isinstance(value, ModelOutput):
@@ -100,7 +106,13 @@ def split_output(value: Any, counts: Sequence[int]) -> list[Any]:
 
 
 def gather(outputs: Mapping[str, Any], rows: Mapping[str, list[int]], back: Tensor | None) -> MixedOutput:
-    """The outputs of tasks as one, in the order of the batch (`back` leads there)."""
+    """Return the outputs of the tasks as one output, in the order of the batch.
+
+    Args:
+        outputs: the output of each task's model.
+        rows: the indices of each task's rows in the batch.
+        back: (B,), the index that restores the order of the batch; None if the order did not change.
+    """
     logits = [getattr(output, "logits", None) for output in outputs.values()]
     there = [own for own in logits if isinstance(own, Tensor) and own.dim() > 1]
     joined = None

@@ -1,7 +1,7 @@
-"""Heads of tasks on one base: how many labels they have, and how they run behind a pass that others shared.
+"""The heads of tasks on one base: set their number of labels, and run them after a shared pass.
 
-The class of a model is never taken apart: its own `forward` runs, with another module where its base would be. Asked
-first, that module tells what the base would be given; answered later, it gives what the base gave.
+A model's own `forward` runs without changes, with an `Answer` in place of its base. In a first call, the `Answer`
+captures the inputs of the base; in a later call, it returns the base's output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_LABELS = 100_000
 
 
 class _Asked(Exception):
-    """No error: it carries a question out of a forward."""
+    """Carry the inputs of a base out of a `forward`; this is not an error."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class _Asked(Exception):
 
 
 class Answer(nn.Module):
-    """Stands where a model's base is and computes nothing: it carries the question out, or gives the answer."""
+    """A module in place of a model's base that computes nothing: it captures inputs, or returns a given output."""
 
     def __init__(self, base: nn.Module, output: Any = None) -> None:
         super().__init__()
-        self.base = (base,)  # a reference, not a part
+        self.base = (base,)  # in a tuple, so that the base is not registered as a submodule
         self.output = output
 
     def __getattr__(self, name: str) -> Any:
@@ -47,29 +47,29 @@ class Answer(nn.Module):
             return getattr(self.__dict__["base"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What was given at the start."""
+        """Return the given output; without one, raise `_Asked` with the inputs."""
         if self.output is None:
             raise _Asked(args, kwargs)
         return self.output
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch: Mapping[str, Any], output: Any) -> Any:
-        """What a model gives for a batch, if its base gives `output`."""
+        """Return a model's output for a batch, with `output` as the output of its base."""
         return output if model.base_model is model else _call(model, cls(model.base_model, output), batch)
 
 
 def _call(model: PreTrainedModel, answer: Answer, batch: Mapping[str, Any]) -> Any:
-    stand_in: Any = copy.copy(model)  # shares all that the model has; threads do not see each other's
+    stand_in: Any = copy.copy(model)  # a shallow copy, so that threads do not change the model for each other
     stand_in.__dict__["_modules"] = {**model._modules, model.base_model_prefix: answer}
     forward: Any = type(model).forward
     return forward(stand_in, **batch)
 
 
 def capture_base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's class would give its base for a batch, by keyword.
+    """Return the inputs that a model's class passes to its base for a batch, by keyword.
 
     Raises:
-        InjectionError: it does not call its base as one module.
+        InjectionError: the class does not call its base as one module.
     """
     base: Any = model.base_model
     parameters = inspect.signature(base.forward).parameters
@@ -92,12 +92,15 @@ def capture_base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dic
                 "a pass; run one task at a time"
             )
     if "use_cache" in parameters or "use_cache" in question:
-        question["use_cache"] = False  # of rows that generate by themselves there is none to share
+        question["use_cache"] = False  # rows of several tasks cannot share a cache
     return question
 
 
 def fit_labels(model: PreTrainedModel, labels: Any) -> Any:
-    """Labels of one task's rows, as its loss needs them: one column of a batch holds classes and scores as one type."""
+    """Return the labels of one task's rows with the type that its loss needs.
+
+    A batch of several tasks holds classes and scores in one tensor of one type.
+    """
     if not isinstance(labels, Tensor) or labels.dim() != 1:
         return labels
     count, problem = getattr(model.config, "num_labels", None), getattr(model.config, "problem_type", None)
@@ -108,7 +111,7 @@ def fit_labels(model: PreTrainedModel, labels: Any) -> Any:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a checkpoint says of its labels: how many, their names, if it has some, and the kind of problem."""
+    """The labels of a checkpoint: their number, their names (or None), and the problem type."""
 
     count: int
     names: Mapping[int, str] | None
@@ -116,7 +119,7 @@ class Labels:
 
 
 def saved_labels(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Labels:
-    """The labels in a checkpoint's description of its base. Raises `ValueError` where it cannot be meant."""
+    """Return the labels from a checkpoint's description of its base. Raises `ValueError` for an invalid description."""
     names = config.get("id2label")
     if names is not None:
         try:
@@ -132,18 +135,18 @@ def saved_labels(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> La
 def relabel(
     model: PreTrainedModel, count: int | None, problem_type: str | None, names: Mapping[int, str] | None = None
 ) -> None:
-    """Give a model's head another number of labels, in place; what has another size then starts at random.
+    """Change the number of labels of a model's head, in place; modules that change their size are initialised again.
 
     Raises:
-        InjectionError: the class has no such number.
-        ValueError: the number or the problem type cannot be meant.
+        InjectionError: the class has no head that depends on the number of labels.
+        ValueError: the number or the problem type is not valid.
     """
     if count is not None and (type(count) is not int or not 1 <= count <= MOST_LABELS):
         raise ValueError(f"num_labels must be a whole number above 0, not {show(count)}")
     if problem_type is not None and problem_type not in PROBLEMS:
         raise ValueError(f"problem_type must be one of {', '.join(PROBLEMS)}, or None, not {show(problem_type)}")
     config: Any = model.config
-    config.problem_type = problem_type  # with another number of labels, another loss
+    config.problem_type = problem_type  # the default loss depends on the number of labels
     if count is not None and count != config.num_labels:
         _resize(model, count)
     if names is not None:
@@ -171,7 +174,7 @@ def _resize(model: PreTrainedModel, count: int | None) -> None:
                 setattr(own, name, vars(theirs)[name])
         if changed:
             resized = True
-            # a part that keeps its size, a bias of a list of one say, starts again with the rest of its module
+            # the whole module starts again, also parameters that keep their size
             model._init_weights(own)
     if not resized:
         raise InjectionError(f"{type(model).__name__} has no head whose size is a number of labels")

@@ -1,8 +1,8 @@
-"""One pass of a frozen base over rows of several tasks: the base computes once for all, each task's set on its rows.
+"""Run one pass of a frozen base over rows of several tasks: the base computes all rows, each set the rows of its task.
 
-Each task has a model of its own over the same base (`unipelt.multitask.tasks`), whose rooms hold its set. The shared
-base is one model more. Its rooms hold the sets of all tasks, the same modules under the tasks' names, and the hooks of
-every injected model lead each row to the set of its task.
+Each task has its own model over the same base (`unipelt.multitask.tasks`), with a set in its rooms. The shared base is
+a further model. Its rooms hold the sets of all tasks, which are the same modules, under the tasks' names. The hooks of
+injected models apply to each row the set of its task.
 
 Shapes: B rows of all tasks.
 """
@@ -26,11 +26,11 @@ from unipelt.submodules.room import DEFAULT, SubmoduleSet, layer_sets, rooms
 
 @dataclass
 class OwnModules:
-    """What a module of the shared base remembers, where tasks have parameters of their own in its place.
+    """A record on a module of the shared base for which tasks have separate parameters.
 
     Attributes:
-        modules: the module of each such task, by its name.
-        passes: knows whose rows a pass has.
+        modules: the module of each such task, by the task's name.
+        passes: the passes of the shared base, with the tasks of their rows.
     """
 
     modules: Mapping[str, nn.Module]
@@ -38,11 +38,11 @@ class OwnModules:
 
 
 def find_unmixable(base: nn.Module, model: nn.Module) -> str | None:
-    """Return why rows of this task's model cannot stand in one batch with another task's, or None.
+    """Return the reason why rows of this task's model cannot be in one batch with another task's rows, or None.
 
     Args:
-        base: without submodules.
-        model: the same of the task.
+        base: the base, without submodules.
+        model: the same base with the task's set.
     """
     if any(isinstance(module, Prompt) for module in model.modules()):
         return "its prompt makes its texts longer, and a batch has texts of one length"
@@ -65,11 +65,11 @@ def furnish(base: nn.Module, models: Mapping[str, nn.Module]) -> Passes:
     """Put the sets of all tasks into the rooms of a shared base.
 
     Args:
-        base: without submodules.
-        models: the same base of each task, with its set; none of them unmixable.
+        base: the base, without submodules.
+        models: the same base of each task, with the task's set; none of them unmixable.
 
     Returns:
-        The passes of the base; `Passes.rows` says whose rows they have.
+        The passes of the base; `Passes.rows` sets the tasks of their rows.
     """
     passes = Passes()
     for task, model in models.items():
@@ -88,12 +88,12 @@ def furnish(base: nn.Module, models: Mapping[str, nn.Module]) -> Passes:
             put(host, compute_own)
     for module in base.modules():
         if getattr(module, "chunk_size_feed_forward", None):
-            module.chunk_size_feed_forward = 0  # type: ignore[assignment] # a gate averages over all of a text
+            module.chunk_size_feed_forward = 0  # type: ignore[assignment] # a gate averages over a whole text
     return passes
 
 
 def _layer_of(model: nn.Module, room: str, base: nn.Module) -> nn.Module:
-    """Return the layer of the shared base that the stack of a room refers to."""
+    """Return the layer of the shared base that belongs to the room of a stack."""
     owner: Any = model.get_submodule(room.rpartition(".")[0])
     path = next(path for path, module in model.named_modules() if module is owner.unipelt_layer[0])
     return base.get_submodule(path)
@@ -112,7 +112,13 @@ def _differs(host: nn.Module, own: nn.Module) -> bool:
 
 @hook("output")
 def compute_own(host: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """Let each task's own module compute the task's rows, where it has parameters of its own."""
+    """Compute the rows of tasks that have separate parameters here with their own modules; None without such rows.
+
+    Args:
+        host: a module of the shared base.
+        args: the module's inputs; the first is a tensor of B rows.
+        output: the output of the module for all B rows.
+    """
     own: OwnModules = host.unipelt_own_modules
     rows: SetRows | None = own.passes.given_rows()
     if rows is None or not any(name in own.modules for name in rows.names):

@@ -1,8 +1,8 @@
 """Several tasks on one frozen base: named sets of submodules, each with its own method, gates and head.
 
-Every task has a model of its own: an ordinary injected model, all of whose pretrained parameters are the base's, the
-same objects. A pass of one task is a pass of that model; a batch that mixes tasks goes through the base once
-(`unipelt.multitask.mixed_batch`) and then, by rows, through each task's head.
+Every task has its own model: an ordinary injected model that shares the pretrained parameters of the base (the same
+objects). A pass of one task is a pass of that model. A batch of several tasks goes through the base once
+(`unipelt.multitask.mixed_batch`); then each task's head computes the task's rows.
 
 Shapes: B rows of a batch, C labels.
 """
@@ -39,7 +39,7 @@ from unipelt.submodules.room import rooms
 
 
 class Tasks(nn.Module):
-    """Named sets of submodules on one base model in memory, each with gates and a head of its own.
+    """Named sets of submodules on one base model in memory; each task has its own gates and head.
 
         tasks = unipelt.Tasks(model)
         tasks.add("sst2", "unipelt-apl")
@@ -48,19 +48,20 @@ class Tasks(nn.Module):
         tasks["mnli"](**batch)  # one task: an ordinary injected model
         tasks(**batch, tasks=["sst2", "rte", "sst2"])  # row by row, in one pass of the base
 
-    The base is frozen and its numbers never change; `model` itself stays as it is and can be called all along. A task
-    costs its own parameters and head, and no copy of the base. `tasks.parameters()` that require gradients are those
-    of all tasks. `list(tasks)` are the names, in the order in which they came.
+    The base is frozen and its numbers never change; `model` itself is not injected and can be called at any time. A
+    task needs memory for its own parameters and head, without a copy of the base. The parameters in
+    `tasks.parameters()` that require gradients are those of all tasks. `list(tasks)` gives the names, in the order in
+    which they were added.
 
     Attributes:
         model: the base.
-        current: the task that a call without `tasks` is of; None at first (`use`).
+        current: the task of a call without `tasks`; None at first (`use`).
     """
 
-    accepts_loss_kwargs = False  # or Trainer divides the loss by a number of tokens, and a label here is a text's
+    accepts_loss_kwargs = False  # or Trainer divides the loss by the number of tokens, but labels belong to texts
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Freeze a model that nothing was injected into. Raises `InjectionError` for another."""
+        """Freeze a model without submodules. Raises `InjectionError` for another model."""
         super().__init__()
         if not isinstance(model, PreTrainedModel):
             remedy = (
@@ -75,7 +76,7 @@ class Tasks(nn.Module):
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._passes: Passes | None = None
         self._unmixable: dict[str, str | None] = {}
-        self.shared: Any = None  # the base with the sets of all tasks; made when a batch mixes tasks
+        self.shared: Any = None  # the base with the sets of all tasks; built for the first batch of several tasks
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_post_hook(_miss_no_base)
         model.requires_grad_(False)
@@ -89,22 +90,23 @@ class Tasks(nn.Module):
         num_labels: int | None = None,
         problem_type: str | None = None,
     ) -> PreTrainedModel:
-        """A new task, to be trained: submodules, and a head that starts as the base model's.
+        """Add a new task for training: submodules, and a head that starts as a copy of the base model's head.
 
         Args:
-            name: of letters, digits, `_` and `-`.
-            config: as `unipelt.inject` takes it; a method that adds submodules and leaves the base alone.
-            num_labels: of the head, if not the base model's; such a head starts at random, as its class starts it.
-            problem_type: as in a configuration of Transformers; the loss that the head computes.
+            name: a name of letters, digits, `_` and `-`.
+            config: a method, as for `unipelt.inject`; it must add submodules and must not change the base.
+            num_labels: the number of labels of the head, if it differs from the base model's; such a head starts with
+                the random initial values of its class.
+            problem_type: the problem type, as in a configuration of Transformers; it sets the loss of the head.
 
         Returns:
             The task's model, `tasks[name]`.
 
         Raises:
-            ValueError: the name is taken or cannot be one, or the problem type is none.
-            ConfigError: the configuration cannot be meant.
-            InjectionError: the method changes the base, or the model cannot take it or that many labels. After any
-                error the tasks are as they were.
+            ValueError: the name is taken or not valid, or the problem type is not valid.
+            ConfigError: the configuration is not valid.
+            InjectionError: the method changes the base, or the model cannot take the method or the number of labels.
+                After any error the tasks are unchanged.
         """
         self._check_new(name)
         config = resolve(config)
@@ -116,16 +118,16 @@ class Tasks(nn.Module):
         return self._keep(name, inject(model, config))
 
     def load(self, name: str, folder: str | Path) -> PreTrainedModel:
-        """A task from an ordinary checkpoint: what `save` of a task, `unipelt.save` or a Trainer wrote.
+        """Add a task from an ordinary checkpoint, which `save`, `unipelt.save` or a Trainer wrote.
 
         Returns:
             The task's model, `tasks[name]`.
 
         Raises:
-            ValueError: the name is taken or cannot be one.
+            ValueError: the name is taken or not valid.
             FileNotFoundError: there is no such checkpoint.
-            CheckpointError: it is broken, belongs to another base, is folded, or holds a changed base. After any
-                error the tasks are as they were.
+            CheckpointError: the checkpoint is damaged, belongs to another base, is folded, or holds a changed base.
+                After any error the tasks are unchanged.
         """
         self._check_new(name)
         manifest, tensors = read_checkpoint(Path(folder))
@@ -148,11 +150,11 @@ class Tasks(nn.Module):
         return self._keep(name, load(model, folder))
 
     def save(self, name: str, folder: str | Path, *, deploy: bool = False) -> Path:
-        """Write one task as an ordinary checkpoint, which `unipelt.from_pretrained` reads; as `unipelt.save`."""
+        """Write one task as an ordinary checkpoint, which `unipelt.from_pretrained` reads; see `unipelt.save`."""
         return save(self[name], folder, deploy=deploy)
 
     def delete(self, name: str) -> None:
-        """Forget a task; its parameters are freed. Raises `KeyError` if there is none of that name."""
+        """Delete a task and free its parameters. Raises `KeyError` for an unknown name."""
         self._find(name)
         del self._modules[_PREFIX + name]
         self._forget_shared()
@@ -160,7 +162,7 @@ class Tasks(nn.Module):
             self.current = None
 
     def remove(self) -> PreTrainedModel:
-        """Delete all tasks; gives the base model, bit for bit as it came, with the flags that its parameters had."""
+        """Delete all tasks, and return the base model with its original values (bit for bit) and training flags."""
         for name in list(self):
             self.delete(name)
         for name, parameter in self.model.named_parameters():
@@ -168,10 +170,10 @@ class Tasks(nn.Module):
         return self.model
 
     def use(self, name: str) -> ExitStack:
-        """Make a task the one that calls without `tasks` are of, for good or for a `with` block.
+        """Make a task the current one, for calls without `tasks`: permanently, or for a `with` block.
 
-        It copies nothing, and touches no parameter. Threads that serve different tasks call `tasks[name]` instead.
-        Raises `KeyError` if there is none of that name.
+        No parameter is copied or changed. Threads that serve different tasks call `tasks[name]` instead. Raises
+        `KeyError` for an unknown name.
         """
         before = self.current
         self._find(name)
@@ -181,7 +183,7 @@ class Tasks(nn.Module):
         return leaving
 
     def __getitem__(self, name: str) -> PreTrainedModel:
-        """A task's model. Raises `KeyError` if there is none of that name."""
+        """Return a task's model. Raises `KeyError` for an unknown name."""
         return self._find(name)
 
     def __contains__(self, name: object) -> bool:
@@ -194,23 +196,23 @@ class Tasks(nn.Module):
         return sum(1 for _ in self)
 
     def forward(self, tasks: str | Sequence[str | int] | Tensor | None = None, **batch: Any) -> Any:
-        """A batch of one task or, row by row, of several.
+        """Compute a batch of one task or, row by row, of several tasks.
 
         Args:
-            tasks: of every row: names, or places in `list(tasks)`, as a list or a tensor (of a GPU's tensor the
-                numbers are fetched, once a pass); or one name, which all rows have. By default all rows are the
-                current task's, and its model gives what it always gives.
-            batch: as the model takes it by keyword; every tensor as long as `tasks` has a row for each. Labels of
-                classes may come as floating-point numbers, beside a regression's, and labels of a regression whole.
+            tasks: the task of every row, by name or by index in `list(tasks)`, as a list of B or a tensor (B,) (a
+                tensor on a GPU is copied to the CPU, once in a pass); or one name for all rows. By default all rows
+                belong to the current task, and the output is that of its model.
+            batch: the model's arguments by keyword; a tensor of length B has one row for each text. Class labels may be
+                floating-point numbers, and regression labels may be integers, so that both fit into one tensor.
 
         Returns:
             A `MixedOutput`.
 
         Raises:
-            ValueError: `tasks` does not fit the batch or cannot be meant, or the batch asks for what a mixed one does
-                not have (a cache, attention weights, gradient checkpointing).
+            ValueError: `tasks` does not fit the batch or is not valid, or the batch needs a feature that a batch of
+                several tasks does not have (a cache, attention weights, gradient checkpointing).
             KeyError: there is no such task.
-            InjectionError: a task's rows cannot stand in one batch with others'.
+            InjectionError: a task's rows cannot be in one batch with other tasks' rows.
         """
         if tasks is None:
             if self.current is None:
@@ -239,11 +241,11 @@ class Tasks(nn.Module):
         return gather(outputs, rows, back)
 
     def extra_repr(self) -> str:
-        """What `print(tasks)` shows."""
+        """Return the names of the tasks, for `print(tasks)`."""
         return self._told()
 
     def _mix(self, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """What each task's model gives for its rows, with one pass of the base for all."""
+        """Return each task's output for its rows, with one pass of the base for all rows."""
         models = {name: self[name] for name in parts}
         _check_mixed(next(iter(models.values())), next(iter(parts.values())))
         if self.shared is None:
@@ -265,10 +267,10 @@ class Tasks(nn.Module):
         return {name: Answer.of(models[name], part, pieces[name]) for name, part in parts.items()}
 
     def _share(self, head: Iterable[str] = ()) -> PreTrainedModel:
-        """A model with modules and a head of its own, whose other parameters are the base's.
+        """Return a model with its own modules and head, and with the other parameters of the base.
 
-        What a checkpoint calls its head belongs to that, whether or not it is one here: a pooler, say, that the
-        base's own checkpoint holds now.
+        Parameters that a checkpoint names as its head also belong to the head, even if they belong to the base in this
+        model (for example a pooler that the base's checkpoint holds now).
         """
         _check_bare(self.model)
         self.model.requires_grad_(False)
@@ -295,7 +297,7 @@ class Tasks(nn.Module):
         return model
 
     def _forget_shared(self) -> None:
-        self._modules.pop("shared", None)  # a task that comes later stands before it, under its own name
+        self._modules.pop("shared", None)  # so that a later task is registered before `shared`
         self.shared = None
 
     def _find(self, name: str) -> PreTrainedModel:
@@ -317,7 +319,7 @@ class Tasks(nn.Module):
             raise ValueError(f"there is a task {name!r} already; delete it first, or take another name")
 
     def _resolve(self, tasks: Any, size: int) -> list[str]:
-        """The name of each row's task."""
+        """Return the task's name of each row."""
         if isinstance(tasks, str):
             tasks = [tasks] * size
         if isinstance(tasks, Tensor):
@@ -337,24 +339,24 @@ class Tasks(nn.Module):
         return given
 
 
-_PREFIX = "task_"  # of the names of children, beside `model` and `shared`
+_PREFIX = "task_"  # keeps tasks' names apart from the children `model` and `shared`
 
 
 def _own_names(tasks: nn.Module) -> set[str]:
-    """What a state dict holds: what the tasks have of their own, and not the base."""
+    """Return the names of a state dict's entries: the tasks' own parameters, without the base."""
     assert isinstance(tasks, Tasks)
     return {f"{_PREFIX}{name}.{own}" for name in tasks for own in kept_names(tasks[name])}
 
 
 def _drop_base(tasks: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """State-dict hook: so a Trainer's checkpoints do not hold the base."""
+    """Remove the base from a state dict, so that a Trainer's checkpoints do not hold the base (a state-dict hook)."""
     kept = {prefix + name for name in _own_names(tasks)}
     for key in [key for key in state if key.startswith(prefix) and key not in kept]:
         del state[key]
 
 
 def _miss_no_base(tasks: nn.Module, incompatible: Any) -> None:
-    """Hook of loading one: and do not miss it."""
+    """Remove the base from the missing keys after a state dict was loaded (a load hook)."""
     own = _own_names(tasks)
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key in own]
 

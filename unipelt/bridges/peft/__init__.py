@@ -1,8 +1,8 @@
-"""LoRA, DoRA, (IA)3 and prompts into and out of PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
+"""Read and write LoRA, DoRA, (IA)3 and prompts in PEFT's folders: `adapter_config.json`, `adapter_model.safetensors`.
 
-Both are read and written here, without PEFT. What PEFT calls a module's `lora_A` and `lora_B` is one pair for all that
-the module computes; here a term belongs to queries, keys or values, of which one module may hold all (GPT-2's
-`c_attn`). Two terms of r ranks are one pair of 2 r, with zeros where a rank has nothing to say: the same product.
+Reading and writing do not need PEFT. In PEFT, `lora_A` and `lora_B` are one pair for all outputs of a module. In this
+package, a term belongs to queries, keys or values, and one module may compute all of them (GPT-2's `c_attn`). Two terms
+of rank r become one pair of rank 2 r, with zeros where a rank does not belong to an output: the product is the same.
 
 Shapes: r rank.
 """
@@ -17,5 +17,5 @@ from unipelt.bridges.peft_socket import register_with_peft
 __all__ = ["load_peft", "save_peft"]
 
 if importlib.util.find_spec("peft") is not None:
-    with contextlib.suppress(ImportError):  # a PEFT that is not known: asking for `PeftConfig` says so
+    with contextlib.suppress(ImportError):  # for an unknown version of PEFT, `PeftConfig` raises the error
         register_with_peft()

@@ -1,4 +1,4 @@
-"""PEFT's files, as far as writing and reading agree on them."""
+"""Names and helpers for PEFT's files, shared by reading and writing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-"""What PEFT puts before the name that a parameter has in the model."""
+"""PEFT's prefix before a parameter's name in the model."""
 _TASKS = (
     ("SEQ_CLS", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     ("TOKEN_CLS", transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
@@ -28,23 +28,23 @@ _TASKS = (
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
-    """In float32 at least, and rounded once."""
+    """Return `scale * tensor`, computed in float32 at least, and rounded once to the tensor's type."""
     kind = torch.promote_types(tensor.dtype, torch.float32)
     return (tensor.to(kind) * scale).to(tensor.dtype)
 
 
 def outputs_of(tensor: Tensor, rows: OutputSlice) -> Tensor:
-    """A view of a projection's rows among those of its module, (groups, size, ...)."""
+    """Return a view of a projection's rows among those of its module, (groups, size, ...)."""
     return tensor.unflatten(0, (rows.groups, -1)).narrow(1, rows.start, rows.size)
 
 
 def join(*parts: str) -> str:
-    """Return a path of these parts, the empty ones left out."""
+    """Return the path of these parts; empty parts are left out."""
     return ".".join(part for part in parts if part)
 
 
 def name_modules(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Modules by the last part of their names, as is usual, if that means no other module; else whole."""
+    """Return the last parts of the modules' names, if they match no other module; else the whole names."""
     paths = set(paths)
     short = sorted({path.rpartition(".")[2] for path in paths})
     meant = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in short}
@@ -52,7 +52,7 @@ def name_modules(model: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def task_of(model: PreTrainedModel) -> str | None:
-    """PEFT's name for what the model is for, None if it has none."""
+    """Return PEFT's name of the model's task, or None."""
     kind = type(model.config)
     for name, mapping in _TASKS:
         classes: Any = mapping.get(kind, ())

@@ -1,6 +1,6 @@
-"""(IA)3 into a folder of PEFT's and out of it: `ia3_l`, l itself, where there is `l - 1` here.
+"""Read and write (IA)3 in PEFT's folders. The tensor `ia3_l` holds the factor l; a term in this package holds `l - 1`.
 
-Shapes: I what a module is given, O what it gives.
+Shapes: I inputs, O outputs of a module.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from unipelt.submodules.outputs import own_rows
 from unipelt.submodules.room import placed_terms
 
 _FACTOR = re.compile(r"(.+)\.ia3_l")
-_IGNORED = IGNORED | {"feedforward_modules", "init_ia3_weights"}  # the tensors' shapes say the first
-_PLACES: tuple[Place, ...] = tuple(place for place in get_args(Place) if place != "feed_forward")  # that one is `down`
+_IGNORED = IGNORED | {"feedforward_modules", "init_ia3_weights"}  # shapes give feedforward_modules
+_PLACES: tuple[Place, ...] = tuple(place for place in get_args(Place) if place != "feed_forward")  # its module: down
 
 
 def write_factors(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's fields and tensors for all factors of a model. Raises `CheckpointError` for what it has no place for."""
+    """Return PEFT's fields and tensors for all factors of a model.
+
+    Raises `CheckpointError` for factors that PEFT has no place for.
+    """
     factors: dict[str, Tensor] = {}
     inputs: set[str] = set()
     for placed in placed_terms(model):
@@ -49,7 +52,7 @@ def write_factors(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Ten
     targets = name_modules(model, factors)
     ends = sorted({path.rpartition(".")[2] for path in inputs})
     if targets != sorted({path.rpartition(".")[2] for path in factors}) or (
-        inputs != {path for path in factors if path.endswith(tuple(ends))}  # as PEFT finds them
+        inputs != {path for path in factors if path.endswith(tuple(ends))}  # PEFT matches the ends of names
     ):
         targets, ends = sorted(factors), sorted(inputs)
     fields = {
@@ -64,14 +67,14 @@ def write_factors(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def plan_factors(model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
-    """Find a place for everything in a folder of (IA)3. Raises `CheckpointError`."""
+    """Return the plan for a folder of (IA)3. Raises `CheckpointError` for a tensor or field without a place."""
     for field, value in values.items():
         if field not in _IGNORED and field != "peft_type" and value:
             raise CheckpointError(f"{show(field)} is {show(value)}, which is no plain (IA)3")
     factors, saved = _sort(tensors)
     check_saved(model, saved)
     slots = possible_slots(model, IA3Config(gate=False), _PLACES, least=("value",))
-    found: dict[str, Tensor] = {}  # l by the path of a term
+    found: dict[str, Tensor] = {}  # factor l by the path of a term
     contexts: list[tuple[str, Tensor]] = []
     for path, factor in factors.items():
         own = [slot for slot in slots if slot.path == path]
@@ -108,7 +111,7 @@ def plan_factors(model: PreTrainedModel, values: Mapping[str, Any], tensors: Map
 
 
 def _widths(leaf: Any) -> tuple[int, int]:
-    """I and O of a module."""
+    """Return the numbers of inputs and outputs, (I, O), of a module."""
     return (leaf.nx, leaf.nf) if isinstance(leaf, Conv1D) else (leaf.in_features, leaf.out_features)
 
 
@@ -117,7 +120,7 @@ def _less_one(factor: Tensor) -> Tensor:
 
 
 def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Factors by the path of a module, and the other tensors by their names in the model."""
+    """Return the factors by the path of their module, and the other tensors by their names in the model."""
     factors, saved = {}, {}
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
@@ -133,7 +136,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def _outputs(path: str, factor: Tensor, own: Mapping[str, Slot]) -> dict[str, Tensor]:
-    """The factors of what one module gives, by the path of a term."""
+    """Return the factors of one module's outputs by the path of a term."""
     rest = factor.clone()
     for slot in own.values():
         outputs_of(rest, slot.projection.rows).fill_(1)
@@ -143,15 +146,15 @@ def _outputs(path: str, factor: Tensor, own: Mapping[str, Slot]) -> dict[str, Te
             "does not go"
         )
     shares = {f"{path}.{name}": own_rows(factor, slot.projection.rows) for name, slot in own.items()}
-    # queries, keys and values in one module: what it leaves alone has no term
+    # in a fused projection, unchanged queries, keys or values get no term
     moved = {name: share for name, share in shares.items() if (share != 1).any()}
     return shares if len(shares) == 1 else moved or dict([next(iter(shares.items()))])
 
 
 def _value_before(path: str, slots: list[Slot], width: int) -> str:
-    """The values' term that does the same as a factor of what the attention's last projection is given.
+    """Return the path of the values' term that equals a factor on the input of the attention's last projection.
 
-    That is a mean of values with weights, one for each head, so a factor of each of its numbers is one of the values'.
+    This input is, for each head, a weighted mean of values, so a factor on its numbers is a factor on the values.
     """
     here = next(slot for slot in slots if slot.path == path)
     for slot in slots:

@@ -1,4 +1,4 @@
-"""What a folder of PEFT's becomes: where its terms go in a model, and the configuration that means just those."""
+"""Plan the injection of a PEFT folder: the places of its terms in a model, and the matching configuration."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from unipelt.submodules.room import own_parts, placed_terms
 
 IGNORED = frozenset(
     {
-        # where it came from, and which modules it is in, which the tensors' names say
+        # origin, and the modules, which follow from the tensors' names
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         *("target_modules", "exclude_modules", "modules_to_save"),
-        # how the module keeps its own weight
+        # layout of the module's weight
         "fan_in_fan_out",
     }
 )
-"""Fields of PEFT's that change nothing of what is computed, whatever the method."""
+"""Fields of PEFT's configuration that change no output, for any method."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder becomes.
+    """The configuration to inject for a folder, and the values of its parameters.
 
     Attributes:
-        config: what is injected.
-        values: by the name of a place (`find_places`), what goes into its first rows and columns.
-        saved: by name, what goes into the parameters of the model itself.
+        config: the configuration to inject.
+        values: tensors by the name of a place (`find_places`); a tensor fills the first rows and columns of its place.
+        saved: tensors for parameters of the model itself, by name.
     """
 
     config: UniPELTConfig
@@ -45,14 +45,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that a term can have.
+    """A possible place of a term.
 
     Attributes:
-        path: of the module.
-        name: of the term in it.
-        projection: what of the module is meant.
+        path: the path of the module.
+        name: the name of the term in the module.
+        projection: the projection in the module.
         part: `encoder`, `decoder` or `cross`.
-        layer: its index.
+        layer: the index of the layer.
     """
 
     path: str
@@ -63,13 +63,13 @@ class Slot:
 
 
 def alone(part: LoRAConfig | SubmoduleConfig) -> UniPELTConfig:
-    """A configuration of this submodule and no other."""
+    """Return a configuration with this submodule alone."""
     lora, more = (part, ()) if isinstance(part, LoRAConfig) else (None, (part,))
     return UniPELTConfig(adapter=None, prefix=None, lora=lora, more=more)
 
 
 def find_slots(model: PreTrainedModel, config: UniPELTConfig) -> list[Slot]:
-    """All places of terms that a configuration means."""
+    """Return all places of terms in a configuration."""
     paths = {module: path for path, module in model.named_modules()}
     plain = config.lora.projections if config.lora is not None and not config.lora.decomposed else ()
     found = []
@@ -88,7 +88,7 @@ def find_slots(model: PreTrainedModel, config: UniPELTConfig) -> list[Slot]:
 
 
 def find_places(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return what was added to a model, as views into its parameters.
+    """Return the injected parameters of terms and prompts, as views.
 
     Args:
         model: an injected model.
@@ -110,7 +110,10 @@ def find_places(model: PreTrainedModel) -> dict[str, Tensor]:
 def possible_slots(
     model: PreTrainedModel, part: LoRAConfig | SubmoduleConfig, places: Iterable[Place], *, least: Collection[str] = ()
 ) -> list[Slot]:
-    """All places of a submodule among those that the model's description names; it must name the `least`."""
+    """Return all slots of a submodule among these places, as far as the model has them.
+
+    Raises `InjectionError` if the model has no place of `least`.
+    """
     there: list[Place] = []
     for place in places:
         try:
@@ -126,10 +129,10 @@ def possible_slots(
 def place_exactly(
     model: PreTrainedModel, part: LoRAConfig | SubmoduleConfig, terms: Collection[str], what: str
 ) -> UniPELTConfig:
-    """The configuration that means exactly these terms, each by its path. Raises `CheckpointError` if there is none."""
+    """Return the configuration with exactly these terms, given by path. Raises `CheckpointError` if there is none."""
     whole = alone(part)
     there: dict[str, set[int]] = {"encoder": set(), "decoder": set(), "cross": set()}
-    here: dict[str, set[int]] = {side: set() for side in there}  # of these layers, those with a term
+    here: dict[str, set[int]] = {side: set() for side in there}  # layers with a term
     for slot in find_slots(model, whole):
         there[slot.part].add(slot.layer)
         if f"{slot.path}.{slot.name}" in terms:
@@ -156,7 +159,7 @@ def place_exactly(
 
 
 def check_saved(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` for what was saved beside the terms and has no parameter in the model."""
+    """Raise `CheckpointError` for a saved tensor without a parameter of the same name and shape in the model."""
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name, tensor in saved.items():
         if name not in parameters:
@@ -165,7 +168,7 @@ def check_saved(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise `CheckpointError` for a tensor of another shape, or of other numbers."""
+    """Raise `CheckpointError` for a tensor of another shape, or not of floating-point numbers."""
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"{show(name)} is {tuple(tensor.shape)} there and should be {shape}")
     if not tensor.is_floating_point():

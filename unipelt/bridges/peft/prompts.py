@@ -1,7 +1,7 @@
-"""A prompt into a folder of PEFT's and out of it, for causal language models: PEFT gives logits of the prompt too.
+"""Read and write a prompt in PEFT's folders, for causal language models: PEFT returns logits of the prompt too.
 
-PEFT's other models read the prompt's states in place of the text's (a pooler the prompt's first, say), so that their
-heads compute something else.
+In PEFT's other models, the head reads the prompt's states in place of the text's (a pooler reads the first state of the
+prompt, for example), so the result differs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from unipelt.submodules.room import own_parts
 
 _NAME = "prompt_embeddings"
 _IGNORED = IGNORED | {
-    # how training starts, and the sizes of the model
+    # initial values for training, and sizes of the model
     *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     *("token_dim", "num_attention_heads", "num_layers"),
 }
 
 
 def write_prompt(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's fields and tensors for a model's prompt. Raises `CheckpointError` where PEFT's means something else."""
+    """Return PEFT's fields and tensors for a model's prompt.
+
+    Raises `CheckpointError` if PEFT would compute another result.
+    """
     _check_model(model)
     embedding = next(own.tensor for own in own_parts(model) if own.part.kind == "prompt")
     length, width = embedding.shape
@@ -47,7 +50,10 @@ def write_prompt(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tens
 
 
 def plan_prompt(model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
-    """Find a place for a folder's prompt. Raises `CheckpointError`; `InjectionError` if there is none."""
+    """Return the plan for a folder with a prompt.
+
+    Raises `CheckpointError`, or `InjectionError` if the model takes no prompt.
+    """
     _check_model(model)
     for name, value in values.items():
         known = name in _IGNORED or name in ("peft_type", "num_virtual_tokens")

@@ -1,6 +1,6 @@
-"""LoRA, (IA)3 and prompts out of a folder of PEFT's.
+"""Load LoRA, DoRA, (IA)3 and prompts from a folder of PEFT.
 
-Shapes: r rank.
+Shapes: r rank, I inputs and O outputs of a module.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from unipelt.submodules.outputs import own_rows
 _PAIR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _NAME = re.compile(r"[\w.]+")
 _IGNORED = IGNORED | {
-    # where it is, which the tensors' names say too; how training starts and goes, how it runs
+    # places (they follow from the tensors' names too), training and execution
     *("layers_to_transform", "layers_pattern", "eva_config", "corda_config", "lora_ga_config"),
     *("loftq_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base's own weights as they are."""
+"""Values of `init_lora_weights` that do not change the base's weights."""
 _READ = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
     | {"lora_dropout"}
@@ -63,25 +63,26 @@ logger = logging.get_logger(__name__)
 
 
 def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Inject the LoRA, DoRA, (IA)3 or prompt of a folder that PEFT, or `save_peft`, wrote, in place.
+    """Inject the LoRA, DoRA, (IA)3 or prompt of a folder that PEFT or `save_peft` wrote, in place.
 
-    Its modules must be projections of some layers, the same in each, which is where they go here. `alpha / r`,
-    rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and a fused
-    projection give the same product to rounding; whatever else changes what is computed is refused. `lora_dropout` is
-    taken over for further training.
+    The modules of the folder must be projections of some layers, the same projections in each of these layers. Scales
+    `alpha / r`, rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and
+    fused projections give the same product up to rounding. Any other field that changes the output raises an error.
+    `lora_dropout` is kept for further training.
 
     Args:
-        model: the base model that it was trained on, with the same head class; nothing injected yet.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        model: the base model of the training, with the same head class and without submodules.
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
-        The same model. What was saved beside them (`modules_to_save`) is its head, and trains.
+        The same model. The modules of `modules_to_save` are its head, and train.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        CheckpointError: it is broken, belongs to another model, or holds what `unipelt` does not compute.
-        InjectionError: the model carries submodules already, or takes none of that. After any error the model is as it
-            was.
+        CheckpointError: the folder is damaged, belongs to another model, or holds a method that `unipelt` does not
+            compute.
+        InjectionError: the model carries submodules already, or cannot take these. After any error the model is
+            unchanged.
     """
     if not isinstance(model, PreTrainedModel):
         raise InjectionError(f"load_peft takes a PreTrainedModel of transformers, not {type(model).__name__}")
@@ -103,7 +104,7 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         places = find_places(model)
         with torch.no_grad():
             for name, tensor in plan.values.items():
-                # ranks beyond its own, where other terms have more, stay as they start: with B zero
+                # a term with fewer ranks than others keeps B = 0 in the further ranks
                 places[name][tuple(slice(size) for size in tensor.shape)] = tensor
             for name, tensor in plan.saved.items():
                 model.get_parameter(name).copy_(tensor)
@@ -118,7 +119,7 @@ def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors. Raises `FileNotFoundError` or `CheckpointError`."""
+    """Read configuration and tensors. Raises `FileNotFoundError` or `CheckpointError`."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{show_path(folder)} is not a folder of PEFT's: it has no {CONFIG}")
     if not (folder / WEIGHTS).is_file():
@@ -133,13 +134,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     try:
-        return values, dict(sorted(load_tensors(read_bytes(folder / WEIGHTS)).items()))  # safetensors keeps no order
+        return values, dict(sorted(load_tensors(read_bytes(folder / WEIGHTS)).items()))  # the order in a file varies
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is not a valid safetensors file: {shorten(error)}") from error
 
 
 def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
-    """Find a place for everything in a folder of LoRA. Raises `CheckpointError`; `InjectionError` if there is none."""
+    """Return the plan for a folder of LoRA. Raises `CheckpointError`; `InjectionError` if the model takes no LoRA."""
     _check_values(values)
     decomposed = bool(values.get("use_dora"))
     pairs, lengths, saved = _sort(tensors, decomposed)
@@ -203,11 +204,11 @@ _PLANS: Mapping[str, Callable[[PreTrainedModel, Mapping[str, Any], Mapping[str, 
     "LORA": _plan_low_rank,
     "PROMPT_TUNING": plan_prompt,
 }
-"""By PEFT's `peft_type`: what becomes of a folder."""
+"""The function that plans a folder, by PEFT's `peft_type`."""
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for a field that means another computation than LoRA's or DoRA's."""
+    """Raise `CheckpointError` for a field with a value that is not plain LoRA or DoRA."""
     start = values.get("init_lora_weights")
     if not (start is None or isinstance(start, (bool, str))) or start not in _STARTS:
         raise CheckpointError(
@@ -243,7 +244,10 @@ def _check_values(values: Mapping[str, Any]) -> None:
 def _sort(
     tensors: Mapping[str, Tensor], decomposed: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """(A, B) and DoRA's lengths by the path of a module, and the other tensors by their names in the model."""
+    """Return (A, B) and DoRA's magnitudes by the path of a module, and the other tensors by their names in the model.
+
+    A is (r, I), B is (O, r), a magnitude is (O,).
+    """
     halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
     lengths, saved = {}, {}
     for name, tensor in tensors.items():
@@ -268,7 +272,7 @@ def _sort(
 
 
 def _moved(path: str, leaf: Any, length: Tensor) -> Tensor:
-    """Which rows of a module DoRA's lengths change, (O,), beyond rounding."""
+    """Return which rows of a module DoRA's magnitudes change, (O,), beyond rounding."""
     if is_quantised(leaf.weight):
         raise CheckpointError(f"{show(path)} is quantised, and DoRA needs its weight's numbers")
     own = (leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight).detach().cpu().norm(dim=1).to(length.dtype)
@@ -276,7 +280,10 @@ def _moved(path: str, leaf: Any, length: Tensor) -> Tensor:
 
 
 def _pattern(values: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
-    """What a pattern says of a module: the first entry whose name its path ends with, or is after a `^`."""
+    """Return the value of the first entry that matches a module's path, or the default.
+
+    An entry matches the end of the path, or, after a `^`, the whole path.
+    """
     for key, value in (values.get(name) or {}).items():
         if path == key.removeprefix("^") or (not key.startswith("^") and path.endswith(f".{key}")):
             return value
@@ -291,7 +298,10 @@ def _scale(values: Mapping[str, Any], path: str, rank: int) -> float:
 def _apart(
     path: str, low: Tensor, high: Tensor, touched: Tensor, own: Mapping[str, Projection]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The terms of one module by name, each with the ranks that it needs; `touched`, (O,), are the rows it changes."""
+    """Return the terms of one module by name, without unused ranks: A (r, I) and B (outputs of the term, r).
+
+    `touched`, (O,), marks the rows that the module's pair changes.
+    """
     rest = touched.clone()
     for projection in own.values():
         outputs_of(rest, projection.rows).zero_()
@@ -301,10 +311,10 @@ def _apart(
             "does not go"
         )
     shares = {name: outputs_of(high, projection.rows).flatten(0, 1) for name, projection in own.items()}
-    if len(own) > 1:  # queries, keys and values in one module: what it leaves alone has no term
+    if len(own) > 1:  # fused projection: unchanged parts get no term
         there = {name: share for name, share in shares.items() if own_rows(touched, own[name].rows).any()}
         shares = there or dict([next(iter(shares.items()))])
-    # as `save_peft` puts several terms side by side, each has its own ranks
+    # `save_peft` gives each term of a module separate ranks
     ranks = len(low) // len(shares)
     spans = [slice(place * ranks, (place + 1) * ranks) for place in range(len(shares))]
     disjoint = len(low) == ranks * len(shares) and all(
@@ -316,6 +326,6 @@ def _apart(
     apart = {}
     for span, (name, share) in zip(spans, shares.items(), strict=True):
         own_low, own_high = (low[span], share[:, span]) if disjoint else (low, share)
-        used = own_low.any(dim=1) | own_high.any(dim=0)  # the others fill up, for one rank in all modules
+        used = own_low.any(dim=1) | own_high.any(dim=0)  # the other ranks are zero, as filling
         apart[name] = (own_low[used], own_high[:, used])
     return apart

@@ -1,6 +1,6 @@
-"""LoRA, (IA)3 and prompts into a folder of PEFT's.
+"""Write LoRA, DoRA, (IA)3 and prompts into a folder of PEFT.
 
-Shapes: r rank.
+Shapes: r rank, I inputs and O outputs of a module.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ _ALSO_SAVED = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""What PEFT adds to `modules_to_save` by itself, by task."""
+"""Modules that PEFT adds to `modules_to_save` by itself, by task."""
 
 
 def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
-    """Write a model's LoRA, DoRA, (IA)3 or prompt as a folder of PEFT's, for `PeftModel.from_pretrained` and others.
+    """Write a model's LoRA, DoRA, (IA)3 or prompt as a folder of PEFT, for `PeftModel.from_pretrained` and others.
 
-    What has no gate goes as it is; with a start that is not zero, as a pair of twice the rank. A gate that
-    `unipelt.fold` made a constant c stands in for `alpha / r`: `c B` is written. The head, and parts of the base that
-    its checkpoint did not hold, go as `modules_to_save`.
+    Terms without a gate are written unchanged; LoRA that does not start at zero is written as a pair of twice the rank.
+    If `unipelt.fold` replaced a gate by a constant c, then c stands in for `alpha / r`: `c B` is written. The head, and
+    parts of the base that its checkpoint did not hold, are written as `modules_to_save`.
 
     Args:
         model: an injected model, folded or not, that carries no other submodule.
-        folder: made if absent; other files in it are left alone. Each file is written whole or not at all, the
-            configuration last.
-        base: name or path of the base model, for PEFT to know; by default where the base was loaded from.
+        folder: created if absent; other files in the folder are left alone. A failed write leaves no partial file. The
+            configuration is written last.
+        base: name or path of the base model for PEFT; by default the location from which the base was loaded.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the model carries or trains what such a folder cannot hold; the message says what, and what
-            can be done. Nothing was written.
-        ValueError: nothing was injected.
+        CheckpointError: the model carries or trains parameters that such a folder cannot hold; the message names them
+            and a remedy. Nothing was written.
+        ValueError: the model carries no submodules.
         OSError: the folder cannot be written.
     """
     injection = injection_of(model)
@@ -96,7 +96,7 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, {"format": "pt"}
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # whatever breaks off, an old configuration meets no new weights
+    (folder / CONFIG).unlink(missing_ok=True)  # or an interrupted write leaves it beside new weights
     write_whole(folder / WEIGHTS, weights)
     write_whole(folder / CONFIG, f"{json.dumps(config, indent=2)}\n".encode())
     return folder
@@ -104,7 +104,10 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
 
 @dataclass(frozen=True)
 class _Term:
-    """A low-rank term to be written: `scale * B A`, onto `rows` of a projection; and the lengths of those, of DoRA."""
+    """A low-rank term to write: `scale * B A`, added to `rows` of a projection; for DoRA, also the rows' magnitudes.
+
+    Shapes: A (r, I), B (outputs of the term, r), magnitude (outputs of the term,).
+    """
 
     projection: str
     rows: OutputSlice
@@ -115,7 +118,7 @@ class _Term:
 
 
 def _method(config: UniPELTConfig) -> str:
-    """What is to be written, as PEFT calls it. Raises `CheckpointError` if that is nothing."""
+    """Return PEFT's name of the method to write. Raises `CheckpointError` if the model carries none."""
     if config.lora is not None:
         return "LORA"
     if config.part("ia3") is not None:
@@ -128,13 +131,13 @@ def _method(config: UniPELTConfig) -> str:
 
 
 _METHODS = {"LORA": ("LoRA", "lora"), "IA3": ("(IA)3", "ia3"), "PROMPT_TUNING": ("a prompt", "prompt")}
-"""By PEFT's name of a method: what a message calls it, and the kind of submodule that it is here."""
+"""By PEFT's name of a method: its name in messages, and its kind of submodule in this package."""
 _OTHERS = {"adapter": "an adapter", "prefix": "a prefix", "prompt": "a prompt"}
-"""What a message calls the other kinds; the rest go by their names."""
+"""Names in messages of the other kinds; a kind that is not listed keeps its name."""
 
 
 def _check_travels(model: PreTrainedModel, injection: Injection, method: str) -> None:
-    """Raise `CheckpointError` for the first thing in a model that a folder of this method cannot hold."""
+    """Raise `CheckpointError` for the first part of a model that a folder of this method cannot hold."""
     called, kept = _METHODS[method]
     for path, kind, module in _added(model):
         if kind != kept:
@@ -170,8 +173,8 @@ def _check_travels(model: PreTrainedModel, injection: Injection, method: str) ->
 
 
 def _added(model: PreTrainedModel) -> list[tuple[str, str, Any]]:
-    """Return every submodule of a model in the order of their hosts: path of the host and name, kind, and module."""
-    order: dict[str, int] = {}  # the place of the last module in each module
+    """Return every submodule of a model in the order of the hosts: path of host and name, kind, and module."""
+    order: dict[str, int] = {}  # for each path, the index of its last submodule
     for index, (path, _) in enumerate(model.named_modules()):
         names = path.split(".")
         order |= {join(*names[:depth]): index for depth in range(len(names) + 1)}
@@ -187,16 +190,19 @@ def _added(model: PreTrainedModel) -> list[tuple[str, str, Any]]:
 
 
 def _placed(model: PreTrainedModel) -> list[PlacedTerm]:
-    """Return every term; plain ones of queries and values come last, so that the ranks of one module keep their order.
+    """Return every term; plain LoRA of queries and values comes last.
 
-    In a folder, the ranks of keys have always stood before those of queries and values.
+    In a folder, the ranks of keys stand before those of queries and values, and this order must not change.
     """
     last = [f"lora_{place}" for place in ENTRY_PLACES]
     return sorted(placed_terms(model), key=lambda placed: placed.term.folds_to == "merged" and placed.term.name in last)
 
 
 def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
-    """Every low-rank term, with what scales it. In a folded model they are in the weights; it remembers them."""
+    """Return every low-rank term with its scale.
+
+    For a folded model, the terms come from the record that folding left.
+    """
     host = model
     scales: dict[Any, float | None] = {}
     if injection.folded is not None:
@@ -212,13 +218,13 @@ def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
         if term.kind != "lora":
             continue
         factors = {name: tensor.cpu() for name, tensor in placed.factors().items()}
-        magnitude = factors.get("function.magnitude")  # decomposed, which folding leaves as it is
+        magnitude = factors.get("function.magnitude")  # DoRA, which folding does not change
         if magnitude is None:
             scale = scales.get(term, term.scale)
             low, high = low_rank_factors(factors)
         else:
             scale, low, high = term.function.scale, factors["function.A"], factors["function.B"]
-        if scale is not None:  # what was dropped, behind a closed gate, is no more
+        if scale is not None:  # a term with a closed gate was dropped
             found.append(_Term(placed.path, term.outputs, low, high, scale, magnitude))
     if not found:
         raise CheckpointError("every gate of this model's LoRA was closed, and the terms dropped: none is left")
@@ -226,7 +232,7 @@ def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
 
 
 def _before_folding(model: PreTrainedModel, injection: Injection, folded: Folded) -> PreTrainedModel:
-    """Return the model as it was before folding: what was added, with its numbers, on a base of nothing but shapes."""
+    """Return the model from before folding: the injected parameters with their values, on a base on the meta device."""
     kind: Any = type(model)
     with torch.device("meta"):
         host: PreTrainedModel = kind(copy.deepcopy(model.config))
@@ -236,7 +242,7 @@ def _before_folding(model: PreTrainedModel, injection: Injection, folded: Folded
 
 
 def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's fields and tensors for all terms: one rank and one scale for all, as other readers (vLLM) want it."""
+    """Return PEFT's fields and tensors for all terms, with one rank and one scale, as other readers (vLLM) need."""
     decomposed = terms[0].magnitude is not None
     by_projection: dict[str, list[_Term]] = {}
     for term in terms:
@@ -244,7 +250,7 @@ def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], 
     rank = max(sum(len(term.A) for term in group) for group in by_projection.values())
     alpha = terms[0].scale * rank
     if any(term.scale != terms[0].scale for term in terms) or not alpha.is_integer():
-        terms = []  # PEFT's alpha is a whole number, and the same for all: the scales go into B
+        terms = []  # PEFT has one alpha, a whole number, so the scales are multiplied into B
         alpha = float(rank)
         by_projection = {
             path: [replace(term, B=scaled(term.B, term.scale)) for term in group]
@@ -266,7 +272,7 @@ def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], 
         tensors |= {f"{PREFIX}{path}.lora_A.weight": low, f"{PREFIX}{path}.lora_B.weight": high}
         if decomposed:
             weight = leaf.weight.t() if isinstance(leaf, Conv1D) else leaf.weight
-            length = weight.detach().cpu().norm(dim=1).to(high)  # of rows that no term is of, as they are
+            length = weight.detach().cpu().norm(dim=1).to(high)  # rows without a term keep their length
             for term in group:
                 assert term.magnitude is not None
                 outputs_of(length, term.rows).copy_(term.magnitude.unflatten(0, (term.rows.groups, term.rows.size)))
@@ -284,7 +290,7 @@ def _pairs(model: PreTrainedModel, terms: list[_Term]) -> tuple[dict[str, Any], 
 
 
 def _saved_modules(model: PreTrainedModel, head: frozenset[str], task: str | None) -> list[str]:
-    """Paths of the largest modules that hold parameters of the head and no others: PEFT's `modules_to_save`."""
+    """Return the paths of the largest modules that hold only parameters of the head: PEFT's `modules_to_save`."""
     chosen: list[str] = []
     held: set[str] = set()
     for path, module in model.named_modules():
@@ -294,7 +300,7 @@ def _saved_modules(model: PreTrainedModel, head: frozenset[str], task: str | Non
             held |= names
     if head - held:
         raise CheckpointError(f"the head's parameter {sorted(head - held)[0]!r} is in no module that PEFT could save")
-    # PEFT looks for modules whose names end so, whatever stands before
+    # PEFT matches the ends of module names
     ends = (*chosen, *_ALSO_SAVED.get(task or "", ()))
     for path, _ in model.named_modules():
         if path.endswith(ends) and not any(f"{path}.".startswith(f"{other}.") for other in chosen):

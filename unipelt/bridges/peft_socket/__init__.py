@@ -1,8 +1,8 @@
-"""UniPELT as a method of PEFT's: type `UNIPELT`, so that what works with PEFT works with it.
+"""UniPELT as a method of PEFT, with the type `UNIPELT`, so that programs for PEFT work with it.
 
     model = peft.get_peft_model(model, unipelt.PeftConfig("unipelt-apl", task_type="SEQ_CLS"))
 
-What PEFT calls an adapter is a named set here. PEFT is an optional extra: nothing but the functions here imports it.
+PEFT's word for a named set is adapter. PEFT is an optional extra: only the functions of this module import it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ __all__ = ["from_peft", "register_with_peft", "to_peft"]
 
 
 def register_with_peft() -> None:
-    """Make type `UNIPELT` known to PEFT; a second call does nothing.
+    """Register the type `UNIPELT` with PEFT; a second call has no effect.
 
-    A process that loads a folder of this type calls this first; to ask for `unipelt.PeftConfig` does it, too.
+    A process that loads a folder of this type calls this function first. Access to `unipelt.PeftConfig` has the same
+    effect.
 
     Raises:
-        ImportError: PEFT is not installed, or this version of it is not known. PEFT is as it was.
+        ImportError: PEFT is not installed, or has an unknown version. PEFT is unchanged.
     """
     from unipelt.bridges.peft_socket.config import PeftConfig
     from unipelt.bridges.peft_socket.register import register
@@ -32,17 +33,17 @@ def register_with_peft() -> None:
 def to_peft(model: PreTrainedModel, *, task_type: str | None = None, adapter_name: str = "default") -> Any:
     """Return a `PeftModel` around an injected model, in place: the same parameters, bit for bit.
 
-    The parameters stay the same objects, so an optimizer that holds them goes on. A head becomes PEFT's
-    `modules_to_save`, beside what it was before.
+    The parameters stay the same objects, so an optimizer that holds them keeps working. The head becomes PEFT's
+    `modules_to_save`, with a copy of its values from before training.
 
     Args:
-        model: what `unipelt.inject` or `unipelt.load` gave.
-        task_type: PEFT's, such as `SEQ_CLS`.
-        adapter_name: what the set is called from then on.
+        model: a model from `unipelt.inject` or `unipelt.load`.
+        task_type: PEFT's task type, such as `SEQ_CLS`.
+        adapter_name: the name of the set in the `PeftModel`.
 
     Raises:
-        ImportError: as `register_with_peft`.
-        ValueError: nothing was injected, or PEFT cannot carry it; the message says why.
+        ImportError: see `register_with_peft`.
+        ValueError: the model carries no submodules, or PEFT cannot hold it; the message gives the reason.
     """
     from unipelt.bridges.peft_socket.convert import wrap
 
@@ -50,16 +51,16 @@ def to_peft(model: PreTrainedModel, *, task_type: str | None = None, adapter_nam
 
 
 def from_peft(model: Any) -> PreTrainedModel:
-    """Return the model inside a `PeftModel` as `unipelt.inject` gives it, in place: the same parameters, bit for bit.
+    """Return the model inside a `PeftModel` as an injected model of `unipelt.inject`, in place.
 
-    The `PeftModel` is of no use afterwards.
+    The parameters are the same, bit for bit. The `PeftModel` cannot be used afterwards.
 
     Args:
-        model: a `PeftModel` of type `UNIPELT`, or a model of Transformers' with one set; with one set only.
+        model: a `PeftModel` of type `UNIPELT`, or a model of Transformers with sets of this type; with one set only.
 
     Raises:
-        ImportError: as `register_with_peft`.
-        ValueError: the model has several sets, or something of PEFT's that `unipelt.inject` does not know.
+        ImportError: see `register_with_peft`.
+        ValueError: the model has several sets, or a training wrapper of PEFT that `unipelt.inject` does not have.
     """
     from unipelt.bridges.peft_socket.convert import unwrap
 

@@ -1,4 +1,4 @@
-"""The configuration of a set in PEFT's form: what `adapter_config.json` holds."""
+"""The configuration of a set in PEFT's form, as stored in `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ peft = require_peft()
 
 @dataclass(init=False)
 class PeftConfig(peft.PeftConfig):  # type: ignore[name-defined]
-    """A method of ours as PEFT's configuration.
+    """A method of this package as a configuration of PEFT.
 
         model = peft.get_peft_model(model, unipelt.PeftConfig("unipelt-apl", task_type="SEQ_CLS"))
 
     Attributes:
-        method: a preset's name (`unipelt.PRESETS`), a dict, a path to JSON or YAML, or a `UniPELTConfig`; kept as a
+        method: a preset's name (`unipelt.PRESETS`), a dict, a path to JSON or YAML, or a `UniPELTConfig`; stored as a
             dict.
-        modules_to_save: names of further modules that train as a whole, each set with its own copy. The head, and what
-            the base's checkpoint did not hold, are added if the method trains the head.
+        modules_to_save: names of further modules that train as a whole; each set has a copy of them. If the method
+            trains the head, the head and the modules that the base's checkpoint did not hold are added.
         trainable_token_indices: rows of the embeddings that train, as in PEFT's LoRA.
-        deployed: whether prefixes have their form of after training.
-        head: paths of the modules of the head; found when the set is added, where it is None.
+        deployed: whether prefixes have the deployed form.
+        head: paths of the head's modules; with None, they are found when the set is added.
     """
 
     method: Any = field(default="unipelt-apl")
@@ -62,12 +62,12 @@ class PeftConfig(peft.PeftConfig):  # type: ignore[name-defined]
 
     @property
     def unipelt(self) -> UniPELTConfig:
-        """The method. Raises `ConfigError` if the dict was changed to what cannot be meant."""
+        """The method. Raises `ConfigError` if the dict was changed to an invalid method."""
         return UniPELTConfig.from_dict(self.method)
 
 
 def _signature() -> inspect.Signature:
-    """Return the arguments of `PeftConfig`, those of PEFT's included: PEFT drops all others of a newer file."""
+    """Return the arguments of `PeftConfig`, including those of PEFT: PEFT drops unknown arguments of a newer file."""
     kind = inspect.Parameter
     given = [
         kind("self", kind.POSITIONAL_OR_KEYWORD),
@@ -78,4 +78,4 @@ def _signature() -> inspect.Signature:
 
 
 PeftConfig.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
-register(PeftConfig, UniPELTModel)  # here, so that a process that unpickles a configuration knows its type
+register(PeftConfig, UniPELTModel)  # here, so that unpickling a configuration registers its type

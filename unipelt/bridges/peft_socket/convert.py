@@ -1,4 +1,4 @@
-"""From an injected model to a `PeftModel` and back, in place."""
+"""Convert an injected model into a `PeftModel` and back, in place."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from unipelt.submodules.room import DEFAULT, rooms
 
 
 def wrap(model: PreTrainedModel, task_type: str | None, adapter_name: str) -> Any:
-    """Do `to_peft`."""
+    """Implement `to_peft`."""
     injection = injection_of(model)
     config = PeftConfig(injection.config, task_type=task_type, deployed=injection.deployed)
     return require_peft().get_peft_model(model, config, adapter_name, autocast_adapter_dtype=False)
 
 
 def unwrap(peft_model: Any) -> PreTrainedModel:
-    """Do `from_peft`."""
+    """Implement `from_peft`."""
     model: PreTrainedModel = host_of(peft_model)
     if not any(isinstance(room, PeftRoom) for _, room in rooms(model)):
         raise ValueError(f"this {type(peft_model).__name__} carries no set of unipelt")

@@ -1,4 +1,4 @@
-"""Heads beside a set: PEFT's copies of whole modules (`modules_to_save`), one for each set."""
+"""The heads of sets: PEFT's copies of whole modules (`modules_to_save`), one for each set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COPIES, ORIGINAL = "modules_to_save", "original_module"
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a parameter has in the model without PEFT's wrappers."""
+    """Return a parameter's name in the model without PEFT's wrappers."""
     steps = name.split(".")
     if COPIES in steps:
         place = steps.index(COPIES)
@@ -30,7 +30,10 @@ def module_paths(names: Collection[str]) -> list[str]:
 
 
 def names_to_save(asked: Sequence[str] | None, heads: Sequence[str]) -> list[str] | None:
-    """Return what PEFT is to copy: what was asked for, and every head that this does not hold yet."""
+    """Return the names for PEFT's `modules_to_save`: the given names, and the heads that these do not cover.
+
+    None stands for an empty list.
+    """
     wanted = list(dict.fromkeys(asked or ()))
 
     def is_held(path: str) -> bool:
@@ -42,12 +45,12 @@ def names_to_save(asked: Sequence[str] | None, heads: Sequence[str]) -> list[str
 
 
 def present_names(model: nn.Module, plain: Collection[str]) -> frozenset[str]:
-    """Return the names that parameters of these plain names have in the model now, originals and copies alike."""
+    """Return the present names of the parameters with these plain names, both originals and copies."""
     return frozenset(name for name, _ in model.named_parameters() if plain_name(name) in plain)
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Find every wrapper of PEFT's around a module of the model, with its path; those inside another one not."""
+    """Yield every outermost wrapper of PEFT around a module of the model, with its path."""
     found: list[str] = []
     for path, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper) and not path.startswith(tuple(f"{one}." for one in found)):
@@ -56,13 +59,13 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def copies(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
-    """Find the wrappers that hold a whole module for this set: the plain path, and the wrapper."""
+    """Yield the wrappers that hold a copy of a module for this set, each with its path."""
     for path, wrapper in wrappers(model):
         if isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper.modules_to_save:
             yield path, wrapper
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path of the model."""
+    """Replace the module at a path of the model."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

@@ -1,4 +1,4 @@
-"""The one place where PEFT learns of type `UNIPELT`."""
+"""Register the type `UNIPELT` with PEFT."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from packaging.version import Version
 from unipelt.checkpoint.peft_form import TYPE
 
 PREFIX = "unipelt"
-"""What every parameter of a set has in its name: the name of the room."""
+"""A part of the name of every parameter of a set: the attribute of its `Room`."""
 OLDEST = "0.21"
-"""The first PEFT whose tuners say themselves how their parameters are called in a file."""
+"""The first PEFT in which a tuner defines the names of its parameters in a file."""
 
 _USED = {
     "tuners.tuners_utils.BaseTuner": (
@@ -37,11 +37,11 @@ _USED = {
     "utils.other": ("ModulesToSaveWrapper", "set_additional_trainable_modules"),
     "utils.peft_types.PeftType": ("_member_names_", "_member_map_", "_value2member_map_"),
 }
-"""Names of PEFT's that are used here beside its public ones."""
+"""PEFT's names that this package uses in addition to the public ones."""
 
 
 def require_peft() -> Any:
-    """Import PEFT. Raises `ImportError` if it is not installed, or is a version that is not known here."""
+    """Import PEFT. Raises `ImportError` if PEFT is not installed, or has an unknown version."""
     try:
         import peft
     except ImportError as error:
@@ -55,7 +55,7 @@ def require_peft() -> Any:
 
 
 def find_problem(peft: Any) -> str | None:
-    """Return why this PEFT cannot take a method of ours, or None."""
+    """Return the reason why this PEFT cannot register a method of this package, or None."""
     if Version(peft.__version__).release < Version(OLDEST).release:
         return f"it is older than {OLDEST}"
     for path, names in _USED.items():
@@ -74,14 +74,14 @@ def find_problem(peft: Any) -> str | None:
 
 
 def register(config_cls: type[Any], model_cls: type[Any]) -> None:
-    """Make type `UNIPELT` known to PEFT; a second call does nothing.
+    """Register the type `UNIPELT` with PEFT; a second call has no effect.
 
     Args:
-        config_cls: the class of its configurations.
-        model_cls: the class of its tuner.
+        config_cls: the class of the type's configurations.
+        model_cls: the class of the type's tuner.
 
     Raises:
-        ImportError: PEFT is not installed, or this version of it is not known. PEFT is as it was.
+        ImportError: PEFT is not installed, or has an unknown version. PEFT is unchanged.
     """
     peft = require_peft()
     types = peft.utils.peft_types.PeftType
@@ -99,7 +99,7 @@ def register(config_cls: type[Any], model_cls: type[Any]) -> None:
 
 
 def _enter(types: Any) -> None:
-    """Add a member to PEFT's enumeration of methods, for which PEFT has no door."""
+    """Add a member to PEFT's enumeration of methods; PEFT has no function for this."""
     member = str.__new__(types, TYPE)
     member._name_ = member._value_ = TYPE
     types._member_names_.append(TYPE)

@@ -1,4 +1,4 @@
-"""A room as PEFT's tuner layer: the class that a room takes when PEFT adds a set to its layer."""
+"""`Room` as PEFT's tuner layer: a room gets this class when PEFT adds a set to its layer."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 
 class PeftRoom(Room, BaseTunerLayer):
-    """The named sets of a layer or a stack, which PEFT calls adapters; one of them computes, or none.
+    """The named sets of a layer or a stack (PEFT: adapters); at most one of them computes.
 
-    `active` follows what PEFT says of `active_adapter` and `disable_adapters`.
+    `active` follows PEFT's `active_adapter` and `disable_adapters`.
     """
 
     adapter_layer_names = ("sets",)
 
     @property
     def sets(self) -> nn.ModuleDict:
-        """The sets in the form in which PEFT looks at adapters; what is deleted there is deleted here."""
+        """The sets in the form in which PEFT accesses adapters; a deletion in this view deletes the set."""
         view = nn.ModuleDict()
         view._modules = self._modules  # type: ignore[assignment]
         return view
 
     @property
     def weight(self) -> Any:
-        """A room stands for no projection of the host's, and has no weight."""
+        """The weight of a projection; a room has none, and raises `AttributeError`."""
         raise AttributeError("a room has no weight")
 
     @property
     def bias(self) -> Any:
-        """A room has no bias either."""
+        """The bias of a projection; a room has none, and raises `AttributeError`."""
         raise AttributeError("a room has no bias")
 
     def _get_available_adapters(self) -> set[str]:
         return set(self)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Let one set compute, and train unless `inference_mode`; all others do neither.
+        """Make one set the active one: it computes, and trains unless `inference_mode`; all others do neither.
 
-        Raises `ValueError` for several at a time.
+        Raises `ValueError` for several sets.
         """
         names = check_single(adapter_names)
         for name in self:
@@ -55,7 +55,7 @@ class PeftRoom(Room, BaseTunerLayer):
         self._choose()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Let the active set compute again, or none; what trained before trains again."""
+        """Switch the active set on or off; when switched on again, the same parameters train as before."""
         if enabled and self._disable_adapters:
             for parameter in self._awake:
                 parameter.requires_grad_(True)
@@ -66,22 +66,22 @@ class PeftRoom(Room, BaseTunerLayer):
         self._choose()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let sets train or not, whichever computes."""
+        """Set whether sets train, active or not."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self:
                 let_train(self[name], requires_grad)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse to merge in a way that can be undone."""
+        """Raise `ValueError`: a merge that can be undone is not supported."""
         raise ValueError(
             "unipelt merges for good (merge_and_unload); to compute without a set for a while, use disable_adapter"
         )
 
     def unmerge(self) -> None:
-        """Do nothing: nothing is merged."""
+        """Do nothing, because no set is merged."""
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        """Move a set that was loaded to where its host's parameters are; their type is their own."""
+        """Move a loaded set to the device of its host's parameters; the types of its parameters stay."""
         place = device if device is not None else getattr(self, "_device", None)
         added = self.present(adapter_name)
         if place is not None and added is not None and not any(one.is_meta for one in added.parameters()):
@@ -92,7 +92,7 @@ class PeftRoom(Room, BaseTunerLayer):
 
 
 def furnish(room: Room, device: Any) -> PeftRoom:
-    """Give a room its class for PEFT, once."""
+    """Turn a room into a `PeftRoom`, if it is not one yet."""
     if not isinstance(room, PeftRoom):
         room.__class__ = PeftRoom
     made: Any = room
@@ -104,7 +104,7 @@ def furnish(room: Room, device: Any) -> PeftRoom:
 
 
 def strip(room: PeftRoom) -> None:
-    """Make a room a plain one again."""
+    """Turn a `PeftRoom` into a plain `Room` again."""
     for name in ("_active_adapter", "_disable_adapters", "_awake", "_device"):
         vars(room).pop(name, None)
     room.__class__ = Room  # type: ignore[assignment]
@@ -122,7 +122,7 @@ def check_single(names: str | Sequence[str]) -> list[str]:
 
 
 def let_train(added: nn.Module, train: bool) -> None:
-    """Let a set train or not; what never trains (the start of low-rank factors) does not."""
+    """Set whether a set trains; its fixed parameters (the start of low-rank factors) never train."""
     frozen = {
         id(module.get_parameter(part.parameter))
         for module in added.modules()

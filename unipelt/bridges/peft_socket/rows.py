@@ -1,4 +1,4 @@
-"""`adapter_names=`: each row of a batch computes with the set that is named for it.
+"""Support `adapter_names=`: each row of a batch is computed with the set of its name.
 
 Shapes: B rows of a batch.
 """
@@ -22,15 +22,15 @@ from unipelt.submodules.forward_pass import SetRows
 from unipelt.submodules.room import StackSet, SubmoduleSet, rooms
 
 BASE = "__base__"
-"""What PEFT calls the base without a set."""
+"""PEFT's name for the base without a set."""
 
 
 @contextmanager
 def row_by_row(model: nn.Module, names: Sequence[str], options: dict[str, Any]) -> Iterator[Tensor | None]:
-    """Inside the block, each row of the model's passes computes with its own set.
+    """Compute each row of the model's passes inside the block with its own set.
 
-    Rows of one set are computed together. Where they do not stand together, a pass of the model sorts what it is given,
-    and puts what it gives back in order.
+    Rows of one set are computed together. If they are not contiguous in the batch, the caller sorts the inputs by the
+    yielded order, and puts the outputs back.
 
     Args:
         model: the model inside the `PeftModel`.
@@ -38,10 +38,10 @@ def row_by_row(model: nn.Module, names: Sequence[str], options: dict[str, Any]) 
         options: the other arguments of the call; `num_beams` is read.
 
     Yields:
-        (B,), the order in which the rows are computed; None where it is that of the batch.
+        (B,), the order in which the rows are computed; None if it is the order of the batch.
 
     Raises:
-        ValueError: a name is not known, or a set cannot stand in one batch with others.
+        ValueError: a name is not known, or a set cannot be in one batch with others.
     """
     held = [room for _, room in rooms(model) if isinstance(room, PeftRoom)]
     known = {name for room in held for name in room}
@@ -68,7 +68,7 @@ def row_by_row(model: nn.Module, names: Sequence[str], options: dict[str, Any]) 
 
 
 def _find_unmixable(held: list[PeftRoom], names: set[str]) -> str | None:
-    """Return why sets of these names cannot stand in one batch with others, or None."""
+    """Return the reason why sets of these names cannot be in one batch with others, or None."""
     for room in held:
         for name in names & set(room):
             added = room[name]
@@ -87,7 +87,7 @@ def _name_rows(wrapper: Any, args: Any, kwargs: dict[str, Any], names: list[str]
 
 
 def sort_given(value: Any, size: int, order: Tensor) -> Any:
-    """Return an argument of a call with its rows sorted: a tensor of B rows, or what holds such tensors."""
+    """Return an argument of a call with its rows sorted: a tensor of B rows, or a container of such tensors."""
     if isinstance(value, Tensor):
         return value.index_select(0, order.to(value.device)) if value.dim() and len(value) == size else value
     if isinstance(value, ModelOutput):
@@ -98,7 +98,7 @@ def sort_given(value: Any, size: int, order: Tensor) -> Any:
 
 
 def put_back(value: Any, size: int, order: Tensor) -> Any:
-    """Return an output with its rows in the order of the batch; several outputs of a row stay together."""
+    """Return an output with its rows in the order of the batch; several outputs of one row stay together."""
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
 

@@ -1,4 +1,4 @@
-"""The tuner: what PEFT calls to add a set, to switch between sets, and to take them out."""
+"""PEFT's tuner of type `UNIPELT`: add sets, switch between sets, and remove them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ RESERVED = {PREFIX, "original_module", "modules_to_save", "token_adapter", "base
 
 
 class UniPELTModel(BaseTuner):
-    """PEFT's tuner of type `UNIPELT`: it puts sets into the rooms of a model's layers."""
+    """PEFT's tuner of type `UNIPELT`: it holds the named sets of a model's layers."""
 
     prefix = PREFIX
     tuner_layer_cls = PeftRoom
@@ -62,11 +62,11 @@ class UniPELTModel(BaseTuner):
         state_dict: Any = None,
         **further: Any,
     ) -> None:
-        """Add a set under a name, or take over that of an injected model.
+        """Add a set under a name, or take over the set of an injected model.
 
         Raises:
-            InjectionError: the model is no model of Transformers', or cannot carry the method.
-            ValueError: PEFT cannot carry the method, or tell its parameters by this name.
+            InjectionError: the model is not a model of Transformers, or cannot carry the method.
+            ValueError: PEFT cannot hold the method, or the name is not valid for a set.
         """
         chosen: Any = self.peft_config[adapter_name]
         config: UniPELTConfig = chosen.unipelt
@@ -80,7 +80,7 @@ class UniPELTModel(BaseTuner):
         flags = [] if first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         adopted = first and is_injected(model)
         if adopted:
-            flags = _adopt(model, chosen, adapter_name)  # what trains there goes on to train
+            flags = _adopt(model, chosen, adapter_name)  # `requires_grad` is kept
         else:
             _add(model, chosen, adapter_name, first=first, device="meta" if low_cpu_mem_usage else None)
         for _, room in rooms(model):
@@ -101,7 +101,7 @@ class UniPELTModel(BaseTuner):
         elif config.dtype == "float32" and chosen.head:
             _widen_heads(model, adapter_name, chosen.head)
         injection.head = present_names(model, {plain_name(name) for name in injection.head})
-        # where the new set is the active one, which sets train has just changed
+        # a new active set trains, and the other sets do not: only other parameters keep their flags
         switched = set() if adopted or adapter_name not in self.active_adapters else _ids_in_sets(model)
         for parameter, flag in flags:
             if id(parameter) not in switched:
@@ -114,10 +114,10 @@ class UniPELTModel(BaseTuner):
         raise NotImplementedError("unipelt replaces no module of its host")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Do nothing: what trains is float32 over half precision already, unless the method says `dtype: base`."""
+        """Do nothing: trained parameters already have the type that the method sets (float32, or `dtype: base`)."""
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Let another set compute and train."""
+        """Make a set the active one, which computes and trains. Raises `ValueError` for several sets."""
         names = check_single(adapter_name)
         super().set_adapter(names, inference_mode=inference_mode)
         self.active_adapter = adapter_name
@@ -127,17 +127,20 @@ class UniPELTModel(BaseTuner):
             injection.config, injection.deployed = chosen.unipelt, chosen.deployed
 
     def disable_adapter_layers(self) -> None:
-        """Let the base alone compute. Raises `ValueError` for a folded set, which is in the base's weights."""
+        """Switch off all sets, so that the base computes alone.
+
+        Raises `ValueError` for a set that was folded into the base's weights.
+        """
         _check_unfolded(self.model, "disable_adapter")
         super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take a set out, with its copies of modules."""
+        """Delete a set and its copies of modules. Raises `ValueError` for an unknown name or a folded set."""
         _check_unfolded(self.model, "delete_adapter")
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         del self.peft_config[adapter_name]
-        # PEFT leaves aside what has this text in its path: what is inside a room, and not the rooms themselves
+        # PEFT skips modules with the prefix in their path: with the dot, it skips modules inside rooms, not the rooms
         self.active_adapter = delete_adapter(self.model, adapter_name, prefix=f"{PREFIX}.", layer_cls=PeftRoom) or []
         for path, room in list(rooms(self.model)):
             if all(isinstance(room[name], SubmoduleSet) for name in room):
@@ -180,7 +183,7 @@ class UniPELTModel(BaseTuner):
         return output if self._order is None else put_back(output, *self._order)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate text; rows of several sets are sorted before, and put back after."""
+        """Generate text. With `adapter_names=`, rows are sorted by set before, and put back in order afterwards."""
         order = getattr(self, "_order", None)
         if order is None:
             return self.model.generate(*args, **kwargs)
@@ -191,7 +194,7 @@ class UniPELTModel(BaseTuner):
         finally:
             self._order = order
 
-    # Taking out
+    # Removal
 
     def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's own returns the model, too
         self,
@@ -200,7 +203,7 @@ class UniPELTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # as with PEFT's own methods, the active set's copy of a head stays
+        # as in PEFT's methods, the model keeps the active set's copy of a head
         model = self.model
         names = check_single(adapter_names or self.active_adapters)
         if not merge:
@@ -228,9 +231,10 @@ class UniPELTModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Return a parameter's name in a file: `…layer.3.unipelt.default.up.weight` is `…layer.3.unipelt.up.weight`.
+        """Return a parameter's name in a file, without the name of the set.
 
-        PEFT and Transformers both put the name of a set behind the prefix when they load.
+        `…layer.3.unipelt.default.up.weight` becomes `…layer.3.unipelt.up.weight`. PEFT and Transformers both insert the
+        name of a set after the prefix when they load.
         """
         inside = re.sub(rf"(^|\.){ROOM}\.{re.escape(adapter_name)}\.", rf"\1{ROOM}.", key, count=1)
         if inside != key or key.startswith(f"{ROOM}.") or f".{ROOM}." in key:
@@ -240,13 +244,13 @@ class UniPELTModel(BaseTuner):
 
 
 def _ids_in_sets(model: nn.Module) -> set[int]:
-    """Return the identities of the parameters of all sets, and of their copies of modules."""
+    """Return the ids of the parameters of all sets, and of their copies of modules."""
     holders = [room for _, room in rooms(model)] + [wrapper for _, wrapper in wrappers(model)]
     return {id(parameter) for holder in holders for parameter in holder.parameters()}
 
 
 def _check_unfolded(model: nn.Module, verb: str) -> None:
-    """Raise `ValueError` for a model whose set was folded into the weights of its base."""
+    """Raise `ValueError` for a model with a set that was folded into the weights of its base."""
     injection: Injection | None = getattr(model, "unipelt_injection", None)
     if injection is not None and injection.folded is not None:
         raise ValueError(
@@ -256,7 +260,7 @@ def _check_unfolded(model: nn.Module, verb: str) -> None:
 
 
 def _check_name(model: nn.Module, added: Sequence[nn.Module], name: str) -> None:
-    """Raise `ValueError` for a set's name that PEFT would take for another part of a parameter's name."""
+    """Raise `ValueError` for a set's name that is not unique as a part of parameter names."""
     taken = set(RESERVED)
     for path, _ in model.named_parameters():
         plain = plain_name(path).split(".")
@@ -269,7 +273,7 @@ def _check_name(model: nn.Module, added: Sequence[nn.Module], name: str) -> None
 
 
 def _add(model: PreTrainedModel, chosen: Any, name: str, *, first: bool, device: str | None) -> None:
-    """Build a set and put it into the rooms of a model. After any error the model is as it was."""
+    """Build a set and install it in a model's layers. After any error the model is unchanged."""
     config: UniPELTConfig = chosen.unipelt
     plain = {plain_name(one) for one in (head_names(model) if first else injection_inside(model).head)}
     if chosen.head is None:
@@ -304,7 +308,7 @@ def _add(model: PreTrainedModel, chosen: Any, name: str, *, first: bool, device:
 
 
 def _adopt(model: PreTrainedModel, chosen: Any, name: str) -> list[tuple[nn.Parameter, bool]]:
-    """Take over the set of an injected model; returns what trains there."""
+    """Take over the set of an injected model; return every parameter with its `requires_grad`."""
     injection = injection_inside(model)
     config: UniPELTConfig = chosen.unipelt
     if injection.config != config or injection.deployed != chosen.deployed:
@@ -332,7 +336,7 @@ def _adopt(model: PreTrainedModel, chosen: Any, name: str) -> list[tuple[nn.Para
 
 
 def _swap_heads(model: PreTrainedModel, injection: Injection, name: str) -> None:
-    """Let the trained modules of an injected model be the set's own, and copies with the former values the base's."""
+    """Make the trained head the set's copy, and a copy with the former values the base's module."""
     for path, wrapper in copies(model, name):
         trained, former = wrapper.original_module, wrapper.modules_to_save[name]
         take_off(former, widen_input)
@@ -346,7 +350,7 @@ def _swap_heads(model: PreTrainedModel, injection: Injection, name: str) -> None
 
 
 def _widen_heads(model: nn.Module, name: str, heads: Sequence[str]) -> None:
-    """Let a set's copies of the head train in float32 over a base in half precision."""
+    """Keep a set's copies of the head in float32 over a base in half precision."""
     for path, wrapper in copies(model, name):
         if any(head == path or head.startswith(f"{path}.") for head in heads):
             copy = wrapper.modules_to_save[name]
@@ -354,7 +358,7 @@ def _widen_heads(model: nn.Module, name: str, heads: Sequence[str]) -> None:
 
 
 def _merge(model: PreTrainedModel, name: str, *, safe_merge: bool) -> None:
-    """Merge a set's low-rank terms into the weights. Raises `ValueError` for a set of which something would be left."""
+    """Merge a set's low-rank terms into the weights. Raises `ValueError` if the set has other parts."""
     left = dict.fromkeys(_unmergeable(model, name))
     if left:
         raise ValueError(
@@ -376,7 +380,7 @@ def _merge(model: PreTrainedModel, name: str, *, safe_merge: bool) -> None:
 
 
 def _unmergeable(model: nn.Module, name: str) -> Iterator[str]:
-    """Find what of a set is no low-rank term without a gate."""
+    """Yield the parts of a set that are not low-rank terms without a gate."""
     for _, room in rooms(model):
         added = room.present(name)
         if added is None:
