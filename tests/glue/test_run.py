@@ -544,7 +544,7 @@ def test_script_runs(run_glue: ModuleType, home: Path, tmp_path: Path) -> None:
     [
         (["--train_samples", "110"], "but the train split has 120"),
         (["--lerning_rate", "1"], "unknown option '--lerning_rate'; did you mean '--learning_rate'?"),
-        (["--method", "unipelt"], "method: there is no preset 'unipelt'; did you mean 'unipelt-ap'"),
+        (["--method", "unipelt-alp"], "method: there is no preset 'unipelt-alp'; did you mean 'unipelt-apl'"),
         (["--epochs", "many"], "epochs must be a whole number, not 'many'"),
     ],
 )

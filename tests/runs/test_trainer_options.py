@@ -136,7 +136,8 @@ def test_the_lists_are_of_options_that_there_are() -> None:
     """And what a run takes of its own settings, no mapping can change."""
     known = {item.name for item in fields(Seq2SeqTrainingArguments)}
     gone = {"overwrite_output_dir", "warmup_ratio", "no_cuda"}  # of older versions
-    assert {*OURS, *FIXED} - known <= gone
+    new = {"activation_checkpointing", "activation_checkpointing_kwargs", "ddp_static_graph"}  # not in 5.0
+    assert {*OURS, *FIXED} - known <= gone | new
     assert not OURS.keys() & FIXED.keys()
     own = {item.name for kind in (RunSettings, QASettings, TranslationSettings) for item in fields(kind)}
     assert set(OURS.values()) <= own
@@ -263,11 +264,11 @@ def still(home: Path) -> Path:
 
 
 def test_evaluation_and_logging_at_steps(home: Path, tmp_path: Path) -> None:
-    """4 steps an epoch: every third and the last; the checkpoint of the best one is what is tested."""
+    """4 steps an epoch: every third and, since Transformers 5.1, the last; the best checkpoint is tested."""
     lines: list[str] = []
     out = tmp_path / "run"
     record = run(settings(home, out, {"eval_steps": 3, "logging_steps": 2}, keep_checkpoints=True), log=lines.append)
-    assert [item["step"] for item in record["evaluations"]] == [3, 6, 8]
+    assert [item["step"] for item in record["evaluations"]] in ([3, 6, 8], [3, 6])
     assert all(item["train_loss"] is not None for item in record["evaluations"])
     assert record["best"]["step"] in (3, 6, 8)
     kept = {path.name for path in (out / "checkpoints").glob("checkpoint-*")}

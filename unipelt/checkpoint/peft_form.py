@@ -6,6 +6,7 @@ PEFT writes such a folder for a `PeftModel`, and `save` writes one with `peft=Tr
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         FileNotFoundError: there is no such checkpoint.
         CheckpointError: the checkpoint is damaged, or belongs to another method of PEFT.
     """
-    if (folder / MANIFEST).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+    # False for a name that is too long for the system, where Path.is_file would fail
+    if os.path.isfile(folder / MANIFEST) or not os.path.isfile(folder / ADAPTER_CONFIG):
         return read_checkpoint(folder)
     try:
         return _read(folder)

@@ -232,8 +232,6 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
         options |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     if chosen.get("fp16") and job.device == "cpu":
         raise SettingsError("trainer.fp16 needs a GPU, and there is none here; leave it out, or take precision bf16")
-    if "logging_dir" in known:  # in older versions; a newer one takes it from the callback
-        options["logging_dir"] = str(folder / LOGS)
     values: dict[str, Any] = {
         "output_dir": str(folder / CHECKPOINTS),
         "run_name": folder.name,
