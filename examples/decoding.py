@@ -138,7 +138,7 @@ def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
     clock = clock_of(settings.device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(settings.turns + 1):
-        for name in names if turn % 2 else reversed(names):  # the order changes the data in the caches
+        for name in names if turn % 2 else reversed(names):  # the first model finds other data in the caches
             took = write(models[name], ids, settings.tokens, clock)
             if turn:
                 seconds[name].append(took)
