@@ -2,8 +2,8 @@
 
 The costs are parameters, time of a training step and of inference, peak memory and ATen operations, on any model and
 shape. They include the paper's Table 4. The program prints a Markdown table and writes a JSON record with every time.
-It holds all models at once, and they take turns, one step each. So other load on the machine affects all models alike.
-Ratios to fine-tuning are taken within a turn.
+All models are in memory at once, and they take turns, one step each. So other load on the machine affects all models
+alike. Ratios to fine-tuning are taken within a turn.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def paper_row(config: Any) -> dict[str, str]:
 
 
 def deployed(model: Any) -> Any:
-    """Return the model as it is deployed, without the network that makes its prefixes.
+    """Return a copy of the model in its deployed form, without the network that makes its prefixes.
 
     The given model does not change.
     """

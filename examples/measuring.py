@@ -1,8 +1,8 @@
 """Measure one model: time, memory and operations of a training step and of inference.
 
-This file needs PyTorch and Transformers only. `benchmark.py` imports it. For AdapterHub's UniPELT, whose package needs
-another version of Transformers, `benchmark.py` runs it in another interpreter: `python measuring.py` builds that model
-and times one pass for each request. A request and an answer are one line of JSON each.
+This file needs PyTorch and Transformers only. `benchmark.py` imports this file. AdapterHub's UniPELT needs another
+version of Transformers. For that model, `benchmark.py` starts `python measuring.py` in another interpreter. The new
+process builds the model and times one pass for each request. A request and an answer are one line of JSON each.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the ATen operations that run inside it, also in the backward pass. Views do not count.
+    """A counter of the ATen operations that run inside its block, also in the backward pass. Views do not count.
 
     Attributes:
-        counts: by the name of an operation, how often it ran.
+        counts: the number of times that an operation ran, by its name.
     """
 
     def __init__(self) -> None:
@@ -49,10 +49,10 @@ def is_view(operation: Any) -> bool:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, over the operations that run inside it.
+    """A counter of the bytes of live tensors, for the operations that run inside its block.
 
-    The count is the same on every machine and at every time. It leaves out memory that an operation allocates and frees
-    inside itself.
+    The count is the same on every machine and at every time. Memory that an operation allocates and frees inside itself
+    does not count.
 
     Attributes:
         live: the bytes now.
@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's memory, once, for as long as it is in use."""
+        """Count a tensor's memory, once, for as long as the memory is in use."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
@@ -95,7 +95,7 @@ class Contender:
         clock: a function that returns a time in seconds.
 
     Attributes:
-        deployed: the model for inference: the same model, or another form of it that was made for inference.
+        deployed: the model for inference: the same model, or another form that was made for inference.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Contender:
     def peak_bytes(self) -> int:
         """Return the peak memory, in bytes, of a training step after the first.
 
-        It counts weights, AdamW's state, gradients, saved tensors and temporary tensors.
+        The memory is that of weights, AdamW's state, gradients, saved tensors and temporary tensors.
         """
         self.model.train()
         self.step(self.fast)  # makes AdamW's state

@@ -1,8 +1,8 @@
 """UniPELT in a model of your own, not in Transformers: `python examples/own_model.py` (seconds on one core).
 
-`unipelt.inject` can take the model for three reasons. It is a `PreTrainedModel` with a `model_type`. Its attention
-calls Transformers' attention interface, by the name in its `config`, and the prefix enters at that interface; any other
-attention takes adapters and LoRA only. And `unipelt.register_family` describes where its parts are.
+`unipelt.inject` can take this model for three reasons. The model is a `PreTrainedModel` with a `model_type`. Its
+attention calls Transformers' attention interface, by the name in its `config`; the prefix enters at this interface, and
+any other attention takes adapters and LoRA only. And `unipelt.register_family` describes the places of its parts.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ class OwnModel(PreTrainedModel):
 
 
 class OwnClassifier(PreTrainedModel):
-    """The model and a trainable head, which reads a text's first word.
+    """The model and a head that reads a text's first word.
 
-    The head trains as it is outside `base_model_prefix`.
+    The head trains because the head is outside `base_model_prefix`.
     """
 
     config_class, base_model_prefix, _supports_sdpa = OwnConfig, "model", True

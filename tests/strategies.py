@@ -2,7 +2,7 @@
 
 The drawn values are short, frozen descriptions, so that a failing example can be read and typed in again. Functions
 make models and batches from them, the same for the same description. With `UNIPELT_EXAMPLES=N`, every property draws N
-random examples. Without it, a property draws few examples, and always the same.
+random examples. Without this variable, a property draws few examples, and always the same.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ COMMON = ("bert", "llama", "bart", "t5", "gpt2", "albert", "deberta-v2", "modern
 
 
 WINDOWED = ("modernbert", "mistral", "gemma2", "gemma3_text")
-"""Families in whose attention padding between a prompt and a text takes places of a window."""
+"""Families with windows in the attention. Padding between a prompt and a text takes places of a window."""
 TURN = 10
 """The number of examples in one run of Hypothesis. In longer runs, most examples are the previous one with a part of it
 copied to another place.
@@ -160,7 +160,7 @@ class Case:
 
     @property
     def causal(self) -> bool:
-        """Whether a token of the model's output sees only the tokens before it."""
+        """Whether a token of the model's output sees only earlier tokens."""
         return self.as_decoder or self.family not in ENCODERS
 
     @property
@@ -397,7 +397,7 @@ class Texts:
         targets: the length of each input of a decoder after an encoder, in tokens; as many as `lengths`.
         padding: the side of the padding; "none" means no mask, and all texts are as long as the longest.
         wider: the tokens of padding beside the longest text.
-        hidden: for each text, the masked positions inside it; never the first and the last two.
+        hidden: for each text, the masked positions inside the text; never the first and the last two.
         seed: the seed of the tokens.
     """
 

@@ -1,6 +1,6 @@
 """Write checkpoints of AdapterHub's `adapters` with the logits of that package, for tests/bridges/test_adapterhub.py.
 
-The script needs Transformers 4.57, so it needs its own environment. The environment holds no other file of this
+The script needs Transformers 4.57 and therefore its own environment. The environment holds no other file of this
 project.
 
 Usage: adapterhub.py FOLDER   writes a folder for each case: the base model, as Transformers saves it, in `base`; the

@@ -80,7 +80,7 @@ def _refusal(family: Family, method: str) -> str:
 
 
 def _try(method: str, kind: str, head: str, family: Family) -> str:
-    """Return why a method fails, or an empty string if it passes."""
+    """Return why a method fails, or an empty string for a method that passes."""
     try:
         model = small_of(kind, head)
         _check(model, small_of(kind, head), method, _batch(model, head, family))

@@ -71,7 +71,7 @@ def die_at(operation: int) -> None:
 
 
 def attempt(act: Callable[[], object], operation: int | None = None) -> bool:
-    """Do `act` in its own process, which kills itself at `operation`. Return whether it was killed.
+    """Do `act` in its own process, which kills itself at `operation`. Return whether the process was killed.
 
     Any other failure of the process is an error.
     """
@@ -94,7 +94,7 @@ def attempt(act: Callable[[], object], operation: int | None = None) -> bool:
 def crash_points(
     act: Callable[[], object], before: Callable[[], None], after: Callable[[bool], None], most: int = 500
 ) -> int:
-    """Do `act` once for each operation, each time from the start, until it gets to its end.
+    """Do `act` once for each operation, each time from the start, until `act` ends without a kill.
 
     Args:
         act: the action, which is done in its own processes.
@@ -327,7 +327,10 @@ def a_run(home: Path) -> int:
 
 
 def a_run_over_another(home: Path) -> int:
-    """Kill a run that replaces another. The earlier result stays, or no result is there until the new one is."""
+    """Kill a run that replaces another.
+
+    The earlier result stays, or the folder has no result until the new one is written.
+    """
     earlier, folder = pretended(home)
     later = replace(earlier, overwrite=True, warmup_ratio=0.5, keep_checkpoints=True)
     run(replace(earlier, keep_checkpoints=True), log=silent)
@@ -404,7 +407,7 @@ def a_sweep(home: Path) -> int:
 
     def act() -> None:
         write_request(sweep, out)
-        for _ in range(3):  # the second call repeats failed runs, and the third one removes what they left
+        for _ in range(3):  # the second call repeats failed runs, and the third one removes their files
             carry_out(status(sweep, out), start, log=silent)
 
     def before() -> None:

@@ -2,11 +2,11 @@
 
     python tests/scripts/fuzz.py --seconds 600 --out finds
 
-The script needs atheris (Linux only, not a dependency of the project), and says so if atheris is missing. It first
-makes valid files. The fuzzer changes their bytes, or values and names in them, and keeps the inputs that reach new code
-of `unipelt` and yaml. A loader may refuse a file with its own error, or accept the file. In both cases the model must
-be unchanged at the end. Anything else is a find: the input is written to `--out`, one line shows the error and its
-place, and fuzzing goes on. The exit status is 1 if there were finds.
+The script needs atheris (Linux only, not a dependency of the project), and says so if atheris is missing. The script
+first makes valid files. The fuzzer changes their bytes, or values and names in them, and keeps the inputs that reach
+new code of `unipelt` and yaml. A loader may refuse a file with its own error, or accept the file. In both cases the
+model must be unchanged at the end. Anything else is a find: the input is written to `--out`, one line shows the error
+and its place, and fuzzing goes on. The exit status is 1 if the list of finds is not empty.
 """
 
 from __future__ import annotations

@@ -74,7 +74,10 @@ class Process:
         self.read = read
 
     def end(self, seconds: float | None) -> bool:
-        """Kill the process `seconds` after its first line, or wait for its end. Return whether it was killed."""
+        """Kill the process `seconds` after its first line, or wait for its end.
+
+        Return whether the process was killed.
+        """
         if seconds is not None:
             self.said += os.read(self.read, 1 << 16)
             time.sleep(seconds)

@@ -338,7 +338,7 @@ class Watching:
 
 
 def in_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any] | None:
-    """Return the result of `work` in a forked process, or None if it takes longer than `limit` seconds or dies."""
+    """Return the result of `work` in a forked process, or None if the process takes over `limit` seconds or dies."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -431,7 +431,7 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, str, str, str, str, int]:
-        """The identity of the mutant. It stays the same when the code moves and does not change."""
+        """The identity of the mutant, which stays the same if the code moves but does not change."""
         return self.module, self.scope, self.operator, self.before, self.after, self.occurrence
 
 

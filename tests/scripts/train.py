@@ -1,7 +1,7 @@
 """Train tiny injected BERTs with plain Trainers. As a program, train each method in a process that is killed midway.
 
 Usage: `train.py FOLDER METHOD=CHECKPOINT...` trains each method in FOLDER/METHOD. After the checkpoint of this step is
-written, the process ends with SIGKILL when it reads the next batch.
+written, the process ends with SIGKILL at the next read of a batch.
 """
 
 from __future__ import annotations

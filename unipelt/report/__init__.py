@@ -34,7 +34,7 @@ def write_report(folder: str | Path, out: str | Path, latex: bool = False) -> li
     Args:
         folder: the folder of a sweep or of one run. `folder/result.json` and every `folder/*/result.json` are read, and
             the plan `folder/sweep.json` if it exists.
-        out: the folder of the report; made if absent. It gets `index.html` (one page that needs no other file),
+        out: the folder of the report; made if absent. The files are `index.html` (one page that needs no other file),
             `report.md`, `pictures/*.svg`, `report.csv` (a line for each cell; scores in percent) and `runs.csv` (a line
             for each run; scores are fractions).
         latex: whether to write `report.tex` too, with the tables of scores for a paper.

@@ -56,8 +56,8 @@ class Run:
     def task(self) -> str:
         """The name of the task.
 
-        A task with the user's own files has the name of its training file. If that is `train`, `training` or `data`,
-        it has the name of the file's folder.
+        A task with the user's own files has the name of its training file. A file that is called `train`, `training` or
+        `data` gives the name of its folder.
         """
         settings = self.record["settings"]
         file = settings.get("train_file")
@@ -153,7 +153,7 @@ class Cell:
 
     @property
     def seconds(self) -> float:
-        """The mean seconds that one score took: the run, or all the runs from which it was picked."""
+        """The mean seconds of one score: those of the run, or of all the runs from which the run was picked."""
         if self.seconds_of_all is not None:
             return self.seconds_of_all
         return self.average(lambda run: run.record["seconds"]["total"])
@@ -191,9 +191,9 @@ class Cell:
     def at_chance(self, level: float) -> bool:
         """Return whether the mean is not clearly above a level, such as the score of a constant answer.
 
-        The mean is clearly above the level if the whole 95 % t interval over seeds is above it. With fewer than three
-        seeds, the interval is too wide to be useful. Then the mean must be more than two standard errors of the test
-        set above the level.
+        The mean is clearly above the level if the whole 95 % t interval over seeds is above the level. With fewer than
+        three seeds, the interval is too wide to be useful. Then the mean must be more than two standard errors of the
+        test set above the level.
         """
         effect = mean_effect([score - level for score in self.scores.values()])
         if effect.count > 2 and effect.low is not None:

@@ -22,7 +22,7 @@ _SIZES = ("adapter.bottleneck", "lora.alpha", "lora.rank", "prefix.length")
 
 @dataclass(frozen=True)
 class UpperBound:
-    """The paper's Table 2: the best submodule of each task, if it were known, beside the combination of the submodules.
+    """The paper's Table 2: the best submodule of each task, chosen by its score, beside the combination of all of them.
 
     Attributes:
         tasks: the tasks in which the combination and all its submodules have scores.

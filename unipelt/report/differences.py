@@ -143,7 +143,7 @@ def _compare(
 ) -> list[Difference]:
     """Return one row minus another on these tasks, by default on all that both have.
 
-    The list is empty if there are fewer than two pairs.
+    The list is empty for fewer than two pairs.
     """
     ours, theirs = table.row(row), table.row(against)
     pairs = {

@@ -21,7 +21,7 @@ def interval(low: float, high: float) -> str:
 
 
 def percent(value: float, std: float | None = None) -> str:
-    """Return a fraction in percent, with its standard deviation, also a fraction, if it is given."""
+    """Return a fraction in percent, with its standard deviation, if given. The deviation is also a fraction."""
     return number(value) + ("" if std is None else f" ± {100 * std:.2f}")
 
 

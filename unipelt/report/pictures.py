@@ -40,7 +40,7 @@ class Picture:
         section: the group of pictures to which the picture belongs.
         name: the name of its file without suffix; unique.
         title: the title of the picture.
-        alt: the numbers of the picture in words, for readers who do not see it.
+        alt: the numbers of the picture in words, for readers who cannot see the picture.
         svg: the content of the file, in bytes.
     """
 
@@ -57,7 +57,7 @@ def check_matplotlib() -> None:
 
 
 def draw(results: Results, differences: Sequence[Difference] = ()) -> list[Picture]:
-    """Draw and return all pictures for which there are data. The forest plots show `differences`."""
+    """Draw and return all pictures that have data. The forest plots show `differences`."""
     import matplotlib
 
     # text stays text, so that files are small and can be searched; a fixed salt gives the same file for the same data

@@ -149,7 +149,7 @@ def _grid_html(grid: Grid) -> str:
         + "</tr>"
         for row in grid.rows
     )
-    # a box that scrolls must take the focus, so that a keyboard can scroll it
+    # a keyboard can scroll a box only if the box can take the focus
     pinned = ' class="two"' if grid.pinned == 2 else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table">\n'
@@ -159,7 +159,7 @@ def _grid_html(grid: Grid) -> str:
 
 
 def _numeric(grid: Grid) -> list[bool]:
-    """Return, for each column, whether it holds numbers or short words, and not names or running text."""
+    """Return, for each column, whether the column holds numbers or short words, and not names or running text."""
     columns = zip(*grid.rows, strict=True)
     longest = [max((len(text) for entry in c for text, mark in entry if mark != "hover"), default=0) for c in columns]
     return [index > 0 and length <= 34 for index, length in enumerate(longest)]

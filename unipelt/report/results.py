@@ -80,7 +80,8 @@ class Table:
     def average(self, row: str) -> tuple[float, float | None] | None:
         """Return the mean over the tasks and its standard deviation over seeds, or None if the row lacks a task.
 
-        Both are fractions. The deviation is that of the seeds' averages, so it is None if tasks have different seeds.
+        Both are fractions. The deviation is that of the seeds' averages. If tasks have different seeds, the deviation
+        is None.
         """
         cells = self.row(row)
         if len(cells) < len(self.tasks):

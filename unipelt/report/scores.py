@@ -17,7 +17,7 @@ CONSTANT = "majority class"
 
 
 def score_sections(table: Table, results: Results) -> list[Block]:
-    """Return the scores of one K: the compact table, then folds with all its numbers and with how to read it."""
+    """Return the blocks of one K's scores: the compact table, then folds with all its numbers and with explanations."""
     blocks: list[Block] = [
         Heading(2, f"Scores, {k_name(table.k)}"),
         Paragraph(

@@ -39,7 +39,7 @@ def mean_effect(differences: Sequence[float]) -> MeanEffect:
     """Return the mean of the differences with its t interval (n - 1 degrees of freedom) and t-test.
 
     If the differences are about normal, the interval holds the true mean in 95 % of cases, for any number of
-    differences from two up. (A percentile bootstrap of five differences holds it in about 84 %.)
+    differences from two up. (A percentile bootstrap of five differences holds the true mean in about 84 %.)
     """
     from scipy import stats  # slow to import
 

@@ -71,8 +71,8 @@ class State:
     def seconds_left(self, left: Sequence[RunSettings]) -> float | None:
         """Return the estimated seconds until the runs in `left` are done, or None if no run has finished.
 
-        The estimate of a run is the mean over finished runs of the same task, K and method. If there are none, it is
-        the mean over all finished runs.
+        The estimate of a run is the mean over finished runs of the same task, K and method. Without such runs, the
+        estimate is the mean over all finished runs.
         """
         if not self.seconds:
             return None
@@ -142,7 +142,7 @@ def write_request(sweep: Sweep, out: str | Path) -> None:
     of a grid, for example on several machines, add to the same list.
 
     Raises:
-        SweepError: the file exists and is not such a list. It is left unchanged.
+        SweepError: the file exists and is not such a list. The file is left unchanged.
         RunError: the folder cannot be written.
     """
     runs = {
@@ -167,7 +167,7 @@ def write_request(sweep: Sweep, out: str | Path) -> None:
 
 
 def read_request(out: str | Path) -> dict[str, Any] | None:
-    """Return the request that `write_request` wrote into `out`, or None if there is no such file.
+    """Return the request that `write_request` wrote into `out`, or None if the file does not exist.
 
     Raises:
         SweepError: the file is damaged, or has another kind or format.
@@ -224,7 +224,7 @@ def finished(settings: RunSettings) -> dict[str, Any] | None:
 
 
 def read_failure(folder: str | Path) -> dict[str, Any] | None:
-    """Return the failure that the last process of a run recorded, or None if there is none.
+    """Return the failure that the last process of a run recorded, or None without a recorded failure.
 
     A damaged file, or one of another kind, also counts as a failure, with an error that says so. The sweep then tries
     the run again.
@@ -242,7 +242,7 @@ def read_failure(folder: str | Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the content of a JSON file, or None if there is no file.
+    """Return the content of a JSON file, or None if the file does not exist.
 
     Raises:
         SweepError: the file cannot be read.

@@ -62,8 +62,8 @@ def read_sweep(
         path: a YAML or JSON file with `grid` (a list of blocks; each block is the product of its lists). Optional keys
             are `choose` (values to try in each cell), `base`, and fields that all runs share.
         narrow: by field, the values to keep. A method is given by its `method_name` or by its preset.
-        override: by field, the new value for all runs, as on the command line. For a field that the grid lists, it is
-            the values to keep, separated by commas. `trainer.NAME` and `rates.PART` are fields too, here and in the
+        override: by field, the new value for all runs, as on the command line. A field that the grid lists takes the
+            values to keep instead, separated by commas. `trainer.NAME` and `rates.PART` are fields too, here and in the
             grid.
 
     Raises:

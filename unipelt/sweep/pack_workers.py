@@ -1,7 +1,7 @@
 """Do the runs of a sweep in processes that do several runs at once (`unipelt.glue.pack_runs`).
 
 `in_packs` starts runs for `unipelt.sweep.carry_out`, which handles claims, logs and failures as for any run. A pack is
-a process (`python -m unipelt.sweep.pack_workers PLACES`). It receives runs as its places become free:
+a process (`python -m unipelt.sweep.pack_workers PLACES`). The process receives runs as its places become free:
 
     standard input    a line for each run: the path of its settings.json; the process ends when the pipe is closed
     standard output   a line for each run: {"folder": ..., "error": one line or null, "busy": whether another process
@@ -70,7 +70,7 @@ def by_pack(sweep: Sweep) -> Sweep:
 
 
 def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Event], str | None]:
-    """Make a function that starts a run in a process with a free place. It is for one caller per place.
+    """Make a function that starts a run in a process with a free place. Use one caller for each place.
 
     Args:
         places: the number of runs that a process does at a time.
@@ -109,7 +109,7 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
         wrong = None  # a line that is not an answer
         for line in pack.process.stdout:
             if not line.endswith("\n"):
-                break  # the process ended while it wrote the line
+                break  # the process ended before the end of the line
             try:
                 said = json.loads(line)
                 with changed:

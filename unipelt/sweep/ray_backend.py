@@ -58,8 +58,8 @@ def on_cluster(
     """Make a function that starts a run on the cluster, for `unipelt.sweep.carry_out`.
 
     Every machine must see the sweep's folder, the data and the models at the same paths. If the worker of a run is lost
-    (killed, out of memory, or with its machine), the run is tried again on any machine. It continues from its last
-    checkpoint.
+    (killed, out of memory, or with its machine), the run is tried again on any machine. The new attempt continues from
+    the last checkpoint.
 
     Args:
         ray: the module `ray`, connected.

@@ -48,10 +48,10 @@ def carry_out(
     """Do the runs that are left. Wait for runs that other processes do, and do those too if they stay unfinished.
 
     Args:
-        state: the state of the folder, as `status` returns it. It is updated in place.
-        start: a function that does one run. It returns None, or the reason of a failure in one line. It gives up once
-            the event is set, and raises `Busy` if another process does the run. The default does the run in its own
-            process.
+        state: the state of the folder, as `status` returns it; updated in place.
+        start: a function that does one run and returns None, or the reason of a failure in one line. The function gives
+            up once the event is set, and raises `Busy` if another process does the run. The default does the run in its
+            own process.
         log: a function that takes each line of progress.
 
     Returns:
@@ -109,7 +109,7 @@ def _attempt(
     stop: threading.Event,
     earlier: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Return a run's record or its failure, or None if another process does the run or if it was stopped."""
+    """Return a run's record or its failure, or None if another process does the run or if the run was stopped."""
     folder = Path(folder_of(settings))
     if stop.is_set():
         return None
@@ -181,7 +181,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 
 def _tidy(settings: RunSettings) -> None:
-    """Remove the checkpoints and the failure of a finished run whose process was killed before it could remove them."""
+    """Remove the checkpoints and the failure of a finished run whose process was killed before their removal."""
     folder = Path(folder_of(settings))
     if (folder / CHECKPOINTS).exists() and not settings.keep_checkpoints:
         with contextlib.suppress(Busy), alone(folder):
