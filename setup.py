@@ -1,4 +1,4 @@
-"""Build the package; `pyproject.toml` says all but one thing: a wheel holds `configs/` as `unipelt/configs`."""
+"""Build the package. `pyproject.toml` holds all but one thing: a wheel contains `configs/` as `unipelt/configs`."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
-    """Copy the configurations into the package that is built; an editable install reads them where they are."""
+    """Copy the configurations into the built package. An editable install reads them from `configs/`."""
 
     def run(self) -> None:
-        """Build the modules as usual, then copy."""
+        """Build the modules as usual, then copy the configurations."""
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib, "unipelt", "configs")

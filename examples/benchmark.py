@@ -1,9 +1,9 @@
-"""What methods cost beside fine-tuning: `python examples/benchmark.py configs/table4.yaml` (see `--help`).
+"""Measure the costs of methods beside fine-tuning: `python examples/benchmark.py configs/table4.yaml` (see `--help`).
 
-Parameters, time of a training step and of inference, peak memory and ATen operations, on any model and shape: the
-paper's Table 4, and more. Prints a Markdown table and writes a JSON record with every time. All models are held at
-once and take turns, one step each, so that whatever else the machine does falls on all of them; ratios to fine-tuning
-are taken within a turn.
+The costs are parameters, time of a training step and of inference, peak memory and ATen operations, on any model and
+shape. They include the paper's Table 4. The program prints a Markdown table and writes a JSON record with every time.
+All models are in memory at once, and they take turns, one step each. So other load on the machine affects all models
+alike. Ratios to fine-tuning are taken within a turn.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ import torch
 from measuring import describe, prepare
 
 BASE = "fine-tuning"
-FROZEN = "frozen"  # the model without submodules, of which only the head trains
+FROZEN = "frozen"  # the model without submodules; only its head trains
 PEFT_LORA, ADAPTERHUB = "PEFT's LoRA", "AdapterHub's UniPELT"
 PASSES = ("train", "inference")
-Turns = Mapping[str, Callable[[str], float]]  # by name, what does one pass and says how many seconds it took
+Turns = Mapping[str, Callable[[str], float]]  # by name, a function that does one pass and returns its seconds
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Settings from a command line: optionally a YAML or JSON file, then `--field value`. Raises `ValueError`."""
+    """Return the settings from a command line: a YAML or JSON file, if given, then `--field value`.
+
+    Raises `ValueError`.
+    """
     from unipelt.files.messages import suggest
     from unipelt.glue.settings import RunSettings
     from unipelt.runs.options import read_config
@@ -52,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             methods = value if isinstance(value, list) else [value]
         elif value is not None:
             words += [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
-    settings = parser.parse_args([*words, *argv])  # what the file says goes through the same checks, and first
+    settings = parser.parse_args([*words, *argv])  # the file's values come first, so options win
     if settings.methods is not None:
         methods = [method.strip() for method in split_list(settings.methods)]
     settings.methods = methods or [FROZEN, "unipelt-apl"]
@@ -68,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     from unipelt.files.arguments import OneLineParser
 
     parser = OneLineParser(usage="%(prog)s [CONFIG] [--FIELD VALUE ...]", description=__doc__)
@@ -139,7 +142,10 @@ def _switch(text: str) -> bool:
 
 
 def race(contenders: Turns, warmup: int, repetitions: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every pass, by contender and kind; in each turn every contender does one, another one first."""
+    """Return the seconds of every pass, by contender and kind of pass.
+
+    In each turn every contender does one pass of each kind. Each turn starts with the next contender.
+    """
     seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in PASSES} for name in contenders}
     names = list(contenders)
     for turn in range(-warmup, repetitions):
@@ -153,13 +159,13 @@ def race(contenders: Turns, warmup: int, repetitions: int) -> dict[str, dict[str
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of times that were taken in the same turn."""
+    """Return median and quartiles of the ratios of times that were taken in the same turn."""
     low, median, high = np.percentile(np.divide(times, base), [25, 50, 75])
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
 class Remote:
-    """AdapterHub's model in another interpreter. Raises `ValueError` with what went wrong there."""
+    """AdapterHub's model in another interpreter. Raises `ValueError` with the other interpreter's error."""
 
     def __init__(self, python: str, config: Any, settings: argparse.Namespace) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -184,7 +190,7 @@ class Remote:
         return answer
 
     def seconds(self, kind: str) -> float:
-        """As `Contender.seconds`, of the model there."""
+        """Return the seconds of one pass of the other interpreter's model, as `Contender.seconds` does."""
         return self._ask({"seconds": kind})["seconds"]
 
     def close(self) -> None:
@@ -194,7 +200,7 @@ class Remote:
 
 
 def make_config(settings: argparse.Namespace) -> Any:
-    """The model's configuration, checked against the shape. Raises `ValueError` or `OSError`."""
+    """Return the model's configuration, checked against the shape. Raises `ValueError` or `OSError`."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
     from unipelt.files.messages import suggest
@@ -240,7 +246,7 @@ def _sized(settings: argparse.Namespace) -> Any:
 
 
 def load_model(config: Any, settings: argparse.Namespace) -> Any:
-    """A fresh model, in float32."""
+    """Return a fresh model, in float32."""
     from transformers import AutoModelForSequenceClassification
 
     from unipelt.runs.settings import locate_model
@@ -255,7 +261,7 @@ def load_model(config: Any, settings: argparse.Namespace) -> Any:
 
 
 def resolve_methods(methods: Sequence[Any]) -> dict[str, Any]:
-    """Configurations by name, fine-tuning first. Raises `ValueError`."""
+    """Return the configurations by name, fine-tuning first. Raises `ValueError`."""
     from unipelt import UniPELTConfig
     from unipelt.glue.settings import RunSettings
 
@@ -264,13 +270,13 @@ def resolve_methods(methods: Sequence[Any]) -> dict[str, Any]:
         if method == FROZEN:
             found[FROZEN] = UniPELTConfig(adapter=None, prefix=None, lora=None)
         else:
-            run = RunSettings(task="rte", method=method)  # reads and names a method as a run's
+            run = RunSettings(task="rte", method=method)  # reads and names a method as for a run
             found[run.method_name] = run.config
     return found
 
 
 def paper_row(config: Any) -> dict[str, str]:
-    """The paper's numbers for a method, as printed; the release's protocol is the paper's too."""
+    """Return the paper's numbers for a method, as printed. The release's protocol counts as the paper's."""
     from unipelt import PRESETS, GateConfig
     from unipelt.report.paper import paper_costs
 
@@ -280,7 +286,10 @@ def paper_row(config: Any) -> dict[str, str]:
 
 
 def deployed(model: Any) -> Any:
-    """The model as it is deployed, without the network that its prefixes come from; the model is left alone."""
+    """Return a copy of the model in its deployed form, without the network that makes its prefixes.
+
+    The given model does not change.
+    """
     import unipelt
 
     with tempfile.TemporaryDirectory() as folder:
@@ -289,7 +298,7 @@ def deployed(model: Any) -> Any:
 
 
 def _rows(config: Any, settings: argparse.Namespace, notes: list[str]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Every contender with its name and description; where a wanted one cannot be had, a note."""
+    """Yield every contender with its name and description. If a wanted one is not available, add a note."""
     import unipelt
 
     for name, method in resolve_methods(settings.methods).items():
@@ -326,7 +335,7 @@ def _rows(config: Any, settings: argparse.Namespace, notes: list[str]) -> Iterat
 
 
 def benchmark(settings: argparse.Namespace, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Measure, and write the record; it is returned. Raises `ValueError` or `OSError`."""
+    """Measure, write the record, and return the record. Raises `ValueError` or `OSError`."""
     from unipelt import UniPELTConfig
     from unipelt.files.atomic import write_whole
     from unipelt.hosts.locate import find_stacks
@@ -338,7 +347,7 @@ def benchmark(settings: argparse.Namespace, log: Callable[[str], None] = lambda 
     path.parent.mkdir(parents=True, exist_ok=True)
     prepare(settings)
     config = make_config(settings)
-    adapter = UniPELTConfig(prefix=None, lora=None)  # what every known architecture takes
+    adapter = UniPELTConfig(prefix=None, lora=None)  # every known architecture takes an adapter
     layers = sum(len(stack.layers) for stack in find_stacks(load_model(config, settings), adapter))
 
     rows: dict[str, dict[str, Any]] = {}
@@ -377,7 +386,7 @@ def benchmark(settings: argparse.Namespace, log: Callable[[str], None] = lambda 
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The record as Markdown, the paper's number in square brackets where it has one."""
+    """Return the record as Markdown. The paper's numbers are in square brackets."""
     settings, on_gpu = record["settings"], record["hardware"]["gpu"] is not None
     heads = ["method", "trained", "deployed", "% of base", "head", "training step, ms", "% of fine-tuning (quartiles)"]
     heads += ["inference, ms", "% of fine-tuning (quartiles)", "peak MiB", "% of fine-tuning"]
@@ -418,8 +427,8 @@ def _beside(printed: str | None) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
+    """Run, and return the exit code: 0 done, 2 bad input, 130 interrupted."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # the libraries read this when they are imported
     try:
         settings = parse(argv)
         record = benchmark(settings, log=lambda line: print(line, file=sys.stderr, flush=True))

@@ -1,8 +1,8 @@
-"""What methods cost while a model writes: `python examples/decoding.py FOLDER` (see `--help`).
+"""Measure the costs of methods while a model writes: `python examples/decoding.py FOLDER` (see `--help`).
 
-All models are held at once and take turns. In a turn each reads the same text and then writes a number of tokens, one
-at a time, with a cache. A ratio is a model's seconds over those of the bare model in the same turn, and the table has
-the median over the turns, with quartiles. A method `peft:lora` or `peft:prefix` is PEFT's own.
+The program holds all models at once, and they take turns. In a turn each model reads the same text and then writes a
+number of tokens, one at a time, with a cache. A ratio is a model's seconds over those of the bare model in the same
+turn. The table has the median over the turns, with quartiles. The methods `peft:lora` and `peft:prefix` are PEFT's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BARE = "bare model"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Settings from a command line."""
+    """Return the settings from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("model", nargs="?", help="a folder or a name on the hub of a causal language model")
     parser.add_argument("--random", default=None, help="instead of a model: a Llama of random weights, LAYERSxWIDTH")
@@ -73,7 +73,10 @@ def load(settings: argparse.Namespace) -> Any:
 
 
 def change(base: Any, method: str) -> Any:
-    """Return a copy of the model with a method in it. What trains is shaken, so that nothing is computed with zeros."""
+    """Return a copy of the model with a method in it.
+
+    The trainable parameters are moved away from their start, so that no term is zero.
+    """
     import unipelt
 
     model = copy.deepcopy(base)
@@ -99,7 +102,7 @@ def change(base: Any, method: str) -> Any:
 
 
 def write(model: Any, ids: torch.Tensor, tokens: int, clock: Callable[[], float]) -> float:
-    """Read a text (B, N), then write tokens one at a time; the seconds of the writing alone."""
+    """Read a text, (B, N), then write `tokens` tokens one at a time. Return the seconds of the writing alone."""
     with torch.inference_mode():
         given = torch.ones_like(ids)
         found = model(input_ids=ids, attention_mask=given, use_cache=True)
@@ -112,7 +115,7 @@ def write(model: Any, ids: torch.Tensor, tokens: int, clock: Callable[[], float]
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """A clock in seconds that waits for the device."""
+    """Return a clock in seconds that waits for the device."""
 
     def read() -> float:
         if device == "cuda":
@@ -123,7 +126,7 @@ def clock_of(device: str) -> Callable[[], float]:
 
 
 def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each turn, by method."""
+    """Return the seconds of each turn, by method."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     base = load(settings).to(settings.device).eval()
@@ -135,7 +138,7 @@ def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
     clock = clock_of(settings.device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(settings.turns + 1):
-        for name in names if turn % 2 else reversed(names):  # whoever comes first finds other memory in the caches
+        for name in names if turn % 2 else reversed(names):  # the first model finds other data in the caches
             took = write(models[name], ids, settings.tokens, clock)
             if turn:
                 seconds[name].append(took)
@@ -143,7 +146,7 @@ def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def table(seconds: Mapping[str, Sequence[float]], tokens: int) -> str:
-    """A Markdown table: milliseconds a token, and the ratio to the bare model with quartiles."""
+    """Return a Markdown table: milliseconds per token, and the ratio to the bare model with quartiles."""
     lines = ["| | ms a token | ratio to the bare model (quartiles) |", "| --- | ---: | ---: |"]
     bare = np.array(seconds[BARE])
     for name, values in seconds.items():

@@ -1,8 +1,8 @@
 """Measure one model: time, memory and operations of a training step and of inference.
 
-It needs PyTorch and Transformers only. `benchmark.py` imports it, and runs it in another interpreter for AdapterHub's
-UniPELT, whose package wants another Transformers: `python measuring.py` builds that model and times a pass of it
-whenever it is asked, one line of JSON to ask and one to answer.
+This file needs PyTorch and Transformers only. `benchmark.py` imports this file. AdapterHub's UniPELT needs another
+version of Transformers. For that model, `benchmark.py` starts `python measuring.py` in another interpreter. The new
+process builds the model and times one pass for each request. A request and an answer are one line of JSON each.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the ATen operations that run inside it, in the backward pass too; views are left out.
+    """A counter of the ATen operations that run inside its block, also in the backward pass. Views do not count.
 
     Attributes:
-        counts: by the operation's name, how often it ran.
+        counts: the number of times that an operation ran, by its name.
     """
 
     def __init__(self) -> None:
@@ -41,20 +41,22 @@ class OperationCounter(TorchDispatchMode):
 
 
 def is_view(operation: Any) -> bool:
-    """Whether an operation only returns its argument's memory in another shape, so that it launches nothing."""
-    if operation._schema.name == "aten::_unsafe_view":  # a view, although its schema does not say so
+    """Return whether an operation only gives its argument's memory another shape, so that it launches no kernel."""
+    if operation._schema.name == "aten::_unsafe_view":  # a view, although its schema does not declare one
         return True
     aliases = [value.alias_info for value in operation._schema.returns if value.alias_info is not None]
     return bool(aliases) and not any(alias.is_write for alias in aliases)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are alive, followed over the operations that run inside it.
+    """A counter of the bytes of live tensors, for the operations that run inside its block.
 
-    The same on every machine and at every time, but blind to what an operation allocates and frees inside itself.
+    The count is the same on every machine and at every time. Memory that an operation allocates and frees inside itself
+    does not count.
 
     Attributes:
-        peak: the most bytes at once so far.
+        live: the bytes now.
+        peak: the largest number of bytes so far.
     """
 
     def __init__(self) -> None:
@@ -63,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's memory, once, for as long as anything holds it."""
+        """Count a tensor's memory, once, for as long as the memory is in use."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
@@ -87,13 +89,13 @@ class Contender:
     """A model that takes turns with others.
 
     Args:
-        model: in any state; its trainable parameters are those that the step trains.
-        batch: what the model is called with; `labels` in training only.
+        model: a model in any state. A step trains its trainable parameters.
+        batch: the arguments of the model; `labels` only in training.
         settings: device, precision and compile are read.
-        clock: seconds that pass.
+        clock: a function that returns a time in seconds.
 
     Attributes:
-        deployed: what infers: the model, or another form of it that was made for that.
+        deployed: the model for inference: the same model, or another form that was made for inference.
     """
 
     def __init__(
@@ -113,30 +115,30 @@ class Contender:
         self.deployed = self.fast
 
     def deploy(self, model: Any) -> None:
-        """Let another form of the model infer."""
+        """Use another form of the model for inference."""
         model = model.to(self.settings.device).eval()
         self.deployed = torch.compile(model) if self.settings.compile else model
 
     def learn(self, call: Any) -> None:
-        """Forward and backward."""
+        """Do the forward and the backward pass."""
         with self._autocast():
             loss = call(**self.batch).loss
         loss.backward()
 
     def step(self, call: Any) -> None:
-        """A training step: forward, backward, clip, AdamW, gradients away."""
+        """Do a training step: forward, backward, clip, AdamW, and removal of the gradients."""
         self.learn(call)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def infer(self, call: Any) -> None:
-        """A forward pass without gradients."""
+        """Do a forward pass without gradients."""
         with torch.no_grad(), self._autocast():
             call(**self.inputs)
 
     def seconds(self, kind: str) -> float:
-        """How long one pass took, `train` or `inference`, in seconds."""
+        """Return the seconds of one pass, `train` or `inference`."""
         self.model.train(kind == "train")
         self._wait()
         start = self.clock()
@@ -148,7 +150,10 @@ class Contender:
         return self.clock() - start
 
     def operations(self, kind: str) -> int:
-        """How many run in a forward pass in evaluation (`inference`), or in forward and backward (`train`)."""
+        """Return the number of operations of a pass.
+
+        The pass is forward in evaluation mode (`inference`), or forward and backward in training mode (`train`).
+        """
         self.model.train(kind == "train")
         with OperationCounter() as counter:
             (self.learn if kind == "train" else self.infer)(self.model)
@@ -156,7 +161,10 @@ class Contender:
         return counter.counts.total()
 
     def peak_bytes(self) -> int:
-        """Peak of a training step after the first: weights, AdamW's state, gradients, saved and passing tensors."""
+        """Return the peak memory, in bytes, of a training step after the first.
+
+        The memory is that of weights, AdamW's state, gradients, saved tensors and temporary tensors.
+        """
         self.model.train()
         self.step(self.fast)  # makes AdamW's state
         live = LiveBytes()
@@ -173,7 +181,7 @@ class Contender:
         return torch.cuda.max_memory_allocated() - before + live.live
 
     def synchronisations(self) -> int | None:
-        """How often a training step waits for the GPU; None on a CPU."""
+        """Return how often a training step waits for the GPU, or None on a CPU."""
         if self.settings.device == "cpu":
             return None
         self.model.train()
@@ -195,7 +203,10 @@ class Contender:
 
 
 def make_batch(config: Any, settings: argparse.Namespace) -> dict[str, Tensor]:
-    """Random texts with their mask and labels, the same each time; a text ends in the model's end mark."""
+    """Return random texts with their mask and labels, the same each time. A text ends with the model's end token.
+
+    The ids and the mask have the shape (batch_size, tokens), the labels (batch_size,).
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch_size, settings.tokens)
     ids = torch.randint(5, config.vocab_size, shape, generator=generator)
@@ -210,7 +221,7 @@ def make_batch(config: Any, settings: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def describe(model: Any, config: Any, settings: argparse.Namespace, change: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """Change a model into a method's; the contender, and its operations, peak memory and waits."""
+    """Change a model into a method's model. Return the contender, and its operations, peak memory and waits."""
     batch = make_batch(config, settings)
     bare = Contender(model, batch, settings).operations("inference")
     contender = Contender(change(model), batch, settings)
@@ -226,7 +237,10 @@ def describe(model: Any, config: Any, settings: argparse.Namespace, change: Call
 
 
 def count_foreign(model: Any, base: int) -> dict[str, int | None]:
-    """Parameters of another library's model: what trains inside the base model, and outside it."""
+    """Return the parameters of another library's model.
+
+    `trained` are the trained parameters inside the base model, and `head` are those outside it.
+    """
     inside = {id(parameter) for parameter in model.base_model.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head = sum(parameter.numel() for parameter in trained if id(parameter) not in inside)
@@ -235,19 +249,19 @@ def count_foreign(model: Any, base: int) -> dict[str, int | None]:
 
 
 def prepare(settings: argparse.Namespace) -> None:
-    """Set what holds for the whole process."""
+    """Set the options of the whole process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if settings.compile:  # the models share code, and past this many variants they would run uncompiled without a word
+    if settings.compile:  # the models share code; beyond the limit, variants run uncompiled without a warning
         torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 256
     torch.manual_seed(0)
 
 
 def work() -> None:
-    """What the other interpreter does: build, then time a pass whenever asked."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    """Run in the other interpreter: build the model, then time one pass for each request."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print to stdout
     contender: Any = None
     for line in sys.stdin:
         message = json.loads(line)
@@ -256,7 +270,7 @@ def work() -> None:
                 answer = {"seconds": contender.seconds(message["seconds"])}
             else:
                 contender, answer = _start_adapterhub(message["config"], argparse.Namespace(**message["settings"]))
-        except Exception as error:  # whatever it is, the other side says it
+        except Exception as error:  # the other side reports any error
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,8 +1,8 @@
 """UniPELT in a model of your own, not in Transformers: `python examples/own_model.py` (seconds on one core).
 
-`unipelt.inject` takes it because it is a `PreTrainedModel` with a `model_type`, because its attention calls
-Transformers' attention interface, by the name in its `config` (that is where a prefix enters; any other attention takes
-adapters and LoRA all the same), and because `unipelt.register_family` says where its parts are.
+`unipelt.inject` can take this model for three reasons. The model is a `PreTrainedModel` with a `model_type`. Its
+attention calls Transformers' attention interface, by the name in its `config`; the prefix enters at this interface, and
+any other attention takes adapters and LoRA only. And `unipelt.register_family` describes the places of its parts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METHOD = {"preset": "unipelt-apl", "adapter": {"bottleneck": 8}, "prefix": {"hid
 
 
 class OwnConfig(PreTrainedConfig):
-    """Sizes of the model; its description goes by `model_type`."""
+    """The sizes of the model. `model_type` is the key of its description."""
 
     model_type = "own"
     width: int = 32
@@ -33,7 +33,7 @@ class OwnConfig(PreTrainedConfig):
 
 
 class OwnAttention(nn.Module):
-    """Attention over the whole text."""
+    """An attention over the whole text."""
 
     def __init__(self, config: OwnConfig) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class OwnAttention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(config.width, config.width) for _ in range(4))
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(texts, tokens, width) -> (texts, tokens, width)."""
+        """Return the output of the attention, (texts, tokens, width), for states of the same shape."""
         projected = (projection(hidden_states) for projection in (self.q, self.k, self.v))
         query, key, value = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in projected)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -49,7 +49,7 @@ class OwnAttention(nn.Module):
 
 
 class OwnBlock(nn.Module):
-    """A layer: what its attention and its feed-forward network give is added to their normalised input."""
+    """A layer. The outputs of its attention and of its feed-forward network are added to the states (pre-LN)."""
 
     def __init__(self, config: OwnConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class OwnBlock(nn.Module):
         self.up, self.down = nn.Linear(config.width, 64), nn.Linear(64, config.width)
 
     def forward(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(texts, tokens, width) -> (texts, tokens, width)."""
+        """Return the states after the layer, (texts, tokens, width), for states of the same shape."""
         states = states + self.attention(self.norm1(states), attention_mask)
         return states + self.down(nn.functional.gelu(self.up(self.norm2(states))))
 
@@ -75,7 +75,7 @@ class OwnModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(texts, tokens) -> (texts, tokens, width)."""
+        """Return the states after the last layer, (texts, tokens, width), for token ids (texts, tokens)."""
         states = self.embed_tokens(input_ids)
         for block in self.blocks:
             states = block(states, attention_mask[:, None, None].bool())
@@ -83,7 +83,10 @@ class OwnModel(PreTrainedModel):
 
 
 class OwnClassifier(PreTrainedModel):
-    """The model and, because it is outside `base_model_prefix`, a head that trains; it reads a text's first word."""
+    """The model and a head that reads a text's first word.
+
+    The head trains because the head is outside `base_model_prefix`.
+    """
 
     config_class, base_model_prefix, _supports_sdpa = OwnConfig, "model", True
 
@@ -93,19 +96,22 @@ class OwnClassifier(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
-        """Logits, (texts, 2), and their loss."""
+        """Return logits, (texts, 2), and their loss."""
         logits = self.classifier(self.model(input_ids, attention_mask)[:, 0])
         return SequenceClassifierOutput(nn.functional.cross_entropy(logits, labels), logits)
 
 
 def pretrained() -> Any:
-    """Stands for a model on your disk: the same each time."""
+    """Return a random model, the same each time, in place of a model on your disk."""
     torch.manual_seed(0)
     return OwnClassifier(OwnConfig()).eval()
 
 
 def texts(count: int, seed: int) -> dict[str, Tensor]:
-    """Texts of 3 to 15 words, padded; the label is whether most of their words are from the second half."""
+    """Return texts of 3 to 15 words, (count, 15), padded.
+
+    The label tells whether most words are from the second half.
+    """
     torch.manual_seed(seed)
     lengths = 2 * torch.randint(1, 8, (count, 1)) + 1
     words = torch.randint(1, WORDS, (count, 15)) * (torch.arange(15) < lengths)
@@ -114,7 +120,7 @@ def texts(count: int, seed: int) -> dict[str, Tensor]:
 
 
 def main(steps: int = 150) -> tuple[float, float, float]:
-    """Inject, train, save, load; accuracies before training, after it, and of what was loaded."""
+    """Inject, train, save and load. Return the accuracies before training, after training, and of the loaded model."""
     test = texts(500, seed=1)
 
     def accuracy(of: Any) -> float:

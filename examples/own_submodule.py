@@ -1,4 +1,4 @@
-"""A submodule of your own: it gets a gate, saving, counting and removal, as the built-in ones do."""
+"""A submodule of your own. Its gate, saving, counting and removal work as for the built-in submodules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ShiftConfig(unipelt.SubmoduleConfig):
 
 
 class Shift(nn.Module):
-    """The term f(x, y) = b; with a gate, the place gives `y + g b`."""
+    """The term f(x, y) = b. With a gate, the output of the place is `y + g b`."""
 
     def __init__(self, config: ShiftConfig, target: unipelt.TargetInfo) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ unipelt.register_submodule("shift", ShiftConfig, Shift)
 
 
 def main() -> None:
-    """Put it beside LoRA into a small random BERT, and show what was added to a layer."""
+    """Inject the submodule and LoRA into a small random BERT, and print the additions to a layer."""
     size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     model = BertForSequenceClassification(BertConfig(vocab_size=100, num_hidden_layers=2, **size))
     unipelt.inject(model, {"preset": "lora", "shift": {"gate": True}})

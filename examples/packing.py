@@ -1,7 +1,8 @@
-"""What a pack saves: `python examples/packing.py` times a step of R runs at once beside R steps of one run.
+"""Measure the time that a pack saves: `python examples/packing.py` (see `--help`).
 
-The model is of BERT's kind with random weights. All take turns; a ratio is taken within a turn. From the time of a step
-it estimates the hours that training all runs of the paper's Table 1 takes, evaluation left out.
+The program times a step of R runs at once beside R steps of one run. The model is a BERT with random weights. All take
+turns; a ratio is taken within a turn. From the time of a step the program estimates the hours of training for all runs
+of the paper's Table 1, without evaluation.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 SERIES, SIZES, EPOCHS = 8 * 5 * 7, (100, 500, 1000), 50
-"""Of `configs/table1.yaml`: tasks times seeds times methods (its longer prefix apart), texts, and most epochs."""
+"""Of `configs/table1.yaml`: tasks times seeds times methods (without its longer prefix), numbers of texts, and most
+epochs.
+"""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Settings from a command line."""
+    """Return the settings from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--method", default="unipelt-apl", help="a preset, or the path of a configuration")
     parser.add_argument("--runs", default="1,5,20", help="runs at once, with commas")
@@ -47,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Steps:
-    """Training steps of one model by itself, and of packs of it."""
+    """Training steps of one model alone, and of packs of the model."""
 
     def __init__(self, settings: argparse.Namespace) -> None:
         from transformers import BertConfig, BertForSequenceClassification
@@ -71,7 +74,7 @@ class Steps:
         self.labels = (torch.arange(settings.batch_size) % 2).to(settings.device)
 
     def alone(self) -> Any:
-        """Return a function that makes a step of one model by itself."""
+        """Return a function that does a step of one model alone."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
@@ -86,7 +89,7 @@ class Steps:
         return step
 
     def packed(self, runs: int) -> Any:
-        """Return a function that makes a step of so many runs at once."""
+        """Return a function that does a step of `runs` runs at once."""
         from unipelt.pack import Pack, kept_values, losses
 
         pack = Pack(self.model, tokens=self.settings.tokens)
@@ -108,7 +111,7 @@ class Steps:
         return step
 
     def seconds(self, step: Any) -> float:
-        """Return how long a step takes."""
+        """Return the seconds of a step."""
         self._wait()
         start = time.perf_counter()
         step()
@@ -124,7 +127,7 @@ class Steps:
 
 
 def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds of each turn: by `alone`, and by the number of runs at once."""
+    """Return the seconds of each turn, for `alone` and for each number of runs at once."""
     steps = Steps(settings)
     todo = {"alone": steps.alone(), **{str(runs): steps.packed(runs) for runs in settings.runs}}
     seconds: dict[str, list[float]] = {name: [] for name in todo}
@@ -137,12 +140,12 @@ def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def hours(step: float, batch_size: int) -> float:
-    """Return the hours of training that all runs of Table 1 take, for the seconds of a step of one run."""
+    """Return the hours of training for all runs of Table 1, if a step of one run takes `step` seconds."""
     return SERIES * sum(math.ceil(size / batch_size) for size in SIZES) * EPOCHS * step / 3600
 
 
 def table(seconds: dict[str, list[float]], batch_size: int) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table: milliseconds per step of one run, the ratio to one run alone, and hours for Table 1."""
     lines = [
         "| runs at once | ms a step of one run | beside one at a time (quartiles) | hours of training, Table 1 |",
         "| --- | ---: | ---: | ---: |",

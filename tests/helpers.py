@@ -1,12 +1,12 @@
-"""What many tests use: tiny models and batches, logits, and what a refusal must leave as it was."""
+"""Helpers of many tests: tiny models and batches, logits, and checks that a refused call changes nothing."""
 
 from __future__ import annotations
 
 import os
 
-# read when transformers and torch are imported
+# transformers and torch read these when they are imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # over tensors as small as these, threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with such small tensors, threads only wait for each other
 
 import hashlib
 import json
@@ -37,14 +37,14 @@ SMALL = {"adapter": {"bottleneck": 6}, "prefix": {"length": 4, "hidden": 10}, "l
 def tiny_bert(
     num_labels: int = 2, seed: int = 0, dropout: float = 0.0, **config: object
 ) -> BertForSequenceClassification:
-    """A random BERT, the same for the same seed, in evaluation mode."""
+    """Return a random BERT in evaluation mode, the same for the same seed."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {**SIZES, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     return BertForSequenceClassification(BertConfig(**{**sizes, "num_labels": num_labels, **config})).eval()
 
 
 def tiny_batch(seed: int = 0, lengths: tuple[int, ...] = (5, 9, 7), tokens: int = 9) -> dict[str, Tensor]:
-    """Random texts of the given lengths, padded on the right to `tokens`."""
+    """Return random texts of the given lengths, padded on the right: ids and mask, (len(lengths), tokens)."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, SIZES["vocab_size"], (len(lengths), tokens), generator=generator)
     mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
@@ -61,32 +61,35 @@ def shake(model: torch.nn.Module, seed: int = 1, std: float = 0.1) -> None:
 
 
 def small(preset: str = "unipelt-apl", **changes: object) -> unipelt.UniPELTConfig:
-    """A preset with submodules as small as the tiny model."""
+    """Return a preset with submodules as small as the tiny model."""
     config = unipelt.resolve(preset)
     return config.updated({name: part for name, part in SMALL.items() if getattr(config, name)}).updated(changes)
 
 
 def trained(preset: str = "unipelt-apl", model: Any = None, **changes: object) -> Any:
-    """A model with a method in it, everything that trains moved away from its start."""
+    """Return a model with a method in it, all trainable parameters moved away from their start."""
     model = unipelt.inject(tiny_bert() if model is None else model, small(preset, **changes))
     shake(model)
     return model
 
 
 def logits(model: Any, batch: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
-    """What a model gives, without gradients; by default for `tiny_batch()`."""
+    """Return a model's logits without gradients, by default for `tiny_batch()`."""
     with torch.no_grad():
         found: Tensor = model(**(tiny_batch() if batch is None else batch), **options).logits
     return found
 
 
 def bits(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Every parameter as it is now."""
+    """Return a copy of every parameter by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal, for numbers as large as the largest (logits of a random mT5 are near 25)."""
+    """Check that two tensors are equal within a tolerance.
+
+    The tolerance grows with the largest value above 1 (logits of a random mT5 are near 25).
+    """
     torch.testing.assert_close(got, want, atol=tolerance * max(1.0, want.abs().max().item()), rtol=0)
 
 
@@ -106,12 +109,12 @@ def edit(folder: Path, where: str, value: object) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Let the manifest vouch for the weights that are there, so that a later check has to find the fault."""
+    """Write the hash of the present weights into the manifest, so that a later check must find the fault."""
     edit(folder, "weights.sha256", hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
 
 
 def what_is_there(model: PreTrainedModel) -> dict[str, Any]:
-    """Everything of a model that a refusal must leave as it was."""
+    """Return everything of a model that a refusal must not change."""
     modules = list(model.modules())
     return {
         "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -133,7 +136,10 @@ def assert_same(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def refused(load: Callable[[Any, Any], Any], folder: Path, *parts: str, model: Any = None) -> None:
-    """`load(model, folder)` raises an error with these parts in its message, and leaves the model as it was."""
+    """Check that `load(model, folder)` raises an error with these parts in its message.
+
+    The model must stay as it was.
+    """
     base = tiny_bert() if model is None else model
     before, flags = bits(base), [parameter.requires_grad for parameter in base.parameters()]
     with pytest.raises(CheckpointError) as caught:
@@ -149,7 +155,7 @@ def refused(load: Callable[[Any, Any], Any], folder: Path, *parts: str, model: A
 
 @contextmanager
 def refusing(model: PreTrainedModel, *said: str, error: type[Exception] = CheckpointError) -> Iterator[None]:
-    """The block raises one sentence with these words, and the model is bitwise what it was."""
+    """Check that the block raises an error with these words, and that the model is bitwise unchanged."""
     before = what_is_there(model)
     with pytest.raises(error) as caught:
         yield

@@ -1,4 +1,4 @@
-"""Look inside an injected model: every part of what was added, by name, wherever it is kept."""
+"""Read the parts of an injected model by name, wherever they are stored."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from unipelt.submodules.room import DEFAULT, ROOM, OwnPart, own_parts
 
 
 def name_of(own: OwnPart) -> str:
-    """The path of the layer or stack, `cross.` in cross-attention, and the part: `….layer.0.lora_query.A`."""
+    """Return the path of the layer or stack, `cross.` in cross-attention, and the part: `….layer.0.lora_query.A`."""
     host = own.room.rpartition(".")[0]
     return ".".join(part for part in (host, "cross" if own.cross else "", own.part.name) if part)
 
 
 def parts(model: nn.Module, kind: str = "") -> dict[str, Tensor]:
-    """Every part, or all of one kind, as a view without gradient, which may be written to."""
+    """Return every part, or all parts of one kind, as views without gradient. The views may be written to."""
     return {name_of(own): own.tensor for own in own_parts(model) if kind in ("", own.part.kind)}
 
 
 def gradients_of_parts(model: nn.Module) -> dict[str, Tensor | None]:
-    """The gradient of every part, None where its parameter has none."""
+    """Return the gradient of every part, or None if its parameter has no gradient."""
     return {
         name_of(own): None if own.parameter.grad is None else own.part.of(own.parameter.grad)
         for own in own_parts(model)
@@ -31,7 +31,7 @@ def gradients_of_parts(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def parts_in(added: nn.Module) -> dict[str, Tensor]:
-    """The same of one set, those of its cross-attention apart: `lora_query.A`, `gate.adapter.weight`."""
+    """Return the parts of one set, except those of its cross-attention: `lora_query.A`, `gate.adapter.weight`."""
     return {
         part.name: part.of(module.get_parameter(part.parameter).detach())
         for path, module in added.named_modules()
@@ -41,12 +41,12 @@ def parts_in(added: nn.Module) -> dict[str, Tensor]:
 
 
 def added_at(host: Any, name: str = DEFAULT) -> Any:
-    """The set that computes at a host: of its layer, or of the layer's cross-attention."""
+    """Return the set that computes at a host: that of its layer, or of the layer's cross-attention."""
     return host.unipelt_port.part(name)
 
 
 def fill(model: nn.Module, end: str, value: float) -> int:
-    """Set every part whose name ends so to a number; returns how many there were."""
+    """Set every part whose name ends with `end` to a number. Return the number of these parts."""
     found = [tensor for name, tensor in parts(model).items() if name.endswith(end)]
     for tensor in found:
         tensor.fill_(value)
@@ -54,17 +54,17 @@ def fill(model: nn.Module, end: str, value: float) -> int:
 
 
 def added_to(layer: Any, name: str = DEFAULT) -> Any:
-    """The set of a layer, or of a stack."""
+    """Return the set of a layer or of a stack."""
     return layer._modules[ROOM][name]
 
 
 def entries(model: nn.Module) -> list[Entry]:
-    """Every entry of a model."""
+    """Return every entry of a model."""
     return [module for module in model.modules() if isinstance(module, Entry)]
 
 
 def is_idle(passes: Passes) -> bool:
-    """Whether nothing is kept of any pass, weakly or strongly."""
+    """Return whether no pass leaves anything in `passes`, by a weak or a strong reference."""
     if passes._latest is not None and passes._latest() is not None:
         return False
     return not (passes._by_thread or passes._recomputed or passes._rows or passes._traced)

@@ -1,8 +1,8 @@
-"""What properties are drawn over: models of every family, methods, and texts with their masks.
+"""Strategies for tests of properties: models of every family, methods, and texts with their masks.
 
-What is drawn are descriptions, frozen and short, so that a failing example can be read and typed in again; functions
-make models and batches of them, the same for the same description. `UNIPELT_EXAMPLES=N` draws N examples of every
-property, at random; without it there are few, and always the same.
+The drawn values are short, frozen descriptions, so that a failing example can be read and typed in again. Functions
+make models and batches from them, the same for the same description. With `UNIPELT_EXAMPLES=N`, every property draws N
+random examples. Without this variable, a property draws few examples, and always the same.
 """
 
 from __future__ import annotations
@@ -41,23 +41,25 @@ from unipelt.config.methods import LINEAR, PROJECTIONS, Place
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 AS_DECODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text", "ernie")
-"""Encoders of which Transformers can make a causal language model."""
+"""Encoders that Transformers can also build as causal language models."""
 COMMON = ("bert", "llama", "bart", "t5", "gpt2", "albert", "deberta-v2", "modernbert", "mpnet", "gpt_neox", "bloom")
-"""One of each kind, to be drawn more often."""
+"""One family of each kind. These are drawn more often."""
 
 
 WINDOWED = ("modernbert", "mistral", "gemma2", "gemma3_text")
-"""Those in whose attention padding between a prompt and a text takes places of a window."""
+"""Families with windows in the attention. Padding between a prompt and a text takes places of a window."""
 TURN = 10
-"""After so many examples of a run, most that Hypothesis draws are the last one with a part of it copied to another."""
+"""The number of examples in one run of Hypothesis. In longer runs, most examples are the previous one with a part of it
+copied to another place.
+"""
 
 
 def holds(default: int, *drawn: st.SearchStrategy[Any], shrink: bool = True) -> Callable[[Callable[..., None]], Any]:
     """Make a test of a property.
 
     Args:
-        default: how many examples a usual run draws.
-        drawn: the property's arguments.
+        default: the number of examples in a usual run.
+        drawn: the strategies for the property's arguments.
         shrink: whether a failing example is made small.
     """
     count = int(os.environ.get("UNIPELT_EXAMPLES", "0"))
@@ -88,7 +90,7 @@ def holds(default: int, *drawn: st.SearchStrategy[Any], shrink: bool = True) -> 
                 seed(number)(turn)()
             print(f"{check.__name__} held for {tried} examples")
 
-        del test.__wrapped__  # or pytest looks for fixtures of its arguments' names
+        del test.__wrapped__  # otherwise pytest looks for fixtures with the names of its arguments
         return test
 
     return decorate
@@ -99,14 +101,14 @@ def holds(default: int, *drawn: st.SearchStrategy[Any], shrink: bool = True) -> 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a tiny model, whose hidden size is `heads * head`.
+    """The sizes of a tiny model. Its hidden size is `heads * head`.
 
     Attributes:
-        heads, head: how many heads of queries, and their size in units.
-        key_heads: how many heads of keys and values, where a family lets queries share them.
-        layers, decoder_layers: of the model or its encoder, and of the decoder behind it.
-        groups: layers with weights of their own, where a family shares them.
-        inner: width of the feed-forward network, in units.
+        heads, head: the number of query heads, and their size in units.
+        key_heads: the number of heads of keys and values, if a family lets queries share them.
+        layers, decoder_layers: the layers of the model or its encoder, and of the decoder after the encoder.
+        groups: the number of layers with their own weights, if a family shares weights.
+        inner: the width of the feed-forward network, in units.
     """
 
     heads: int = 2
@@ -118,7 +120,7 @@ class Sizes:
     inner: int = 20
 
     def changes(self, family: str) -> dict[str, Any]:
-        """These sizes by the names that the family's configuration has for them."""
+        """Return these sizes under the names of the family's configuration."""
         there = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
         there |= tiny_config(family).to_dict().keys()
         named = (
@@ -136,15 +138,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """A model of a family, and the method that goes into it.
+    """A model of a family, and the method for the model.
 
     Attributes:
-        family: `model_type`.
-        method: what is injected.
-        attention: the back-end, where Transformers has a choice.
-        head: what follows `AutoModelFor`; by default as `tiny_model` has it.
-        as_decoder: an encoder built as a causal language model.
-        seed: of all weights.
+        family: the `model_type`.
+        method: the method to inject.
+        sizes: the sizes of the model.
+        attention: the attention back-end, if Transformers has a choice.
+        head: the part of the class name after `AutoModelFor`; the default is that of `tiny_model`.
+        as_decoder: whether an encoder is built as a causal language model.
+        seed: the seed of all weights.
     """
 
     family: str
@@ -157,22 +160,25 @@ class Case:
 
     @property
     def causal(self) -> bool:
-        """Whether a token of the model's output sees only those before it."""
+        """Whether a token of the model's output sees only earlier tokens."""
         return self.as_decoder or self.family not in ENCODERS
 
     @property
     def behind_encoder(self) -> bool:
-        """Whether the output is that of a decoder behind an encoder."""
+        """Whether the output is that of a decoder after an encoder."""
         return self.family in ENCODER_DECODERS and not self.head
 
     def bare(self, dropout: float = 0.0, **changes: Any) -> Any:
-        """The pretrained model, without the method, in evaluation mode."""
+        """Return the base model without the method, in evaluation mode."""
         changes = {**self.sizes.changes(self.family), **({"is_decoder": True} if self.as_decoder else {}), **changes}
         head = "CausalLM" if self.as_decoder else self.head
         return tiny_model(self.family, head, self.attention, dropout, self.seed, **changes)
 
     def build(self, dropout: float = 0.0, moved: bool = True, **changes: Any) -> Any:
-        """The model with the method; what trains is away from its start, so that no term is zero, if it is `moved`."""
+        """Return the model with the method.
+
+        If `moved`, the trainable parameters are moved away from their start, so that no term is zero.
+        """
         model = unipelt.inject(self.bare(dropout, **changes), self.method)
         if moved:
             shake(model, self.seed + 1)
@@ -208,9 +214,12 @@ def methods(
     base_trains: bool = True,
     least: int = 1,
 ) -> unipelt.UniPELTConfig:
-    """Any method that the family can take: some of the parts, at least so many; without any, something else trains."""
+    """Draw a method that the family can take, with at least `least` of the parts.
+
+    A method without any part trains something else: the base model or its biases.
+    """
     possible = [part for part in parts if part != "prefix" or family in WITH_PREFIX]
-    # where the parts meet is where they may hurt each other
+    # all parts are drawn often, because errors are likely where parts meet
     chosen = possible if draw(st.booleans()) else draw(st.lists(st.sampled_from(possible), min_size=least, unique=True))
     gate = st.sampled_from(gated)
     fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -243,7 +252,7 @@ def methods(
         values[part] = {name: draw(strategy) for name, strategy in fields[part].items()}
     lora = values["lora"]
     if further and lora is not None and not lora["decomposed"] and lora["rank"] <= 4:
-        lora["start"] = draw(st.sampled_from(["zero", "zero", "pissa"]))  # a place may be 4 wide
+        lora["start"] = draw(st.sampled_from(["zero", "zero", "pissa"]))  # a place may have a width of 4
         lora["gating"] = draw(st.sampled_from(["replace", "replace", "multiply"]))
     if further and chosen:
         values |= _further(draw, sizes, gate)
@@ -264,7 +273,7 @@ def methods(
         depth = min(depth, sizes.decoder_layers)
         which = draw(st.sets(st.sampled_from(sorted(sides)), max_size=2))
         if chosen == ["adapter"] and which == {"encoder", "decoder"}:
-            which = set()  # an adapter has no place in attention to the encoder
+            which = set()  # an adapter has no place in cross-attention
         sides |= dict.fromkeys(which, False)
     trains = st.booleans() if base_trains else st.just(False)
     bitfit = draw(trains) if family in WITH_BIASES else False
@@ -284,9 +293,9 @@ def methods(
 
 
 def _further(draw: st.DrawFn, sizes: Sizes, gate: st.SearchStrategy[bool]) -> dict[str, Any]:
-    """Some of the further submodules, at any of their places, narrow."""
+    """Draw some of the further submodules, at some of their places, with a small width."""
     width = st.integers(1, 6)
-    inner = {"bottleneck": width, "activation": st.just("gelu")}  # a ReLU so narrow may be closed for every token
+    inner = {"bottleneck": width, "activation": st.just("gelu")}  # so narrow a ReLU may give zero for every token
     terms = draw(st.sampled_from([1, 2])) if sizes.heads * sizes.head % 2 == 0 else 1
     fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "ia3": {"places": st.sets(st.sampled_from(PLACES), min_size=1).map(sorted)},
@@ -303,7 +312,7 @@ def _further(draw: st.DrawFn, sizes: Sizes, gate: st.SearchStrategy[bool]) -> di
 
 
 def _gates(family: str, prefix: bool) -> list[dict[str, Any]]:
-    """Other gates than the paper's that the family can have, as an encoder and as a decoder."""
+    """Return gates other than the paper's that the family can have, both as an encoder and as a decoder."""
     found: list[dict[str, Any]] = [
         {"pooling": "token"},
         {"pooling": "static"},
@@ -319,7 +328,7 @@ def _gates(family: str, prefix: bool) -> list[dict[str, Any]]:
 
 
 def _suits_prompt(gates: dict[str, Any], family: str) -> bool:
-    """Whether a prompt can have this gate, as an encoder and as a decoder."""
+    """Return whether a prompt can have this gate, both in an encoder and in a decoder."""
     looks_both_ways = family in ENCODERS and family not in AS_DECODERS
     pooling = gates.get("pooling")
     return not gates.get("shared") and pooling != "token" and (pooling == "static" or looks_both_ways)
@@ -344,15 +353,15 @@ def cases(
     decoders_too: bool = False,
     **restricted: Any,
 ) -> Case:
-    """A case of one of the families.
+    """Draw a case of one of the families.
 
     Args:
-        draw: by Hypothesis.
-        families: some of them are drawn more often (`COMMON`).
-        attention: back-ends.
+        draw: the function of Hypothesis that draws.
+        families: the families. Those in `COMMON` are drawn more often.
+        attention: the attention back-ends.
         heads: whether heads of tasks are drawn too.
         decoders_too: whether encoders are built as decoders too.
-        restricted: what `methods` takes.
+        restricted: the keyword arguments of `methods`.
     """
     often = [family for family in COMMON if family in families]
     family = draw(st.sampled_from([*often, *families]))
@@ -360,7 +369,7 @@ def cases(
     as_decoder = decoders_too and family in AS_DECODERS and draw(st.booleans())
     possible = [head for head in TASKS if has_head(family, head)] if heads and not as_decoder else []
     if family in ENCODER_DECODERS and "TokenClassification" in possible:
-        possible.remove("TokenClassification")  # T5's has no decoder, and the method may want one
+        possible.remove("TokenClassification")  # T5's has no decoder, and the method may need one
     return Case(
         family,
         draw(methods(family, size, **restricted)),
@@ -384,12 +393,12 @@ class Texts:
     """Random texts.
 
     Attributes:
-        lengths: in tokens, of each.
-        targets: of what a decoder behind an encoder is given, in tokens; as many as `lengths`.
-        padding: where padding is; "none" is no mask at all, and all texts are as long as the longest.
-        wider: tokens of padding beside the longest text.
-        hidden: of each text, tokens of its inside that are masked; the first and the last two never are.
-        seed: of the tokens.
+        lengths: the length of each text, in tokens.
+        targets: the length of each input of a decoder after an encoder, in tokens; as many as `lengths`.
+        padding: the side of the padding; "none" means no mask, and all texts are as long as the longest.
+        wider: the tokens of padding beside the longest text.
+        hidden: for each text, the masked positions inside the text; never the first and the last two.
+        seed: the seed of the tokens.
     """
 
     lengths: tuple[int, ...]
@@ -424,7 +433,7 @@ def texts(
 
 
 def batch(model: Any, case: Case, described: Texts) -> dict[str, Tensor]:
-    """The model's inputs: (B, T) tokens, the mask if there is one, and what a decoder behind an encoder is given."""
+    """Return the model's inputs: tokens (B, T), the mask, if any, and the input of a decoder after an encoder."""
     generator = torch.Generator().manual_seed(described.seed)
     tokens = max(described.lengths) + (0 if described.padding == "none" else described.wider)
     rows = len(described.lengths)
@@ -452,7 +461,7 @@ def batch(model: Any, case: Case, described: Texts) -> dict[str, Tensor]:
 
 
 def real(case: Case, inputs: dict[str, Tensor], out: Tensor) -> Tensor:
-    """Which of the outputs, (B,) or (B, T), are promised anything: those of tokens that are not masked."""
+    """Return which outputs the properties cover, (B,) or (B, T): those of tokens that are not masked."""
     if not (case.head in ("TokenClassification", "QuestionAnswering") or (case.causal and not case.head)):
         return torch.ones(len(out), dtype=torch.bool)
     mask = inputs.get("decoder_attention_mask" if case.behind_encoder else "attention_mask")
@@ -463,7 +472,10 @@ def real(case: Case, inputs: dict[str, Tensor], out: Tensor) -> Tensor:
 
 
 def loss_of(model: Any, case: Case, inputs: dict[str, Tensor], rows: slice = slice(None)) -> Tensor:
-    """A random sum of the first output over real tokens, and its mean over texts: some of the batch's, by `rows`."""
+    """Return a random sum of the first output over real tokens, as a mean over texts.
+
+    `rows` selects texts of the batch.
+    """
     given = {name: tensor[rows] for name, tensor in inputs.items()}
     out: Tensor = model(**given)[0]
     generator = torch.Generator().manual_seed(case.seed)
@@ -472,7 +484,10 @@ def loss_of(model: Any, case: Case, inputs: dict[str, Tensor], rows: slice = sli
 
 
 def gradients(model: Any, case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """Of `loss_of`, with the same dropout at every call, by name; None where there is none."""
+    """Return the gradients of `loss_of` by name, or None for a parameter without one.
+
+    Dropout is the same in every call.
+    """
     model.zero_grad()
     torch.manual_seed(0)
     loss_of(model, case, inputs).backward()

@@ -1,4 +1,4 @@
-"""A tiny random model of every architecture in the table, with any head, and batches for it."""
+"""Tiny random models of every architecture in the table, with any head, and batches for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unipelt.hosts.families import FAMILIES as ALL_FAMILIES
 
 VOCABULARY = 60
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-"""The name by which a model takes a cache."""
+"""The name of a model's argument for a cache."""
 PAD, EOS = 1, 2
 DEPTH = 3
 
@@ -29,30 +29,32 @@ FAMILIES = {
         *("gemma3_text", "olmo2", "phi", "phi3", "starcoder2", "stablelm", "granite", "cohere", "smollm3", "nemotron"),
     )
 }
-"""Those on which every promise is tested. What the table has besides them, `tests/scripts/coverage_table.py` tries."""
+"""The families on which every property is tested. `tests/scripts/coverage_table.py` tries the others of the table."""
 
 ENCODER_DECODERS = [name for name, family in FAMILIES.items() if len(family.stacks) == 2]
 DECODERS = [name for name, family in FAMILIES.items() if len(family.stacks) == 1 and family.stacks[0].causal]
 ENCODERS = [name for name in FAMILIES if name not in (*ENCODER_DECODERS, *DECODERS)]
 GATED = [name for name, family in FAMILIES.items() if family.stacks[0].gate and name != "t5"]
-"""Those whose feed-forward network has a projection of its own for its gate; T5's has none by default."""
+"""Families whose feed-forward network has its own projection for its gate. T5's has none by default."""
 SIMPLE = [name for name in FAMILIES if "prefix" in FAMILIES[name].refused]
-"""Those that take everything but a prefix."""
+"""Families that take everything except a prefix."""
 _INTERFACE_SINCE = {"t5": "5.15", "mt5": "5.15", "umt5": "5.15", "modernbert": "5.1", "nemotron": "5.13"}
-"""The first Transformers in which their attention goes through the interface; before, a prefix cannot enter."""
+"""The first version of Transformers in which the family's attention calls the attention interface. In older versions a
+prefix cannot enter.
+"""
 WITHOUT_INTERFACE = [
     name for name, since in _INTERFACE_SINCE.items() if Version(transformers.__version__) < Version(since)
 ]
-INSERTED = ("mpnet",)  # a prefix enters these as a longer text
+INSERTED = ("mpnet",)  # in these families, a prefix makes the text longer
 WITH_PREFIX = [name for name in FAMILIES if name not in (*SIMPLE, *WITHOUT_INTERFACE)]
 FURTHER: dict[str, dict[str, Any]] = {
     "ia3": {},
     "red": {},
-    "houlsby": {"bottleneck": 5, "activation": "gelu"},  # a ReLU so narrow may be closed for every token
+    "houlsby": {"bottleneck": 5, "activation": "gelu"},  # so narrow a ReLU may give zero for every token
     "parallel": {"bottleneck": 6, "activation": "gelu"},
     "compacter": {"bottleneck": 4, "terms": 2},
 }
-"""Further submodules, as small as the tiny models, gated."""
+"""Further submodules, gated, as small as the tiny models."""
 KINDS = (
     "bert",
     "albert",
@@ -67,10 +69,11 @@ KINDS = (
     "bloom",
     "opt",
 )
-"""One family of each way in which a layer is built."""
+"""One family for each way in which a layer is built."""
 METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam", "red", "prompt")]
-"""Presets that differ in their parts: Compacter has Houlsby's places and RED's, and gated MAM the
-other two's; a prompt is not for all."""
+"""Presets that differ in their parts. Compacter has the places of Houlsby and of RED, and gated MAM has those of the
+other two. A prompt does not suit all families.
+"""
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,
@@ -146,29 +149,29 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, dropout: float = 0.0, **changes: Any) -> PreTrainedConfig:
-    """A configuration small enough for tests; every dropout is `dropout`, and no layer is ever left out."""
+    """Return a configuration small enough for tests. Every dropout is `dropout`, and no layer is ever skipped."""
     config = AutoConfig.for_model(family, **{**_COMMON, **_OWN.get(family, {}), **changes})
     for name, value in vars(config).items():
         if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0 if "layerdrop" in name else dropout)
     if getattr(config, "classifier_dropout", None) is None:
-        config.classifier_dropout = dropout  # decoders' heads for tokens take 0.1 where nothing is said
+        config.classifier_dropout = dropout  # decoders' heads for tokens use 0.1 without a value
     return config
 
 
 def tiny_model(
     family: str, head: str = "", attention: str = "sdpa", dropout: float = 0.0, seed: int = 0, **changes: Any
 ) -> Any:
-    """A random model, the same for the same seed, in evaluation mode.
+    """Return a random model in evaluation mode, the same for the same seed.
 
     Args:
-        family: `model_type`.
-        head: what follows `AutoModelFor`; by default sequence classification of an encoder, and the language model
-            of a decoder or an encoder-decoder.
+        family: the `model_type`.
+        head: the part of the class name after `AutoModelFor`. The default is sequence classification for an encoder,
+            and the language model for a decoder or an encoder-decoder.
         attention: the attention back-end.
-        dropout: of every kind.
-        seed: of the weights.
-        changes: of the configuration.
+        dropout: the probability of every dropout.
+        seed: the seed of the weights.
+        changes: changes to the configuration.
     """
     if not head:
         head = {True: "CausalLM", False: "SequenceClassification"}[family in DECODERS]
@@ -180,20 +183,23 @@ def tiny_model(
     torch.manual_seed(seed)
     model: PreTrainedModel = cls.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms start at 0 and 1, where much would go unseen
+        for parameter in model.parameters():  # biases of 0 and norms of 1 would hide errors
             parameter.add_(0.05 * torch.randn(parameter.shape))
     return model.eval()
 
 
 def _has_sdpa(cls: Any) -> bool:
-    """Some models of Transformers run eagerly only."""
+    """Return whether a class of models supports sdpa. Some models of Transformers support eager attention only."""
     return (cls[0] if isinstance(cls, tuple) else cls)._supports_sdpa
 
 
 def tiny_batch(
     family: str, seed: int = 0, lengths: tuple[int, ...] = (5, 9, 7), tokens: int = 9, left: bool = False
 ) -> dict[str, Tensor]:
-    """Random texts of the given lengths, padded to `tokens`; with a decoder's input where the model wants one."""
+    """Return random texts of the given lengths, padded to `tokens`: ids and mask, (len(lengths), tokens).
+
+    An encoder-decoder also gets the decoder's input, (len(lengths), 6).
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, (len(lengths), tokens), generator=generator)
     places, ends = torch.arange(tokens), torch.tensor(lengths)[:, None]

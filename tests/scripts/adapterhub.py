@@ -1,9 +1,10 @@
-"""Checkpoints of AdapterHub's `adapters` with what that package computes, for tests/bridges/test_adapterhub.py.
+"""Write checkpoints of AdapterHub's `adapters` with the logits of that package, for tests/bridges/test_adapterhub.py.
 
-It wants Transformers 4.57 and so an environment of its own, which has nothing of this project but this file.
+The script needs Transformers 4.57 and therefore its own environment. The environment holds no other file of this
+project.
 
-Usage: adapterhub.py FOLDER   a folder for each case: the base as Transformers saves it in `base`, what `save_adapter`
-    wrote as pickles turned into safetensors, and `expected.safetensors` with inputs and logits
+Usage: adapterhub.py FOLDER   writes a folder for each case: the base model, as Transformers saves it, in `base`; the
+    files of `save_adapter`, converted from pickles to safetensors; and `expected.safetensors` with inputs and logits
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# read when the libraries are imported
+# the libraries read this when they are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import adapters
@@ -48,7 +49,7 @@ ODD = adapters.ConfigUnion(
     SeqBnConfig(reduction_factor=8, scaling=0.5, leave_out=[1], use_gating=True),
     LoRAConfig(r=3, alpha=5, leave_out=[1], dropout=0.1),
 )
-# name -> (model, configuration, head, how it is saved); a head is Transformers' own class, AdapterHub's, or none
+# name -> (model, configuration, head, form of saving); a head is Transformers' class (static) or AdapterHub's (flex)
 CASES: dict[str, tuple[str, Any, str, str]] = {
     **{kind: (kind, UNIPELT, "static", "") for kind in ("bert", "roberta", "xlm-roberta", "electra")},
     "distilbert": ("distilbert", WITHOUT_PREFIX, "static", ""),
@@ -67,7 +68,7 @@ CASES: dict[str, tuple[str, Any, str, str]] = {
     "flex-distilbert": ("distilbert", WITHOUT_PREFIX, "flex", ""),
     "flex-pooler": ("bert", UNIPELT, "flex-pooler", ""),
     "flex-electra": ("electra", UNIPELT, "flex", ""),
-    # what cannot be loaded
+    # cases that cannot be loaded
     "distilbert-prefix": ("distilbert", UNIPELT, "static", ""),
     "no-tanh": ("bert", PrefixTuningConfig(**SMALL, non_linearity="relu"), "static", ""),
     "two-gates": ("bert", PrefixTuningConfig(**SMALL, use_gating=True, shared_gating=False), "static", ""),
@@ -94,14 +95,14 @@ CASES: dict[str, tuple[str, Any, str, str]] = {
 
 
 def batch(seed: int = 5) -> dict[str, torch.Tensor]:
-    """Texts of 9, 5 and 7 tokens, padded to 9."""
+    """Return texts of 9, 5 and 7 tokens, padded to 9: ids and mask, (3, 9)."""
     ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(9) < torch.tensor([9, 5, 7])[:, None]).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 def shake(model: torch.nn.Module, seed: int) -> None:
-    """Away from the start, where LoRA is zero and gates are near one half."""
+    """Move all parameters away from the start, where LoRA is zero and gates are near one half."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,7 +110,7 @@ def shake(model: torch.nn.Module, seed: int) -> None:
 
 
 def make(kind: str, config: Any, head: str, form: str, folder: Path) -> None:
-    """One case."""
+    """Write the folder of one case."""
     torch.manual_seed(0)
     if kind == "gpt2":
         sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 60, "pad_token_id": 0}
@@ -145,7 +146,7 @@ def make(kind: str, config: Any, head: str, form: str, folder: Path) -> None:
     model.save_adapter(str(folder), "task")
     as_safetensors(folder)
     save_file(expected, folder / "expected.safetensors")
-    # the base alone, under the names of Transformers
+    # the base model alone, under the names of Transformers
     own = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in model.state_dict().items()
@@ -160,7 +161,7 @@ def make(kind: str, config: Any, head: str, form: str, folder: Path) -> None:
 
 
 def as_safetensors(folder: Path) -> None:
-    """What docs/bridges.md tells users to do."""
+    """Convert the pickles of a folder to safetensors, as docs/bridges.md tells users to do."""
     for old, new in (
         ("pytorch_adapter.bin", "adapter.safetensors"),
         ("pytorch_model_head.bin", "model_head.safetensors"),

@@ -1,10 +1,10 @@
-"""How many model types of Transformers take what: every type with every head, small and random, and the page of it.
+"""Count how many model types of Transformers take which method, for every type with every head, and write the page.
 
-Usage: coverage_table.py [--page PAGE] [TYPE...]   prints the counts and the reasons of the rest
+Usage: coverage_table.py [--page PAGE] [TYPE...]   prints the counts, and the reasons where a method fails
 
-A type passes with a head if a method goes in, moves the output, gets gradients everywhere, saves, loads to the same
-output, and comes out again bit for bit. The methods are tried from the fullest on: adapter, prefix and LoRA
-(`unipelt-apl`), adapter and LoRA (`unipelt-al`), LoRA alone.
+The models are small and random. A type passes with a head if a method can be injected, changes the output, gets
+gradients everywhere, can be saved, loads to the same output, and can be removed bit for bit. The fullest method is
+tried first: adapter, prefix and LoRA (`unipelt-apl`), then adapter and LoRA (`unipelt-al`), then LoRA alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TITLES = {
 
 @dataclass
 class Result:
-    """What a type takes with a head: the fullest method that passes ("" where none does), and why no fuller one."""
+    """The result of a type with a head: the fullest method that passes ("" if none), and why no fuller one passes."""
 
     kind: str
     head: str
@@ -55,7 +55,7 @@ class Result:
 
 
 def try_type(kind: str, head: str) -> Result:
-    """Try every method on a small model of a type."""
+    """Try the methods on a small model of a type, until one passes."""
     try:
         model = small_of(kind, head)
         family = family_of(model)
@@ -80,7 +80,7 @@ def _refusal(family: Family, method: str) -> str:
 
 
 def _try(method: str, kind: str, head: str, family: Family) -> str:
-    """ "" if a method passes, or else what went wrong."""
+    """Return why a method fails, or an empty string for a method that passes."""
     try:
         model = small_of(kind, head)
         _check(model, small_of(kind, head), method, _batch(model, head, family))
@@ -98,7 +98,7 @@ def _batch(model: Any, head: str, family: Family) -> dict[str, Any]:
 
 
 def _check(model: Any, other: Any, method: str, batch: dict[str, Any]) -> None:
-    """Raise unless a method does all that the page says."""
+    """Raise an error unless a method does everything that the page says."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     bare = _output(model, batch)
     if not bare.isfinite().all():
@@ -143,7 +143,7 @@ def _output(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def summary(results: list[Result]) -> list[str]:
-    """A line for each head: how many types take what."""
+    """Return a line for each head, with the number of types that take each method."""
     lines = []
     for head, title in TITLES.items():
         found = Counter(result.method for result in results if result.head == head)
@@ -154,7 +154,7 @@ def summary(results: list[Result]) -> list[str]:
 
 
 def page(results: list[Result]) -> str:
-    """The page of the documentation."""
+    """Return the page of the documentation."""
     takes = {
         "unipelt-apl": "adapter, prefix, LoRA",
         "unipelt-al": "adapter, LoRA",
@@ -187,7 +187,7 @@ def page(results: list[Result]) -> str:
 
 
 def main() -> None:
-    """Try, print, and write the page if asked to."""
+    """Try the types, print the results, and write the page if `--page` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, help="where to write the page")
     parser.add_argument("types", nargs="*", help="model types; all if none is given")

@@ -1,7 +1,7 @@
-"""What writes files, killed before each of its operations on files in turn: `python crashes.py FOLDER NAME…`.
+"""Kill programs that write files, before each of their file operations in turn: `python crashes.py FOLDER NAME…`.
 
-Every attempt is a process of its own, forked before anything used a thread, which kills itself with SIGKILL. Leaves
-`report.json`: by scenario, how many attempts were killed, and what then was wrong, if anything.
+Every attempt is its own process, forked before any thread is used. The process kills itself with SIGKILL. The script
+writes `report.json`: by scenario, the number of killed attempts, and the problem that was found, if any.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ from unipelt.runs.folder import CHECKPOINTS
 from unipelt.runs.trainer import BatchTrainer
 from unipelt.sweep import FAILURE, REQUEST, carry_out, read_request, read_sweep, status, write_request
 
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # as audit events, whatever the function's name is
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # names of audit events; functions may have other names
 NOT_KILLED = 0
 
 
 def die_at(operation: int) -> None:
-    """Let this process kill itself before that one of its changes to files; where it has just written, half is lost."""
+    """Make this process kill itself before its change number `operation` to files.
+
+    At an fsync of a written file, half of the file is lost.
+    """
     done = 0
 
     def step() -> bool:
@@ -57,7 +60,7 @@ def die_at(operation: int) -> None:
         if (opened or event in CHANGES) and step():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def fsync(file: int) -> None:  # a kill does not need what comes to the disk, only when
+    def fsync(file: int) -> None:  # the test needs the time of a sync, not the sync
         if step():
             if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
                 os.ftruncate(file, os.fstat(file).st_size // 2)
@@ -68,7 +71,10 @@ def die_at(operation: int) -> None:
 
 
 def attempt(act: Callable[[], object], operation: int | None = None) -> bool:
-    """Do it in a process of its own, which dies at that operation; whether it did. Any other end is an error."""
+    """Do `act` in its own process, which kills itself at `operation`. Return whether the process was killed.
+
+    Any other failure of the process is an error.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -88,16 +94,16 @@ def attempt(act: Callable[[], object], operation: int | None = None) -> bool:
 def crash_points(
     act: Callable[[], object], before: Callable[[], None], after: Callable[[bool], None], most: int = 500
 ) -> int:
-    """Do it once for each operation, each time from the start, until it gets to its end.
+    """Do `act` once for each operation, each time from the start, until `act` ends without a kill.
 
     Args:
-        act: what is done, in processes of their own.
-        before: makes what it starts from.
-        after: looks at what is left; told whether it was killed.
-        most: operations, for a start that is all that matters.
+        act: the action, which is done in its own processes.
+        before: prepares the files with which the action starts.
+        after: checks the files that are left. Its argument is whether the process was killed.
+        most: the largest number of operations, if only the first ones matter.
 
     Returns:
-        How many were killed.
+        The number of processes that were killed.
     """
     for operation in range(1, most + 1):
         before()
@@ -122,7 +128,7 @@ def tiny_model() -> Any:
 
 
 def fill(model: Any, version: int) -> Any:
-    """Make everything that is saved of a model tell its version."""
+    """Set every saved parameter of a model to the number of a version."""
     kept = set(kept_names(model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -132,7 +138,10 @@ def fill(model: Any, version: int) -> Any:
 
 
 def version_in(base: Any, folder: Path) -> int | None:
-    """Which version there is whole; None if there is no checkpoint."""
+    """Return the version of a whole checkpoint, or None if there is no checkpoint.
+
+    A mixture of versions is an error.
+    """
     try:
         model = unipelt.load(base, folder)
     except (FileNotFoundError, CheckpointError):
@@ -145,10 +154,10 @@ def version_in(base: Any, folder: Path) -> int | None:
 
 
 def a_save(home: Path) -> int:
-    """Two saves after each other over an older one are killed, at every operation of each; then a third goes through.
+    """Kill two saves in a row over an older version, at every operation of each; then do a third save.
 
-    Whatever was there whole before, or the new one, is there whole after. Of first kills that leave the same files,
-    one is followed by second ones.
+    After each kill, the folder holds a whole version: the version from before, or the new one. If several first kills
+    leave the same files, only one of them is followed by second kills.
     """
     model, base = unipelt.inject(tiny_model(), "lora"), tiny_model()
     start, between, folder = home / "start", home / "between", home / "folder"
@@ -184,7 +193,7 @@ def a_save(home: Path) -> int:
 
 
 def a_first_save(home: Path) -> int:
-    """It is there whole, or not at all."""
+    """Kill a first save at every operation. After the kill, the folder holds the whole version or none."""
     model, base, folder = unipelt.inject(tiny_model(), "lora"), tiny_model(), home / "folder"
 
     def after(killed: bool) -> None:
@@ -198,7 +207,7 @@ def a_first_save(home: Path) -> int:
 
 
 def state_of(folder: Path) -> str:
-    """Names, without numbers of processes, and contents."""
+    """Return the names of a folder's files, without process numbers, and their contents."""
     files = ((re.sub(r"\d+", "", path.name), path.read_bytes().hex()) for path in folder.iterdir())
     return str(sorted(files))
 
@@ -220,7 +229,10 @@ def clear(folder: Path) -> None:
 
 
 def a_record(home: Path) -> int:
-    """The old one, or the new one, or, where there was none, none."""
+    """Kill the writing of a record.
+
+    After the kill, the folder holds the old record, if there was one, or the new one.
+    """
     old = json.loads((home.parent / "record.json").read_text())
     new = old | {"attempts": 7}
     folder = home / "folder"
@@ -249,14 +261,14 @@ def found_record(folder: Path) -> dict[str, Any] | None:
         raise AssertionError("half a result is taken for one") from error
 
 
-# A run, of which only training is left out
+# A run without its training
 
 EPOCHS, BEST = 3, 2
 METRICS = ("accuracy", "f1", "matthews_correlation")
 
 
 def pretend(trainer: Any, resume_from_checkpoint: str | None = None) -> None:
-    """In place of `Trainer.train`: epochs that leave a checkpoint each, in which the weights tell the epoch."""
+    """Run in place of `Trainer.train`: each epoch leaves a checkpoint, and the weights are the number of the epoch."""
     begun = 0
     if resume_from_checkpoint is not None:
         checkpoint = Path(resume_from_checkpoint)
@@ -284,14 +296,17 @@ _BASES: list[Any] = []
 
 
 def tiny_base(model: Any) -> Any:
-    """The model's base, without what was injected."""
+    """Return the model's base, without the injected parts."""
     if not _BASES:
         _BASES.append(type(model).from_pretrained(model.name_or_path, num_labels=2))
     return _BASES[0]
 
 
 def a_run(home: Path) -> int:
-    """It goes on after any of its operations on files, and ends as if undisturbed; once finished it is not repeated."""
+    """Kill a run at every file operation. The next start continues the run and ends like an undisturbed run.
+
+    A finished run is not repeated.
+    """
     settings, folder = pretended(home)
     run(settings, log=silent)
     expected, weights = outcome(folder), (folder / "model" / "model.safetensors").read_bytes()
@@ -312,7 +327,10 @@ def a_run(home: Path) -> int:
 
 
 def a_run_over_another(home: Path) -> int:
-    """The earlier result is there, or there is none until the new one is."""
+    """Kill a run that replaces another.
+
+    The earlier result stays, or the folder has no result until the new one is written.
+    """
     earlier, folder = pretended(home)
     later = replace(earlier, overwrite=True, warmup_ratio=0.5, keep_checkpoints=True)
     run(replace(earlier, keep_checkpoints=True), log=silent)
@@ -333,7 +351,10 @@ def a_run_over_another(home: Path) -> int:
 
 
 def pretended(home: Path) -> tuple[RunSettings, Path]:
-    """Settings and folder of a run that only pretends to train; what it loads is loaded once for all processes."""
+    """Return settings and folder of a run that only pretends to train.
+
+    Its data and model are loaded once for all processes.
+    """
     folder = home / "run"
     settings = RunSettings(**quick(home.parent, output_dir=str(folder), method="lora"))
     job = prepare(settings)
@@ -342,7 +363,7 @@ def pretended(home: Path) -> tuple[RunSettings, Path]:
     for module, name, stand_in in (
         (running, "prepare", lambda chosen: replace(job, settings=chosen, digest=chosen.digest())),
         (running, "_test", lambda trainer, job: (test, {})),
-        # the real one asks git, in a process
+        # the real function starts git in a process
         (training, "describe_code", lambda: {"commit": None, "dirty": None}),
     ):
         assert hasattr(module, name)
@@ -356,7 +377,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {name: record[name] for name in ("evaluations", "best", "dev", "test", "digest", "parameters", "files")}
 
 
-# A sweep, whose runs only leave a record
+# A sweep whose runs only write a record
 
 SWEEP = """
 model: {home}/model
@@ -370,7 +391,7 @@ grid:
 
 
 def a_sweep(home: Path) -> int:
-    """Two runs of which one fails at first: no start of a run that has finished, and all finish."""
+    """Kill a sweep of two runs, one of which fails at first. All runs finish, and no finished run starts again."""
     sweep, out = read_sweep(home.parent / "sweep.yaml"), home / "out"
     record = json.loads((home.parent / "record.json").read_text())
 
@@ -386,7 +407,7 @@ def a_sweep(home: Path) -> int:
 
     def act() -> None:
         write_request(sweep, out)
-        for _ in range(3):  # the second does again what failed, the third tidies up after it
+        for _ in range(3):  # the second call repeats failed runs, and the third one removes their files
             carry_out(status(sweep, out), start, log=silent)
 
     def before() -> None:
@@ -419,14 +440,14 @@ SCENARIOS = (a_first_save, a_save, a_record, a_sweep, a_run, a_run_over_another)
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Do the scenarios of these names; leave `report.json`."""
+    """Do the scenarios with these names, and write `report.json`."""
     torch.set_num_threads(1)
     make_quick(folder)
     settings = RunSettings(**quick(folder, output_dir=str(folder / "first"), method="lora", epochs=1))
     attempt(lambda: (folder / "record.json").write_text(json.dumps(run(settings, log=silent))))
     (folder / "sweep.yaml").write_text(SWEEP.format(home=folder))
-    setattr(os, "fsync", lambda file: None)  # noqa: B010  (nothing here outlives the machine)
-    gc.freeze()  # what was imported need not be looked at again, which takes longer than the rest
+    setattr(os, "fsync", lambda file: None)  # noqa: B010  (no file here must survive a power failure)
+    gc.freeze()  # the garbage collector would take most of the time to check the imported objects
     report: dict[str, dict[str, Any]] = {}
     for scenario in [scenario for scenario in SCENARIOS if scenario.__name__ in names]:
         home = folder / scenario.__name__

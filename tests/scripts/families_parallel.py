@@ -1,8 +1,9 @@
-"""Two data-parallel processes that take tiny models of many architectures through a step, by DDP and by FSDP2.
+"""Compare a step of two data-parallel processes with a step of one process, by DDP and by FSDP2.
 
-Usage: families_parallel.py FOLDER FAMILY...   process N writes what it found to FOLDER/results-N.json
+Usage: families_parallel.py FOLDER FAMILY...   process N writes its results to FOLDER/results-N.json
 
-Each process has half of a batch, and each computes in itself, with the whole batch, what one process would.
+The models are tiny models of many architectures. Each process has half of a batch. Each process also computes, with the
+whole batch, the results of one process.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ from unipelt.injection.state import host_of, injection_inside
 from unipelt.submodules.room import own_parts
 
 LENGTHS = ((9, 5, 7, 7), (4, 6, 2, 8))
-"""Of two batches: both halves have as many tokens, so that the mean of their losses is the loss of the whole."""
+"""The lengths of the texts in two batches. Both halves of a batch have the same number of tokens, so the mean of their
+losses is the loss of the whole batch.
+"""
 CHECKPOINTED = ("bert", "llama", "bart")
 PROCESSES = 2
 
 
 def build(family: str) -> Any:
-    """An injected model in training mode, the same in every process."""
+    """Return an injected model in training mode, the same in every process."""
     model = tiny_model(family).train()
     unipelt.inject(model, "unipelt-apl" if family in WITH_PREFIX else "unipelt-al")
     shake(model)
@@ -50,7 +53,7 @@ def build(family: str) -> Any:
 
 
 def build_peft(family: str) -> Any:
-    """A `PeftModel` with the same set, in training mode."""
+    """Return a `PeftModel` with the same set, in training mode."""
     import peft
 
     model = peft.get_peft_model(tiny_model(family).train(), unipelt.PeftConfig("unipelt-apl"))
@@ -59,7 +62,7 @@ def build_peft(family: str) -> Any:
 
 
 def batches(family: str) -> Iterator[dict[str, Tensor]]:
-    """Two labelled batches of four texts."""
+    """Yield two labelled batches of four texts."""
     for seed, lengths in enumerate(LENGTHS):
         batch = tiny_batch(family, seed, lengths)
         if family in ENCODERS:
@@ -73,17 +76,18 @@ def batches(family: str) -> Iterator[dict[str, Tensor]]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of a tensor, of which each process may hold a part."""
+    """Return a copy of the whole tensor. Each process may hold only a part of the tensor."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def step(family: str, model: Any, wrapped: Any, rows: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of the second of two passes, and all parameters after a step by them.
+    """Return the gradients of the second of two passes, and all parameters after a step with these gradients.
 
-    The second, because DistributedDataParallel complains in the next pass of what the first left unreduced.
+    The second pass is used because DistributedDataParallel reports an unreduced parameter of a pass only in the next
+    pass.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # with so large an epsilon Adam's first step follows a gradient's size, not its sign alone
+    # with a large epsilon, Adam's first step depends on the gradient's size and not only on its sign
     optimizer = torch.optim.AdamW(trained, lr=0.1, eps=0.1, weight_decay=0.0)
     for batch in batches(family):
         optimizer.zero_grad()
@@ -95,7 +99,7 @@ def step(family: str, model: Any, wrapped: Any, rows: slice) -> tuple[dict[str, 
 
 
 def shard(family: str, model: Any) -> Any:
-    """`fully_shard` as its documentation applies it: each layer, then what is left."""
+    """Apply `fully_shard` as its documentation does: to each layer, then to the rest."""
     mesh = init_device_mesh("cpu", (PROCESSES,))
     for stack in FAMILIES[family].stacks:
         for layer in layers_at(model.base_model, stack.layers):
@@ -104,26 +108,26 @@ def shard(family: str, model: Any) -> Any:
 
 
 def shard_peft(family: str, model: Any) -> Any:
-    """The same for a `PeftModel`: the layers, the model inside, and the wrapper."""
+    """Apply `fully_shard` to a `PeftModel`: to the layers, to the model inside, and to the wrapper."""
     shard(family, host_of(model))
     return fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
 
 
 def own_rows() -> slice:
-    """Which texts of a batch are this process's."""
+    """Return the slice of a batch that belongs to this process."""
     half, rank = 4 // PROCESSES, torch.distributed.get_rank()
     return slice(half * rank, half * (rank + 1))
 
 
 def differing(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not close, or are on one side only."""
+    """Return the names of tensors that are not close, or that only one side has."""
     both = got.keys() & want.keys()
     apart = [name for name in both if not torch.allclose(got[name], want[name], atol=3e-6, rtol=1e-4)]
     return sorted({*apart, *(got.keys() ^ want.keys())})
 
 
 def differing_between_processes(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not those of the first process, bit for bit."""
+    """Return the names of tensors that are not bitwise equal to those of the first process."""
     apart = []
     for name, tensor in tensors.items():
         first = tensor.clone()
@@ -134,7 +138,7 @@ def differing_between_processes(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def compare(family: str, way: str) -> dict[str, Any]:
-    """What two processes and one do not agree on."""
+    """Return the differences between two processes and one process."""
     of_peft = way == "fsdp2 of peft"
     make = build_peft if of_peft else build
     alone, model = make(family), make(family)
@@ -168,14 +172,14 @@ def compare(family: str, way: str) -> dict[str, Any]:
 
 
 def save(family: str, folder: Path) -> dict[str, Any]:
-    """What a sharded model's checkpoint, whole and deployed, does not hold."""
+    """Save a sharded model, whole and deployed, and return the differences between the model and its checkpoints."""
     model = build(family)
     shard(family, model)
     _, got = step(family, model, model, own_rows())
     state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if torch.distributed.get_rank() != 0:
         return {}
-    # from here on the first process is alone: whatever would gather something now, waits for ever
+    # only the first process continues, so a call that gathers tensors would wait forever
     unipelt.save(model, folder / family, state_dict=state)
     unipelt.save(model, folder / f"{family}-deployed", state_dict=state, deploy=True)
     again, deployed = (unipelt.load(tiny_model(family), folder / name) for name in (family, f"{family}-deployed"))
@@ -197,7 +201,7 @@ def save(family: str, folder: Path) -> dict[str, Any]:
 
 
 def save_peft(family: str, folder: Path) -> dict[str, Any]:
-    """What the folder of a sharded `PeftModel` does not hold."""
+    """Save a sharded `PeftModel`, and return the differences between the model and its folder."""
     import peft
 
     model = build_peft(family)
@@ -231,16 +235,19 @@ def work(rank: int, folder: Path, families: list[str]) -> None:
         except Exception:
             found = {"error": traceback.format_exc()}
         results[f"{family} {way}"] = found
-        # after each, for a collective that only one process reaches may end both
+        # written after each job, because a collective that only one process reaches may end both
         (folder / f"results-{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     torch.distributed.barrier()
     sys.stdout.flush()
-    # torch's destructors may wait for gloo's thread, which may wait for the GIL that they hold: leave without them
+    # exit without torch's destructors: they may hold the GIL and wait for gloo's thread, which may wait for the GIL
     os._exit(0)
 
 
 def in_processes(work: Callable[..., None], *given: Any) -> int:
-    """Call `work(rank, *given)` in forked processes, so that the libraries are imported once; 0 if all went well."""
+    """Call `work(rank, *given)` in forked processes, so that the libraries are imported once.
+
+    Return 0 if all succeed.
+    """
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=work, args=(rank, *given)) for rank in range(PROCESSES)]
     for worker in workers:

@@ -1,12 +1,12 @@
-"""Coverage-guided fuzzing of everything that reads a file which somebody else may have written.
+"""Fuzz every reader of files that other people may have written, guided by coverage.
 
     python tests/scripts/fuzz.py --seconds 600 --out finds
 
-It needs atheris (Linux only, no dependency of the project) and says so where it is absent. Valid files are made first;
-the fuzzer changes their bytes, or values and names within them, and keeps what reaches new code of `unipelt` and yaml.
-A loader may refuse with its own error, or take the file; a model must be untouched afterwards. Anything else is a find:
-its input is written to `--out`, one line says what was raised and where, and fuzzing goes on. Ends with 1 if there
-were finds.
+The script needs atheris (Linux only, not a dependency of the project), and says so if atheris is missing. The script
+first makes valid files. The fuzzer changes their bytes, or values and names in them, and keeps the inputs that reach
+new code of `unipelt` and yaml. A loader may refuse a file with its own error, or accept the file. In both cases the
+model must be unchanged at the end. Anything else is a find: the input is written to `--out`, one line shows the error
+and its place, and fuzzing goes on. The exit status is 1 if the list of finds is not empty.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("UNIPELT_GLUE_DIR", None)
 
-SLOW = 30  # seconds that no file may take
+SLOW = 30  # the most seconds that a file may take
 ABSENT = "this needs atheris, which is not installed: pip install atheris (Linux only)"
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 2**64, 10**30, 10**400, -0.0, 0.5, 1e-300, 1e308),
@@ -50,15 +50,15 @@ VALUES: tuple[Any, ...] = (
 
 
 class Wrong(Exception):
-    """What a loader did not raise, and should have minded."""
+    """A loader did something wrong and raised no error of its own."""
 
 
 class Refused(Exception):
-    """What another library refused before a loader saw it."""
+    """Another library refused the input before a loader saw it."""
 
 
 class TooSlow(BaseException):
-    """A file took longer than any may."""
+    """A file took longer than `SLOW` seconds."""
 
 
 def main() -> int:
@@ -74,10 +74,10 @@ def main() -> int:
         print(ABSENT)
         return 2
     import torch
-    import transformers  # noqa: F401  (before the instrumented imports, so that it is not instrumented)
+    import transformers  # noqa: F401  (first, so that Transformers is not instrumented)
 
     for name in [name for name in sys.modules if name.split(".")[0] == "yaml"]:
-        del sys.modules[name]  # Transformers has imported it; this process reads it again, instrumented
+        del sys.modules[name]  # Transformers has imported yaml; import yaml again, instrumented
     with atheris.instrument_imports(include=["unipelt", "yaml"]):
         import yaml  # noqa: F401
 
@@ -95,11 +95,11 @@ def main() -> int:
         corpus.mkdir()
         names, chance = list(targets), random.Random(arguments.seed)
         for index, (_, seeds, _) in enumerate(targets.values()):
-            for seed in seeds:  # the last bytes of an input are what the provider's numbers come from
+            for seed in seeds:  # the provider takes its numbers from the last bytes of an input
                 for tail in (b"", b"\0", b"\1", b"\2", b"\3"):
                     content = seed + tail + bytes([index])
                     (corpus / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
-            for number in range(50):  # what the provider makes choices from
+            for number in range(50):  # the provider makes choices from these bytes
                 (corpus / f"{index}-{number}").write_bytes(chance.randbytes(60) + bytes([index]))
         (home / "words").write_text("".join(f'"{word}"\n' for word in words(targets)))
     except BaseException:
@@ -108,7 +108,7 @@ def main() -> int:
     print(f"{len(targets)} targets, {len(list(corpus.iterdir()))} inputs to start from; finds go to {out}", flush=True)
     log = os.open(home / "log", os.O_WRONLY | os.O_CREAT)
     screen = os.dup(2)
-    os.dup2(log, 2)  # what libFuzzer says; its last line has the coverage
+    os.dup2(log, 2)  # the output of libFuzzer; its last line has the coverage
 
     started = time.monotonic()
     executions: Counter[str] = Counter()
@@ -167,7 +167,7 @@ def main() -> int:
 
 
 def place_of(error: BaseException) -> str:
-    """The last line of this project's that an error passed through; else the last of all."""
+    """Return the last line of this project through which an error passed, or else the last line of all."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if f"{os.sep}unipelt{os.sep}" in frame.filename]
     frame = (ours or frames)[-1]
@@ -175,7 +175,7 @@ def place_of(error: BaseException) -> str:
 
 
 def words(targets: dict[str, Any]) -> list[str]:
-    """What stands in the valid files, for libFuzzer to put elsewhere."""
+    """Return the words of the valid files, for libFuzzer to insert elsewhere."""
     found: Counter[str] = Counter()
     for _, seeds, _ in targets.values():
         for seed in seeds:
@@ -187,7 +187,10 @@ Target = tuple[Callable[[Any], None], list[bytes], tuple[type[BaseException], ..
 
 
 def make_targets(home: Path) -> dict[str, Target]:
-    """By name: what reads an input, valid inputs to start from, and the errors that it documents."""
+    """Return the targets by name.
+
+    A target is the reader of an input, valid inputs to start from, and the errors that the reader documents.
+    """
     import torch
     from helpers import shake, tiny_bert
     from safetensors import SafetensorError
@@ -228,7 +231,7 @@ def make_targets(home: Path) -> dict[str, Target]:
     request["runs"] = request["runs"][:2]
     failure = {"error": "no luck", "log": "a\nb", "time": 1.5}
 
-    # deliberately small: the fuzzer's length is spent on what is read, not on numbers
+    # small, so that the fuzzer changes the format of a file more often than its numbers
     small = {"adapter": {"bottleneck": 2}, "prefix": {"length": 2, "hidden": 3}, "lora": {"rank": 2}}
     method = unipelt.resolve({"preset": "unipelt-apl", **small})
     trained = unipelt.inject(bert(), method)
@@ -263,7 +266,7 @@ def make_targets(home: Path) -> dict[str, Target]:
             content = tensors_file(data, weights)
         else:
             text, content = document(data, manifest), tensors_file(data, weights)
-        if how >= 2:  # whoever makes a file can name its SHA-256 too
+        if how >= 2:  # the author of a file can write its SHA-256 too
             digest = hashlib.sha256(content).hexdigest()
             text = text.replace(manifest["weights"]["sha256"].encode(), digest.encode())
         (folder / "unipelt.json").write_bytes(text)
@@ -354,7 +357,7 @@ def make_targets(home: Path) -> dict[str, Target]:
 
 
 def document(data: Any, good: Any) -> bytes:
-    """Bytes as they come, or a valid document with some of its values and names changed."""
+    """Return raw bytes, or a valid document with some of its values and names changed."""
     how = data.ConsumeIntInRange(0, 3)
     if how == 0:
         return data.ConsumeBytes(data.remaining_bytes())
@@ -365,7 +368,7 @@ def document(data: Any, good: Any) -> bytes:
 
 
 def with_change(data: Any, value: Any) -> Any:
-    """One node of a document replaced, renamed, doubled or left out."""
+    """Return a document with one node replaced, renamed, added, copied or removed. The document changes in place."""
     nodes: list[tuple[Any, Any]] = []
     left = [value]
     while left:
@@ -408,7 +411,7 @@ def some(data: Any) -> Any:
 
 
 def spliced(data: Any, content: bytes) -> bytes:
-    """Some bytes at some place put in, in place of some."""
+    """Return the content with some bytes replaced by others, at one to three places."""
     for _ in range(data.ConsumeIntInRange(1, 3)):
         at = data.ConsumeIntInRange(0, len(content))
         gone = data.ConsumeIntInRange(0, min(64, len(content) - at))
@@ -417,7 +420,7 @@ def spliced(data: Any, content: bytes) -> bytes:
 
 
 def tensors_file(data: Any, content: bytes) -> bytes:
-    """A safetensors file: other tensors, its header changed as a document, or its bytes as they are."""
+    """Return a safetensors file with other tensors, with a changed header, or with changed bytes."""
     how = data.ConsumeIntInRange(0, 3)
     if how == 0:
         return spliced(data, content)
@@ -430,7 +433,10 @@ def tensors_file(data: Any, content: bytes) -> bytes:
 
 
 def other_tensors(data: Any, content: bytes) -> bytes:
-    """A valid safetensors file in which a tensor is gone, added, renamed, of another type, shape or value."""
+    """Return a valid safetensors file with one to three changes to its tensors.
+
+    A change removes, adds or renames a tensor, or gives a tensor another type, shape or value.
+    """
     import torch
     from safetensors.torch import load, save
 

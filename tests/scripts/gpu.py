@@ -1,7 +1,8 @@
-"""What `.ci/gpu` does: all that a GPU is to tell, part by part, in the order of their worth.
+"""Run the checks of `.ci/gpu`, which need a GPU, part by part, the most important part first.
 
-Each part is a process with a log. A part that ended well at this commit is not repeated, so a run that was cut off goes
-on. What is left when the time is over is said. `report.md` and `report.json` are written after every part.
+Each part is a process with a log. A part that has finished at this commit is not repeated, so an interrupted run can
+continue. The report names the parts that were not run because the time was over. `report.md` and `report.json` are
+written after every part.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class Part:
     """One process.
 
     Attributes:
-        name: of its log and its result.
-        title: what it tells, as a heading.
-        command: behind the name of the Python.
-        most: seconds after which it is ended.
+        name: the name of its log and its result.
+        title: the heading of its section in the report.
+        command: the arguments of the Python interpreter.
+        most: the seconds after which the process is ended.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Part:
 
 
 def parts(out: Path, small: bool) -> list[Part]:
-    """Return the parts; small ones on a CPU, to try the script."""
+    """Return the parts. With `small`, they are small enough for a CPU, to try the script."""
     device = "cpu" if small else "cuda"
     shape: tuple[str, ...] = (
         "--random",
@@ -95,7 +96,7 @@ def parts(out: Path, small: bool) -> list[Part]:
 
 
 def run(part: Part, out: Path, seconds: float, device: str) -> dict[str, Any]:
-    """Run a part; returns its result."""
+    """Run a part, and return its result."""
     path = os.pathsep.join(str(ROOT / name) for name in ("", "tests", "examples"))
     environment = {**os.environ, "UNIPELT_DEVICE": device, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     begun, limit = time.monotonic(), min(part.most, seconds)
@@ -129,7 +130,7 @@ def shown(part: Part, result: dict[str, Any] | None, out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts that are left. Returns 0 if all have finished."""
+    """Run the parts that are left. Return 0 if all have finished, 1 if not, and 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of logs, records and the report")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which no more is done")

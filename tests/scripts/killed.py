@@ -1,7 +1,7 @@
-"""Runs that are killed with SIGKILL at chosen moments and started again: `python killed.py FOLDER`.
+"""Kill runs with SIGKILL at chosen moments, and start them again: `python killed.py FOLDER`.
 
-Every attempt is a process of its own. They are forked, because importing the libraries takes longer than the runs;
-nothing has used a thread before a fork.
+Every attempt is its own process. The processes are forked, because importing the libraries takes longer than the runs.
+No thread is used before a fork.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tiny_task import make_quick, quick
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 
-# What is being called, and which call of it kills the process, before it does anything or after it has been done.
+# The function, the number of the call that kills the process, and whether the kill is before or after the call.
 MOMENTS = {
     "before the first epoch": ("transformers.trainer.Trainer", "train", 1, "before"),
     "in an epoch": ("transformers.trainer.Trainer", "training_step", 5, "after"),
@@ -45,7 +45,7 @@ MOMENTS = {
 
 
 def kill_at(place: str, name: str, call: int, when: str) -> None:
-    """Make this process kill itself at that call."""
+    """Make this process kill itself at call number `call` of a function, before or after the call."""
     try:
         owner: Any = importlib.import_module(place)
     except ModuleNotFoundError:
@@ -68,7 +68,7 @@ def kill_at(place: str, name: str, call: int, when: str) -> None:
 
 
 def attempt(settings: RunSettings, prepare: Callable[[], None] = lambda: None, seconds: float | None = None) -> int:
-    """Run in a process of its own; returns its wait status. With `seconds`, it is killed from outside."""
+    """Do a run in its own process, and return the wait status. With `seconds`, the process is killed from outside."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -85,12 +85,12 @@ def attempt(settings: RunSettings, prepare: Callable[[], None] = lambda: None, s
 
 
 def main(folder: Path) -> None:
-    """Leave `report.json`: for each moment, how the killed attempt ended and how the second one did."""
+    """Write `report.json`: for each moment, how the killed attempt ended, and how the second attempt ended."""
     torch.set_num_threads(1)
     make_quick(folder)
 
     def settings(name: str) -> RunSettings:
-        # of at most six epochs it stops after the fifth, and the third is the best
+        # the run stops after the fifth of at most six epochs, and the third epoch is the best
         return RunSettings(**quick(folder, output_dir=str(folder / name), epochs=6, patience=2))
 
     report = {"undisturbed": [attempt(settings("undisturbed"))]}
@@ -98,7 +98,7 @@ def main(folder: Path) -> None:
         name = f"moment-{number}"
         first = attempt(settings(name), lambda moment=moment: kill_at(*MOMENTS[moment]))  # type: ignore[misc]
         report[name] = [first, attempt(settings(name))]
-    for number, seconds in enumerate((0.5, 1.1)):  # whatever it is doing then
+    for number, seconds in enumerate((0.5, 1.1)):  # at any moment of the run
         name = f"clock-{number}"
         report[name] = [attempt(settings(name), seconds=seconds), attempt(settings(name))]
     (folder / "report.json").write_text(json.dumps(report))

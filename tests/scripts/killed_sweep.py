@@ -1,7 +1,7 @@
-"""Sweeps that are killed with SIGKILL at chosen moments and started again: `python killed_sweep.py FOLDER`.
+"""Kill sweeps with SIGKILL at chosen moments, and start them again: `python killed_sweep.py FOLDER`.
 
-The folder holds `sweep.yaml` and `record.json`, a record that stands for every run's: what is tried is the sweep, so a
-run is a line in `starts.txt` and a result. Each sweep is a process of its own, forked before anything used a thread.
+The folder holds `sweep.yaml` and `record.json`, which stands for the record of every run. Only the sweep is tested, so
+a run is a line in `starts.txt` and a result. Each sweep is its own process, forked before any thread is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unipelt.glue.settings import RunSettings
 from unipelt.records import record as result
 from unipelt.sweep import carry_out, read_sweep, status, write_request
 
-# What is being called, and which call of it kills the process, before it does anything or after it has been done.
+# The function, the number of the call that kills the process, and whether the kill is before or after the call.
 MOMENTS = {
     "before the request is written": ("unipelt.sweep.folder", "write_whole", 1, "before"),
     "request written, nothing begun": ("unipelt.sweep.folder", "write_whole", 1, "after"),
@@ -33,7 +33,10 @@ MOMENTS = {
 
 
 def pretend(home: Path, out: Path, seconds: float = 0.0) -> Callable[[RunSettings, threading.Event], str | None]:
-    """A run that notes its start and leaves a record; the fourth fails when it is started for the first time."""
+    """Return a function that does a pretended run: it notes the start of the run and writes a record.
+
+    The fourth start fails, if that run starts for the first time.
+    """
 
     def start(settings: RunSettings, stop: threading.Event) -> str | None:
         folder = Path(str(settings.output_dir))
@@ -52,7 +55,7 @@ def pretend(home: Path, out: Path, seconds: float = 0.0) -> Callable[[RunSetting
 
 
 def attempt(home: Path, out: Path, moment: str | None = None, workers: int = 1) -> Callable[[], int]:
-    """Start a sweep in a process of its own; what is returned waits for it and returns its wait status."""
+    """Start a sweep in its own process. Return a function that waits for the process and returns its wait status."""
     child = os.fork()
     if child == 0:
         code = 3
@@ -69,7 +72,7 @@ def attempt(home: Path, out: Path, moment: str | None = None, workers: int = 1) 
 
 
 def main(home: Path) -> None:
-    """Leave `report.json`: for each moment, how the attempts ended; and how sweeps that share a folder did."""
+    """Write `report.json`: for each moment, how the attempts ended; and how sweeps that share a folder ended."""
     report = {}
     (home / "fails").touch()
     for number, moment in enumerate(MOMENTS):

@@ -1,7 +1,7 @@
-"""Saves, runs and sweeps killed with SIGKILL at random moments, until they end: `python kills.py FOLDER SEED NAME…`.
+"""Kill saves, runs and sweeps with SIGKILL at random moments, until they end: `python kills.py FOLDER SEED NAME…`.
 
-Every process is forked from this one, which imports the libraries once and never uses a thread itself. Leaves
-`report.json`: by scenario, how many processes were killed, and what then was wrong, if anything.
+Every process is forked from this one, which imports the libraries once and never uses a thread itself. The script
+writes `report.json`: by scenario, the number of killed processes, and the problem that was found, if any.
 """
 
 from __future__ import annotations
@@ -41,14 +41,17 @@ from unipelt.sweep import pack_workers as packs
 from unipelt.sweep import workers as work
 
 SAVES, RUNS, SWEEPS, PACKS = 30, 12, 7, 7
-"""Processes that are killed, at least. What ends before it is killed does not count, and is started again."""
+"""The smallest numbers of killed processes.
+
+A process that ends before its kill does not count, and another one is started.
+"""
 
 
 class Process:
-    """A process forked from this one, which says when it has begun.
+    """A process forked from this one, which reports its start.
 
     Args:
-        act: what it does, given a function that takes a line for this process.
+        act: the action of the process. Its argument is a function that sends a line to this process.
     """
 
     def __init__(self, act: Callable[[Callable[[str], None]], object]) -> None:
@@ -71,7 +74,10 @@ class Process:
         self.read = read
 
     def end(self, seconds: float | None) -> bool:
-        """Kill it so many seconds after its first line, or wait for its end; whether it was killed."""
+        """Kill the process `seconds` after its first line, or wait for its end.
+
+        Return whether the process was killed.
+        """
         if seconds is not None:
             self.said += os.read(self.read, 1 << 16)
             time.sleep(seconds)
@@ -88,7 +94,7 @@ class Process:
 
 
 def saves(home: Path, chance: random.Random) -> int:
-    """One version is saved over the other without end; after every kill the last one, or the one after it, is there."""
+    """Kill a process that saves version after version. After every kill, the last version or the next one is whole."""
     model, base, folder = unipelt.inject(tiny_model(), "unipelt-apl"), tiny_model(), home / "folder"
     unipelt.save(fill(model, 1), folder)
     there, kills, new = 1, 0, set[bool]()
@@ -116,7 +122,7 @@ def saves(home: Path, chance: random.Random) -> int:
 
 
 def runs(home: Path, chance: random.Random) -> int:
-    """Chains of runs in one folder each; every chain ends as the run that nobody disturbed."""
+    """Kill chains of runs, each in one folder. Every chain ends like the run that nobody disturbed."""
     kills = 0
     whole: dict[str, float] = {}
     for number in range(100):
@@ -148,7 +154,7 @@ def runs(home: Path, chance: random.Random) -> int:
 
 
 def delays(chance: random.Random, whole: float) -> Iterator[float]:
-    """Seconds up to a kill: at first within what the whole took, then more, should the machine have become slower."""
+    """Yield the seconds until each kill: at first within the time of a whole run, then more, for a slower machine."""
     for attempt in count():
         yield chance.uniform(0.0, whole * (1 + attempt / 4))
 
@@ -162,7 +168,7 @@ def run_it(settings: RunSettings) -> Callable[[Callable[[str], None]], object]:
 
 
 def check_pieces(folder: Path) -> None:
-    """Whatever says that it is whole is whole."""
+    """Check that every file that is marked as whole is whole."""
     found_record(folder)
     for marker in folder.glob("checkpoints/*/complete.json"):
         json.loads(marker.read_text())
@@ -172,7 +178,7 @@ def check_pieces(folder: Path) -> None:
 
 
 def check_same(folder: Path, calm: Path) -> None:
-    """Two runs had the same outcome, bit for bit."""
+    """Check that two runs have the same outcome, bit for bit."""
     names = ("evaluations", "best", "dev", "test", "gates", "majority", "data", "parameters", "digest", "files")
     ours, theirs = read_result(folder), read_result(calm)
     assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
@@ -181,7 +187,10 @@ def check_same(folder: Path, calm: Path) -> None:
 
 
 def check_close(folder: Path, calm: Path) -> None:
-    """Two runs had the same outcome but for rounding: after a kill, one trains in other company in its pack."""
+    """Check that two runs have the same outcome except for rounding.
+
+    After a kill, a run can have other neighbours in its pack, which changes the rounding.
+    """
     ours, theirs = read_result(folder), read_result(calm)
     for name in ("best", "majority", "data", "parameters", "digest", "files"):
         assert ours[name] == theirs[name], name
@@ -201,9 +210,9 @@ def check_close(folder: Path, calm: Path) -> None:
 
 
 class Forked:
-    """In place of `subprocess.Popen`: forks, and calls what `python -m MODULE ARGUMENT` would."""
+    """A replacement of `subprocess.Popen` that forks, and calls the function of `python -m MODULE ARGUMENT`."""
 
-    tell: Callable[[str], None] = staticmethod(silent)  # takes the number of each process
+    tell: Callable[[str], None] = staticmethod(silent)  # takes the id of each process
 
     def __init__(
         self,
@@ -225,7 +234,7 @@ class Forked:
                 os.setsid()
                 for number, file in enumerate((into, out, out if stderr == subprocess.STDOUT else stderr.fileno())):
                     os.dup2(file, number)
-                os.closerange(3, 1000)  # locks, and the pipes of others, go with what would replace this process
+                os.closerange(3, 1000)  # a new program would not hold the locks and pipes of this process
                 sys.stdin = os.fdopen(0)
                 sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
                 packed = module == packs.__name__
@@ -289,12 +298,15 @@ grid:
 
 
 def sweeps(home: Path, chance: random.Random) -> int:
-    """The process of a sweep is killed, or that of a run of it, which is a failure to be tried again."""
+    """Kill the process of a sweep, or of one of its runs. A killed run is a failure that is tried again."""
     return _sweeps(home, chance, SWEEPS, [])
 
 
 def sweeps_in_packs(home: Path, chance: random.Random) -> int:
-    """As `sweeps`, with a process that does two runs at a time; in other company, numbers are rounded otherwise."""
+    """Do the same as `sweeps`, with a process that does two runs at a time.
+
+    Other neighbours in a pack change the rounding.
+    """
     return _sweeps(home, chance, PACKS, ["--pack", "2"])
 
 
@@ -328,14 +340,17 @@ def _sweeps(home: Path, chance: random.Random, least: int, options: list[str]) -
 
 
 def kill_below(process: Process, out: Path, seconds: float) -> int:
-    """Kill the first process that a sweep has started, and wait for the sweep, which says so; whether it did."""
-    while len(words := process.said.split()) < 2:  # that it has begun, and the number of a process
+    """Kill the first process that a sweep has started, and wait for the sweep.
+
+    Return whether the sweep reports the kill.
+    """
+    while len(words := process.said.split()) < 2:  # the word "begun", and the id of a process
         if not (more := os.read(process.read, 1 << 16)):
             break
         process.said += more
     if len(words) > 1:
         time.sleep(seconds)
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the process has already ended
             os.kill(int(words[1]), signal.SIGKILL)
     process.end(None)
     return int(any("SIGKILL" in json.loads(path.read_text())["error"] for path in out.glob("*/failure.json")))
@@ -353,26 +368,26 @@ def sweep_it(home: Path, out: Path, options: list[str]) -> Callable[[Callable[[s
 
 
 def stand_ins() -> None:
-    """Processes that are forked, not started anew; and no long pauses."""
+    """Replace new processes by forked ones, and long pauses by short ones."""
     for module in (work, packs):
         setattr(module, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))  # noqa: B010
         setattr(module, "_PAUSE", 0.05)  # noqa: B010
     packs.IDLE_SECONDS = 0.2
     packed.CHECKPOINT_SECONDS = 0.0
-    training.describe_code = lambda: {"commit": None, "dirty": None}  # asks git, in a process
+    training.describe_code = lambda: {"commit": None, "dirty": None}  # the real function starts git in a process
 
 
 def main(folder: Path, seed: int, names: list[str]) -> None:
-    """Do the scenarios of these names; leave `report.json`."""
+    """Do the scenarios with these names, and write `report.json`."""
     torch.set_num_threads(1)
     make_quick(folder)
-    copy(folder / "model", folder / "still")  # without dropout, whose numbers a pack shares among whoever is in it
+    copy(folder / "model", folder / "still")  # without dropout, because the runs of a pack share its random numbers
     config = SMALL_BERT.to_dict() | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "still" / "config.json").write_text(json.dumps(config))
     (folder / "sweep.yaml").write_text(SWEEP.format(home=folder))
     stand_ins()
-    setattr(os, "fsync", lambda file: None)  # noqa: B010  (nothing here outlives the machine)
-    gc.freeze()  # what was imported need not be looked at again, which takes longer than the rest
+    setattr(os, "fsync", lambda file: None)  # noqa: B010  (no file here must survive a power failure)
+    gc.freeze()  # the garbage collector would take most of the time to check the imported objects
     report: dict[str, dict[str, Any]] = {}
     for scenario in [one for one in (saves, runs, sweeps, sweeps_in_packs) if one.__name__ in names]:
         home = folder / scenario.__name__

@@ -1,19 +1,19 @@
-"""Mutation testing: change the code a little, and see whether a test notices.
+"""Mutation testing: change the code a little, and see whether a test fails.
 
     python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests tests/injection/test_inject.py
     python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests ... --sample 40 --seed 1 --out gate.json
     python tests/scripts/mutate.py --modules unipelt/submodules/gate.py --tests ... --again gate.json
 
-The libraries take longer to import than most tests take to run, so they are imported once, and each mutant is a fork
-that imports `unipelt` anew with the mutated module in place. One run without mutants comes first: it must pass, and it
-says which test executes which line (`coverage`). A mutant meets the tests that execute its statement, those that
-killed its neighbours first, then one of each function, the fast ones first, until one fails; what runs while a module
-is imported meets all.
+Importing the libraries takes longer than most tests. So the libraries are imported once, and each mutant is a fork that
+imports `unipelt` again with the mutated module in place. One run without mutants comes first. It must pass, and it
+records which test executes which line (`coverage`). A mutant meets the tests that execute its statement, until one
+fails. The order is: tests that killed its neighbours, then one test of each function, the fast tests first. Code that
+runs while a module is imported meets all tests.
 
-Left alone are docstrings, annotations, assertions, imports, whether a dataclass is frozen, the words of f-strings, and
-what is raised (that it is raised is not left alone).
-The exit status is 0 whether or not mutants survive: survivors are to be read, for some change nothing that could be
-seen.
+Some code is not changed: docstrings, annotations, assertions, imports, whether a dataclass is frozen, the words of
+f-strings, and the raised exception. (A raise statement as a whole can be left out.)
+The exit status is 0 whether or not mutants survive. Survivors must be read, because some change nothing that a test can
+see.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 24 << 30
-"""Bytes of address space that a mutant may take: a changed size may ask for anything."""
+"""The bytes of address space that a mutant may take. A changed size may ask for any amount."""
 
 
-# What is changed
+# Changes of the code
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Site:
 
     Attributes:
         operator: the kind of change.
-        scope: the function or class it is in, dotted; empty at the top.
-        line: where it is.
-        lines: first and last line of its statement, of a compound statement those of its head.
-        imported: whether it runs while the module is imported.
-        before, after: the code.
-        apply: makes the change in the tree that the site was found in.
+        scope: the name of its function or class, with dots; empty at the top level.
+        line: the line of the change.
+        lines: the first and last line of its statement; for a compound statement, of its head.
+        imported: whether the code runs while the module is imported.
+        before, after: the code before and after the change.
+        apply: makes the change in the tree in which the site was found.
     """
 
     operator: str
@@ -113,7 +113,7 @@ SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Ra
 
 
 def sites(tree: ast.Module) -> Iterator[Site]:
-    """Every change of a module, in the order of its code."""
+    """Yield every change of a module, in the order of its code."""
     yield from _inside(tree, "", (1, 1), True)
 
 
@@ -143,7 +143,7 @@ def _inside(node: ast.AST, scope: str, lines: tuple[int, int], imported: bool) -
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
                 own_scope = f"{scope}.{child.name}" if scope else child.name
             if isinstance(child, ast.FunctionDef):
-                # defaults and decorators run when the function is made, its body when it is called
+                # defaults and decorators run when the function is defined, its body when the function is called
                 for part in (child.args, *child.decorator_list):
                     yield from _inside(part, own_scope, own_lines, imported)
                 body = ast.Module(child.body, [])
@@ -196,7 +196,7 @@ def _is_left_alone(node: ast.AST) -> bool:
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What one node may become, by the kind of change."""
+    """Yield the possible changes of one node, each with the kind of change."""
     if isinstance(node, ast.Compare):
         for place, operator in enumerate(node.ops):
             other = copy.copy(node)
@@ -247,7 +247,7 @@ def _is_none(node: ast.AST) -> bool:
 
 
 def _is_removable(node: ast.AST) -> bool:
-    if isinstance(node, ast.Assign):  # without a name's value the next line fails, whatever it does
+    if isinstance(node, ast.Assign):  # without the value of a name, the next line always fails
         return not any(isinstance(target, (ast.Name, ast.Tuple)) for target in node.targets)
     return isinstance(node, (ast.AugAssign, ast.Expr, ast.Raise, ast.Delete))
 
@@ -272,7 +272,7 @@ def _other_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
     if len(node.args) > 1:
         yield "argument left out", ast.Call(node.func, node.args[:-1], node.keywords)
     if "super()" in ast.unparse(node.func):
-        return  # fails at once, whatever the tests
+        return  # fails at once with any test
     if isinstance(node.func, ast.Attribute) and not _is_library(node.func.value):
         yield "call left out", node.func.value  # x.f(y) to x
     elif len(node.args) == 1 and not isinstance(node.args[0], ast.Starred):
@@ -280,7 +280,7 @@ def _other_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _is_library(node: ast.AST) -> bool:
-    """Whether it is a module rather than a value: nothing is left of a call without it."""
+    """Return whether the node is a module and not a value. A call without its module cannot run."""
     return ast.unparse(node).partition(".")[0] in LIBRARIES
 
 
@@ -288,26 +288,26 @@ def _is_library(node: ast.AST) -> bool:
 
 
 class Mutated(MetaPathFinder, SourceFileLoader):  # type: ignore[misc]
-    """Finds one module, and loads a mutant in its place."""
+    """A finder and loader that loads a mutant in place of one module."""
 
     def __init__(self, name: str, path: Path, code: CodeType) -> None:
         SourceFileLoader.__init__(self, name, str(path))
         self.code = code
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """As an importer's finder."""
+        """Return the spec of the mutated module, or None for another module."""
         if fullname != self.name:
             return None
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
 
     def get_code(self, fullname: str) -> CodeType:
-        """As an importer's loader."""
+        """Return the code of the mutant."""
         return self.code
 
 
 @dataclass(eq=False)  # pytest keeps plugins in sets
 class Watching:
-    """A pytest plugin: chooses and orders tests, and notes what becomes of them."""
+    """A pytest plugin that chooses and orders tests, and records their results."""
 
     chosen: list[str] | None = None
     coverage: Any = None
@@ -315,30 +315,30 @@ class Watching:
     failed: list[str] = field(default_factory=list)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Keep what was chosen, in its order."""
+        """Keep the chosen tests, in their order."""
         if self.chosen is not None:
             place = {name: index for index, name in enumerate(self.chosen)}
             items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """A test begins."""
+        """Tell `coverage` the name of the test that begins."""
         if self.coverage is not None:
             self.coverage.switch_context(nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A part of a test has ended."""
+        """Record the duration of a part of a test, and its failure."""
         self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
         if report.failed:
             self.failed.append(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file was collected, or could not be."""
+        """Record a file that could not be collected."""
         if report.failed:
             self.failed.append(f"collection of {report.nodeid}")
 
 
 def in_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any] | None:
-    """What `work` returns, in a forked process; None if it takes longer than `limit` seconds, or dies."""
+    """Return the result of `work` in a forked process, or None if the process takes over `limit` seconds or dies."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -350,7 +350,7 @@ def in_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]
         with os.fdopen(writing, "w") as pipe:
             try:
                 text = json.dumps(work())
-            except BaseException:  # whatever it is, this process must not go on as its parent
+            except BaseException:  # after any error, this process must not go on as its parent
                 text = json.dumps({"status": -1, "failed": [traceback.format_exc()]})
             pipe.write(text)
         os._exit(0)
@@ -361,19 +361,19 @@ def in_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]
         text = pipe.read()
     signal.setitimer(signal.ITIMER_REAL, 0)
     with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # whatever it started
+        os.killpg(child, signal.SIGKILL)  # the processes that the child has started
     os.waitpid(child, 0)
     return json.loads(text) if text else None
 
 
 def run_tests(files: Sequence[str], plugin: Watching, *options: str) -> int:
-    """pytest's exit status."""
+    """Run pytest on the files, and return its exit status."""
     quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", "--tb=no", "--assert=plain"]
     return int(pytest.main([*quiet, *options, *files], plugins=[plugin]))
 
 
 def look(files: Sequence[str], modules: Sequence[Path], keyword: str = "") -> dict[str, Any]:
-    """The tests as they are: which fail, how long each takes, which line of each module each executes."""
+    """Run the tests without mutants. Return which fail, how long each takes, and which lines each executes."""
     before = set(sys.modules)
     watched = coverage.Coverage(
         data_file=None, config_file=False, include=[str(path) for path in modules], messages=False
@@ -402,7 +402,7 @@ def look(files: Sequence[str], modules: Sequence[Path], keyword: str = "") -> di
 
 
 def meet(name: str, path: Path, code: CodeType, tests: list[str]) -> dict[str, Any]:
-    """A mutant and its tests."""
+    """Run the tests on a mutant. Return pytest's exit status and the failed tests."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.meta_path.insert(0, Mutated(name, path, code))
     plugin = Watching(chosen=tests)
@@ -411,12 +411,12 @@ def meet(name: str, path: Path, code: CodeType, tests: list[str]) -> dict[str, A
     return {"status": status, "failed": plugin.failed}
 
 
-# The whole of it
+# The command
 
 
 @dataclass
 class Mutant:
-    """A mutant, and what became of it: `killed`, `timeout`, `survived`, or `uncovered` by any test."""
+    """A mutant and its outcome: `killed`, `timeout`, `survived`, `uncovered` by any test, or `invalid` (not Python)."""
 
     module: str
     operator: str
@@ -431,12 +431,12 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, str, str, str, str, int]:
-        """The same as long as its own code is, wherever that moves."""
+        """The identity of the mutant, which stays the same if the code moves but does not change."""
         return self.module, self.scope, self.operator, self.before, self.after, self.occurrence
 
 
 def found(path: Path, source: str) -> list[tuple[Mutant, Site, int]]:
-    """Every mutant of a module, with its number in the order of the code."""
+    """Return every mutant of a module, with its site and its number in the order of the code."""
     counts: Counter[tuple[str, ...]] = Counter()
     mutants = []
     for number, site in enumerate(sites(ast.parse(source))):
@@ -449,7 +449,7 @@ def found(path: Path, source: str) -> list[tuple[Mutant, Site, int]]:
 
 
 def mutate(path: Path, source: str, number: int) -> CodeType | None:
-    """The module with one change; None if that is no Python."""
+    """Return the module with one change, compiled, or None if the change is not valid Python."""
     tree = ast.parse(source)
     next(site for index, site in enumerate(sites(tree)) if index == number).apply()
     try:
@@ -459,13 +459,13 @@ def mutate(path: Path, source: str, number: int) -> CodeType | None:
 
 
 def dotted(path: Path) -> str:
-    """The name that a module is imported by."""
+    """Return the name under which a module is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def main() -> None:
-    """See the top of this file."""
+    """Run the command that the top of this file describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", required=True, type=Path, help="files of the package")
     parser.add_argument("--tests", nargs="+", required=True, help="test files, or tests, as pytest takes them")
@@ -490,7 +490,7 @@ def main() -> None:
             for values in json.loads(options.again.read_text())["mutants"]
             if values["outcome"] in ("survived", "uncovered")
         }
-    sources = {path: path.read_text(encoding="utf-8") for path in modules}  # read once: someone may be at work on them
+    sources = {path: path.read_text(encoding="utf-8") for path in modules}  # read once: files may change during the run
     for path, source in sources.items():
         here = [each for each in found(path, source) if alive is None or each[0].key in alive]
         if options.sample is not None and len(here) > options.sample:
@@ -503,7 +503,7 @@ def main() -> None:
         return
 
     begun = time.perf_counter()
-    import torch  # the libraries come first, the package never: every mutant imports that itself
+    import torch  # only the libraries are imported here; every mutant imports the package itself
     import transformers
 
     if options.seen and options.seen.exists():
@@ -578,7 +578,10 @@ def main() -> None:
 
 
 def in_order(tests: list[str], durations: dict[str, float], kills: Counter[str]) -> list[str]:
-    """Those that killed before, then one of each test function, then their other parameters; the fast ones first."""
+    """Return the tests in order: those that killed before, then one test of each function, then their other parameters.
+
+    Of equal tests, the fast ones come first.
+    """
     turns: Counter[str] = Counter()
     turn = {}
     for test in sorted(tests, key=lambda test: durations[test]):
@@ -589,7 +592,7 @@ def in_order(tests: list[str], durations: dict[str, float], kills: Counter[str])
 
 
 def counts(mutants: list[Mutant]) -> dict[str, dict[str, int]]:
-    """How many mutants of each module there were, and what became of them."""
+    """Return the number of mutants by module and outcome."""
     found: dict[str, Counter[str]] = {}
     for mutant in mutants:
         found.setdefault(mutant.module, Counter())[mutant.outcome] += 1

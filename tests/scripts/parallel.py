@@ -1,4 +1,4 @@
-"""One of several data-parallel processes, started by `torch.distributed.run`; results go to FOLDER.
+"""Run one of several data-parallel processes, started by `torch.distributed.run`. The results go to FOLDER.
 
 Usage: parallel.py gradients FOLDER METHOD...   gradients of the second step of every method, by DistributedDataParallel
        parallel.py trainer FOLDER METHOD...     a run of plain Trainer for every method
@@ -25,12 +25,15 @@ LENGTHS = ((5, 9, 7, 8), (3, 9, 6, 2))
 
 
 def steps() -> list[dict[str, Tensor]]:
-    """Two batches of four texts."""
+    """Return two labelled batches of four texts."""
     return [{**tiny_batch(seed, lengths), "labels": torch.tensor([0, 1, 1, 0])} for seed, lengths in enumerate(LENGTHS)]
 
 
 def second_gradients(model: Any, wrapped: Any, rows: slice) -> dict[str, Tensor]:
-    """Gradients of the second of two steps, so that a parameter which the first left unreduced is an error."""
+    """Return the gradients of the second of two steps.
+
+    A parameter that the first step left unreduced is then an error.
+    """
     for batch in steps():
         model.zero_grad()
         wrapped(**{name: tensor[rows] for name, tensor in batch.items()}).loss.backward()
@@ -38,7 +41,7 @@ def second_gradients(model: Any, wrapped: Any, rows: slice) -> dict[str, Tensor]
 
 
 def prepared(method: Any, checkpointing: bool | None = None) -> Any:
-    """An injected model in training mode; `checkpointing` is None, or whether it is reentrant."""
+    """Return an injected model in training mode. `checkpointing` is None, or whether checkpointing is reentrant."""
     model = make_model(method, dropout=0.0).train()
     shake(model)
     if checkpointing is not None:
@@ -54,7 +57,7 @@ def gradients(folder: Path, jobs: list[str]) -> None:
     for number, job in enumerate(jobs):
         options = json.loads(job)
         model = prepared(**options)
-        # reentrant checkpointing of a shared network is outside what DDP can do without a static graph
+        # without a static graph, DDP cannot do reentrant checkpointing of a shared network
         static = bool(options.get("checkpointing"))
         wrapped = DistributedDataParallel(model, find_unused_parameters=False, static_graph=static)
         save_file(second_gradients(model, wrapped, rows), folder / f"{number}-{rank}.safetensors")
@@ -79,7 +82,7 @@ def main(what: str, folder: str, *jobs: str) -> None:
     {"gradients": gradients, "trainer": trainer}[what](Path(folder), list(jobs))
     torch.distributed.barrier()
     sys.stdout.flush()
-    # torch's destructors may wait for gloo's thread, which may wait for the GIL that they hold: leave without them
+    # exit without torch's destructors: they may hold the GIL and wait for gloo's thread, which may wait for the GIL
     os._exit(0)
 
 

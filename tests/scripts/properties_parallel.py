@@ -1,6 +1,6 @@
-"""Two data-parallel processes that take each of several cases through a step, against one with the joint batch.
+"""Compare a step of two data-parallel processes with a step of one process on the joint batch, for several cases.
 
-Usage: properties_parallel.py FOLDER   reads FOLDER/jobs.json; process N writes what it found to FOLDER/results-N.json
+Usage: properties_parallel.py FOLDER   reads FOLDER/jobs.json; process N writes its results to FOLDER/results-N.json
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ ROWS = 4
 
 
 def read(job: dict[str, Any]) -> tuple[Case, list[Texts]]:
-    """A case and the batches that it sees, from plain types."""
+    """Return a case and its batches, from plain types."""
     values = job["case"]
     method, sizes = unipelt.UniPELTConfig.from_dict(values["method"]), Sizes(**values["sizes"])
     return Case(**{**values, "method": method, "sizes": sizes}), [Texts(**values) for values in job["texts"]]
 
 
 def write(case: Case, several: list[Texts]) -> dict[str, Any]:
-    """What `read` reads."""
+    """Return the plain types that `read` takes."""
     values = {**vars(case), "method": case.method.to_dict(), "sizes": vars(case.sizes)}
     return {"case": values, "texts": [{**vars(one), "hidden": [[]] * ROWS} for one in several]}
 
 
 def step(case: Case, model: Any, forward: Callable[..., Any], several: list[Texts], rows: slice) -> dict[str, Tensor]:
-    """Gradients of the last of some passes, and all parameters after a step by them."""
+    """Return the gradients of the last of several passes, and all parameters after a step with these gradients."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # with so large an epsilon Adam's first step follows a gradient's size, not its sign alone
+    # with a large epsilon, Adam's first step depends on the gradient's size and not only on its sign
     optimizer = torch.optim.AdamW(trained, lr=0.1, eps=0.1, weight_decay=0.0)
     for described in several:
         optimizer.zero_grad()
@@ -55,7 +55,7 @@ def step(case: Case, model: Any, forward: Callable[..., Any], several: list[Text
 
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:
-    """What two processes and one do not agree on."""
+    """Return the names of the tensors in which two processes and one process differ."""
     case, several = read(job)
     one, model = case.build().train(), case.build().train()
     want = step(case, one, one, several, slice(None))
@@ -76,11 +76,11 @@ def work(rank: int, folder: Path) -> None:
             results.append(compare(job))
         except Exception:
             results.append({"error": traceback.format_exc()})
-        # after each, for a collective that only one process reaches may end both
+        # written after each job, because a collective that only one process reaches may end both
         (folder / f"results-{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     torch.distributed.barrier()
     sys.stdout.flush()
-    # torch's destructors may wait for gloo's thread, which may wait for the GIL that they hold: leave without them
+    # exit without torch's destructors: they may hold the GIL and wait for gloo's thread, which may wait for the GIL
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Runs one after the other in a process of its own: `python repeat.py SETTINGS.json ...`."""
+"""Do runs one after the other in one process: `python repeat.py SETTINGS.json ...`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Plain Trainers for tiny injected BERTs; as a program, one process for each method, killed in mid-training.
+"""Train tiny injected BERTs with plain Trainers. As a program, train each method in a process that is killed midway.
 
-Usage: train.py FOLDER METHOD[=CHECKPOINT]... trains each method in FOLDER/METHOD and ends it with SIGKILL when the
-first batch is read after that checkpoint was written.
+Usage: `train.py FOLDER METHOD=CHECKPOINT...` trains each method in FOLDER/METHOD. After the checkpoint of this step is
+written, the process ends with SIGKILL at the next read of a batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LABELS = torch.tensor([0, 1, 1, 0] * (EXAMPLES // 4))
 
 
 class Texts(Dataset[dict[str, Tensor]]):
-    """Labelled random texts; `lethal` is a checkpoint after which reading kills the process."""
+    """Labelled random texts. If `lethal` is given, reading a text kills the process once this checkpoint exists."""
 
     def __init__(self, labels: Tensor = LABELS, lethal: Path | None = None) -> None:
         texts = tiny_batch(lengths=(5, 9, 7, 8) * (EXAMPLES // 4))
@@ -50,7 +50,7 @@ def make_model(method: Any, dropout: float = 0.1) -> Any:
 def make_trainer(
     model: Any, folder: Path, data: Texts | None = None, evaluation: Texts | None = None, **changes: Any
 ) -> Trainer:
-    """A Trainer without anything of ours: 3 epochs of 4 steps, a checkpoint each epoch."""
+    """Return a plain Trainer: 3 epochs of 4 steps, with a checkpoint after each epoch."""
     options: dict[str, Any] = {
         "num_train_epochs": 3,
         "per_device_train_batch_size": EXAMPLES // STEPS_PER_EPOCH,

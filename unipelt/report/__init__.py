@@ -1,4 +1,4 @@
-"""Tables and pictures from finished runs, each number beside the paper's."""
+"""Write tables and pictures from finished runs, with the paper's numbers beside them."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ PICTURES = "pictures"
 
 
 def write_report(folder: str | Path, out: str | Path, latex: bool = False) -> list[Path]:
-    """Read finished runs and write what they show.
+    """Read finished runs and write a report about them.
 
     Args:
-        folder: of a sweep, or of one run: `folder/result.json` and every `folder/*/result.json` are read, and
-            `folder/sweep.json`, where it is there, for what should be.
-        out: made if absent; gets `index.html` (one page that needs nothing else), `report.md` and `pictures/*.svg`,
-            `report.csv` (a line a cell; scores in percent) and `runs.csv` (a line a run; scores are fractions).
-        latex: also write `report.tex`, the tables of scores for a paper.
+        folder: the folder of a sweep or of one run. `folder/result.json` and every `folder/*/result.json` are read, and
+            the plan `folder/sweep.json` if it exists.
+        out: the folder of the report; made if absent. The files are `index.html` (one page that needs no other file),
+            `report.md`, `pictures/*.svg`, `report.csv` (a line for each cell; scores in percent) and `runs.csv` (a line
+            for each run; scores are fractions).
+        latex: whether to write `report.tex` too, with the tables of scores for a paper.
 
     Returns:
-        The files, each written whole or not at all.
+        The paths of the files. Each file is written completely or not at all.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ReportError: it holds no result, or none that can be read.
+        FileNotFoundError: the folder does not exist.
+        ReportError: the folder holds no result that can be read.
         ImportError: matplotlib is not installed.
         OSError: `out` cannot be written.
     """
@@ -110,7 +111,7 @@ def _run_line(results: Results) -> Iterable[Mapping[str, Any]]:
             "metric": run.primary,
             "k": "all" if run.k is None else run.k,
             "method": run.method,
-            "row": kept.get(id(run), ""),  # empty: a candidate that was not chosen
+            "row": kept.get(id(run), ""),  # empty for a candidate that was not chosen
             "model": record["model"]["name"],
             "learning_rate": record["method"]["learning_rate"],
             "seed": run.seed[0],
@@ -135,7 +136,7 @@ def _number(value: float) -> str:
 
 
 def _as_cell(value: Any) -> Any:
-    """Return a cell that a spreadsheet takes for a text or a number, and not for a formula."""
+    """Return the value so that a spreadsheet reads it as text or a number, and not as a formula."""
     if not isinstance(value, str):
         return value
     text = printable(value)

@@ -1,4 +1,4 @@
-"""What a report is made of, whatever it is written as: headings, text, tables, pictures."""
+"""The blocks of a report, for every output format: headings, text, tables and pictures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from unipelt.report.pictures import Picture
 
-# A line of a table's entry: text, and how it is marked: best, second, clear (a difference), minor, chance (not clearly
-# above a constant answer), warn, hover (shown by HTML under the pointer only), or nothing.
+# A line of a table's entry: its text and its mark. The mark is best, second, clear (a difference), minor, chance (not
+# clearly above a constant answer), warn, hover (HTML shows the text only under the pointer), or empty.
 Line = tuple[str, str]
 Entry = Sequence[Line]
 
@@ -23,7 +23,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Running text; `warn` sets it off."""
+    """Running text. `warn` marks a warning."""
 
     text: str
     warn: bool = False
@@ -31,19 +31,19 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Items:
-    """A list with dots."""
+    """A bulleted list."""
 
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; the first column names its rows.
+    """A table. The first column names the rows.
 
     Attributes:
-        head: a name for each column; what follows a line break in it is small.
-        rows: an entry for each column.
-        pinned: columns that stay in sight when the others scroll, 1 or 2.
+        head: the names of the columns. The part of a name after a line break is shown small.
+        rows: the rows; a row has one entry for each column.
+        pinned: the number of columns, 1 or 2, that stay visible when the others scroll.
     """
 
     head: Sequence[str]
@@ -60,7 +60,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks behind a title, which a reader opens."""
+    """Blocks under a title, which the reader can open."""
 
     title: str
     blocks: Sequence[Block]

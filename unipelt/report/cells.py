@@ -1,7 +1,7 @@
-"""One run, and one cell of a table: the runs of a task, K and method, which differ in their seeds only.
+"""One run, and one cell of a table: the runs of a task, K and method that differ only in their seeds.
 
-Scores are fractions, as the records hold them; the paper's numbers are percent, as printed. A standard deviation is
-that of a sample (n - 1); the paper does not say which it prints.
+Scores are fractions, as in the records. The paper's numbers are in percent, as printed. A standard deviation is that of
+a sample (n - 1); the paper does not say which kind it prints.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from unipelt.report.significance import mean_effect
 from unipelt.runs.settings import FILES, INCIDENTAL, INNER, LATER
 
 PARTS = ("adapter", "prefix", "lora")
-"""The paper's submodules, in its order."""
-_NO_PARTS = ("gate",)  # mappings in a method's configuration that are no submodule
-_DULL = ("train", "training", "data")  # names of files that say nothing about a task
-# Settings that say where and how a run was carried out, or that have a place of their own in a cell's name.
+"""The paper's submodules, in the paper's order."""
+_NO_PARTS = ("gate",)  # mappings in a method's configuration that are not submodules
+_DULL = ("train", "training", "data")  # file names that do not name a task
+# Settings about where and how a run was done, and settings that have their own place in a cell's name.
 _NOT_A_VARIANT = {
     *("task", "train_samples", "seed", "data_seed", "method", "learning_rate"),
     *(*INCIDENTAL, *FILES, "do_predict", "glue_dir", "model_sha256"),
@@ -32,7 +32,7 @@ _NOT_A_VARIANT = {
 
 
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's settings, those that are mappings of options with one key for each option: `trainer.NAME`."""
+    """Return a record's settings on one level: an option in a mapping such as `trainer` gets the key `trainer.NAME`."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         inner = key in INNER and isinstance(value, Mapping)
@@ -46,7 +46,7 @@ class Run:
 
     Attributes:
         name: the run's folder, relative to the folder that was read.
-        record: its `result.json`, checked.
+        record: the content of its `result.json`, checked.
     """
 
     name: str
@@ -54,7 +54,11 @@ class Run:
 
     @property
     def task(self) -> str:
-        """The task's name; a task of the user's own files has that of its training file."""
+        """The name of the task.
+
+        A task with the user's own files has the name of its training file. A file that is called `train`, `training` or
+        `data` gives the name of its folder.
+        """
         settings = self.record["settings"]
         file = settings.get("train_file")
         if settings.get("task") is not None or not isinstance(file, str):
@@ -69,7 +73,7 @@ class Run:
 
     @property
     def k(self) -> int | None:
-        """Training examples; None: all."""
+        """The number of training examples; None means all."""
         return self.record["settings"].get("train_samples")
 
     @property
@@ -84,22 +88,22 @@ class Run:
 
     @property
     def seed(self) -> tuple[int, int]:
-        """The run's and the data's."""
+        """The seed of the run and the seed of the data."""
         return self.record["seeds"]["run"], self.record["seeds"]["data"]
 
     @property
     def score(self) -> float:
-        """On the test data, a fraction."""
+        """The score on the test data, a fraction."""
         return self.record["test"]["metrics"][self.primary]
 
     @property
     def dev(self) -> float:
-        """The best on the dev data, a fraction."""
+        """The best score on the dev data, a fraction."""
         return self.record["dev"]["metrics"][self.primary]
 
     @cached_property
     def variant(self) -> Mapping[str, Any]:
-        """What must agree between two runs for their scores to be averaged, beside task, K and method's name."""
+        """The values, besides task, K and method name, that two runs must share for their scores to be averaged."""
         settings = self.record["settings"]
         rows = self.record["data"].get("test")
         config = json.dumps(self.config, sort_keys=True)
@@ -119,15 +123,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one task, K and method, which differ in their seeds only.
+    """The runs of one task, K and method, which differ only in their seeds.
 
     Attributes:
-        row: the method's name, and in brackets what else sets it apart from others of that name.
-        setting: of that, what rows of different methods must share to be compared: all but the learning rate.
-        expected: the seeds that should be there.
-        chosen: where there were candidates, what was chosen on dev, from what.
-        picked: the methods among which each run is the best on dev; empty for a cell of one method.
-        seconds_of_all: of a cell that is picked, what training all candidates took, a mean over the seeds.
+        row: the method's name; in brackets, the other values that distinguish it from rows with the same name.
+        setting: the part of these values that rows of different methods must share to be compared. The learning rate
+            and the method's configuration are not part of it.
+        expected: the seeds that the cell should have.
+        chosen: if there were candidates, which one was chosen on dev, and from which ones.
+        picked: the methods from which the run with the best dev score was picked for each seed; empty for a cell of one
+            method.
+        seconds_of_all: for a picked cell, the seconds of training all candidates, a mean over the seeds.
     """
 
     task: str
@@ -147,62 +153,63 @@ class Cell:
 
     @property
     def seconds(self) -> float:
-        """What one score took, in seconds: the run, or all the runs that it was picked from."""
+        """The mean seconds of one score: those of the run, or of all the runs from which the run was picked."""
         if self.seconds_of_all is not None:
             return self.seconds_of_all
         return self.average(lambda run: run.record["seconds"]["total"])
 
     @property
     def scores(self) -> dict[tuple[int, int], float]:
-        """By seed."""
+        """The test scores by seed, fractions."""
         return {run.seed: run.score for run in self.runs}
 
     @property
     def mean(self) -> float:
-        """Over the seeds, a fraction."""
+        """The mean test score over the seeds, a fraction."""
         return statistics.fmean(self.scores.values())
 
     @property
     def std(self) -> float | None:
-        """Of the sample; None where there is one run."""
+        """The standard deviation of the sample, a fraction; None for one run."""
         return sample_std(self.scores.values())
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """Expected seeds without a run."""
+        """The expected seeds that have no run."""
         return sorted(self.expected - set(self.scores))
 
     @property
     def paper(self) -> Printed | None:
-        """The paper's number, whatever the model; None where it has none or judges the task by another metric."""
+        """The paper's number, for any model; None if the paper has none or judges the task by another metric."""
         printed = paper().get((self.k, self.method, self.task))
         return printed if printed and printed.metric == self.runs[0].primary else None
 
     def average(self, value: Callable[[Run], float]) -> float:
-        """Mean over the runs of something that each has."""
+        """Return the mean of a value over the runs."""
         return statistics.fmean(value(run) for run in self.runs)
 
     def at_chance(self, level: float) -> bool:
-        """Whether the mean is not clearly above a level, such as the score of a constant answer.
+        """Return whether the mean is not clearly above a level, such as the score of a constant answer.
 
-        It is clear where the 95 % t interval over seeds is above the level. Of fewer than three seeds, which make an
-        interval too wide to be of use, the mean must be two standard errors of the test set above it.
+        The mean is clearly above the level if the whole 95 % t interval over seeds is above the level. With fewer than
+        three seeds, the interval is too wide to be useful. Then the mean must be more than two standard errors of the
+        test set above the level.
         """
         effect = mean_effect([score - level for score in self.scores.values()])
         if effect.count > 2 and effect.low is not None:
             return effect.low <= 0
         test = self.runs[0].record["data"].get("test")
         rows = test.get("rows") if isinstance(test, Mapping) else None
-        spread = math.sqrt(level * (1 - level)) if 0 < level < 1 else 1.0  # of a proportion, else of a correlation
+        spread = math.sqrt(level * (1 - level)) if 0 < level < 1 else 1.0  # of a proportion, otherwise of a correlation
         error = spread / math.sqrt(rows) if isinstance(rows, int) and rows > 0 else 0.0
         return effect.mean <= 2 * error
 
 
 def kinds(config: Mapping[str, Any]) -> list[str]:
-    """The parts that a method adds: every submodule of its configuration, and BitFit; of fine-tuning, none.
+    """Return the parts that a method adds: the submodules of its configuration, and BitFit. Fine-tuning adds none.
 
-    A configuration holds each submodule as a mapping under its name, so that submodules which were registered in
-    another program count as well. The paper's come first.
+    A configuration holds each submodule as a mapping under its name. So submodules that another program registered
+    count as well. The paper's submodules come first.
     """
     if config.get("train_base"):
         return []
@@ -212,21 +219,21 @@ def kinds(config: Mapping[str, Any]) -> list[str]:
 
 
 def sample_std(values: Iterable[float]) -> float | None:
-    """Standard deviation with n - 1; None of fewer than two."""
+    """Return the standard deviation with n - 1, or None for fewer than two values."""
     values = list(values)
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def largest(values: Mapping[str, float]) -> str:
-    """The name of the largest value; of equal ones, the first."""
+    """Return the name of the largest value. Of equal values, the first one counts."""
     return max(values, key=lambda name: values[name])
 
 
 def k_order(k: int | None) -> float:
-    """What to sort by: all data come last."""
+    """Return the sort key of a K. All data (None) come last."""
     return math.inf if k is None else k
 
 
 def short_digest(digest: Any) -> str | None:
-    """The first digits of a SHA-256; None of anything else."""
+    """Return the first 8 digits of a SHA-256, or None for any other value."""
     return digest[:8] if isinstance(digest, str) else None

@@ -1,4 +1,4 @@
-"""The records of a folder of runs alone, to publish: no models, and no path of the machine that they were made on."""
+"""Copy the records of a folder of runs for publication, without models and without paths of the machine."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from unipelt.sweep import FAILURE, REQUEST, read_failure, read_request
 
 
 def collect(folder: str | Path, out: str | Path) -> tuple[list[Path], tuple[tuple[str, str], ...]]:
-    """Copy the records of finished and failed runs, and the sweep's plan; a report of the copy says the same.
+    """Copy the records of finished and failed runs, and the sweep's plan. A report of the copy shows the same.
 
-    An absolute path, of data or of a model, say, becomes its last part. All else stays as it is, digests included:
-    they are of the settings with the whole paths.
+    An absolute path, for example of data or of a model, becomes its last part. All other values stay as they are. The
+    digests also stay: they belong to the settings with the whole paths.
 
     Args:
-        folder: as `read_results` takes it.
-        out: made if absent. What an earlier call wrote is written again; records of other runs stay, and the plans
-            are brought together.
+        folder: a folder that `read_results` can read.
+        out: the folder of the copy; made if absent. Files from an earlier call are overwritten, records of other runs
+            stay, and the plans are merged.
 
     Returns:
-        The files written, and name and reason of what `folder` holds and is no record.
+        The paths of the written files, and the name and reason of each file in `folder` that is not a record.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ReportError: it holds no finished run, or `out` lies in it, or it in `out`.
+        FileNotFoundError: the folder does not exist.
+        ReportError: the folder holds no finished run, or one of `folder` and `out` lies in the other.
         SweepError: a plan is damaged.
-        OSError: `out` cannot be written. Each file is written whole or not at all.
+        OSError: `out` cannot be written. Each file is written completely or not at all.
     """
     folder, out = Path(folder), Path(out)
     results = read_results(folder)
@@ -62,7 +62,7 @@ def collect(folder: str | Path, out: str | Path) -> tuple[list[Path], tuple[tupl
     return written, results.left_out
 
 
-_LEADING = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)+")  # all of an absolute path in a sentence but its last part
+_LEADING = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)+")  # an absolute path in a sentence, without its last part
 
 
 def _write(path: Path, value: Any) -> Path:
@@ -71,7 +71,7 @@ def _write(path: Path, value: Any) -> Path:
 
 
 def _without_paths(value: Any) -> Any:
-    """The same plain types, with the last part of every absolute path in its place."""
+    """Return the same plain types, with every absolute path replaced by its last part."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Methods compared: the upper bound, gates beside scores, curves over one number."""
+"""Compare methods: the upper bound, gates beside scores, and curves over one number of a method."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from unipelt.report.cells import Cell, k_order, kinds, largest
 from unipelt.report.paper import TASKS, paper_upper_bound
 from unipelt.report.results import Results, Table
 
-# What a number on the axis of a curve may be: the paper's Figures 2 and 3, and their like for the prefix.
+# The numbers on the x axis of a curve: those of the paper's Figures 2 and 3, and the length of the prefix.
 _SIZES = ("adapter.bottleneck", "lora.alpha", "lora.rank", "prefix.length")
 
 
 @dataclass(frozen=True)
 class UpperBound:
-    """The paper's Table 2: the best submodule of each task, were it known, beside their combination.
+    """The paper's Table 2: the best submodule of each task, chosen by its score, beside the combination of all of them.
 
     Attributes:
-        tasks: those in which the combination and all its submodules have scores.
+        tasks: the tasks in which the combination and all its submodules have scores.
         best: the mean over these tasks of the best submodule's mean score, a fraction.
-        combined: the combination's mean over the same tasks, a fraction.
+        combined: the mean score of the combination over the same tasks, a fraction.
         chosen: the best submodule of each task.
-        paper: the paper's two numbers in percent, where these are all its tasks.
+        paper: the paper's two numbers in percent, if `tasks` are all tasks of the paper.
     """
 
     row: str
@@ -42,15 +42,15 @@ class UpperBound:
 
 @dataclass(frozen=True)
 class GateAgreement:
-    """A combination's gates beside what its submodules do alone.
+    """The gates of a combination beside the scores of its submodules alone.
 
     Attributes:
-        tasks: by task, for each submodule its gates' mean over layers, examples and seeds, and the mean score of the
-            method that has it alone, a fraction.
-        agreeing: the tasks in which the most open gate is that of the submodule that does best alone.
-        correlation: Spearman's, of gates and scores over tasks and submodules, each less its submodule's mean over
-            the tasks, since gates of one kind are more open than those of another whatever the task; None of fewer
-            than three tasks, or where nothing varies.
+        tasks: by task and submodule, two numbers: the mean gate over layers, examples and seeds, and the mean score of
+            the method that has only this submodule, a fraction.
+        agreeing: the tasks in which the submodule with the most open gate also has the best score alone.
+        correlation: Spearman's correlation of gates and scores over tasks and submodules. Each value is taken minus the
+            mean of its submodule over the tasks, because gates of some submodules are more open on every task. None for
+            fewer than three tasks, or if the gates or the scores do not vary.
     """
 
     row: str
@@ -61,12 +61,12 @@ class GateAgreement:
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores against one number of the method, all else equal.
+    """Scores by one number of a method, with all else equal.
 
     Attributes:
-        key: the number's name, as in `adapter.bottleneck`.
-        name: what is equal.
-        cells: by the number, from small to large.
+        key: the name of the number, such as `adapter.bottleneck`.
+        name: the method and the settings that the cells share.
+        cells: the cells by the number, from small to large.
     """
 
     key: str
@@ -75,9 +75,10 @@ class Curve:
 
 
 def marks(values: Sequence[float | None], digits: int = 4) -> list[str]:
-    """`best` and `second` for the largest and second largest of a column, ties included; otherwise empty.
+    """Return `best` and `second` for the largest and second largest values of a column, and "" for the others.
 
-    Values are compared as printed: with `digits` digits of the fraction. A column of one value marks nothing.
+    Equal values have the same mark. Values are compared as printed, with `digits` digits of the fraction. A column with
+    one value has no marks.
     """
     rounded = [None if value is None else round(value, digits) for value in values]
     ranks = sorted({value for value in rounded if value is not None}, reverse=True)
@@ -88,9 +89,10 @@ def marks(values: Sequence[float | None], digits: int = 4) -> list[str]:
 
 
 def upper_bounds(table: Table) -> list[UpperBound]:
-    """For each combination, the mean over tasks of the best of its submodules (the paper's Table 2).
+    """Return the mean over tasks of the best submodule, for each combination (the paper's Table 2).
 
-    The best submodule of a task is the one with the best mean over seeds. A submodule is the preset of its name.
+    The best submodule of a task is the one with the best mean over seeds. The score of a submodule is that of the
+    preset with its name.
     """
     found = []
     for row in table.combined():
@@ -116,7 +118,7 @@ def upper_bounds(table: Table) -> list[UpperBound]:
 
 
 def gate_agreements(table: Table) -> list[GateAgreement]:
-    """For each combination with gates, whether they are more open for the submodule that does better alone."""
+    """Return, for each combination with gates, whether gates are more open for the submodule that is better alone."""
     found = []
     for row in table.combined():
         cells, first = table.row(row), table.first(row)
@@ -142,7 +144,7 @@ def gate_agreements(table: Table) -> list[GateAgreement]:
 
 
 def _mean_gates(cell: Cell, parts: Sequence[str]) -> dict[str, float]:
-    """The mean gate of each submodule over its gates, layers and seeds."""
+    """Return the mean gate of each submodule over its gates, layers and seeds."""
     found: dict[str, list[float]] = defaultdict(list)
     for run in cell.runs:
         for name, gate in (run.record["gates"] or {"values": {}})["values"].items():
@@ -155,14 +157,14 @@ def _mean_gates(cell: Cell, parts: Sequence[str]) -> dict[str, float]:
 def _correlation(values: np.ndarray) -> float | None:
     from scipy import stats  # slow to import
 
-    gates, scores = values.round(12).reshape(-1, 2).T  # what is equal but for rounding has one rank
+    gates, scores = values.round(12).reshape(-1, 2).T  # values that differ only by rounding get the same rank
     if len(values) < 3 or np.ptp(gates) < 1e-12 or np.ptp(scores) < 1e-12:
         return None
     return float(stats.spearmanr(gates, scores).statistic)
 
 
 def curves(results: Results) -> list[Curve]:
-    """Cells that differ in one number of their method only, at least two of them."""
+    """Return the curves: cells that differ only in one number of their method, at least two cells for each curve."""
     found: dict[tuple[Any, ...], dict[float, Cell]] = defaultdict(dict)
     for cell in results.cells:
         flat = flatten(cell.runs[0].config)

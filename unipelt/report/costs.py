@@ -1,4 +1,4 @@
-"""What methods cost: parameters, and time beside fine-tuning."""
+"""The costs of methods: parameters, and time relative to fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from unipelt.report.results import Table
 
 
 def costs(table: Table) -> list[dict[str, Any]]:
-    """A line for each row: parameters, seconds, and what they are relative to fine-tuning on the same tasks.
+    """Return a line for each row: parameters, seconds, and times relative to fine-tuning on the same tasks.
 
-    Runs end early at different epochs, so training is compared by the second a step; inference by the second an
-    evaluated example, on dev and test data.
+    Runs stop at different epochs, so training times are compared in seconds per step. Inference times are compared in
+    seconds per evaluated example, over dev and test data.
     """
     lines = []
     for row in table.rows:
@@ -42,7 +42,7 @@ def costs(table: Table) -> list[dict[str, Any]]:
 def _relative(
     value: Callable[[Run], float | None], cells: Mapping[str, Cell], base: Mapping[str, Cell]
 ) -> float | None:
-    """Mean over common tasks of the ratio of two rows' mean values; None where there are none."""
+    """Return the mean over common tasks of the ratio of two rows' mean values, or None without such a ratio."""
     ratios = []
     for task in cells.keys() & base.keys():
         ours, theirs = ([found for run in row[task].runs if (found := value(run))] for row in (cells, base))

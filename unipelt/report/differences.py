@@ -1,7 +1,8 @@
-"""Rows compared pair by pair: the same task, the same seed, another method. All comparisons of a page are one family.
+"""Compare rows pair by pair: the same task, the same seed, another method.
 
-An interval is a t interval. For the tasks of a table it is over seeds: each seed gives one number, its mean difference
-over the tasks. For other tasks like these it is over tasks: each gives its mean difference over the seeds.
+All comparisons of a page are one family of tests. An interval is a t interval. For the tasks of a table, the interval
+is over seeds: each seed gives one number, its mean difference over the tasks. For other tasks like these, the interval
+is over tasks: each task gives its mean difference over the seeds.
 """
 
 from __future__ import annotations
@@ -17,28 +18,30 @@ from unipelt.report.results import Table
 from unipelt.report.significance import MeanEffect, holm, mean_effect
 
 PAPERS = "unipelt-apl"
-"""The combination that others are compared with."""
+"""The combination with which the other combinations are compared."""
 
 Kind = Literal["single", "picked", "paper", "head"]
-"""Compared with what: the best single method, the one picked on dev, the paper's combination, its own frozen head."""
+"""The other side of a comparison: the best single method, the method picked on dev, the paper's combination, or the
+same method with a frozen head.
+"""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One row less another, over the pairs of task and seed that both have.
+    """One row minus another, over the pairs of task and seed that both rows have.
 
     Attributes:
-        kind: against what.
-        k: training examples of the table; None: all.
-        row, against: the rows.
-        tasks: that both have.
-        pairs: how many.
-        effect: the mean over the pairs, with the interval for these tasks.
-        unit: what the interval is over: `seeds`, or `pairs` where tasks have different seeds or one seed.
-        over_tasks: the mean over the tasks' means, with the interval for other tasks like these; None of fewer than
+        kind: the kind of the other row.
+        k: the training examples of the table; None means all.
+        row, against: the names of the two rows.
+        tasks: the tasks that both rows have.
+        pairs: the number of pairs.
+        effect: the mean over the pairs, a fraction, with the interval for these tasks.
+        unit: the unit of the interval: `seeds`, or `pairs` if tasks have different seeds or only one seed.
+        over_tasks: the mean over the tasks' means, with the interval for other tasks like these; None for fewer than
             three tasks.
-        by_task: each task's mean over its pairs, where there are several tasks.
-        among: of the best single method, the methods that it is the best of.
+        by_task: the mean of each task over its pairs, if there are several tasks.
+        among: for the best single method, the methods from which it was chosen.
         holm, holm_tasks: `effect.p` and `over_tasks.p`, corrected for all comparisons of the page.
     """
 
@@ -58,12 +61,12 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether it is a difference after the correction, for these tasks."""
+        """Whether the difference on these tasks is clear: the corrected p value is below 0.05."""
         return self.holm is not None and self.holm < 0.05
 
 
 def compare_all(tables: Sequence[Table]) -> list[Difference]:
-    """Every comparison of a page, with p values that are corrected for their number."""
+    """Return all comparisons of a page, with p values that are corrected for the number of comparisons."""
     found = [
         difference
         for table in tables
@@ -79,10 +82,10 @@ def compare_all(tables: Sequence[Table]) -> list[Difference]:
 
 
 def against_best_single(table: Table) -> list[Difference]:
-    """Every row against the best single method, over the pairs that both have.
+    """Compare every row with the best single method, over the pairs that both have.
 
-    The best is sought among the single methods that have all of the row's tasks; if none has, among all of them on
-    the tasks that all of them have.
+    The best is chosen among the single methods that have all tasks of the row. If no single method has them all, the
+    best is chosen among all single methods, on the tasks that all of them have.
     """
     found: list[Difference] = []
     for row in table.rows:
@@ -99,14 +102,14 @@ def against_best_single(table: Table) -> list[Difference]:
 
 
 def against_picked(table: Table) -> Iterator[Difference]:
-    """Every combination against the single method that is picked on dev."""
+    """Compare every combination with the single method that is picked on dev."""
     for row in table.combined():
         for picked in table.picked(table.first(row).setting):
             yield from _compare("picked", table, row, picked)
 
 
 def against_papers(table: Table) -> Iterator[Difference]:
-    """Every other combination against `unipelt-apl`."""
+    """Compare every other combination with `unipelt-apl`."""
     for row in table.combined():
         first = table.first(row)
         theirs = table.named(PAPERS, first.setting)
@@ -115,7 +118,10 @@ def against_papers(table: Table) -> Iterator[Difference]:
 
 
 def against_frozen_heads(table: Table) -> Iterator[Difference]:
-    """A method whose head trains against the same with a head that does not, all else equal: the learning rate too."""
+    """Compare each method with a trained head with the same method with a frozen head.
+
+    All else is equal, also the learning rate.
+    """
     for frozen, trained in itertools.permutations(table.rows, 2):
         one, other = table.first(frozen), table.first(trained)
         if one.picked or other.picked or one.setting != other.setting:
@@ -135,7 +141,10 @@ def _compare(
     tasks: Sequence[str] | None = None,
     among: tuple[str, ...] = (),
 ) -> list[Difference]:
-    """A row less another on these tasks, by default all that both have; nothing of fewer than two pairs."""
+    """Return one row minus another on these tasks, by default on all that both have.
+
+    The list is empty for fewer than two pairs.
+    """
     ours, theirs = table.row(row), table.row(against)
     pairs = {
         task: paired
@@ -168,5 +177,5 @@ def _compare(
 
 
 def _pairs(ours: Cell, theirs: Cell) -> dict[tuple[int, int], float]:
-    """The differences of the seeds that both have, by seed."""
+    """Return the differences by seed, for the seeds that both cells have."""
     return {seed: ours.scores[seed] - theirs.scores[seed] for seed in sorted(ours.scores) if seed in theirs.scores}

@@ -1,4 +1,4 @@
-"""The chart at the top of a report: each method's mean difference to the best single method, with intervals."""
+"""The chart at the top of a report: the mean difference of each method to the best single method, with intervals."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from unipelt.report.numbers import interval, signed
 from unipelt.report.results import Results
 
 ABOVE, BELOW, UNCLEAR = "#0072b2", "#d55e00", "#5b6472"
-"""Blue, orange and grey that people with any colour vision tell apart; the marks differ in shape as well."""
+"""Blue, orange and grey, which people with any colour vision can tell apart. The marks also differ in shape."""
 _WIDTH, _ROW = 5.2, 0.36  # inches
 
 
 @dataclass(frozen=True)
 class Forest:
-    """What one chart shows.
+    """The content of one chart.
 
     Attributes:
-        k: training examples; None: all.
+        k: the number of training examples; None means all.
         against: the best single method.
-        tasks: in all of which every row has scores.
-        rows: from the largest difference to the smallest.
+        tasks: the tasks; every row has scores in all of them.
+        rows: the rows, from the largest difference to the smallest.
     """
 
     k: int | None
@@ -35,13 +35,13 @@ class Forest:
 
     @property
     def size(self) -> tuple[float, float]:
-        """Width and height in inches."""
+        """The width and the height in inches."""
         lines = sum(max(1, len(_label(row).splitlines()) - 1) for row in self.rows)
         return _WIDTH, 1.3 + _ROW * (lines + 1)
 
     @property
     def words(self) -> str:
-        """The same as text."""
+        """The content of the chart as text."""
         found = []
         for row in self.rows:
             effect = row.effect
@@ -54,9 +54,9 @@ class Forest:
 
 
 def forests(results: Results, differences: Sequence[Difference]) -> Iterator[Forest]:
-    """A chart for each K and best single method, of the rows that have the most tasks; the largest chart first.
+    """Yield a chart for each K and best single method, of the rows that have the most tasks; the largest chart first.
 
-    Rows of fewer tasks are compared on those alone, which is another scale; the tables have them.
+    Rows with fewer tasks are compared on these tasks only, which is another scale. The tables show these rows.
     """
     groups: dict[tuple[int | None, str], list[Difference]] = defaultdict(list)
     for difference in differences:
@@ -74,7 +74,7 @@ def forests(results: Results, differences: Sequence[Difference]) -> Iterator[For
 
 
 def draw_forest(axes: Any, forest: Forest) -> None:
-    """A mark a row, a thick bar for the interval over seeds, a thin line for that over tasks."""
+    """Draw a mark for each row, a thick bar for the interval over seeds, and a thin line for that over tasks."""
     places = []
     place = 0.0
     for row in forest.rows:

@@ -1,4 +1,4 @@
-"""Runs brought together in cells, and the single method that is best on dev, picked for each task and seed."""
+"""Group runs into cells, and pick the single method that is best on dev for each task and seed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from unipelt.report.cells import Cell, Run, k_order, largest
 from unipelt.report.paper import TASKS
 
 PICKED = "picked on dev"
-"""The row of the single method with the best dev score of each task and seed."""
+"""The row of the single method with the best dev score for each task and seed."""
 CANDIDATES = ("adapter", "bitfit", "lora")
-"""The methods that it is picked from; of equal dev scores, the first counts."""
+"""The methods from which that single method is picked. Of equal dev scores, the first one counts."""
 _ORDER = ("fine-tuning", "bitfit", "adapter", "prefix", "lora", PICKED)
 _COMBINED = ("unipelt-ap-nogate", "unipelt-ap", "unipelt-apl")
 _OF_THE_METHOD = ("learning_rate", "method_config")
@@ -25,19 +25,19 @@ def group_runs(
     choose: Sequence[str],
     seeds: Mapping[tuple[str, int | None, str], frozenset[tuple[int, int]]],
 ) -> list[Cell]:
-    """Runs by task, K, method and whatever else sets them apart; of candidates, the best on dev.
+    """Group runs by task, K, method and all other values that distinguish them. Of candidates, keep the best on dev.
 
     Args:
-        runs: each once.
-        choose: settings whose values are candidates.
-        seeds: the planned seeds by task, K and method's name, where there is a plan.
+        runs: the runs, without duplicates.
+        choose: the settings whose values are candidates.
+        seeds: the planned seeds by task, K and the method's name, if there is a plan.
     """
     groups: dict[tuple[str, int | None, str], list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.task, run.k, run.method].append(run)
     seen = {k: frozenset(run.seed for run in runs if run.k == k) for k in {run.k for run in runs}}
-    # What sets runs of one task, K and method apart is named in every row, so that rows can be compared by it; but
-    # what belongs to a method in the rows of that method only.
+    # A value that differs between runs of one task, K and method is named in every row, so that rows can be compared.
+    # A value that belongs to a method is named only in the rows of that method.
     apart: set[str] = set()
     own: dict[str, set[str]] = defaultdict(set)
     for (_, _, method), alike in groups.items():
@@ -46,7 +46,7 @@ def group_runs(
                 (own[method] if key in _OF_THE_METHOD else apart).add(key)
     models = {(run.variant["model"], run.variant["model_sha256"]) for run in runs}
     if "model" in apart and len(models) == len({name for name, _ in models}):
-        apart.discard("model_sha256")  # the names tell them apart
+        apart.discard("model_sha256")  # the names of the models are enough
     cells = []
     for (task, k, method), alike in groups.items():
         variants: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -77,7 +77,7 @@ def group_runs(
 
 
 def _choose(candidates: Mapping[str, Sequence[Run]]) -> tuple[str, str]:
-    """The candidate with the best mean dev score over the seeds that all have, and a sentence about it."""
+    """Return the candidate with the best mean dev score over the seeds that all have, and a sentence about it."""
     if len(candidates) == 1:
         return next(iter(candidates)), ""
     common = frozenset.intersection(*(frozenset(run.seed for run in runs) for runs in candidates.values()))
@@ -92,7 +92,7 @@ def _choose(candidates: Mapping[str, Sequence[Run]]) -> tuple[str, str]:
 
 
 def pick_on_dev(cells: Sequence[Cell]) -> list[Cell]:
-    """For each task and setting that has all the candidates, the run with the best dev score of each seed.
+    """Return a cell for each task and setting with all candidates: for each seed, the run with the best dev score.
 
     The cost of a score is that of all the candidates, each trained once.
     """
@@ -119,14 +119,14 @@ def pick_on_dev(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def row_order(row: str) -> tuple[int, str]:
-    """Rows by the order of the paper's tables: single methods, then combinations."""
+    """Return the sort key of a row: single methods, then combinations, in the order of the paper's tables."""
     base = row.partition(" [")[0].partition(",")[0]
     known = (*_ORDER, None, *_COMBINED)
     return (known.index(base) if base in known else (known.index(None) if "unipelt" not in base else len(known)), row)
 
 
 def task_order(task: str) -> tuple[int, str]:
-    """Tasks by the order of the paper's tables, others after them."""
+    """Return the sort key of a task: the order of the paper's tables, then other tasks."""
     return (TASKS.index(task) if task in TASKS else len(TASKS), task)
 
 

@@ -19,7 +19,10 @@ _SPECIAL = {
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    """A `table` for each K, with `booktabs` and `xcolor`: mean and deviation, the best bold, chance grey."""
+    """Return a LaTeX `table` for each K: mean and deviation, the best score bold, scores at chance level grey.
+
+    The tables need the packages `booktabs` and `xcolor`.
+    """
     head = "% \\usepackage{booktabs,xcolor}\n"
     return head + "\n".join(_table(table) for table in tables)
 

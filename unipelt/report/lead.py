@@ -11,9 +11,9 @@ from unipelt.report.results import Table
 
 
 def lead_sentences(tables: Sequence[Table], differences: Sequence[Difference]) -> list[str]:
-    """Which method is best, how the combination does against the best single method, and which tasks tell nothing.
+    """Return sentences on the best method, the combination against the best single method, and tasks at chance level.
 
-    They are of the table with the most cells.
+    They describe the table with the most cells.
     """
     table = max(tables, key=lambda table: len(table.cells))
     return [_best(table), _combination(table, differences), _chance(table)]

@@ -1,4 +1,4 @@
-"""Numbers as a report prints them."""
+"""Format numbers for a report."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def k_name(k: int | None) -> str:
-    """How a K is called."""
+    """Return the name of a K, such as `K = 100`. None gives `all data`."""
     return "all data" if k is None else f"K = {k}"
 
 
 def number(value: float) -> str:
-    """A fraction in percent, with a true minus."""
+    """Return a fraction in percent, with a true minus sign."""
     return f"{100 * value:.2f}".replace("-", MINUS)
 
 
 def interval(low: float, high: float) -> str:
-    """An interval of differences, in points."""
+    """Return an interval of differences in points. The bounds are fractions."""
     return f"{signed(100 * low)} to {signed(100 * high)}"
 
 
 def percent(value: float, std: float | None = None) -> str:
-    """A fraction in percent, with its standard deviation."""
+    """Return a fraction in percent, with its standard deviation, if given. The deviation is also a fraction."""
     return number(value) + ("" if std is None else f" ± {100 * std:.2f}")
 
 
 def signed(value: float) -> str:
-    """A difference, of two digits, with a true minus."""
+    """Return a difference with its sign and two decimals. The minus is a true minus sign."""
     return f"{value:+.2f}".replace("-", MINUS)

@@ -1,4 +1,4 @@
-"""The report as a list of blocks: what it says, whatever it is written as."""
+"""Build the report as a list of blocks. The list is the same for every output format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAPER = "https://aclanthology.org/2022.acl-long.433/"
 
 
 def compose(results: Results, pictures: Sequence[Picture], name: str) -> list[Block]:
-    """The whole report. `name` is what the folder is called."""
+    """Return the blocks of the whole report. `name` is the name of the folder."""
     tables = [results.table(k) for k in results.ks]
     differences = compare_all(tables)
     sections: dict[str, list[Picture]] = defaultdict(list)

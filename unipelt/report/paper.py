@@ -13,7 +13,7 @@ TASKS = ("sst2", "mrpc", "cola", "rte", "qnli", "stsb", "mnli", "qqp")  # the or
 
 @dataclass(frozen=True)
 class Printed:
-    """A number of the paper, in percent; `std` is None where it prints none."""
+    """A number of the paper, in percent. `std` is None if the paper prints none."""
 
     table: int
     metric: str
@@ -23,7 +23,10 @@ class Printed:
 
 @cache
 def paper() -> dict[tuple[int | None, str, str], Printed]:
-    """The paper's Tables 1 and 3, by K (None: all data), method and task; the task `average` is its last column."""
+    """Return the paper's Tables 1 and 3 by K (None: all data), method and task.
+
+    The task `average` is the last column.
+    """
     return {
         (None if row["k"] == "all" else int(row["k"]), row["method"], row["task"]): Printed(
             int(row["table"]), row["metric"], float(row["mean"]), float(row["std"]) if row["std"] else None
@@ -35,7 +38,10 @@ def paper() -> dict[tuple[int | None, str, str], Printed]:
 
 @cache
 def paper_upper_bound() -> dict[tuple[int, str], tuple[float, float]]:
-    """The paper's Table 2, by K and method: the best single submodules', and the method's."""
+    """Return the paper's Table 2 by K and method, in percent.
+
+    The two numbers are the mean of the best single submodules and the mean of the method.
+    """
     found: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
     for row in _paper_rows():
         if row["table"] == "2":
@@ -45,7 +51,7 @@ def paper_upper_bound() -> dict[tuple[int, str], tuple[float, float]]:
 
 @cache
 def paper_costs() -> dict[tuple[str, str], str]:
-    """The paper's Table 4, as printed, by method and by what it is the cost of."""
+    """Return the paper's Table 4, as printed, by method and by kind of cost."""
     return {(row["method"], row["metric"]): row["mean"] for row in _paper_rows() if row["table"] == "4"}
 
 

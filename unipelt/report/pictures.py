@@ -1,4 +1,4 @@
-"""The report's pictures, one panel each, as SVG: box plots, learning curves, sizes, gates."""
+"""Draw the pictures of a report as SVG, one panel each: forest plots, box plots, learning curves, sizes and gates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from unipelt.report.forest import draw_forest, forests
 from unipelt.report.numbers import k_name, percent
 from unipelt.report.results import Results
 
-# Okabe and Ito's, which people with any colour vision tell apart; beyond them, marks tell rows apart.
+# Okabe and Ito's colours, which people with any colour vision can tell apart. The marks help with more rows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -37,11 +37,11 @@ class Picture:
     """A panel.
 
     Attributes:
-        section: which group of pictures it belongs to.
-        name: of its file, without suffix; unlike all others.
-        title: what it shows.
-        alt: its numbers in words, for those who do not see it.
-        svg: the file's bytes.
+        section: the group of pictures to which the picture belongs.
+        name: the name of its file without suffix; unique.
+        title: the title of the picture.
+        alt: the numbers of the picture in words, for readers who cannot see the picture.
+        svg: the content of the file, in bytes.
     """
 
     section: str
@@ -52,15 +52,15 @@ class Picture:
 
 
 def check_matplotlib() -> None:
-    """Raise `ImportError`, naming the extra, where matplotlib is not installed."""
+    """Raise `ImportError` with the name of the extra if matplotlib is not installed."""
     new_figure(width=1.0, height=1.0)
 
 
 def draw(results: Results, differences: Sequence[Difference] = ()) -> list[Picture]:
-    """All pictures that there are data for; the forest plots are of the differences."""
+    """Draw and return all pictures that have data. The forest plots show `differences`."""
     import matplotlib
 
-    # words stay words: smaller files, which can be searched; the same salt makes the same file of the same data
+    # text stays text, so that files are small and can be searched; a fixed salt gives the same file for the same data
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "unipelt",
@@ -73,7 +73,7 @@ def draw(results: Results, differences: Sequence[Difference] = ()) -> list[Pictu
         taken: set[str] = set()
         for section, words, title, alt, paint, size in (*_forests(results, differences), *_panels(results)):
             name = stem = _clean("-".join((section, *words)))
-            while name in taken:  # names that differ only in signs that no file may have
+            while name in taken:  # names may differ only in characters that file names cannot have
                 name = f"{stem}-{len(taken)}"
             taken.add(name)
             pictures.append(Picture(section, name, title, alt, _svg(paint, title, size)))
@@ -124,7 +124,7 @@ def _panels(results: Results) -> Iterator[Panel]:
     if not gated:
         return
     every = np.concatenate([means[2][np.isfinite(means[2])] for _, means in gated])
-    least, most = np.percentile(every, [5, 95])  # a few gates that are all but closed would leave the rest one colour
+    least, most = np.percentile(every, [5, 95])  # a few almost closed gates would give all others one colour
     scale = (max(0.0, float(np.floor(20 * least)) / 20), min(1.0, float(np.ceil(20 * most)) / 20))
     for cell, means in gated:
         title = f"{cell.task}, {k_name(cell.k)}\n{cell.row}"
@@ -138,7 +138,7 @@ def _panels(results: Results) -> Iterator[Panel]:
 
 
 def _draw_boxes(axes: Any, cells: Sequence[Cell], looks: Looks) -> None:
-    """A box over seeds for each method, the seeds as dots, the paper's mean as a diamond."""
+    """Draw a box over seeds for each method, with the seeds as marks and the paper's mean as a diamond."""
     places = range(len(cells))
     for place, cell in zip(places, cells, strict=True):
         scores = [100 * score for score in cell.scores.values()]
@@ -159,7 +159,7 @@ def _draw_boxes(axes: Any, cells: Sequence[Cell], looks: Looks) -> None:
 
 
 def _draw_learning(axes: Any, cells: Sequence[Cell], looks: Looks) -> None:
-    """Dev score by epoch: mean and range of the seeds that reached it; dotted where some had ended."""
+    """Draw the dev score by epoch: mean and range over the seeds, and a dotted line after the first seed has ended."""
     for cell in cells:
         series = [
             {round(item["epoch"], 3): 100 * item["metrics"][run.primary] for item in run.record["evaluations"]}
@@ -182,7 +182,7 @@ def _draw_learning(axes: Any, cells: Sequence[Cell], looks: Looks) -> None:
 
 
 def _draw_sizes(axes: Any, found: Sequence[Curve]) -> None:
-    """Score against one number, with a bar of a standard deviation each way."""
+    """Draw the score by one number, with a bar of one standard deviation in each direction."""
     for index, curve in enumerate(found):
         sizes = list(curve.cells)
         means = [100 * cell.mean for cell in curve.cells.values()]
@@ -200,7 +200,7 @@ def _draw_sizes(axes: Any, found: Sequence[Curve]) -> None:
 
 
 def _gate_means(cell: Cell) -> tuple[list[str], list[str], np.ndarray] | None:
-    """Names, layers, and the mean over seeds of the gates' means: (layers, names); None where there are none."""
+    """Return names, layers, and the gates' means averaged over seeds, (layers, names), or None if no run has gates."""
     gates = [run.record["gates"] for run in cell.runs if run.record["gates"]]
     if not gates:
         return None
@@ -218,7 +218,7 @@ def _gate_means(cell: Cell) -> tuple[list[str], list[str], np.ndarray] | None:
 
 
 def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray], scale: tuple[float, float]) -> None:
-    """Layers by submodules, with the colours of a scale that all pictures of a report share."""
+    """Draw the gates, layers by submodules. All pictures of a report share the scale of colours."""
     names, layers, values = means
     image = axes.pcolormesh(values, vmin=scale[0], vmax=scale[1], cmap="cividis")
     axes.set_xticks(
@@ -231,7 +231,7 @@ def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray
     for row, column in np.ndindex(values.shape):
         if np.isfinite(value := values[row, column]):
             share = (value - scale[0]) / max(scale[1] - scale[0], 1e-9)
-            colour = "black" if share > 0.55 else "white"  # on cividis, which is light above that
+            colour = "black" if share > 0.55 else "white"  # cividis is light above this value
             axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
     axes.figure.colorbar(image, ax=axes, extend="both")
 
@@ -244,7 +244,7 @@ def _svg(paint: Callable[[Any], None], title: str, size: tuple[float, float]) ->
     axes.set_title(_plain("\n".join(itertools.chain.from_iterable(lines))))
     content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts count, not these
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the SVG uses the reader's fonts, not these
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     return content.getvalue()
 
@@ -254,7 +254,7 @@ def _short(row: str, most: int = 34) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib takes for no formula, and that an SVG can hold."""
+    """Return text that matplotlib does not read as a formula, and that an SVG can hold."""
     text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "?", text)
     return text.replace("$", r"\$")
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a report come from: models, machines, commits, settings, and what is missing."""
+"""The origin of the numbers of a report: models, machines, commits, settings, and missing runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _APART = {"task", "seed", "data_seed", "method", "output_dir", "learning_rate", 
 
 
 def describe_provenance(results: Results) -> list[Block]:
-    """The section: warnings in sight, lists in folds."""
+    """Return the blocks of the section. Warnings are visible, and lists are in folds."""
     records = [run.record for run in results.runs]
     versions: dict[str, set[str]] = defaultdict(set)
     for record in records:
@@ -53,7 +53,7 @@ def describe_provenance(results: Results) -> list[Block]:
 
 
 def count(number: int, noun: str) -> str:
-    """A number and its noun, in the plural where it is not 1."""
+    """Return a number and its noun, in the plural if the number is not 1."""
     first, _, rest = noun.partition(" ")
     if number == 1:
         return f"{number} {noun}"
@@ -93,7 +93,7 @@ def _common(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _differing(runs: Sequence[Run]) -> dict[str, str]:
-    """What some runs have otherwise than others, by setting: the values, each with its runs and their tasks."""
+    """Return the settings that differ between runs: by setting, the values, each with its runs and their tasks."""
     known = {key for run in runs for key in flat_settings(run.record["settings"]) if key in run.variant} - _APART
     found: dict[str, str] = {}
     for key in sorted(known):

@@ -1,4 +1,4 @@
-"""A folder of runs, read: the records that can be averaged, and by name and reason everything that cannot."""
+"""Read a folder of runs: the records that can be averaged, and the name and reason of all files that cannot."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from unipelt.sweep import FAILURE, REQUEST, SweepError, read_failure, read_reque
 
 
 class ReportError(ValueError):
-    """There is nothing to report on; the message says why."""
+    """A folder has no results for a report. The message says why."""
 
 
 def read_results(folder: str | Path) -> Results:
-    """Read `folder/result.json` and every `folder/*/result.json`, and the sweep's plan where there is one.
+    """Read `folder/result.json`, every `folder/*/result.json`, and the sweep's plan if there is one.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     folder = Path(folder)
-    if not os.path.isdir(folder):  # which, unlike that of a Path, takes a name too long for one that is not there
+    if not os.path.isdir(folder):  # a name that is too long gives False here, and an error from `Path.is_dir`
         raise FileNotFoundError(f"there is no folder at {show_path(folder)}")
     runs: list[Run] = []
     left_out: list[tuple[str, str]] = []
@@ -43,7 +43,7 @@ def read_results(folder: str | Path) -> Results:
         run = Run(path.parent.name if path.parent != folder else ".", record)
         problem = _problem(record)
         if problem is None:
-            # the second: the same run on another machine, where the data lie elsewhere
+            # `same` finds the same run from another machine, where the data have another path
             same = (run.task, run.k, run.method, run.seed, json.dumps(run.variant, sort_keys=True))
             other = first.setdefault(record["digest"], name), first.setdefault(same, name)
             problem = next((f"it is the same run as {seen}" for seen in other if seen != name), None)
@@ -86,7 +86,7 @@ def read_results(folder: str | Path) -> Results:
 
 
 def _problem(record: Mapping[str, Any]) -> str | None:
-    """Why a whole record is still not to be averaged, or None."""
+    """Return why a complete record cannot be averaged, or None."""
     if record["status"] != "finished":
         return f"its status is {record['status']!r}"
     k = record["settings"].get("train_samples")
@@ -97,7 +97,7 @@ def _problem(record: Mapping[str, Any]) -> str | None:
     scores += [(f"evaluations[{i}]", item["metrics"].get(primary)) for i, item in enumerate(record["evaluations"])]
     for where, score in scores:
         number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        if not number or not -1 <= score <= 1:  # NaN is not between them either
+        if not number or not -1 <= score <= 1:  # NaN fails this test too
             return f"{where}.metrics.{primary} is {score!r:.60}, not a fraction"
     times = [record["seconds"][name] for name in ("train", "evaluation", "total")]
     if min(times) < 0:
@@ -120,7 +120,7 @@ def _are_gates(gates: Mapping[str, Any]) -> bool:
 
 
 def _error(folder: Path) -> str:
-    """Why the run in a folder failed, or why that cannot be known."""
+    """Return why the run in a folder failed, or why the reason cannot be read."""
     try:
         failure = read_failure(folder)
         error = failure["error"] if failure else f"{folder / FAILURE} has just gone"

@@ -1,4 +1,4 @@
-"""Two ways to write the blocks of a report: one HTML page that needs nothing else, and Markdown."""
+"""Write the blocks of a report in two formats: one HTML page that needs no other file, and Markdown."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ img { display: block; max-width: 100%; height: auto; }
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """One page with its style and its pictures inside: nothing is fetched, and no script runs."""
+    """Return one page with its style and its pictures inside. The page fetches no file and runs no script."""
     heads = [block for block in blocks if isinstance(block, Heading)]
     links = "".join(
         f'<a href="#s{index}">{_escape(head.text)}</a>' for index, head in enumerate(heads) if head.level == 2
@@ -107,7 +107,7 @@ def to_html(blocks: Sequence[Block]) -> str:
             "<head>",
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # what comes from files could ask for something else, were it not escaped
+            # a second protection besides escaping: text from the records cannot load anything
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">",
             f"<title>{_escape(heads[0].text)}</title>",
@@ -149,7 +149,7 @@ def _grid_html(grid: Grid) -> str:
         + "</tr>"
         for row in grid.rows
     )
-    # a box that scrolls must take the focus, or a keyboard cannot scroll it
+    # a keyboard can scroll a box only if the box can take the focus
     pinned = ' class="two"' if grid.pinned == 2 else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table">\n'
@@ -159,14 +159,14 @@ def _grid_html(grid: Grid) -> str:
 
 
 def _numeric(grid: Grid) -> list[bool]:
-    """For each column, whether it holds numbers or short words, and not names or running text."""
+    """Return, for each column, whether the column holds numbers or short words, and not names or running text."""
     columns = zip(*grid.rows, strict=True)
     longest = [max((len(text) for entry in c for text, mark in entry if mark != "hover"), default=0) for c in columns]
     return [index > 0 and length <= 34 for index, length in enumerate(longest)]
 
 
 def _breakable(name: str) -> str:
-    """The same, with places where a long name of a method may go on in the next line."""
+    """Return the name with places where a long method name may continue on the next line."""
     return re.sub(r"(?<=[a-z])([=.])(?=[\w&])", r"\1<wbr>", name)
 
 
@@ -193,7 +193,7 @@ def _entry_html(entry: Entry) -> str:
 
 
 def _picture_html(picture: Picture) -> str:
-    # as an image the picture can neither run a script nor clash with another's ids
+    # a picture in an `img` cannot run a script, and its ids cannot clash with those of another picture
     data = base64.b64encode(picture.svg).decode()
     return f'<figure><img alt="{_escape(picture.alt)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
@@ -203,7 +203,7 @@ def _linked(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    # lone surrogates come out of JSON, and no UTF-8 holds them
+    # JSON can hold lone surrogates, and UTF-8 cannot
     return html.escape(printable(text).encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -211,7 +211,7 @@ def _escape(text: str) -> str:
 
 
 def to_markdown(blocks: Sequence[Block], folder: str) -> str:
-    """The same in Markdown (GitHub's); pictures are files in `folder`."""
+    """Return the report in GitHub's Markdown. The pictures are files in `folder`."""
     return "\n\n".join(_block_markdown(block, folder) for block in blocks) + "\n"
 
 

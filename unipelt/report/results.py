@@ -1,4 +1,4 @@
-"""All runs of a folder, and a table of one K: its rows, tasks, averages, and rows of a kind."""
+"""All runs of a folder, and the table of one K: its rows, tasks, averages, and rows of one kind."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from unipelt.report.group import group_runs, pick_on_dev, row_order, task_order
 
 @dataclass(frozen=True)
 class Results:
-    """What a folder of runs holds.
+    """The content of a folder of runs.
 
     Attributes:
-        runs: each once.
-        left_out: files that are no records, or damaged, or say a run twice: name and reason.
-        failures: runs that failed and have no result: name and message.
-        absent: planned runs without result and without failure, by name.
-        seeds: the planned seeds by task, K and method's name; empty where there is no plan.
-        choose: settings that a sweep varies to choose by dev score.
-        plan: the sweep's configuration, where there is a plan.
+        runs: the runs, without duplicates.
+        left_out: name and reason of files that are not records, are damaged, or repeat a run.
+        failures: name and message of runs that failed and have no result.
+        absent: names of planned runs with neither a result nor a failure.
+        seeds: the planned seeds by task, K and the method's name; empty without a plan.
+        choose: the settings that a sweep varies to choose by dev score.
+        plan: the path of the sweep file, or None without a plan.
     """
 
     runs: tuple[Run, ...]
@@ -42,16 +42,16 @@ class Results:
 
     @cached_property
     def picked(self) -> tuple[Cell, ...]:
-        """Cells of the single method that is picked on dev; they repeat runs of other cells."""
+        """The cells of the single method that is picked on dev. They repeat runs of other cells."""
         return tuple(pick_on_dev(self.cells))
 
     @property
     def ks(self) -> list[int | None]:
-        """Each K once, all data last."""
+        """Each K once; all data (None) come last."""
         return sorted({cell.k for cell in self.cells}, key=k_order)
 
     def table(self, k: int | None) -> Table:
-        """The cells of one K, those that are picked on dev among them."""
+        """Return the table of one K, with the cells that are picked on dev."""
         chosen = [cell for cell in (*self.cells, *self.picked) if cell.k == k]
         return Table(k, {(cell.row, cell.task): cell for cell in sorted(chosen, key=lambda cell: row_order(cell.row))})
 
@@ -65,22 +65,23 @@ class Table:
 
     @property
     def rows(self) -> list[str]:
-        """The rows' names, in the order of the paper's tables."""
+        """The names of the rows, in the order of the paper's tables."""
         return list(dict.fromkeys(row for row, _ in self.cells))
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks, in that order too."""
+        """The names of the tasks, in the order of the paper's tables."""
         return sorted({task for _, task in self.cells}, key=task_order)
 
     def row(self, name: str) -> dict[str, Cell]:
-        """A row's cells by task."""
+        """Return the cells of a row by task."""
         return {task: self.cells[name, task] for task in self.tasks if (name, task) in self.cells}
 
     def average(self, row: str) -> tuple[float, float | None] | None:
-        """Mean over the tasks, and its standard deviation over seeds; None where a task is not there.
+        """Return the mean over the tasks and its standard deviation over seeds, or None if the row lacks a task.
 
-        The deviation is that of the seeds' averages, so it is None where tasks have different seeds.
+        Both are fractions. The deviation is that of the seeds' averages. If tasks have different seeds, the deviation
+        is None.
         """
         cells = self.row(row)
         if len(cells) < len(self.tasks):
@@ -92,26 +93,32 @@ class Table:
         return mean, sample_std([statistics.fmean(c.scores[seed] for c in cells.values()) for seed in seeds.pop()])
 
     def paper_average(self, row: str) -> float | None:
-        """The mean of the paper's numbers for the row over the table's tasks; None where one is not there."""
+        """Return the mean of the paper's numbers for the row over the table's tasks, in percent.
+
+        The mean is None if one of the numbers is missing.
+        """
         printed = [cell.paper for cell in self.row(row).values()]
         if len(printed) < len(self.tasks) or None in printed:
             return None
         return statistics.fmean(number.mean for number in printed if number is not None)
 
     def first(self, row: str) -> Cell:
-        """A row's first cell, for what all its cells share."""
+        """Return the first cell of a row, for values that all its cells share."""
         return next(iter(self.row(row).values()))
 
     def singles(self, setting: str) -> list[str]:
-        """Rows whose method adds one kind of submodule, of a setting."""
+        """Return the rows of a setting whose method adds one kind of submodule."""
         return [row for row in self.rows if self._adds(row) == 1 and self.first(row).setting == setting]
 
     def combined(self) -> list[str]:
-        """Rows whose method adds more than one."""
+        """Return the rows whose method adds more than one kind of submodule."""
         return [row for row in self.rows if self._adds(row) > 1]
 
     def named(self, method: str, setting: str) -> dict[str, Cell]:
-        """The row of a method and setting; of several (learning rates), the one with the most tasks."""
+        """Return the cells of a method and setting by task.
+
+        Of several rows (learning rates), the one with most tasks counts.
+        """
         rows = [self.row(row) for row in self.rows]
         found = [
             row for row in rows for cell in [*row.values()][:1] if (cell.method, cell.setting) == (method, setting)
@@ -119,24 +126,25 @@ class Table:
         return max(found, key=len, default={})
 
     def picked(self, setting: str) -> list[str]:
-        """Rows of the single method that is picked on dev, of a setting."""
+        """Return the rows of a setting for the single method that is picked on dev."""
         return [row for row in self.rows if self.first(row).picked and self.first(row).setting == setting]
 
     def majority(self, task: str) -> Floor:
-        """The score of the test set's most frequent class; of older records, of the train sets' the best.
+        """Return the score of the test set's most frequent class.
 
-        A task without classes has the floor that its records name. A regression has no score here.
+        Older records may hold only the score of the train set's most frequent class. Then the largest of these is
+        returned. A task without classes has the floor that its records name. A regression has no score here.
         """
         found = [floor(run.record) for cell in self.column(task) for run in cell.runs]
         known = [one for one in found if one.of_test] or found
         return max(known, key=lambda one: -math.inf if one.score is None else one.score)
 
     def chance(self, task: str) -> float:
-        """The score above which a method must be to say anything: that of `majority`, or 0 of a correlation."""
+        """Return the score that a useful method must exceed: that of `majority`, or 0 for a correlation."""
         return self.majority(task).score or 0.0
 
     def column(self, task: str) -> list[Cell]:
-        """A task's cells."""
+        """Return the cells of a task."""
         return [cell for (_, name), cell in self.cells.items() if name == task]
 
     @property
@@ -145,6 +153,6 @@ class Table:
         return any(cell.paper for cell in self.cells.values())
 
     def _adds(self, row: str) -> int:
-        """How many parts a row's method adds; 0 of fine-tuning and of what is picked among methods."""
+        """Return how many parts a row's method adds: 0 for fine-tuning and for a row that is picked among methods."""
         first = self.first(row)
         return 0 if first.picked else len(kinds(first.runs[0].config))

@@ -1,4 +1,4 @@
-"""The table of scores: compact, and whole in a fold."""
+"""The table of scores: a compact table, and the complete table in a fold."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from unipelt.report.paper import TASKS
 from unipelt.report.results import Results, Table
 
 CONSTANT = "majority class"
-"""The row of the scores of always answering the test data's most frequent class."""
+"""The row of the constant answer: the scores of the test data's most frequent class."""
 
 
 def score_sections(table: Table, results: Results) -> list[Block]:
-    """The scores of one K: the compact table, then folds with all of its numbers and with how to read it."""
+    """Return the blocks of one K's scores: the compact table, then folds with all its numbers and with explanations."""
     blocks: list[Block] = [
         Heading(2, f"Scores, {k_name(table.k)}"),
         Paragraph(
@@ -36,7 +36,7 @@ def score_sections(table: Table, results: Results) -> list[Block]:
 
 
 def column_marks(table: Table) -> dict[str, list[str]]:
-    """For each task, and for `average`, how each row's score is marked: best, second, chance, or not at all."""
+    """Return the mark of each row's score, for each task and for `average`: best, second, chance, or ""."""
     found = {}
     for task in table.tasks:
         level = table.chance(task)
@@ -50,12 +50,12 @@ def column_marks(table: Table) -> dict[str, list[str]]:
 
 
 def seeds_text(seeds: Iterable[tuple[int, int]]) -> str:
-    """Seeds as text; the data's is named where it is another."""
+    """Return seeds as text. The data's seed is named if it differs from the run's."""
     return ", ".join(str(run) if run == data else f"{run} (data {data})" for run, data in seeds)
 
 
 def metric_of(table: Table, task: str) -> str:
-    """The metric that a task is judged by, in words."""
+    """Return the name of the metric that a task is judged by, in words."""
     return table.column(task)[0].runs[0].primary.replace("_", " ")
 
 
@@ -65,7 +65,7 @@ def _head(table: Table) -> list[str]:
 
 
 def _compact(table: Table) -> Grid:
-    """A line a method, the average first, and a line of constant answers."""
+    """Return a table with a line for each method, the average first, and a line for the constant answer."""
     several = len(table.tasks) > 1
     marked = column_marks(table)
     rows: list[list[Entry]] = []
@@ -171,7 +171,7 @@ def _reading(table: Table, results: Results) -> list[str]:
 
 
 def _older(table: Table) -> list[str]:
-    """Where the row of constant answers holds something else."""
+    """Return notes on tasks for which the row of the constant answer holds another number."""
     found = {task: table.majority(task) for task in table.tasks}
     regressions = [task for task, one in found.items() if one.score is None]
     items = []

@@ -1,4 +1,4 @@
-"""The report's sections in which methods are compared, as blocks."""
+"""The sections of a report that compare methods, as blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unipelt.report.significance import MeanEffect
 
 
 def compare_with_upper_bounds(tables: Sequence[Table]) -> list[Block]:
-    """The best submodule of each task beside the method that combines them."""
+    """Return the section with the best submodule of each task beside the method that combines the submodules."""
     rows: list[list[Entry]] = []
     for table in tables:
         for bound in upper_bounds(table):
@@ -59,7 +59,7 @@ _AGAINST = {
 
 
 def compare_rows(differences: Sequence[Difference], charts: Sequence[Picture] = ()) -> list[Block]:
-    """All comparisons of rows, pair by pair, with the charts that are not at the top of the page."""
+    """Return the sections with all comparisons of rows, and the charts that are not at the top of the page."""
     blocks: list[Block] = []
     for kind, (title, text) in _AGAINST.items():
         found = [difference for difference in differences if difference.kind == kind]
@@ -138,7 +138,7 @@ def _p(value: float | None) -> str:
 
 
 def compare_gates(tables: Sequence[Table]) -> list[Block]:
-    """The gates of combinations beside what their submodules do alone."""
+    """Return the section with the gates of combinations beside the scores of their submodules alone."""
     blocks: list[Block] = []
     for table in tables:
         for found in gate_agreements(table):
@@ -187,7 +187,7 @@ def compare_gates(tables: Sequence[Table]) -> list[Block]:
 
 
 def compare_costs(tables: Sequence[Table]) -> list[Block]:
-    """Parameters and times."""
+    """Return the section on parameters and times."""
     rows: list[list[Entry]] = []
     for table in tables:
         for line in costs(table):

@@ -1,4 +1,4 @@
-"""How far a mean may be off by chance: t intervals, p values, and Holm's correction for several tests."""
+"""Compute how far chance may move a mean: t intervals, p values, and Holm's correction for several tests."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
-"""Of every interval."""
+"""The confidence of every interval."""
 _NO_SPREAD = 1e-12
 
 
 @dataclass(frozen=True)
 class MeanEffect:
-    """A mean of differences, and how far chance may have moved it.
+    """A mean of differences, with its interval and its test.
 
     Attributes:
-        mean: a fraction, as the scores are.
-        low, high: its 95 % t interval; None of one difference.
-        p: of the t-test against 0, two-sided; None of one difference, and where all are equal.
-        count: differences.
+        mean: the mean, a fraction like the scores.
+        low, high: the ends of its 95 % t interval; None for one difference.
+        p: the p value of the two-sided t-test against 0; None for one difference, or if all differences are equal.
+        count: the number of differences.
     """
 
     mean: float
@@ -36,10 +36,10 @@ class MeanEffect:
 
 
 def mean_effect(differences: Sequence[float]) -> MeanEffect:
-    """The mean of these differences with its t interval (n - 1 degrees of freedom) and t-test.
+    """Return the mean of the differences with its t interval (n - 1 degrees of freedom) and t-test.
 
-    The interval holds the true mean in 95 % of cases for any number of differences from two up, if they are about
-    normal. (A percentile bootstrap of five differences holds it in about 84 %.)
+    If the differences are about normal, the interval holds the true mean in 95 % of cases, for any number of
+    differences from two up. (A percentile bootstrap of five differences holds the true mean in about 84 %.)
     """
     from scipy import stats  # slow to import
 
@@ -56,9 +56,9 @@ def mean_effect(differences: Sequence[float]) -> MeanEffect:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """P values corrected for their number by Holm's method (1979); None stays None and does not count.
+    """Return p values corrected for their number by Holm's method (1979). None stays None and does not count.
 
-    If all that are below 0.05 afterwards are called differences, the chance of one false call is at most 5 %.
+    If all values below 0.05 after the correction are called differences, the chance of a false call is at most 5 %.
     """
     known = sorted((value, index) for index, value in enumerate(values) if value is not None)
     corrected: list[float | None] = [None] * len(values)

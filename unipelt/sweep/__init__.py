@@ -1,18 +1,20 @@
-"""A grid of runs from one file, carried out by as many processes and machines as share the folder.
+"""Run a grid of runs from one file, in one folder that several processes and machines can share.
 
-Every run is a process of its own (`python -m unipelt.sweep RUN/settings.json`), so that one that crashes, or is
-killed for want of memory, is a recorded failure and the others go on. The state is the folder's, never a process's:
+Each run is its own process (`python -m unipelt.sweep RUN/settings.json`). A run that crashes, or that the system kills
+because memory is short, is a recorded failure, and the other runs continue. All state is in the folder, not in a
+process:
 
-    OUT/sweep.json              what was asked for (`write_request`)
-    OUT/RUN/settings.json       the run's settings
-    OUT/RUN/log.txt             what its processes printed
-    OUT/RUN/result.json         it has finished
-    OUT/RUN/failure.json        its last process failed: {"error": one line, "log": the tail, "time": when}
+    OUT/sweep.json              the request: all runs of the sweep (`write_request`)
+    OUT/RUN/settings.json       the settings of the run
+    OUT/RUN/log.txt             the output of the run's processes
+    OUT/RUN/result.json         present if the run has finished
+    OUT/RUN/failure.json        present if the run's last process failed: {"error": one line, "log": the tail,
+                                "time": seconds since 1970}
     OUT/RUN/.sweep/.lock        held by the sweep that starts the run's process
-    OUT/RUN/.lock               held by that process (`unipelt.runs.folder`)
+    OUT/RUN/.lock               held by the run's process (`unipelt.runs.folder`)
 
-A process that dies lets go of its locks, so nothing has to be cleaned up after a kill. `grid` says what there is to
-do, `folder` knows these files, and `work` does the runs.
+A process that ends, also by a kill, releases its locks, so a kill needs no cleaning up. `grid` lists the runs,
+`folder` reads and writes these files, and `workers` does the runs.
 """
 
 from unipelt.sweep.folder import (

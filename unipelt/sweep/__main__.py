@@ -1,4 +1,4 @@
-"""A run's own process: `python -m unipelt.sweep RUN/settings.json`."""
+"""Do one run in its own process: `python -m unipelt.sweep RUN/settings.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from unipelt.sweep.workers import BUSY
 
 
 def _main(path: Path) -> int:
-    """Do the run whose settings the file holds. Standard input is a pipe, whose end is the end of this process."""
+    """Do the run whose settings are in the file, and return the exit code.
+
+    Standard input is a pipe. This process ends when the pipe is closed.
+    """
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     from unipelt.glue.run import run
 

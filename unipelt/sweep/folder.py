@@ -1,4 +1,4 @@
-"""The folder of a sweep: its files, the locks in it, what of the sweep is done and how long the rest will take."""
+"""Read and write the files of a sweep's folder, hold its locks, and estimate the time that is left."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOG = "log.txt"
 SETTINGS = "settings.json"
 _FORMAT = 1
 
-# What of these files is read, and what it must be (`mismatch`).
+# The fields that are read from these files, and their types (see `mismatch`).
 _REQUEST = {"format": int, "sweep": str, "chosen": list, "runs": list}
 _RUN = {
     "folder": str,
@@ -46,13 +46,13 @@ class Busy(Exception):
 
 @dataclass
 class State:
-    """How far the runs of a sweep into a folder have come.
+    """The progress of the runs of a sweep in one folder.
 
     Attributes:
-        sweep: whose runs carry the folder as `output_dir`.
-        workers: runs at a time.
-        seconds: by folder of a finished run, how long it took.
-        failures: by folder of a run whose last process failed, its `failure.json`.
+        sweep: the sweep; each of its runs has its folder as `output_dir`.
+        workers: the number of runs at a time.
+        seconds: by the folder of a finished run, the seconds that the run took.
+        failures: by the folder of a run whose last process failed, the content of its `failure.json`.
     """
 
     sweep: Sweep
@@ -69,7 +69,11 @@ class State:
         return [settings for settings in self.sweep.runs if folder_of(settings) not in self.seconds]
 
     def seconds_left(self, left: Sequence[RunSettings]) -> float | None:
-        """Estimated seconds for `left`, from finished runs of the same task, K and method, else from all."""
+        """Return the estimated seconds until the runs in `left` are done, or None if no run has finished.
+
+        The estimate of a run is the mean over finished runs of the same task, K and method. Without such runs, the
+        estimate is the mean over all finished runs.
+        """
         if not self.seconds:
             return None
         known = defaultdict(list)
@@ -80,7 +84,7 @@ class State:
         return total / max(1, min(self.workers, len(left)))
 
     def __str__(self) -> str:
-        """The plan."""
+        """Return the plan and the progress as lines of text."""
         runs, left = self.sweep.runs, self.left
         estimate = self.seconds_left(left)
         at_once = f", {self.workers} at a time" if self.workers > 1 else ""
@@ -100,7 +104,7 @@ class State:
 
 
 def status(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
-    """See what of a sweep into `out` is done; writes nothing."""
+    """Return the state of a sweep in the folder `out`. Nothing is written."""
     runs = tuple(replace(settings, output_dir=str(run_folder(out, settings))) for settings in sweep.runs)
     state = State(replace(sweep, runs=runs), workers)
     for settings in runs:
@@ -112,13 +116,13 @@ def status(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
 
 
 def duration(seconds: float) -> str:
-    """A time for people."""
+    """Return a time in seconds as text for people, such as `1 h 05 min`."""
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {int(seconds % 60):02} s"
 
 
 def run_folder(out: str | Path, settings: RunSettings) -> Path:
-    """Folder of a run of a sweep into `out`; the name is for people, the digest at its end makes it unique."""
+    """Return the folder of a run of a sweep in `out`. The name is for people; the digest at its end makes it unique."""
     task = settings.task or Path(str(settings.train_file)).stem
     parts = [task, settings.method_name, f"K={settings.train_samples or 'all'}", f"seed={settings.seed}"]
     if settings.learning_rate != paper_learning_rate(settings.config):
@@ -127,18 +131,18 @@ def run_folder(out: str | Path, settings: RunSettings) -> Path:
 
 
 def folder_of(settings: RunSettings) -> str:
-    """The run's folder, as text: what a state's mappings go by."""
+    """Return the run's folder as text, the key of the mappings in `State`."""
     return str(settings.output_dir)
 
 
 def write_request(sweep: Sweep, out: str | Path) -> None:
-    """Add the runs to `out/sweep.json`, so that a report knows what is missing.
+    """Add the runs to `out/sweep.json`, so that a report knows which runs are missing.
 
-    The file lists every run that any sweep into the folder has asked for, each with its cell; sweeps that are
-    narrowed differently, on several machines, say, add to each other.
+    The file lists every run that any sweep in the folder has asked for, each with its cell. Sweeps over different parts
+    of a grid, for example on several machines, add to the same list.
 
     Raises:
-        SweepError: there is a file of that name which is not such a list; it is left as it is.
+        SweepError: the file exists and is not such a list. The file is left unchanged.
         RunError: the folder cannot be written.
     """
     runs = {
@@ -163,10 +167,10 @@ def write_request(sweep: Sweep, out: str | Path) -> None:
 
 
 def read_request(out: str | Path) -> dict[str, Any] | None:
-    """The request of sweeps into `out`, as `write_request` wrote it; None if there is none.
+    """Return the request that `write_request` wrote into `out`, or None if the file does not exist.
 
     Raises:
-        SweepError: the file is damaged, or of another kind or format.
+        SweepError: the file is damaged, or has another kind or format.
     """
     path = Path(out) / REQUEST
     try:
@@ -191,15 +195,15 @@ def read_request(out: str | Path) -> dict[str, Any] | None:
 
 
 def write_settings(settings: RunSettings) -> None:
-    """Leave a run's settings in its folder, for the process that does it."""
+    """Write a run's settings into its folder, for the process of the run."""
     write_whole(Path(folder_of(settings)) / SETTINGS, json.dumps(settings.to_dict(), indent=2).encode())
 
 
 def read_settings(path: Path) -> RunSettings:
-    """The settings that `write_settings` left, for the folder that the file now lies in.
+    """Return the settings that `write_settings` wrote. Their `output_dir` is the folder in which the file is now.
 
     Raises:
-        SettingsError, ConfigError, FileNotFoundError: they are gone, or are none.
+        SettingsError, ConfigError, FileNotFoundError: the file is missing, or does not hold a run's settings.
     """
     values = read_mapping(path)
     known = {item.name for item in fields(RunSettings)}
@@ -209,7 +213,10 @@ def read_settings(path: Path) -> RunSettings:
 
 
 def finished(settings: RunSettings) -> dict[str, Any] | None:
-    """The run's record; None also if it is damaged, which the run itself will then say."""
+    """Return the record of a finished run, or None.
+
+    A damaged record also gives None. The run itself then reports the damage.
+    """
     try:
         return find_finished(settings, Path(folder_of(settings)))
     except RunError:
@@ -217,12 +224,13 @@ def finished(settings: RunSettings) -> dict[str, Any] | None:
 
 
 def read_failure(folder: str | Path) -> dict[str, Any] | None:
-    """Failure that the last process of a run recorded; None if there is none.
+    """Return the failure that the last process of a run recorded, or None without a recorded failure.
 
-    What is damaged, or of another kind, is a failure all the same, whose error says so: the run is tried again.
+    A damaged file, or one of another kind, also counts as a failure, with an error that says so. The sweep then tries
+    the run again.
 
     Raises:
-        SweepError: it cannot be read.
+        SweepError: the file cannot be read.
     """
     path = Path(folder) / FAILURE
     try:
@@ -234,11 +242,11 @@ def read_failure(folder: str | Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Contents of a JSON file; None if there is no file.
+    """Return the content of a JSON file, or None if the file does not exist.
 
     Raises:
-        SweepError: it cannot be read.
-        ValueError: what it holds is not of the shape.
+        SweepError: the file cannot be read.
+        ValueError: the content is not valid JSON, or does not have the shape.
     """
     try:
         value = read_plain(path)
@@ -254,14 +262,14 @@ def _read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_failure(settings: RunSettings, error: str, log: Sequence[str]) -> dict[str, Any]:
-    """Record that a run's process failed, why, and the last lines that it printed; returns what was written."""
+    """Record that a run's process failed, with the reason and the last lines of its output. Return the record."""
     failure = {"error": error, "log": "\n".join(log), "time": time.time()}
     write_whole(Path(folder_of(settings)) / FAILURE, json.dumps(failure, indent=2).encode())
     return failure
 
 
 def remove_failure(settings: RunSettings) -> None:
-    """Forget that a run's process failed. Raises `SweepError` if that is not possible."""
+    """Remove a run's `failure.json`. Raises `SweepError` if the file cannot be removed."""
     path = Path(folder_of(settings)) / FAILURE
     try:
         path.unlink(missing_ok=True)
@@ -272,7 +280,7 @@ def remove_failure(settings: RunSettings) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Make the folder and keep others out of it. Raises `Busy` where another process has its lock."""
+    """Make the folder and hold its lock inside the block. Raises `Busy` if another process holds the lock."""
     try:
         with locked(folder):
             yield
@@ -281,6 +289,6 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what `write_whole` leaves where it is killed."""
+    """Remove the temporary files that a killed `write_whole` leaves behind."""
     for draft in folder.glob(".*.tmp"):
         draft.unlink()

@@ -1,4 +1,4 @@
-"""Read a sweep file: the product of its lists as settings of runs, each once, without those narrowed away."""
+"""Read a sweep file and return its runs: the product of its lists, each run once, narrowed to the values to keep."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from unipelt.runs.options import lay_over, locate_path, read_config, read_option
 from unipelt.runs.settings import INNER
 
 MOST_RUNS = 20_000
-"""The most runs of one block; a longer product is a slip, and would take hours to be spelt out."""
+"""The largest number of runs in one block. A longer product is a mistake, and takes hours to build."""
 _INNER = tuple(f"{name}." for name in INNER)
-_SEEDS = ("seed", "data_seed")  # what may differ between the runs of a cell
+_SEEDS = ("seed", "data_seed")  # fields that may differ between the runs of a cell
 
 
 class SweepError(ValueError):
-    """A sweep that cannot be meant; the message says where and what is possible. Nothing was run."""
+    """A sweep is not valid. The message says where, and lists the possible values. No run has started."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Sweep:
 
     Attributes:
         path: the sweep file.
-        runs: no two of them the same, in the order of the file.
-        chosen: the fields of which each cell tries several values, the best on dev being reported.
+        runs: the runs, without duplicates, in the order of the file.
+        chosen: the fields with several values in each cell. The report shows the value with the best dev score.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Sweep:
     chosen: tuple[str, ...] = ()
 
     def cell(self, settings: RunSettings) -> str:
-        """Settings that the runs of a cell share, without seeds and chosen fields, as JSON."""
+        """Return the settings that all runs of a cell share, as JSON: without seeds and without chosen fields."""
         chosen = (*_SEEDS, *self.chosen)
         values = {name: value for name, value in settings.identity().items() if name not in chosen}
         for head in INNER:
@@ -59,15 +59,15 @@ def read_sweep(
     """Read a sweep file.
 
     Args:
-        path: YAML or JSON with `grid` (a list of blocks, each the product of its lists), optionally `choose` (values
-            to try in each cell), `base`, and fields common to all runs.
-        narrow: by field, the values to keep. A method goes by its `method_name`, or by its preset.
-        override: by field, as on the command line, what replaces the common value. Of a field that the grid lists,
-            it is the values to keep, with commas between them. `trainer.NAME` and `rates.PART` are
-            fields, too, here and in the grid.
+        path: a YAML or JSON file with `grid` (a list of blocks; each block is the product of its lists). Optional keys
+            are `choose` (values to try in each cell), `base`, and fields that all runs share.
+        narrow: by field, the values to keep. A method is given by its `method_name` or by its preset.
+        override: by field, the new value for all runs, as on the command line. A field that the grid lists takes the
+            values to keep instead, separated by commas. `trainer.NAME` and `rates.PART` are fields too, here and in the
+            grid.
 
     Raises:
-        SweepError: a field, a value or a run cannot be meant, or a value to keep is none of those there are.
+        SweepError: a field, a value or a run is not valid, or a value to keep is not in the sweep.
     """
     try:
         return _read_sweep(Path(path), dict(narrow or {}), dict(override or {}))
@@ -78,7 +78,7 @@ def read_sweep(
 
 
 def split_list(text: str) -> list[str]:
-    """The values of a list with commas, which may themselves hold some: `lora,prefix, prefix.length=50` are two."""
+    """Split a list at its commas, except commas inside a value: `lora,prefix, prefix.length=50` has two values."""
     return re.split(r",(?!\s*[\w.]+=)(?![^\[]*\])", text)
 
 
@@ -132,7 +132,7 @@ def _product(path: Path, block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _located(name: str, value: Any, path: Path) -> Any:
-    """Paths from a sweep file are looked for as those from any configuration file."""
+    """Return the value. A path in a sweep file is located as in any other configuration file."""
     is_path = name.endswith(("_file", "_dir")) or (name == "method" and str(value).endswith((".json", ".yaml", ".yml")))
     return locate_path(value, path) if is_path and isinstance(value, str) else value
 
@@ -142,7 +142,7 @@ def _keep(runs: tuple[RunSettings, ...], narrow: Mapping[str, Sequence[str]]) ->
         kept: set[int] = set()
         for text in texts:
             wanted = _wanted(name, text)
-            # by its whole name first: "prefix" leaves "prefix, prefix.length=50" out where both are there
+            # the whole name comes first, so that "prefix" does not also select "prefix, prefix.length=50"
             found = [id(settings) for settings in runs if _value(settings, name) == wanted] or [
                 id(settings) for settings in runs if name == "method" and settings.method_name.startswith(f"{wanted},")
             ]

@@ -1,12 +1,14 @@
-"""Runs of a sweep in processes that do several at once (`unipelt.glue.pack_runs`).
+"""Do the runs of a sweep in processes that do several runs at once (`unipelt.glue.pack_runs`).
 
-`in_packs` starts runs for `unipelt.sweep.carry_out`, which keeps its claims, logs and failures as for any run. A pack
-is a process (`python -m unipelt.sweep.pack_workers PLACES`) that is told of runs as places become free:
+`in_packs` starts runs for `unipelt.sweep.carry_out`, which handles claims, logs and failures as for any run. A pack is
+a process (`python -m unipelt.sweep.pack_workers PLACES`). The process receives runs as its places become free:
 
-    its standard input    the path of a run's settings.json, a line each; the end of the pipe is the end of the process
-    its standard output   {"folder": ..., "error": one line or null, "busy": whether another process does it}
+    standard input    a line for each run: the path of its settings.json; the process ends when the pipe is closed
+    standard output   a line for each run: {"folder": ..., "error": one line or null, "busy": whether another process
+                      does the run}
 
-What a run says goes to its own log; what the process says beside that, to the logs of those that it took with it.
+The output of a run goes to the run's log. Other output of the process goes to the logs of the runs that ended with the
+process.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ from unipelt.runs.folder import LockedError
 from unipelt.sweep import LOG, SETTINGS, Busy, Sweep, read_settings
 
 IDLE_SECONDS = 5.0
-"""How long a pack without runs waits for the next one before it ends."""
-_PAUSE = 0.5  # seconds between two looks at whether to stop
-_TAIL = 4000  # bytes of what a process printed that go to the logs of the runs that it took with it
+"""The seconds that a pack without runs waits for the next run before it ends."""
+_PAUSE = 0.5  # seconds between two checks of the stop event
+_TAIL = 4000  # bytes of a process's last output that are added to the logs of the runs that ended with it
 
 
 class _Unbegun(Exception):
-    """The pack ended before it came to this run."""
+    """The pack ended before it started this run."""
 
 
 @dataclass
 class _Pack:
-    """A process, and the runs in it; by folder, what will be known of each."""
+    """A process and its runs: by folder, the future outcome of each run."""
 
     key: str
     process: subprocess.Popen[str]
@@ -55,7 +57,10 @@ class _Pack:
 
 
 def by_pack(sweep: Sweep) -> Sweep:
-    """The same runs, those that can share a pack side by side. Raises `PackError` if one cannot train in a pack."""
+    """Return the sweep in an order in which runs that can share a pack are neighbours.
+
+    Raises `PackError` if a run cannot train in a pack.
+    """
     for settings in sweep.runs:
         check_packable(settings)
     order: dict[str, list[RunSettings]] = {}
@@ -65,11 +70,11 @@ def by_pack(sweep: Sweep) -> Sweep:
 
 
 def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Event], str | None]:
-    """Make a function that starts a run in a process with a free place, for as many callers as there are places.
+    """Make a function that starts a run in a process with a free place. Use one caller for each place.
 
     Args:
-        places: runs that a process does at a time.
-        packs: processes at a time; cores are shared by them.
+        places: the number of runs that a process does at a time.
+        packs: the number of processes at a time; they share the cores.
     """
     open_packs: list[_Pack] = []
     changed = threading.Condition()
@@ -93,7 +98,7 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
                     continue
                 for pack in open_packs:
                     if not pack.runs:
-                        pack.over = True  # makes room for one of this kind
+                        pack.over = True  # makes room for a pack with this key
                         _tell(pack, "")
                         break
                 else:
@@ -101,10 +106,10 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
 
     def listen(pack: _Pack) -> None:
         assert pack.process.stdout is not None
-        wrong = None  # a line that is no answer
+        wrong = None  # a line that is not an answer
         for line in pack.process.stdout:
             if not line.endswith("\n"):
-                break  # it died as it spoke
+                break  # the process ended before the end of the line
             try:
                 said = json.loads(line)
                 with changed:
@@ -126,12 +131,12 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
         pack.printed.seek(max(0, pack.printed.seek(0, os.SEEK_END) - _TAIL))
         tail = pack.printed.read()
         pack.printed.close()
-        with pack.process:  # closes its pipes
+        with pack.process:  # closes the pipes of the process
             for folder, outcome in left.items():
                 if code == 0 and wrong is None:
                     outcome.set_exception(_Unbegun())
                 else:
-                    # who waits is to be told all the same where the disk is full
+                    # a full disk must not keep the outcome from the waiting caller
                     with contextlib.suppress(OSError), open(Path(folder) / LOG, "ab") as file:
                         file.write(tail)
                     outcome.set_result(_reason(code, tail, len(left)) if wrong is None else _unlike(wrong))
@@ -156,7 +161,7 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
 def _open(key: str, places: int, packs: int) -> _Pack:
     defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
     defaults |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // packs))} if packs > 1 else {}
-    printed = tempfile.TemporaryFile()  # noqa: SIM115  (closed by whoever reads it, when the process has ended)
+    printed = tempfile.TemporaryFile()  # noqa: SIM115  (`listen` closes it after the process has ended)
     process = subprocess.Popen(
         [sys.executable, "-m", "unipelt.sweep.pack_workers", str(places)],
         stdin=subprocess.PIPE,
@@ -164,7 +169,7 @@ def _open(key: str, places: int, packs: int) -> _Pack:
         stderr=printed,
         env={**defaults, **os.environ},
         text=True,
-        start_new_session=True,  # keeps Ctrl-C from it
+        start_new_session=True,  # so that Ctrl-C does not reach the process
     )
     return _Pack(key, process, printed)
 
@@ -174,7 +179,7 @@ def _tell(pack: _Pack, line: str) -> None:
     try:
         pack.process.stdin.write(f"{line}\n")
         pack.process.stdin.flush()
-    except BrokenPipeError:  # it has just ended; its listener says so to whoever waits
+    except BrokenPipeError:  # the process has just ended, and `listen` tells the waiting callers
         pack.over = True
 
 
@@ -196,7 +201,7 @@ def _reason(code: int, tail: bytes, runs: int) -> str:
 
 def _main(places: int) -> int:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints must not be taken for an answer
+    os.dup2(2, 1)  # other output must not be read as an answer
     asked: queue.Queue[str] = queue.Queue()
 
     def listen() -> None:
@@ -210,7 +215,7 @@ def _main(places: int) -> int:
 
 
 def _serve(places: int, asked: queue.Queue[str], answers: IO[str]) -> None:
-    """Do the runs whose settings.json are asked for, until an empty line or until nothing more comes."""
+    """Do the runs whose settings.json files are named in `asked`, until an empty line comes or no more runs come."""
     ended = False
 
     def answer(folder: str, error: str | None, *, busy: bool = False) -> None:
@@ -247,7 +252,7 @@ def _serve(places: int, asked: queue.Queue[str], answers: IO[str]) -> None:
 
 
 def voice(settings: RunSettings) -> Callable[[str], None]:
-    """Make a function that appends lines to a run's log."""
+    """Return a function that appends lines to a run's log."""
     path = Path(str(settings.output_dir)) / LOG
 
     def log(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs of a sweep on a Ray cluster: the same folder and records, on as many machines as it has."""
+"""Do the runs of a sweep on all machines of a Ray cluster, with the same folder and records as without Ray."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 from unipelt.glue.settings import RunSettings
 from unipelt.sweep import SETTINGS, Busy, in_process, read_settings
 
-_PAUSE = 0.5  # seconds between two looks at whether to stop
+_PAUSE = 0.5  # seconds between two checks of the stop event
 
 
 def connect(address: str | None = None) -> Any:
     """Join a Ray cluster, or start one on this machine.
 
     Args:
-        address: of the cluster (`auto`, or `host:port`); None starts one here.
+        address: the address of the cluster (`auto` or `host:port`). None starts a cluster on this machine.
 
     Returns:
         The module `ray`, connected.
 
     Raises:
         ImportError: Ray is not installed.
-        ConnectionError: there is no cluster at the address.
+        ConnectionError: no cluster runs at the address.
     """
     try:
         import ray
@@ -38,10 +38,10 @@ def connect(address: str | None = None) -> Any:
 
 
 def capacity(ray: Any, cpus: float, gpus: float) -> int:
-    """How many runs, each of which takes `cpus` and `gpus`, the cluster can do at a time.
+    """Return how many runs the cluster can do at a time, if each run takes `cpus` CPUs and `gpus` GPUs.
 
     Raises:
-        ValueError: not one.
+        ValueError: the cluster is too small for one run.
     """
     there = ray.cluster_resources()
     wanted = {"CPU": cpus, "GPU": gpus}
@@ -57,16 +57,17 @@ def on_cluster(
 ) -> Callable[[RunSettings, threading.Event], str | None]:
     """Make a function that starts a run on the cluster, for `unipelt.sweep.carry_out`.
 
-    Every machine must see the folder of the sweep, and data and models, at the same path. A run whose worker is lost
-    (killed, out of memory, a machine gone) is tried again, anywhere, and goes on from its last checkpoint.
+    Every machine must see the sweep's folder, the data and the models at the same paths. If the worker of a run is lost
+    (killed, out of memory, or with its machine), the run is tried again on any machine. The new attempt continues from
+    the last checkpoint.
 
     Args:
-        ray: connected.
-        cpus: what one run takes.
-        gpus: likewise; with a fraction, several share one.
-        retries: how often a run is tried again.
+        ray: the module `ray`, connected.
+        cpus: the CPUs that one run takes.
+        gpus: the GPUs that one run takes. With a fraction, several runs share one GPU.
+        retries: how often a lost run is tried again.
     """
-    # retries are counted here, where a run that another process is at can be told from one whose worker was lost
+    # Ray's own retries cannot tell a run that another process does from a run whose worker was lost
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_run)
 
     def start(settings: RunSettings, stop: threading.Event) -> str | None:
@@ -79,7 +80,7 @@ def on_cluster(
                     raise Busy
             try:
                 return ray.get(reference)
-            except Busy:  # as Ray passes on what a task raises
+            except Busy:  # Ray raises the task's own exception here
                 raise
             except ray.exceptions.RayTaskError as error:
                 return " ".join(str(error.cause).split())
@@ -91,7 +92,7 @@ def on_cluster(
 
 
 def _run(folder: str, current: str) -> str | None:
-    """On a worker: do the run of a folder in a process of its own, which ends when this worker does."""
+    """Do the run of a folder on a worker, in a process that ends when the worker ends."""
     with contextlib.suppress(OSError):
-        os.chdir(current)  # relative paths of data are meant from where the sweep was started
+        os.chdir(current)  # relative data paths start at the folder in which the sweep was started
     return in_process(1)(read_settings(Path(folder) / SETTINGS), threading.Event())

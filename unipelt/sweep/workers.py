@@ -1,4 +1,4 @@
-"""Doing the runs of a sweep, each in a process of its own, beside whoever else is at work in the folder."""
+"""Do the runs of a sweep, each in its own process. Other sweeps may work in the same folder at the same time."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from unipelt.sweep.folder import (
     write_settings,
 )
 
-BUSY = 75  # exit code of a run's process that found another one at it; EX_TEMPFAIL of sysexits.h
+BUSY = 75  # exit code of a run's process if another process does the run; EX_TEMPFAIL of sysexits.h
 _CLAIM = ".sweep"
-_PAUSE = 2.0  # seconds between two looks at runs that other processes do
-_TAIL = 20  # lines of the log kept with a failure
+_PAUSE = 2.0  # seconds between two checks of runs that other processes do
+_TAIL = 20  # number of log lines that a failure keeps
 
 
 def carry_out(
@@ -45,16 +45,17 @@ def carry_out(
     start: Callable[[RunSettings, threading.Event], str | None] | None = None,
     log: Callable[[str], None] = say,
 ) -> dict[str, str]:
-    """Do the runs that are left, wait for those that other processes do, and do those that these leave unfinished.
+    """Do the runs that are left. Wait for runs that other processes do, and do those too if they stay unfinished.
 
     Args:
-        state: of the folder, as `status` sees it; kept up to date.
-        start: does one run and returns None, or in one line why it failed; once the event is set, it gives up.
-            Raises `Busy` where another process does the run. By default in a process of its own.
-        log: takes the lines for the reader.
+        state: the state of the folder, as `status` returns it; updated in place.
+        start: a function that does one run and returns None, or the reason of a failure in one line. The function gives
+            up once the event is set, and raises `Busy` if another process does the run. The default does the run in its
+            own process.
+        log: a function that takes each line of progress.
 
     Returns:
-        By folder, the failures, each in one line.
+        The error of each failed run in one line, by folder.
     """
     start = start or in_process(state.workers)
     earlier, state.failures = state.failures, {}
@@ -77,7 +78,7 @@ def carry_out(
                     else:
                         log(_account(state, settings, outcome, [*waiting, *busy]))
             finally:
-                stop.set()  # for an interruption; otherwise nothing is running any more
+                stop.set()  # stops the runs after an interruption; otherwise all runs have ended
         if busy:
             if len(busy) != announced:
                 log(f"waiting for other processes, which do {len(busy)} of the runs")
@@ -88,7 +89,7 @@ def carry_out(
 
 
 def _account(state: State, settings: RunSettings, outcome: dict[str, Any], left: Sequence[RunSettings]) -> str:
-    """Enter a record or a failure into the state; returns the line for it."""
+    """Enter a record or a failure into the state. Return the line of progress."""
     folder = folder_of(settings)
     if "error" in outcome:
         state.failures[folder] = outcome
@@ -108,19 +109,19 @@ def _attempt(
     stop: threading.Event,
     earlier: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """A run's record, or its failure; None if another process is at it, or it was stopped."""
+    """Return a run's record or its failure, or None if another process does the run or if the run was stopped."""
     folder = Path(folder_of(settings))
     if stop.is_set():
         return None
     try:
         with alone(folder / _CLAIM):
-            with alone(folder):  # the process of a sweep that was killed may not be gone yet
+            with alone(folder):  # a run's process may outlive its killed sweep for a moment
                 remove_drafts(folder)
             if (record := finished(settings)) is not None:
                 return record
             failure = read_failure(folder)
             if failure is not None and failure != earlier.get(str(folder)):
-                return failure  # another sweep has just tried
+                return failure  # another sweep has just tried this run
             write_settings(settings)
             printed = _size(folder / LOG)
             error = start(settings, stop)
@@ -135,10 +136,13 @@ def _attempt(
 
 
 def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | None]:
-    """Make a function that does a run in a process of its own, which ends when this one does; `workers` share cores."""
+    """Make a function that does a run in its own process, which ends with this process.
+
+    `workers` runs share the cores.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
-    defaults |= {"OMP_NUM_THREADS": threads} if workers > 1 else {}  # or each takes all cores
+    defaults |= {"OMP_NUM_THREADS": threads} if workers > 1 else {}  # otherwise each process takes all cores
 
     def start(settings: RunSettings, stop: threading.Event) -> str | None:
         folder = Path(folder_of(settings))
@@ -146,7 +150,7 @@ def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | N
         command = [sys.executable, "-m", "unipelt.sweep", str(folder / SETTINGS)]
         with (
             open(folder / LOG, "ab") as file,
-            # the pipe is how it learns of this process's end; a session of its own keeps Ctrl-C from it
+            # the pipe tells the run's process that this process has ended; its own session keeps Ctrl-C from it
             subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -177,7 +181,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 
 def _tidy(settings: RunSettings) -> None:
-    """Remove what a process that was killed after it had written the result still had to remove."""
+    """Remove the checkpoints and the failure of a finished run whose process was killed before their removal."""
     folder = Path(folder_of(settings))
     if (folder / CHECKPOINTS).exists() and not settings.keep_checkpoints:
         with contextlib.suppress(Busy), alone(folder):
@@ -190,6 +194,6 @@ def _size(path: Path) -> int:
 
 
 def _lines(path: Path, start: int) -> list[str]:
-    """The lines of a file from a byte on, those that hold something."""
+    """Return the lines of a file from the byte `start` on, without blank lines."""
     text = path.read_bytes()[start:].decode("utf-8", "replace") if path.exists() else ""
     return [line for line in text.splitlines() if line.strip()]
