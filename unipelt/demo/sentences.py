@@ -52,7 +52,7 @@ ROWS = {"train": 400, "test": 200}
 
 
 def sentences(split: str) -> list[tuple[str, int]]:
-    """The sentences of `train` or `test` with their labels, no two the same, in a fixed random order."""
+    """Return the sentences of `train` or `test` with their labels, all different, in a fixed random order."""
     draw = random.Random(split)
     animals, objects = ANIMALS[split].split(), OBJECTS[split].split()
     drawn: dict[str, int] = {}
@@ -66,7 +66,7 @@ def sentences(split: str) -> list[tuple[str, int]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write both files into a folder that is there."""
+    """Write both files into the folder `arguments[0]`, which must exist."""
     for split in ROWS:
         lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in sentences(split))]
         write_whole(Path(arguments[0]) / f"{split}.tsv", "".join(f"{line}\n" for line in lines).encode())
