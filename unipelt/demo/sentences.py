@@ -1,8 +1,8 @@
 """The demo's sentences: `python -m unipelt.demo.sentences FOLDER` writes `train.tsv` and `test.tsv`.
 
-Each sentence names a living thing and an object, and says that one of them was sold. The label is 1 where the living
-thing was sold. No animal and no object of the test file is in the train file, so a model must know what the words mean.
-All words stand in sentences of both labels, so a model must also read which thing was sold.
+Each sentence names a living thing and an object, and says that one of them was sold. The label is 1 if the living
+thing was sold. No animal and no object of the test file is in the train file, so a model must know the meaning of the
+words. Every word is in sentences of both labels, so a model must also read which thing was sold.
 """
 
 from __future__ import annotations

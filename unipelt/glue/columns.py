@@ -29,7 +29,7 @@ def choose_columns(table: Table, text_columns: Sequence[str] | None, label_colum
     """Return the text columns: the given ones, or those with a usual name.
 
     Raises:
-        DataError: No text columns were given, and not exactly one choice of usual names was found.
+        DataError: No text columns were given, and the usual names give no choice or more than one.
         ValueError: The given names are invalid.
     """
     if text_columns is not None:

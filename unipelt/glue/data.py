@@ -220,7 +220,7 @@ def split_note(task: Task, split: str, rows: int) -> str | None:
 def _load_hub(task: Task, splits: Sequence[str]) -> DatasetDict:
     try:
         hub = datasets.load_dataset(HUB_NAME, task.name)
-    except Exception as error:  # the hub's client raises many kinds, some from its HTTP library
+    except Exception as error:  # the hub's client raises many kinds of errors
         raise DataError(
             f"could not load {HUB_NAME} ({task.name}) from the hub: {error}; "
             "connect to the network, or pass --glue_dir with a folder that holds GLUE"

@@ -62,8 +62,8 @@ def fold_run(
     Args:
         folder: the folder of the run.
         out: the new folder; by default `folded` in the folder of the run.
-        tolerance: the `tolerance` of `unipelt.fold`; by default the default there.
-        closed: the `closed` of `unipelt.fold`; by default the default there.
+        tolerance: as in `unipelt.fold`, with the same default.
+        closed: as in `unipelt.fold`, with the same default.
         rounds: the number of times that each form is timed on each timed batch. The forms take turns.
         log: function that takes the lines for the reader.
 
@@ -178,7 +178,7 @@ def _compare(job: Job, models: Mapping[str, PreTrainedModel], rounds: int) -> di
 
 
 def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, rounds: int) -> dict[str, list[float]]:
-    """Measure the seconds of each form for each batch of each round. Another form is the first one each time."""
+    """Measure the seconds of each form for each batch of each round. The first form changes each time."""
     names = list(models)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:  # the first pass of a model is slower
@@ -187,7 +187,7 @@ def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, ro
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
             begun = time.perf_counter()
-            _logits(job, models[name], [batches[turn // rounds]])  # a GPU has finished, as logits are on the CPU
+            _logits(job, models[name], [batches[turn // rounds]])  # the logits come to the CPU, so a GPU has finished
             seconds[name].append(time.perf_counter() - begun)
     return seconds
 

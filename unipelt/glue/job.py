@@ -302,7 +302,7 @@ def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
             remove_columns=[name for name in split.column_names if name != "label"],
             keep_in_memory=True,
             load_from_cache_file=False,
-            # otherwise `datasets` hashes the tokenizer, which takes longer than the tokens, although nothing is cached
+            # otherwise `datasets` hashes the tokenizer for a cache that is not used, which is slower than tokenizing
             new_fingerprint=f"{split._fingerprint}-tokens",
         )
     finally:

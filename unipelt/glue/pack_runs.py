@@ -87,7 +87,7 @@ def train(
 
     Args:
         take: function of the number of free places, and of whether all places are free. It returns at most that number
-            of runs. If all places are free and it returns no run, all is done.
+            of runs. If all places are free and it returns no run, training ends.
         done: function that takes the settings of a run, and its record or its error.
         places: the number of runs that train at once.
         voice: function of the settings of a run. It returns the function that takes the lines of this run.
@@ -115,7 +115,7 @@ def train(
                         seats.append(seat)
             if not seats or pack is None:
                 return
-            ended = [seat for seat in seats if seat.ended]  # a restored run may have ended before
+            ended = [seat for seat in seats if seat.ended]  # a restored run may have ended already
             if not ended:
                 with memory_named(f"{len(seats)} runs trained in one pack", "pack fewer", RunFailed):
                     _step(pack, seats)

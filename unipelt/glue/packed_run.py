@@ -250,7 +250,7 @@ def sit(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with contextlib.ExitStack() as lock, torch.random.fork_rng(devices):  # a run's seed leaves dropout alone
+    with contextlib.ExitStack() as lock, torch.random.fork_rng(devices):  # the run's seed must not change dropout
         job = prepare(settings, kept)
         lock.enter_context(place.locked(folder))
         if (record := place.find_finished(settings, folder)) is not None:  # another process may have finished it
@@ -323,7 +323,7 @@ def share_base(model: PreTrainedModel, host: PreTrainedModel, equal: dict[str, T
 
 
 def _decayed(model: PreTrainedModel) -> list[str]:
-    """Return the names of the parameters with weight decay in Trainer, whose method does not use `self`."""
+    """Return the names of the parameters with weight decay. Trainer's method does not use its `self`."""
     return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
 
 

@@ -172,8 +172,8 @@ def check_same(job: Job, record: Mapping[str, Any]) -> list[str]:
     """Check that a job has the data and the model of a record.
 
     Returns:
-        Notes on the differences of the model's configuration and tokenizer. Another version of a library may write
-        either in another way.
+        Notes on the differences of the model's configuration and tokenizer. Another version of a library may write the
+        same configuration or tokenizer in another way.
 
     Raises:
         RunError: the data, the model's class or the weights differ.

@@ -1,7 +1,7 @@
 """Batches of evaluation and parts of training batches, each with as many rows as a token budget allows.
 
-Each is padded to its longest row. So rows that are sorted by length need little padding, and short texts are in few,
-large batches. A split that is evaluated many times is padded once.
+Each batch or part is padded to its longest row. So rows that are sorted by length need little padding, and short texts
+are in few, large batches. A split that is evaluated many times is padded once.
 
 Shapes: N rows of a split, B rows of a batch, T tokens of its longest row.
 """
@@ -136,7 +136,7 @@ class Batches(TorchDataset[Batch]):
 
 
 def materialize(batches: Batches, device: str) -> list[Batch]:
-    """Collate all batches now, for repeated use. Batches of at most 64 MiB in total are kept on a GPU `device`."""
+    """Collate all batches now, for repeated use. Batches of at most 64 MiB in total are moved to `device`."""
     held = [batches[index] for index in range(len(batches))]
     if device != "cpu" and sum(tensor.nbytes for batch in held for tensor in batch.values()) <= _SMALL:
         held = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in held]

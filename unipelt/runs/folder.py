@@ -120,7 +120,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin(settings: TrainingSettings, folder: Path) -> Progress:
-    """Count an attempt, and remove the files that it replaces. With `overwrite` these include files of another run.
+    """Count an attempt, and remove the files that the attempt replaces, with `overwrite` also those of another run.
 
     Returns:
         The progress of the run, with this attempt.

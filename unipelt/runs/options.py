@@ -152,7 +152,7 @@ def _read_config(
     known_bases: dict[str, dict[str, Any]],
     also: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Read a file that is a base of the files `above`, for `read_config`. A base of several files is read once."""
+    """Read a file for `read_config`. The files `above` lead to this base. A base of several files is read once."""
     try:
         place = os.path.realpath(path)
     except ValueError:

@@ -130,8 +130,8 @@ def run(settings: Settings, prepare: Callable[[Settings], TaskJob], log: Callabl
         The record, as `unipelt.records.record.read_result` returns it.
 
     Raises:
-        ValueError, OSError: bad input; nothing was trained and nothing of an earlier run was touched.
-        RunFailed: the run failed after it had begun; its checkpoints are kept.
+        ValueError, OSError: the input is bad. Nothing was trained, and no file of an earlier run was changed.
+        RunFailed: the run failed after its start. Its checkpoints are kept.
     """
 
     def load() -> TaskJob:

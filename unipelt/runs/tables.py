@@ -195,7 +195,7 @@ def _read_parquet(path: Path) -> Table:
         raise DataError(f"{path} holds what is no value of Python ({shorten(error)}); get the file again") from error
     try:
         features = Features.from_arrow_schema(table.schema)
-    except Exception as error:  # `datasets` raises many kinds for metadata that it did not write
+    except Exception as error:  # `datasets` raises many kinds of errors for foreign metadata
         kind = type(error).__name__
         raise DataError(
             f"{path}: what its metadata say of its columns cannot be read ({kind}: {shorten(error)}); write it without "

@@ -34,7 +34,7 @@ class BatchTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Add the gradients of a batch, whole or part by part, and return its loss, ()."""
+        """Compute the gradients of a batch, as a whole or part by part, and return its loss, ()."""
         if self._train_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)
         parts = split_batch(inputs, self._train_tokens)

@@ -106,7 +106,7 @@ def run_in_folder(
     record = place.find_finished(settings, folder)
     if record is not None:
         if not record["settings"]["keep_checkpoints"]:
-            place.clean(folder)  # the run may have been killed while it cleaned
+            place.clean(folder)  # the run may have been killed before this was done
         log(summary(record, folder / RESULT))
         log("(this run had finished before; --overwrite runs it again)")
         return record
@@ -371,7 +371,7 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
 
 
 def common_record(job: Training, state: TrainerState, metrics: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """Return the entries of a record that every task has."""
+    """Return the entries that the record of every task has."""
     settings = job.settings
     evaluations = _evaluations(state, metrics)
     best = next(item for item in evaluations if item["step"] == state.best_global_step)

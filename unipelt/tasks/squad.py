@@ -1,6 +1,6 @@
 """Questions about texts in SQuAD's format: reading, windows of tokens, the best answers over windows, and scores.
 
-The format is that of SQuAD 1.1 (Rajpurkar et al., 2016) and 2.0 (2018), in which a question may have no answer.
+The format is SQuAD 1.1 (Rajpurkar et al., 2016) or SQuAD 2.0 (2018). In SQuAD 2.0 a question may have no answer.
 
 Shapes: W windows, T tokens of a window.
 """
