@@ -1,11 +1,11 @@
-"""The command `unipelt`: `unipelt run CONFIG` trains one method on one task, and `unipelt demo` shows what that gives.
+"""The command `unipelt`.
 
-`unipelt configs` lists the configurations that come with the package. `unipelt sweep CONFIG --out DIR` does a grid of
-runs, and `unipelt report DIR` reads them.
+`unipelt run CONFIG` trains one method on one task, and `unipelt demo` compares three methods on a small task. `unipelt
+configs` lists the configurations that come with the package. `unipelt sweep CONFIG --out DIR` does a grid of runs.
+`unipelt report DIR` writes tables and pictures of finished runs, and `unipelt collect DIR` copies their records.
 
-`unipelt collect DIR` copies their records alone, to publish; `unipelt fold DIR` folds the model of one, `unipelt rerun
-DIR` does one again and compares, and `unipelt push DIR user/name` uploads its model. `unipelt export DIR` writes LoRA
-as a folder of PEFT's.
+`unipelt fold DIR` folds the model of a run. `unipelt rerun DIR` does a run again and compares the numbers. `unipelt
+push DIR user/name` uploads the model of a run. `unipelt export DIR` writes LoRA as a folder for PEFT.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from unipelt.files.messages import complain, printable, say
 from unipelt.version import __version__
 
 _LISTS = {"tasks": "task", "k": "train_samples", "seeds": "seed", "methods": "method"}
-_FIELD = "field "  # what the names of a run's settings begin with among the parsed arguments
+_FIELD = "field "  # prefix of a run's settings among the parsed arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0 done; 1 a run failed, or a rerun gave other numbers; 2 bad input; 130 interrupted.
+        The exit code: 0 for success, 1 for a failed run or a rerun with other numbers, 2 for bad input, 130 for an
+        interrupt.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        if words[:1] == ["run"]:  # its options are those of the kind of run, which the configuration decides
+        if words[:1] == ["run"]:  # the configuration decides which options there are
             from unipelt.launch import launch
 
             return launch("unipelt run", words[1:])
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(OneLineParser):
     dotted = False
-    """Whether it takes `--trainer.NAME VALUE` and `--rates.PART VALUE`, as fields of these names."""
+    """Whether the parser accepts `--trainer.NAME VALUE` and `--rates.PART VALUE`, as fields with these names."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not self.dotted:
@@ -65,7 +66,7 @@ class _Parser(OneLineParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command; each sub-command adds its own. It imports neither PyTorch nor Transformers."""
+    """Return the parser of the command and of its sub-commands. PyTorch and Transformers are not imported."""
     parser = _Parser(
         prog="unipelt",
         description="Runs, grids of runs, their reports, and the models that they leave.",
@@ -84,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_run(commands: Any) -> None:
-    """List the command; `main` hands it to `launch`."""
+    """Add `run` to the list of commands. `main` passes this command to `launch`."""
     commands.add_parser("run", help="train one method on one task", add_help=False)
 
 
@@ -148,7 +149,7 @@ def _add_option(group: Any, name: str, help_: str) -> None:
 
 
 def _fields_given(arguments: argparse.Namespace) -> dict[str, str]:
-    """The fields of a run's settings that were given, by name, as texts."""
+    """Return the given fields of a run's settings, as texts by name."""
     given = {name: value for name, value in vars(arguments).items() if name.startswith(_FIELD) and value is not None}
     texts = {name: json.dumps(value) if isinstance(value, list) else value for name, value in given.items()}
     return {name.removeprefix(_FIELD): text for name, text in texts.items()}

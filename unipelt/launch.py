@@ -1,4 +1,4 @@
-"""A run from a command line, of the kind that its configuration asks for: classification, questions or translation."""
+"""Start of a run from a command line. The configuration decides its kind: classification, questions or translation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[type[TrainingSettings], str]] = {
         "Train one method on texts and their translations, test it once, and leave one result.json.",
     ),
 }
-"""The kinds of runs: their settings, and what a run does."""
+"""The kinds of runs: for each, the class of its settings, and the description of a run."""
 
 _NAMES_AND_KINDS = (
     f"\nCONFIG decides the kind of run, and so does --kind {'|'.join(KINDS)}.\n"
@@ -42,21 +42,22 @@ _OTHER_FILES = {
 
 @dataclass(frozen=True)
 class _AnySettings(RunSettings, QASettings, TranslationSettings):
-    """The fields of all kinds, for reading a file of which the kind is not known yet."""
+    """The fields of all kinds, to read a file before its kind is known."""
 
 
 def launch(program: str, argv: Sequence[str], kind: str | None = None) -> int:
-    """Do a run; say in one line what is wrong with the input, or why the run failed.
+    """Do a run, and print one line if the input is wrong or the run fails.
 
     Args:
-        program: what messages and `--help` call the program.
-        argv: as `parse` takes it. The configuration may also be the name of one that comes with the package.
-        kind: a key of `KINDS`; by default what `find_kind` says.
+        program: the name of the program in messages and `--help`.
+        argv: the words of the command line, as for `parse`. The configuration may also be the name of one that comes
+            with the package.
+        kind: a key of `KINDS`; by default the result of `find_kind`.
 
     Returns:
-        The exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+        The exit code: 0 for success, 1 for a failed run, 2 for bad input, 130 for an interrupt.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries are imported
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # the libraries read this when they are imported
     try:
         words, what = list(argv), "" if kind is None else KINDS[kind][1]
         if words and not words[0].startswith("-"):
@@ -75,13 +76,13 @@ def launch(program: str, argv: Sequence[str], kind: str | None = None) -> int:
 
 
 def find_kind(argv: Sequence[str]) -> tuple[list[str], str]:
-    """The kind of run that a command line asks for, a key of `KINDS`, and the command line without `--kind`.
+    """Return the command line without `--kind`, and the kind of its run, a key of `KINDS`.
 
-    `--kind` decides; without it the name of a known task; without one, a field that only one kind has; else it is a
-    classification.
+    The kind is the value of `--kind`. Without this option, the name of a known task decides. Without such a name, a
+    field that only one kind has decides. Otherwise the run is a classification.
 
     Raises:
-        SettingsError: `--kind` is followed by no kind, or the file is of no run.
+        SettingsError: the value of `--kind` is not a kind, or the file is not the configuration of a run.
         ConfigError, FileNotFoundError: as `read_config`.
     """
     words, options = list(argv), _options(argv)
@@ -109,7 +110,7 @@ def find_kind(argv: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
-    """The options of a command line and the words that follow them."""
+    """Return the options of a command line, each with the word that follows."""
     found = {}
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         if word.startswith("--"):
@@ -119,13 +120,13 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 
 
 def _own_fields(kind: str) -> set[str]:
-    """The fields that no other kind has."""
+    """Return the names of the fields that no other kind has."""
     names = {name: {item.name for item in fields(settings)} for name, (settings, _) in KINDS.items()}
     return names[kind].difference(*(others for name, others in names.items() if name != kind))
 
 
 def _start(settings: TrainingSettings) -> None:
-    """Do the run of these settings. Raises as `unipelt.glue.run.run`."""
+    """Do the run of these settings. Raise as `unipelt.glue.run.run`."""
     if isinstance(settings, RunSettings):
         from unipelt.glue.run import run
 

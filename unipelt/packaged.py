@@ -17,34 +17,34 @@ USES = {
     "sweep": "unipelt sweep NAME --out DIR",
     "benchmark": "examples/benchmark.py of the repository",
 }
-"""What a configuration is for, and the command that reads it."""
+"""The uses of configurations, each with the command that reads them."""
 
 
 def folder() -> Path:
-    """The folder of the configurations: inside the package from a wheel, else at the top of the repository."""
+    """Return the folder of the configurations: in a package from a wheel, else at the top of the repository."""
     return _INSTALLED if _INSTALLED.is_dir() else _REPOSITORY
 
 
 def names() -> list[str]:
-    """The names of the configurations, which are those of their files without `.yaml`."""
+    """Return the names of the configurations, which are the names of their files without `.yaml`."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
 def find(config: str) -> str:
-    """The path of a configuration.
+    """Return the path of a configuration.
 
     Args:
-        config: a path, which is returned as it is, or the name of a configuration that comes with the package, with
-            or without `.yaml`. A file wins over a name.
+        config: a path, which is returned unchanged, or the name of a configuration that comes with the package, with
+            or without `.yaml`. If both exist, the file is used.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: neither the file nor the name exists.
     """
     if Path(config).is_file():
         return config
     if (name := config.removesuffix(".yaml")) in names():
         return str(folder() / f"{name}.yaml")
-    if Path(config).exists():  # a folder, say, of which the reader says so
+    if Path(config).exists():  # such as a folder, which the reader rejects
         return config
     raise FileNotFoundError(
         f"there is no configuration file at {show_path(config)}, and none of that name comes with the package; "
@@ -53,7 +53,7 @@ def find(config: str) -> str:
 
 
 def named(name: str) -> Path:
-    """The file of a configuration that comes with the package. Raises `ValueError` if none has that name."""
+    """Return the path of a configuration that comes with the package. Raise `ValueError` if the name is unknown."""
     short = name.removesuffix(".yaml")
     if short not in names():
         raise ValueError(f"no configuration {show(name)} comes with the package; there are {', '.join(names())}")
@@ -61,7 +61,7 @@ def named(name: str) -> Path:
 
 
 def use(path: Path) -> str:
-    """What a configuration is for, a key of `USES`."""
+    """Return the use of a configuration, a key of `USES`."""
     text = path.read_text(encoding="utf-8")
     if re.search(r"^grid:", text, re.M):
         return "sweep"
@@ -69,20 +69,20 @@ def use(path: Path) -> str:
 
 
 def purpose(path: Path) -> str:
-    """What a configuration makes: its first line, a comment."""
+    """Return the purpose of a configuration, which is its first line, a comment."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip().rstrip(".")
 
 
 def copy(name: str, to: str | Path) -> list[Path]:
-    """Copy a configuration, and those that it names as `base`, into a folder, which is made if it is not there.
+    """Copy a configuration and its bases into a folder. The folder is made if it does not exist.
 
     Returns:
-        The copies.
+        The paths of the copies.
 
     Raises:
-        ValueError: no configuration has that name, or the folder holds another file of a copy's name; nothing was
-            written.
+        ValueError: no configuration has that name, or the folder holds a different file with the name of a copy.
+            Nothing was written.
         OSError: a copy cannot be written.
     """
     found = _with_bases(named(name), {})
@@ -97,7 +97,7 @@ def copy(name: str, to: str | Path) -> list[Path]:
 
 
 def _with_bases(path: Path, found: dict[Path, bytes]) -> dict[Path, bytes]:
-    """The contents of a file and of its bases, and of theirs."""
+    """Add the contents of a file and of all its bases to `found`, by path, and return `found`."""
     if path not in found:
         found[path] = path.read_bytes()
         bases = read_mapping(path).get("base", [])

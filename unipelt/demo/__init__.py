@@ -1,1 +1,1 @@
-"""The demo: a task whose words do not give the label away, and three ways to learn it. Its sentences lie beside."""
+"""The demo: a small task that a bag of words cannot learn, its sentences, and three methods on this task."""

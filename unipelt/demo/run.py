@@ -1,4 +1,4 @@
-"""`unipelt demo`: UniPELT, LoRA and the frozen model on one small task, beside a bag of words."""
+"""`unipelt demo`: a comparison of UniPELT, LoRA, the frozen model and a bag of words on one small task."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METHODS: dict[str, Any] = {
     "lora": "lora",
     "unipelt-apl": "unipelt-apl",
 }
-"""The methods by the names of their rows; with the frozen model only the head trains."""
+"""The methods, by the names of their rows. With the frozen model, only the head trains."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Row:
     """A row of the table.
 
     Attributes:
-        name: of the method.
-        accuracy: on the test sentences, 0 to 1.
-        trained: parameters that train, the head's included.
-        seconds: of training and testing.
+        name: the name of the method.
+        accuracy: the accuracy on the test sentences, from 0 to 1.
+        trained: the number of trained parameters, including the head.
+        seconds: the time of training and testing, in seconds.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Row:
 
 
 def run_demo(out: str | Path, log: Callable[[str], None] = say) -> list[Row]:
-    """Do the demo's runs, or go on with them; print a table and draw a picture.
+    """Do the demo's runs or continue them, print a table, and draw a picture if matplotlib is installed.
 
     Args:
-        out: folder of the runs, one below it for each method, and of the picture, where matplotlib is installed.
-        log: takes the lines for the reader.
+        out: the folder of the picture, with a folder for the run of each method.
+        log: function that takes the lines for the reader.
 
     Returns:
         The rows of the table.
 
     Raises:
-        ValueError, OSError: the pretrained model is not installed, or as `unipelt.glue.run.run`.
+        ValueError, OSError: the pretrained model is not installed, or the errors of `unipelt.glue.run.run`.
         RunFailed: as `unipelt.glue.run.run`.
     """
     need_model()
@@ -98,7 +98,10 @@ def need_model() -> None:
 
 
 def bag_of_words(train: Sequence[tuple[str, int]], test: Sequence[tuple[str, int]]) -> Row:
-    """A logistic regression on counts of words (scikit-learn's defaults), which knows no word but those it has seen."""
+    """Train and test a logistic regression on counts of words. Words that are not in `train` are ignored.
+
+    Its settings are scikit-learn's defaults, with at most 1,000 iterations.
+    """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -111,7 +114,7 @@ def bag_of_words(train: Sequence[tuple[str, int]], test: Sequence[tuple[str, int
 
 
 def table(rows: Sequence[Row], majority: float) -> str:
-    """The rows as text, below the share of the more frequent label."""
+    """Return the table as text. Its first row is `majority`, the share of the more frequent label."""
     lines = [f"{'method':<14}{'accuracy':>9}{'trained parameters':>20}{'seconds':>9}"]
     lines.append(f"{'majority':<14}{majority:>9.3f}{'-':>20}{'-':>9}")
     lines += [f"{row.name:<14}{row.accuracy:>9.3f}{row.trained:>20,}{row.seconds:>9.1f}" for row in rows]
@@ -119,7 +122,7 @@ def table(rows: Sequence[Row], majority: float) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Draw the accuracies as bars. Raises `ImportError` if matplotlib is not installed."""
+    """Draw the accuracies as bars, and return `path`. Raise `ImportError` if matplotlib is not installed."""
     from unipelt.gates.plot import new_figure
 
     figure = new_figure(width=5.6, height=2.6)
@@ -131,7 +134,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
         padding=3,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )
-    axes.axvline(0.5, color="#666666", linestyle=":")  # about what guessing reaches
+    axes.axvline(0.5, color="#666666", linestyle=":")  # about the accuracy of a guess
     axes.set(xlim=(0, 1.1), xlabel="accuracy on sentences with other animals and objects")
     axes.invert_yaxis()
     content = io.BytesIO()

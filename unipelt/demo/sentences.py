@@ -1,8 +1,8 @@
 """The demo's sentences: `python -m unipelt.demo.sentences FOLDER` writes `train.tsv` and `test.tsv`.
 
-Each sentence names a living thing and an object, and says that one of them was sold. The label is 1 where the living
-thing was sold. No animal and no object of the test file is in the train file, so a model must know what the words mean.
-All words stand in sentences of both labels, so a model must also read which thing was sold.
+Each sentence names a living thing and an object, and says that one of them was sold. The label is 1 if the living
+thing was sold. No animal and no object of the test file is in the train file, so a model must know the meaning of the
+words. Every word is in sentences of both labels, so a model must also read which thing was sold.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ROWS = {"train": 400, "test": 200}
 
 
 def sentences(split: str) -> list[tuple[str, int]]:
-    """The sentences of `train` or `test` with their labels, no two the same, in a fixed random order."""
+    """Return the sentences of `train` or `test` with their labels, all different, in a fixed random order."""
     draw = random.Random(split)
     animals, objects = ANIMALS[split].split(), OBJECTS[split].split()
     drawn: dict[str, int] = {}
@@ -66,7 +66,7 @@ def sentences(split: str) -> list[tuple[str, int]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write both files into a folder that is there."""
+    """Write both files into the folder `arguments[0]`, which must exist."""
     for split in ROWS:
         lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in sentences(split))]
         write_whole(Path(arguments[0]) / f"{split}.tsv", "".join(f"{line}\n" for line in lines).encode())

@@ -1,4 +1,4 @@
-"""GLUE and tasks like it: what the tasks are, their data, K-shot samples, metrics and leaderboard files."""
+"""GLUE and similar tasks: the tasks, their data, K-shot samples, metrics and leaderboard files."""
 
 from typing import TYPE_CHECKING
 

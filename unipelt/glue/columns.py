@@ -1,4 +1,4 @@
-"""A table's columns: which are text, whether they hold what they must, and the `Dataset` that they make."""
+"""The columns of a table: choice of the text columns, checks of their values, and conversion to a `Dataset`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unipelt.files.messages import shorten, show
 from unipelt.glue.tasks import Task
 from unipelt.runs.tables import DataError, Table, name_hint, separator_hint
 
-# Text columns that are found without being named; a single column counts only where it is not half of a pair.
+# Names of text columns that need not be given. A single column counts only if it is not a part of a pair.
 _KNOWN_COLUMNS = (
     ("sentence1", "sentence2"),
     ("text1", "text2"),
@@ -26,7 +26,12 @@ _KNOWN_COLUMNS = (
 
 
 def choose_columns(table: Table, text_columns: Sequence[str] | None, label_column: str) -> tuple[str, ...]:
-    """The text columns: those named, or those that are found. Raises `DataError` or, for bad names, `ValueError`."""
+    """Return the text columns: the given ones, or those with a usual name.
+
+    Raises:
+        DataError: No text columns were given, and the usual names give no choice or more than one.
+        ValueError: The given names are invalid.
+    """
     if text_columns is not None:
         columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
         if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
@@ -51,7 +56,7 @@ def choose_columns(table: Table, text_columns: Sequence[str] | None, label_colum
 
 
 def need_column(table: Table, column: str) -> None:
-    """Raise `DataError` where a table lacks a column."""
+    """Raise `DataError` if a table lacks a column."""
     if column not in table.columns:
         raise DataError(
             f"{table.path} has no column {show(column)}, only {shorten(', '.join(table.names))}; name one of these"
@@ -64,12 +69,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def is_unlabelled(table: Table, label_column: str) -> bool:
-    """Whether there is no label column, or nothing in it."""
+    """Return whether the label column is absent or empty."""
     return all(map(_is_missing, table.columns.get(label_column, ())))
 
 
 def check_texts(table: Table, columns: Sequence[str]) -> None:
-    """Raise `DataError` at the first value of these columns that is no text."""
+    """Raise `DataError` at the first value of these columns that is missing or is not a text."""
     for column in columns:
         for row, value in enumerate(table.columns[column]):
             if _is_missing(value):
@@ -80,7 +85,7 @@ def check_texts(table: Table, columns: Sequence[str]) -> None:
                 )
             try:
                 value.encode("utf-8")
-            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON allows
                 raise DataError(
                     f"{table.place(row)}: {show(column)} holds a broken character at position {error.start + 1}; "
                     "correct or delete the row"
@@ -88,7 +93,7 @@ def check_texts(table: Table, columns: Sequence[str]) -> None:
 
 
 def check_labels_present(table: Table, label_column: str) -> None:
-    """Raise `DataError` at the first value that is no word and no number."""
+    """Raise `DataError` at the first label that is missing, or is neither a word nor a number."""
     for row, value in enumerate(table.columns[label_column]):
         if _is_missing(value):
             raise DataError(f"{table.place(row)}: {show(label_column)} is missing; give a label or delete the row")
@@ -99,7 +104,7 @@ def check_labels_present(table: Table, label_column: str) -> None:
 
 
 def _to_float(value: Any) -> float | None:
-    """The number that a label is or spells; None for words and truth values."""
+    """Return the number that a label is or spells. Return None for words and truth values."""
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # float("1_0") is 10
         return None
     try:
@@ -109,18 +114,18 @@ def _to_float(value: Any) -> float | None:
 
 
 def are_scores(labels: Sequence[Any]) -> bool:
-    """Whether all labels are numbers, and one is not written as a whole number."""
+    """Return whether all labels are numbers, and at least one is not written as a whole number."""
     if any(_to_float(label) is None for label in labels):
         return False
     return any(isinstance(label, float) or (isinstance(label, str) and not _is_whole(label)) for label in labels)
 
 
 def _is_whole(label: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]{1,1000}", label) is not None  # Python reads no number of very many digits
+    return re.fullmatch(r"[+-]?[0-9]{1,1000}", label) is not None  # Python does not read very long numbers
 
 
 def _class_text(label: Any) -> str:
-    """A label as the name of a class: numbers without needless decimals, truth values in lower case."""
+    """Return a label as a class name: whole numbers without decimals, truth values in lower case."""
     if isinstance(label, bool):
         return str(label).lower()
     if isinstance(label, float) and label.is_integer():
@@ -129,7 +134,7 @@ def _class_text(label: Any) -> str:
 
 
 def sort_classes(labels: Sequence[Any]) -> list[str]:
-    """The classes that occur: by number where all are whole numbers, else by letters."""
+    """Return the classes that occur, sorted as numbers if all are whole numbers, else as texts."""
     classes = {_class_text(label) for label in labels}
     if all(map(_is_whole, classes)):
         return sorted(classes, key=lambda label: (int(label), label))
@@ -137,7 +142,7 @@ def sort_classes(labels: Sequence[Any]) -> list[str]:
 
 
 def build(task: Task, table: Table, label_column: str | None) -> Dataset:
-    """The rows as a `Dataset`; raises DataError at the first label that the task does not have."""
+    """Return the rows as a `Dataset`. Raise `DataError` at the first label that the task does not have."""
     values: dict[str, list[Any]] = {column: table.columns[column] for column in task.columns}
     features: dict[str, Any] = {column: Value("string") for column in task.columns}
     if label_column is not None and task.is_regression:

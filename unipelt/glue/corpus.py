@@ -1,4 +1,4 @@
-"""The data of a task, and what was made of them: each split's rows, and their token ids."""
+"""The data of a task: the rows of each split, with a cache of values made from them, such as token ids."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from unipelt.glue.tasks import Task
 
 @dataclass(eq=False)
 class Tokens:
-    """The rows of a split as token ids, each made when it is first asked for.
+    """The rows of a split as token ids. A row is encoded when it is first needed.
 
     Args:
         texts: the split, N rows.
-        encode: makes token ids of rows, each by itself.
+        encode: function that makes token ids of rows, of each row independently.
     """
 
     texts: Dataset
     encode: Callable[[Dataset], Dataset]
     _made: Dataset | None = None
-    _place: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # in _made of each row, or -1
+    _place: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # index of each row in _made, or -1
 
     def of(self, rows: np.ndarray | None = None) -> Dataset:
-        """Token ids of these rows, no row twice; by default of all, in order."""
+        """Return the token ids of these rows, which must be distinct; by default of all rows, in order."""
         if not len(self._place):
             self._place = np.full(len(self.texts), -1)
         if rows is None:
@@ -45,7 +45,7 @@ class Tokens:
 
 @dataclass(eq=False)
 class Corpus:
-    """The data of a task, and what was made of it.
+    """The data of a task, with a cache of values made from them.
 
     Attributes:
         task: the task.
@@ -57,17 +57,17 @@ class Corpus:
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Cached `make()` for this key; do not modify the result."""
+        """Return the cached result of `make()` for this key. Do not modify the result."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def texts(self, split: str, labelled: bool = True) -> Dataset:
-        """All rows of a split, or their texts alone."""
+        """Return all rows of a split, with labels or as texts alone."""
         whole = self.splits[split]
         return whole if labelled else whole.select_columns(list(self.task.columns))
 
     def fingerprint(self, split: str, labelled: bool = True) -> str:
-        """Of all rows of a split, as `unipelt.glue.fingerprint`."""
+        """Return the `unipelt.glue.fingerprint` of all rows of a split."""
         found: str = self.cached(("fingerprint", split, labelled), lambda: fingerprint(self.texts(split, labelled)))
         return found

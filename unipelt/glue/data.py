@@ -1,8 +1,7 @@
-"""Reads the data of a task: GLUE from the hub or from a folder, or the user's own files.
+"""Readers of a task's data: GLUE from the hub or from a folder, or the user's own files.
 
-Every reader returns text columns (strings) and, where the split is labelled, `label` (class ids, or float32
-scores). Nothing is repaired or skipped in silence: what cannot be read raises `DataError` with file, line,
-cause and remedy.
+Every reader returns text columns (strings) and, for a labelled split, `label` (class ids, or float32 scores). No row is
+repaired or skipped silently. Data that cannot be read raise `DataError` with file, line, cause and remedy.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ __all__ = ["HUB_NAME", "DataError", "fingerprint", "load_files", "load_task", "s
 
 HUB_NAME = "nyu-mll/glue"
 
-# Other names of a column in GLUE's own files; every reader takes the hub's name as well.
+# GLUE's own files have these names of a column. Every reader accepts the hub's name as well.
 _FILE_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "mrpc": {"sentence1": ("#1 String",), "sentence2": ("#2 String",), "label": ("Quality",)},
     "qqp": {"label": ("is_duplicate",)},
@@ -49,24 +48,24 @@ _MRPC_TRAIN, _MRPC_TEST, _MRPC_DEV_IDS = "msr_paraphrase_train.txt", "msr_paraph
 
 
 def load_task(task: Task, glue_dir: str | Path | None = None, with_test: bool = False) -> DatasetDict:
-    """Loads a GLUE task.
+    """Load a GLUE task.
 
-    Splits: `train`, `dev` (GLUE's dev; MNLI: matched) and, with `with_test`, the unlabelled `test` (and
-    MNLI's `test_mismatched`), which has the text columns alone. Text is left as it stands in the file.
+    The splits are `train` and `dev` (GLUE's dev, for MNLI the matched one). With `with_test` there is also the
+    unlabelled `test` (and MNLI's `test_mismatched`), which has only the text columns. Texts are not changed.
 
     Args:
         task: One of GLUE's tasks.
         glue_dir: A folder with a folder for each task, named as in GLUE's download (`CoLA`, `SST-2`, ...;
-            case and hyphens do not matter). Read are GLUE's own files and tidy ones: a header with GLUE's
-            field names, then one row a line, fields parted by tabs; quotation marks are characters. None:
-            `nyu-mll/glue` from the hub.
+            case and hyphens do not matter). The files are GLUE's own, or tidy ones with a header of GLUE's field names
+            and one row on each line. Fields are separated by tabs, and quotation marks are plain characters. None
+            loads `nyu-mll/glue` from the hub.
         with_test: Whether to load the test split too.
 
     Returns:
-        The splits; columns are `task.columns` and `label`.
+        The splits, with the columns `task.columns` and `label`.
 
     Raises:
-        DataError: Something is missing or does not have the form that it should.
+        DataError: Data are missing or have the wrong format.
     """
     splits = ["train", "dev"]
     if with_test:
@@ -86,31 +85,31 @@ def load_files(
     label_names: Sequence[str] | None = None,
     regression: bool | None = None,
 ) -> tuple[Task, DatasetDict]:
-    """Loads a task of the user's own: classification or regression over one or two text columns.
+    """Load a task from the user's own files: classification or regression over one or two text columns.
 
-    The form follows from the suffix: `.tsv` (raw: fields parted by tabs, quotation marks are characters),
-    `.csv` (with quoting), `.json` (a list of objects, or one object a line), `.jsonl`, `.parquet`. The label
-    column is renamed to `label`. The test file may be unlabelled: without the label column, or with nothing
-    in it.
+    The suffix of a file names its format: `.tsv` (fields separated by tabs, without quoting), `.csv` (with quoting),
+    `.json` (a list of objects, or one object on each line), `.jsonl` or `.parquet`. The label column is renamed to
+    `label`. The test file may be unlabelled: its label column is absent or empty.
 
     Args:
-        train_file: Labelled rows.
-        dev_file: Labelled rows.
-        test_file: OutputSlice, labelled or not.
-        text_columns: One or two columns. None: `sentence` or `text`, or a pair such as `sentence1`,
+        train_file: File with labelled rows.
+        dev_file: File with labelled rows.
+        test_file: File with labelled or unlabelled rows.
+        text_columns: One or two columns. None finds `sentence` or `text`, or a pair such as `sentence1` and
             `sentence2`.
         label_column: The column to predict.
-        label_names: The classes, in the order of their ids; labels are then these names, or ids from 0. None:
-            the classes that occur in the train file, sorted (as numbers where all are whole numbers).
-        regression: None: regression where the labels are numbers of which one is not written as a whole
-            number.
+        label_names: The classes, in the order of their ids. The labels are then these names, or ids from 0. None takes
+            the sorted classes of the train file. They are sorted as numbers if all are whole numbers.
+        regression: Whether the labels are scores. None means regression if all labels are numbers, and at least one is
+            not written as a whole number.
 
     Returns:
-        The task, named `custom`, and its splits. Its metrics: accuracy, F1 and Matthews correlation for two
-        classes, accuracy and macro F1 for more, Spearman and Pearson for regression; the first is primary.
+        The task, named `custom`, and its splits. Its metrics are accuracy, F1 and Matthews correlation for two
+        classes, accuracy and macro F1 for more classes, and Spearman and Pearson for regression. The first metric is
+        the primary one.
 
     Raises:
-        DataError: A file cannot be read, a column is absent, a text or a label is missing or unknown.
+        DataError: A file cannot be read, a column is absent, or a text or a label is missing or unknown.
         ValueError: The arguments contradict each other.
     """
     if label_names is not None:
@@ -160,11 +159,10 @@ def load_files(
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256, in hexadecimal, of the rows' texts and labels, in their order.
+    """Return the SHA-256, in hexadecimal, of the texts and labels of all rows, in order.
 
-    It depends on the contents alone: names and values of the columns that hold text, and of `label` (scores
-    as float32). Where the rows came from, the order of the columns, other columns (ids, tokens) and the
-    versions of libraries do not change it.
+    The SHA-256 depends only on the names and values of the text columns and of `label` (scores as float32). The source
+    of the rows, the order of the columns, other columns (ids, tokens) and the versions of libraries do not change it.
 
     Raises:
         ValueError: The data has no text column.
@@ -191,7 +189,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def _encode(value: Any) -> bytes:
-    """A value as bytes that no other value has: its kind, its length where that varies, its contents."""
+    """Return a value as bytes that no other value has: its type, its length if that varies, and its contents."""
     if isinstance(value, str):
         text = value.encode("utf-8")
         return b"s" + struct.pack("<q", len(text)) + text
@@ -203,10 +201,10 @@ def _encode(value: Any) -> bytes:
 
 
 def split_note(task: Task, split: str, rows: int) -> str | None:
-    """How a split differs from GLUE's official one, such as `"a subset: 3,000 of 392,702 rows"`.
+    """Return how a split differs from GLUE's official split, such as `"a subset: 3,000 of 392,702 rows"`.
 
     Returns:
-        The note, or None where the number of rows is the official one or none is known.
+        The note. None if the number of rows is the official one, or if the official number is unknown.
     """
     official = task.official_rows.get(split)
     if official is None or rows == official:
@@ -222,7 +220,7 @@ def split_note(task: Task, split: str, rows: int) -> str | None:
 def _load_hub(task: Task, splits: Sequence[str]) -> DatasetDict:
     try:
         hub = datasets.load_dataset(HUB_NAME, task.name)
-    except Exception as error:  # the hub's client raises many kinds, of which some belong to its HTTP library
+    except Exception as error:  # the hub's client raises many kinds of errors
         raise DataError(
             f"could not load {HUB_NAME} ({task.name}) from the hub: {error}; "
             "connect to the network, or pass --glue_dir with a folder that holds GLUE"
@@ -249,8 +247,8 @@ def _load_hub(task: Task, splits: Sequence[str]) -> DatasetDict:
 
 
 def find_folder(task: Task, root: Path) -> Path:
-    """The folder of a task in that of GLUE. Raises `DataError` if there is none, or more than one."""
-    if not os.path.isdir(root):  # which, unlike that of a Path, takes a name too long for one that is not there
+    """Return the folder of a task in the folder of GLUE. Raise `DataError` if there is none, or more than one."""
+    if not os.path.isdir(root):  # unlike Path.is_dir, False for a name that is too long
         raise DataError(f"{show_path(root)} is not a folder; pass --glue_dir with a folder that holds {task.folder}/")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
     found = [entry for entry in folders if shorten_name(entry.name) == task.name]
@@ -279,7 +277,7 @@ def _read_split(task: Task, folder: Path, split: str) -> Dataset:
 
 
 def _read_glue_file(task: Task, path: Path, wanted: Sequence[str]) -> Table:
-    """The wanted columns of a file in GLUE's own or the tidy layout, under the hub's names."""
+    """Return the wanted columns of a file, in GLUE's own or the tidy layout, under the hub's names."""
 
     def choose(header: Sequence[str]) -> dict[str, int]:
         chosen = {}
@@ -298,7 +296,7 @@ def _read_glue_file(task: Task, path: Path, wanted: Sequence[str]) -> Table:
 
 
 def _read_msr_paraphrase(task: Task, folder: Path, split: str, wanted: Sequence[str]) -> Table:
-    """MRPC from Microsoft's own two files; GLUE's dev rows are those of the first in `dev_ids.tsv`."""
+    """Read MRPC from Microsoft's two files. GLUE's dev rows are the rows of the train file in `dev_ids.tsv`."""
     if split == "test":
         return _read_glue_file(task, folder / _MRPC_TEST, wanted)
     pooled = _read_glue_file(task, folder / _MRPC_TRAIN, [*wanted, *_MRPC_IDS])

@@ -1,4 +1,4 @@
-"""Fold the model of a finished run, and say what it cost and what it gained: scores, logits and time side by side."""
+"""Folding of a finished run's model, with a comparison of scores, logits and time before and after."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from unipelt.runs.machine import describe_code, describe_hardware, describe_pack
 RECORD = "fold.json"
 FORMAT = 1
 FORMS = ("trained", "deployed", "folded", "base")
-"""As trained; with the prefix's network folded away; folded; and without submodules, whose time is the floor."""
+"""The model as trained; without the prefix's network; with folded gates; and the base alone, the fastest form."""
 TIMED_BATCHES = 4
-"""At most so many of the test set's batches are timed: evenly spaced, so short texts and long ones are among them."""
+"""The largest number of test batches to time. They are evenly spaced, so they hold short and long texts."""
 
 Batches = Sequence[Batch]
 
@@ -54,30 +54,31 @@ def fold_run(
     rounds: int = 7,
     log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
-    """Fold the model of a finished run on its dev set, and compare the forms of it on its test set.
+    """Fold the model of a finished run on its dev set, and compare the forms of the model on its test set.
 
-    Writes the folded model (what `unipelt.from_pretrained` reads) and `fold.json` (every figure) into one folder,
-    whole or not at all.
+    The folded model (for `unipelt.from_pretrained`) and `fold.json` (all figures) are written into one folder, whole or
+    not at all.
 
     Args:
-        folder: of the run.
-        out: the new folder; by default `folded` in that of the run.
-        tolerance: as `unipelt.fold` takes it, and by default its own.
-        closed: likewise.
-        rounds: how often each form is timed on each timed batch, the forms by turns.
-        log: takes the lines for the reader.
+        folder: the folder of the run.
+        out: the new folder; by default `folded` in the folder of the run.
+        tolerance: as in `unipelt.fold`, with the same default.
+        closed: as in `unipelt.fold`, with the same default.
+        rounds: the number of times that each form is timed on each timed batch. The forms take turns.
+        log: function that takes the lines for the reader.
 
     Returns:
-        What `fold.json` holds: `gates` (each with its statistics and outcome), `outcomes`, `merged` (low-rank terms),
-        `parameters` (before and after), `test` (metrics by form), `changed` (by form, against the trained one: the
-        `largest` change of a logit, and how many `predictions` are others, None for a regression), `seconds` (by
-        form, of a batch, `rounds` times for each timed batch), `ratios` (by form, median of its time to the trained
-        form's for the same batch in the same round), the run, machine and versions.
+        The contents of `fold.json`: `gates` (each with its statistics and outcome), `outcomes`, `merged` (low-rank
+        terms), `parameters` (before and after), `test` (metrics by form), `changed` (by form, against the trained
+        form: the `largest` change of a logit, and the number of `predictions` that differ, None for a regression),
+        `seconds` (by form, the seconds of a batch, `rounds` times for each timed batch), `ratios` (by form, the median
+        ratio of its time to the trained form's time for the same batch in the same round), the run, machine and
+        versions.
 
     Raises:
         FileNotFoundError: there is no finished run.
-        RunError: `out` is there already, or the data are not those of the run.
-        ValueError, OSError: what was given cannot be meant, or the model cannot be folded; nothing was written.
+        RunError: `out` exists already, or the data are not the data of the run.
+        ValueError, OSError: an argument is invalid, or the model cannot be folded. Nothing was written.
     """
     folder = Path(folder)
     out = folder / FOLDED if out is None else Path(out)
@@ -129,7 +130,7 @@ def fold_run(
 
 
 def _forms(job: Job, checkpoint: Path, options: Mapping[str, float]) -> tuple[dict[str, PreTrainedModel], FoldReport]:
-    """The model of the run in every form, on the device, in evaluation mode; and the report of the folding."""
+    """Return the model of the run in every form, on the device, in evaluation mode; and the report of folding."""
     trained: Any = load(remove(job.model), checkpoint)
     trained.to(job.device).eval()
     base = remove(copy.deepcopy(trained))
@@ -143,7 +144,7 @@ def _forms(job: Job, checkpoint: Path, options: Mapping[str, float]) -> tuple[di
 
 
 def _batches(job: Job, split: str) -> Batches:
-    """A split in the batches of its evaluation, on the device, without labels."""
+    """Return a split in the batches of its evaluation, on the device, without labels."""
     return [
         {name: tensor.to(job.device) for name, tensor in batch.items() if name != "labels"}
         for batch in materialize(evaluated(job, split), job.device)
@@ -151,7 +152,7 @@ def _batches(job: Job, split: str) -> Batches:
 
 
 def _compare(job: Job, models: Mapping[str, PreTrainedModel], rounds: int) -> dict[str, Any]:
-    """Scores, changes and times of the forms on the test set."""
+    """Compute the scores, changes and times of the forms on the test set."""
     batches = _batches(job, "test")
     labels = job.splits["test"].with_format("numpy")["label"][:]
     metrics, measure = {}, compute_metrics_for(job.task)
@@ -177,7 +178,7 @@ def _compare(job: Job, models: Mapping[str, PreTrainedModel], rounds: int) -> di
 
 
 def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each form for each batch of each round, the forms by turns, each as often first as the others."""
+    """Measure the seconds of each form for each batch of each round. The first form changes each time."""
     names = list(models)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:  # the first pass of a model is slower
@@ -186,7 +187,7 @@ def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, ro
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
             begun = time.perf_counter()
-            _logits(job, models[name], [batches[turn // rounds]])  # which brings them to the CPU: a GPU has finished
+            _logits(job, models[name], [batches[turn // rounds]])  # the logits come to the CPU, so a GPU has finished
             seconds[name].append(time.perf_counter() - begun)
     return seconds
 
@@ -198,7 +199,7 @@ def _logits(job: Job, model: PreTrainedModel, batches: Batches) -> Tensor:
 
 
 def _table(result: Mapping[str, Any], primary: str) -> list[str]:
-    """The forms side by side."""
+    """Return the lines of a table of the forms."""
     lines = [
         f"{'form':<9} {primary:>10} {'seconds':>9} {'ratio':>7} {'largest change of a logit':>26} {'predictions':>12}"
     ]
@@ -216,7 +217,7 @@ def _table(result: Mapping[str, Any], primary: str) -> list[str]:
 
 
 def _write(model: PreTrainedModel, result: Mapping[str, Any], out: Path) -> None:
-    """Model and figures as one folder, whole or not at all."""
+    """Write model and figures into one folder, whole or not at all."""
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         save(model, draft)

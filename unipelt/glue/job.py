@@ -1,4 +1,4 @@
-"""Everything that training needs, loaded and checked before anything is written: data, tokenizer, model."""
+"""Loading and checks of everything that training needs, before anything is written: data, tokenizer and model."""
 
 from __future__ import annotations
 
@@ -34,16 +34,22 @@ from unipelt.runs.settings import locate_model
 
 @dataclass
 class Job:
-    """Everything that training needs, loaded and checked; nothing is written yet.
+    """A loaded and checked run. Nothing is written yet.
 
     Attributes:
-        splits: `train`, `dev`, `test` and what is to be predicted, tokenized.
-        order: for each evaluated split, the original row of each of its rows, which are sorted by length.
-        data: rows and fingerprint of each split.
-        majority: primary metric of always answering the test set's most frequent class; None for a regression.
-        notes: what a reader of the score must know.
-        labels: what the header says of the labels and of texts that are cut.
-        digest: SHA-256 of all that determines the outcome, data and weights included.
+        settings: the settings of the run.
+        task: the task.
+        model: the model with the method injected.
+        tokenizer: the tokenizer of the model.
+        splits: the tokenized splits: `train`, `dev`, `test` and the splits to predict, `predict:NAME`.
+        order: for each evaluated split, the original index of each row, (rows,). These splits are sorted by length.
+        data: the number of rows and the fingerprint of each split.
+        majority: the primary metric of the test set's most frequent class as the only answer; None for a regression.
+        notes: the notes that a reader of the score must know.
+        labels: the lines of the header about the labels and about texts that are cut.
+        device: the device, `cpu` or `cuda`.
+        model_sha256: the SHA-256 of the file with the base's weights, or None.
+        digest: the SHA-256 of everything that determines the outcome, including data and weights.
     """
 
     settings: RunSettings
@@ -68,15 +74,14 @@ class Job:
 
 @memory_named("data and model were loaded", "free some, or choose a smaller model", RunError)
 def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
-    """Load and check everything.
+    """Load and check everything that a run needs.
 
     Args:
-        settings: of the run.
-        kept: what runs before it in this process left, and where this one leaves what the next can use. The job is
-            the same with and without.
+        settings: the settings of the run.
+        kept: the cache of the runs of this process. The result is the same with and without it.
 
     Raises:
-        ValueError, OSError: it cannot start; one sentence says why.
+        ValueError, OSError: the run cannot start. One sentence gives the reason.
     """
     kept = SharedCache() if kept is None else kept
     device = find_device(settings.device)
@@ -130,7 +135,7 @@ def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:
 
 @dataclass(frozen=True)
 class _Part:
-    """Part of a split that a run uses: all rows, or some in this order; with labels or without."""
+    """Part of a split that a run uses: all rows, or some rows in this order; with labels or without."""
 
     split: str
     rows: np.ndarray | None = None
@@ -163,10 +168,10 @@ def _load_data(settings: RunSettings, kept: SharedCache) -> Corpus:
 
 
 def _choose_parts(settings: RunSettings, corpus: Corpus) -> tuple[dict[str, _Part], list[str]]:
-    """Parts of the data that the run uses, and notes on them.
+    """Return the parts of the data that the run uses, and notes on them.
 
-    `train`; what chooses the checkpoint, `dev`; what is tested once at the end, `test`; and all that is to be
-    predicted, `predict:NAME`.
+    The parts are `train`; `dev`, which chooses the checkpoint; `test`, for the one test at the end; and `predict:NAME`
+    for each split to predict.
     """
     notes: list[str] = []
     whole = corpus.splits
@@ -194,7 +199,7 @@ def _choose_parts(settings: RunSettings, corpus: Corpus) -> tuple[dict[str, _Par
 
 
 def _choose_splits(settings: RunSettings, whole: DatasetDict, notes: list[str]) -> tuple[_Part, _Part, _Part]:
-    """Parts for training, for choosing the checkpoint, and for the one test at the end."""
+    """Return the parts for training, for the choice of the checkpoint, and for the one test at the end."""
     dev = _Part("dev") if "dev" in whole else None
     test = _Part("test") if "test" in whole and "label" in whole["test"].column_names else None
     if settings.train_samples is None:
@@ -218,7 +223,7 @@ def _choose_splits(settings: RunSettings, whole: DatasetDict, notes: list[str]) 
 
 
 def _describe(corpus: Corpus, part: _Part) -> dict[str, Any]:
-    """Rows and fingerprint."""
+    """Return the number of rows and the fingerprint of a part."""
     texts = corpus.texts(part.split, part.labelled)
     if part.rows is None:
         return {"rows": len(texts), "sha256": corpus.fingerprint(part.split, part.labelled)}
@@ -236,7 +241,10 @@ def _labels(corpus: Corpus, part: _Part) -> np.ndarray:
 def _tokens(
     corpus: Corpus, part: _Part, tokenizer: PreTrainedTokenizerBase, settings: RunSettings, in_order: bool
 ) -> tuple[Dataset, np.ndarray | None]:
-    """Token ids of a part; unless they are to stay in order, longest text first, and where each row was."""
+    """Return the token ids of a part, and the original index of each row.
+
+    The longest texts come first. With `in_order` the order is kept, and the indices are None.
+    """
     whole = settings.pad_to_max_length
     of_this = (part.split, part.labelled, tokenizer, settings.max_length, whole)
 
@@ -244,7 +252,7 @@ def _tokens(
         return _encode(rows, corpus.task, tokenizer, settings.max_length, whole)
 
     def sort() -> tuple[Dataset, np.ndarray]:
-        # longest first: least padding, and too little memory shows at once
+        # longest first, so that a lack of memory shows at once
         order = np.argsort([-length for length in text_lengths(tokens.of(part.rows))], kind="stable")
         return tokens.of(order if part.rows is None else part.rows[order]), order
 
@@ -262,7 +270,7 @@ def _count_cut(
     tokens: Dataset,
     order: np.ndarray | None,
 ) -> int:
-    """Return how many rows of a part have more tokens than `max_length`; only those that reach it are looked at."""
+    """Return how many rows of a part have more than `max_length` tokens. Only rows that reach it are encoded."""
 
     def encode(rows: Dataset) -> Dataset:
         return _encode(rows, corpus.task, tokenizer, max_length + 1, False)
@@ -279,7 +287,7 @@ def _count_cut(
 
 
 def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, whole: bool) -> Dataset:
-    """Texts as token ids, cut at `max_length`; padded to it if they are to be, else padding is left to the batch."""
+    """Return texts as token ids, cut at `max_length`. With `whole` they are also padded to `max_length`."""
     padding = {"padding": "max_length"} if whole else {}
 
     def tokenize(rows: Mapping[str, list[str]]) -> Mapping[str, Any]:
@@ -294,7 +302,7 @@ def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
             remove_columns=[name for name in split.column_names if name != "label"],
             keep_in_memory=True,
             load_from_cache_file=False,
-            # otherwise the tokenizer is pickled and hashed, which takes longer than its work; nothing is cached here
+            # otherwise `datasets` hashes the tokenizer for a cache that is not used, which is slower than tokenizing
             new_fingerprint=f"{split._fingerprint}-tokens",
         )
     finally:
@@ -303,7 +311,7 @@ def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
 
 
 def check_of_glue(record: Mapping[str, Any], path: str | Path) -> None:
-    """Raise `ResultError` if a record is not of `unipelt.glue` but of another task."""
+    """Raise `ResultError` if a record is not from `unipelt.glue` but from another task."""
     if "floor" in record:
         raise ResultError(
             f"{path} is of a run of {record['task']['name']} and not of run_glue.py, which alone can be done again or "

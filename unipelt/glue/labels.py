@@ -1,4 +1,4 @@
-"""What a run's header says of its data: what the labels are, what looks wrong in them, and how many texts are cut."""
+"""The lines of a run's header about its data: the labels, warnings about them, and the number of texts that are cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unipelt.files.messages import printable, show
 from unipelt.glue.tasks import Task
 
 _MOST = 12
-"""Classes that are listed by name."""
+"""The largest number of classes to list by name."""
 
 
 def describe_labels(task: Task, labels: np.ndarray) -> list[str]:
@@ -19,7 +19,7 @@ def describe_labels(task: Task, labels: np.ndarray) -> list[str]:
 
     Args:
         task: the task.
-        labels: of the training rows, class ids or scores.
+        labels: the class ids or scores of the training rows, (rows,).
     """
     if task.is_regression:
         low, high, kinds = float(labels.min()), float(labels.max()), len(np.unique(labels))
@@ -48,18 +48,18 @@ def describe_labels(task: Task, labels: np.ndarray) -> list[str]:
 
 
 def describe_cuts(cuts: Mapping[str, tuple[int, int]], max_length: int) -> list[str]:
-    """Return a line on the texts that are cut, if any is.
+    """Return a line on the texts that are cut, or no line if none is.
 
     Args:
-        cuts: by split, the number of its rows that are cut, and of all its rows.
-        max_length: the tokens that are left of them.
+        cuts: for each split, the number of rows that are cut and the number of all rows.
+        max_length: the largest number of tokens of a text.
     """
     told = ", ".join(f"{name} {count:,} of {rows:,}" for name, (count, rows) in cuts.items() if count)
     return [f"        warning: texts are cut at {max_length:,} tokens (max_length): {told}"] if told else []
 
 
 def _quoted(name: str) -> str:
-    """A class's name; in quotes where its end would not be seen."""
+    """Return the name of a class. A name that is empty, or has unusual space or control characters, is in quotes."""
     return name if name and name == " ".join(printable(name).split()) else show(name)
 
 

@@ -1,4 +1,4 @@
-"""Predictions on GLUE's unlabelled test sets, in the form that https://gluebenchmark.com takes."""
+"""Files of predictions on GLUE's unlabelled test sets, in the format of https://gluebenchmark.com."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def write_predictions(
     folder: str | Path,
     split: str = "test",
 ) -> Path:
-    """Writes one task's file of a leaderboard submission; the file is written whole or not at all.
+    """Write the leaderboard file of one task. The file is written whole or not at all.
 
-    Two columns, `index` and `prediction`: the class is written as a word for MNLI, QNLI and RTE and as 0 or 1
-    for the others; a score of STS-B is clipped to 0..5 and has three decimals. Fewer or more rows than the
-    official test set are written all the same, with a warning in the log; `split_note(task, split,
-    len(predictions))` has the same words. A full submission also holds the leaderboard's `WNLI.tsv` and
+    The file has the columns `index` and `prediction`. A class is written as a word for MNLI, QNLI and RTE, and as 0 or
+    1 for the other tasks. A score of STS-B is clipped to 0 to 5 and has three decimals. Predictions with more or fewer
+    rows than the official test set are written too, with a warning in the log. `split_note(task, split,
+    len(predictions))` returns the text of this warning. A full submission also holds the leaderboard's `WNLI.tsv` and
     `AX.tsv`.
 
     Args:
         task: One of GLUE's tasks.
         predictions: (rows,) class ids, or scores for regression, in the order of the test file.
-        folder: Where to write; made when absent.
+        folder: The output folder. It is made if it does not exist.
         split: `"test"`, and for MNLI also `"test_mismatched"`.
 
     Returns:
-        The file's path, such as `folder/CoLA.tsv`.
+        The path of the file, such as `folder/CoLA.tsv`.
 
     Raises:
-        ValueError: The task is not GLUE's, there is no such split, or the predictions do not fit the task.
+        ValueError: The task is not a GLUE task, the split does not exist, or the predictions do not fit the task.
     """
     if task.name not in TASKS or task.folder != TASKS[task.name].folder:
         raise ValueError(f"task {task.name!r} is not on GLUE's leaderboard; choose one of {', '.join(TASKS)}")
@@ -61,7 +61,7 @@ def write_predictions(
 
 
 def _spell(task: Task, predictions: Sequence[int] | Sequence[float] | np.ndarray) -> list[str]:
-    """Each prediction as it stands in the file; raises ValueError where one does not fit the task."""
+    """Return the text of each prediction in the file. Raise `ValueError` if a prediction does not fit the task."""
     values = np.asarray(predictions)
     if values.ndim != 1 or not len(values):
         raise ValueError(
@@ -72,7 +72,7 @@ def _spell(task: Task, predictions: Sequence[int] | Sequence[float] | np.ndarray
     if task.is_regression:
         if task.score_range is not None:
             values = values.astype(np.float64).clip(*task.score_range)
-        # + 0.0 turns a negative zero into a plain one, which would be written "-0.000".
+        # + 0.0 turns a negative zero, which would be written "-0.000", into zero.
         return [f"{value + 0.0:.3f}" for value in values]
     ids = values.astype(np.int64)
     bad = (ids != values) | (ids < 0) | (ids >= task.num_labels)

@@ -35,17 +35,17 @@ Returns:
 
 
 class GlueMetric(evaluate.Metric):
-    """A task's metrics, for `compute(predictions=..., references=...)` or `add_batch` and then `compute()`.
+    """The metrics of a task, for `compute(predictions=..., references=...)` or `add_batch` and then `compute()`.
 
-    Everything is kept in memory: no folder is made, nothing is downloaded, and any number of instances can be
-    in use at the same time without an `experiment_id`. The values are those of `score`.
+    Everything is kept in memory. No folder is made, and nothing is downloaded. Any number of instances can be used at
+    the same time without an `experiment_id`. The values are the values of `score`.
 
     Args:
-        task: The task whose metrics are computed.
+        task: The task.
     """
 
     def __init__(self, task: Task) -> None:
-        self.task = task  # before super().__init__, which asks _info for the features
+        self.task = task  # super().__init__ calls _info, which needs the task
         super().__init__(config_name=task.name, keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
@@ -62,7 +62,7 @@ class GlueMetric(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Adds a batch; raises ValueError, and adds nothing, when it does not fit the task."""
+        """Add a batch, (rows,) each. Raise `ValueError` and add nothing if the batch does not fit the task."""
         guesses, truths = _check(self.task, predictions, references)
         super().add_batch(predictions=guesses, references=truths, **kwargs)
 
@@ -76,44 +76,43 @@ class GlueMetric(evaluate.Metric):
 
 
 def glue_metric(task: Task) -> GlueMetric:
-    """The metric object of a task."""
+    """Return the metric object of a task."""
     return GlueMetric(task)
 
 
 def score(task: Task, predictions: Any, references: Any) -> dict[str, float]:
-    """The task's metrics, as fractions.
+    """Compute the metrics of a task, as fractions.
 
-    - `accuracy`: share of equal class ids.
-    - `f1`: of class 1 against class 0; 0.0 where neither side holds a 1.
-    - `f1_macro`: plain mean of the F1 of the classes that occur among predictions or references.
-    - `matthews_correlation`: 0.0 where either side is constant.
-    - `spearman`, `pearson`: undefined where either side is constant; defined as 0.0 here, without a warning.
+    - `accuracy`: the share of equal class ids.
+    - `f1`: the F1 of class 1 against class 0; 0.0 if neither side holds a 1.
+    - `f1_macro`: the unweighted mean of the F1 of the classes among predictions or references.
+    - `matthews_correlation`: 0.0 if either side is constant.
+    - `spearman`, `pearson`: undefined if either side is constant, and set to 0.0 here without a warning.
 
     Args:
-        task: Says which metrics.
+        task: The task, which names its metrics.
         predictions: (rows,) class ids, or scores for regression.
-        references: (rows,) the true ones.
+        references: (rows,) true class ids, or true scores.
 
     Returns:
-        Name of each metric to its value, in the order of `task.metrics`.
+        The value of each metric by name, in the order of `task.metrics`.
 
     Raises:
-        ValueError: No rows, different lengths, a value that is not finite, or an id that the task does not
-            have.
+        ValueError: There are no rows, the lengths differ, a value is not finite, or the task does not have an id.
     """
     guesses, truths = _check(task, predictions, references)
     return {name: _METRICS[name](truths, guesses) for name in task.metrics}
 
 
 def compute_metrics_for(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The `compute_metrics` function for `transformers.Trainer`.
+    """Return the `compute_metrics` function for `transformers.Trainer`.
 
-    Logits (rows, classes) become class ids by argmax; a regression output (rows, 1) is squeezed. Where a
-    model returns more than logits, the first output is taken.
+    Logits (rows, classes) become class ids by argmax. A regression output (rows, 1) is squeezed to (rows,). If a model
+    returns more than logits, the first output is used.
 
     Raises (the returned function):
         ValueError: The output has the wrong shape.
-        Diverged: The output holds NaN, as it does when training diverged.
+        Diverged: The output holds NaN, because training has diverged.
     """
 
     def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
@@ -136,15 +135,15 @@ def compute_metrics_for(task: Task) -> Callable[[EvalPrediction], dict[str, floa
 
 
 def majority_score(task: Task, train_labels: Sequence[float] | np.ndarray, references: Any) -> float:
-    """Primary metric of always predicting the most frequent class of the train labels, or their mean.
+    """Compute the primary metric of a constant prediction: the most frequent train class, or the mean train score.
 
     Args:
         task: The task.
-        train_labels: (train rows,) labels; of equally frequent classes the lowest id is taken.
+        train_labels: (train rows,) labels. Among equally frequent classes, the lowest id is used.
         references: (rows,) the labels to predict.
 
     Returns:
-        A fraction; 0.0 for correlations, which a constant does not have.
+        The metric as a fraction. Correlations are 0.0, because a constant has none.
 
     Raises:
         ValueError: The labels do not fit the task.
@@ -156,7 +155,7 @@ def majority_score(task: Task, train_labels: Sequence[float] | np.ndarray, refer
 
 
 def _check(task: Task, predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides as `_check_side` gives them, and equally long."""
+    """Return both sides after `_check_side`. Raise `ValueError` if their lengths differ."""
     guesses = _check_side(task, "predictions", predictions)
     truths = _check_side(task, "references", references)
     if len(guesses) != len(truths):
@@ -167,7 +166,7 @@ def _check(task: Task, predictions: Any, references: Any) -> tuple[np.ndarray, n
 
 
 def _check_side(task: Task, side: str, numbers: Any) -> np.ndarray:
-    """One side as an array (rows,) of float64 or of class ids; raises ValueError where it does not fit."""
+    """Return one side as an array (rows,) of scores (float64) or class ids. Raise `ValueError` if it does not fit."""
     values = np.asarray(numbers)
     if values.size == 0:
         raise ValueError(f"{side} are empty; give at least one row")
@@ -215,15 +214,15 @@ def _spearman(truths: np.ndarray, guesses: np.ndarray) -> float:
 def _pearson(truths: np.ndarray, guesses: np.ndarray) -> float:
     if _is_constant(truths) or _is_constant(guesses):
         return 0.0
-    # Not scipy's pearsonr, which warns where one side is nearly constant, as outputs early in training are.
+    # scipy's pearsonr would warn about nearly constant outputs, which are common early in training.
     left, right = _direction(truths), _direction(guesses)
     return float(np.clip(left @ right, -1.0, 1.0))
 
 
 def _direction(values: np.ndarray) -> np.ndarray:
-    """Deviations from the mean, as a vector of length 1; `values` must not be constant."""
+    """Return the deviations from the mean as a vector of norm 1, (rows,). `values` must not be constant."""
     deviations = values - values.mean()
-    deviations /= np.abs(deviations).max()  # or the squares of tiny deviations would all round to zero
+    deviations /= np.abs(deviations).max()  # otherwise the squares of tiny deviations round to zero
     return deviations / np.linalg.norm(deviations)
 
 

@@ -1,9 +1,9 @@
-"""Several runs in one process and one pass: each ends as by itself, in a folder of its own.
+"""Several runs in one process and one pass over the model. Each run ends as it would end alone, in its own folder.
 
-Runs that share a model, a method and the shape of the head (`pack_key`) take places in a `unipelt.pack.Pack`. Each has
-its own data in its own order, learning rate, optimizer, schedule, clipping, early stopping and best epoch; a run that
-has ended is tested and written at once, and its place is free for the next. A run that was killed goes on from its
-last checkpoint, in whatever company.
+Runs with the same model, method and shape of the head (`pack_key`) take places in a `unipelt.pack.Pack`. Each run has
+its own data, order of the data, learning rate, optimizer, schedule, clipping, early stopping and best epoch. A run that
+has ended is tested and written at once, and the next run takes its place. A run that was killed continues from its last
+checkpoint, also beside other runs than before.
 
 Shapes: R runs, B examples of each, T tokens, C outputs of the head.
 """
@@ -29,7 +29,7 @@ from unipelt.runs.device import precision_of
 from unipelt.runs.errors import RunError, RunFailed, memory_named
 
 CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints of a run: an epoch of a few-shot run takes less than writing one."""
+"""The least time between two checkpoints of a run. A checkpoint takes longer than an epoch of a few-shot run."""
 _OWN = (
     *("task", "glue_dir", "train_samples", "dev_samples", "test_samples", "data_seed", "seed", "learning_rate"),
     *("epochs", "patience", "weight_decay", "warmup_ratio", "max_grad_norm"),
@@ -39,7 +39,7 @@ _OWN = (
 
 
 def pack_key(settings: RunSettings) -> str:
-    """Key that is equal for runs that can share a pack, as JSON."""
+    """Return a key, as JSON, that is equal for runs that can share a pack."""
     common = {name: value for name, value in settings.to_dict().items() if name not in _OWN}
     common["method"] = settings.config.to_dict()
     task = None if settings.task is None else get_task(settings.task)
@@ -52,15 +52,15 @@ def run_packed(
     """Do these runs, `places` at a time.
 
     Args:
-        runs: with the same `pack_key`, each with a folder of its own.
-        places: how many train at once.
-        log: takes the lines for the reader.
+        runs: the settings of the runs, which have the same `pack_key` and different folders.
+        places: the number of runs that train at once.
+        log: function that takes the lines for the reader.
 
     Returns:
-        By folder, the record, or in one line why there is none.
+        For each folder, the record of its run, or one line with the reason why there is no record.
 
     Raises:
-        RunError: the runs cannot share a pack. (What is wrong with one run fails that run alone.)
+        RunError: the runs cannot share a pack. (An error in one run fails only that run.)
     """
     if places < 1:
         raise RunError(f"a pack has 1 place or more, not {places}")
@@ -83,14 +83,14 @@ def train(
     places: int,
     voice: Callable[[RunSettings], Callable[[str], None]],
 ) -> None:
-    """Do runs as they come.
+    """Do runs until `take` returns no more.
 
     Args:
-        take: given how many places are free, and whether all are, returns as many runs at most. When all are free,
-            none means the end.
-        done: told of each run's record, or of what went wrong with it.
-        places: how many train at once.
-        voice: takes a run's lines for the reader.
+        take: function of the number of free places, and of whether all places are free. It returns at most that number
+            of runs. If all places are free and it returns no run, training ends.
+        done: function that takes the settings of a run, and its record or its error.
+        places: the number of runs that train at once.
+        voice: function of the settings of a run. It returns the function that takes the lines of this run.
     """
     pack: Pack | None = None
     seats: list[PackedRun] = []
@@ -110,12 +110,12 @@ def train(
                         done(settings, seat)
                     else:
                         if pack is None:
-                            torch.manual_seed(settings.seed)  # dropout is the pack's, not the runs'
+                            torch.manual_seed(settings.seed)  # dropout belongs to the pack, not to a run
                         pack = seat.pack
                         seats.append(seat)
             if not seats or pack is None:
                 return
-            ended = [seat for seat in seats if seat.ended]  # at the moment of a kill
+            ended = [seat for seat in seats if seat.ended]  # a restored run may have ended already
             if not ended:
                 with memory_named(f"{len(seats)} runs trained in one pack", "pack fewer", RunFailed):
                     _step(pack, seats)
@@ -141,8 +141,8 @@ def train(
 
 
 def _step(pack: Pack, seats: Sequence[PackedRun]) -> None:
-    """One step of each run."""
-    # in the pack's order: its losses are of all replicas
+    """Do one training step of each run."""
+    # in the order of the pack, because its losses are for all replicas
     batch, real = _join([seat.next_batch() for seat in seats], seats)
     labels = batch.pop("labels")
     with precision_of(seats[0].job.device, seats[0].job.settings.precision):
@@ -155,7 +155,7 @@ def _step(pack: Pack, seats: Sequence[PackedRun]) -> None:
 
 
 def _evaluate(pack: Pack, seats: Sequence[PackedRun]) -> dict[PackedRun, Exception]:
-    """Evaluate these runs, at the end of an epoch of theirs, on their dev sets; returns those that failed."""
+    """Evaluate these runs on their dev sets, at the end of an epoch. Return the errors of runs that failed."""
     if not seats:
         return {}
     found: dict[PackedRun, list[tuple[Tensor, Tensor]]] = {seat: [] for seat in seats}
@@ -190,28 +190,28 @@ def _evaluate(pack: Pack, seats: Sequence[PackedRun]) -> dict[PackedRun, Excepti
 
 
 def _cut(seats: Sequence[PackedRun]) -> list[range]:
-    """The batches in which dev sets are evaluated together: rows of each, the same for all."""
+    """Return the batches in which the dev sets are evaluated together, as row ranges that all runs share."""
     job = seats[0].job
     count = max(len(seat.lengths) for seat in seats)
     if job.settings.eval_tokens == 0:
         return pack_rows(count, job.settings.eval_batch_size)
     budget = job.settings.eval_tokens or default_tokens(job.device)
-    if job.device == "cpu":  # what stays in its cache
+    if job.device == "cpu":  # so that a batch stays in the cache
         budget = max(1, budget // len(seats))
     longest = [max(seat.lengths[row] for seat in seats if row < len(seat.lengths)) for row in range(count)]
     return pack_tokens(longest, budget)
 
 
 def _join(batches: Sequence[Mapping[str, Tensor]], seats: Sequence[PackedRun]) -> tuple[dict[str, Tensor], Tensor]:
-    """One batch of the batches of several runs.
+    """Join the batches of several runs into one batch.
 
     Args:
-        batches: of each run, (B, T), and `labels`, (B,); B and T may differ.
+        batches: the batch of each run, with tensors (B, T) and `labels` (B,). B and T may differ between runs.
         seats: the runs.
 
     Returns:
-        The batch, (R, B, T) and `labels` (R, B), on the pack's device; and (R, B), whether an example is a run's own
-        and not a repetition that fills the batch.
+        The batch, with tensors (R, B, T) and `labels` (R, B), on the pack's device; and a mask (R, B), which is False
+        for the repeated examples that fill the batch.
     """
     job, device = seats[0].job, seats[0].pack.device
     here = batches[0]["labels"].device

@@ -1,4 +1,4 @@
-"""One run in its place of a pack: what it has of its own, what it does with a gradient, and how it goes on.
+"""One run in its place of a pack: its own state, its update with a gradient, and its checkpoints.
 
 Shapes: R runs, T tokens, C outputs of the head, N numbers of a replica.
 """
@@ -43,22 +43,22 @@ from unipelt.runs.cache import SharedCache, same_memory
 from unipelt.runs.errors import Diverged, RunError, check_losses
 from unipelt.runs.folder import Progress
 
-_FORMAT = 1  # of the checkpoints here, which the trainer's own runs leave alone
+_FORMAT = 1  # format of the checkpoints here, which Trainer's runs do not read
 _WEIGHTS, _STATE = "pack.safetensors", "pack.json"
 
 
 @dataclass(eq=False)
 class PackedRun:
-    """A run in its place.
+    """A run in its place of a pack.
 
     Attributes:
-        places: of the pack, for the record.
-        best: what the replica was after the best epoch, (N,).
-        waited: evaluations since then.
-        losses: of the steps of this epoch, (R,) each, and which of them is this run's.
-        dev: the dev set, (rows, T) and `labels` (rows,), longest texts first, on the pack's device.
-        lengths: tokens of each of its rows.
-        saved: when the last checkpoint was written.
+        best: the replica after the best epoch, (N,).
+        waited: the number of evaluations since the best epoch.
+        losses: for each step of this epoch, the losses of all runs, (R,), and the index of this run.
+        dev: the dev set, tensors (rows, T) and `labels` (rows,), longest texts first, on the pack's device.
+        lengths: the number of tokens of each row of the dev set.
+        clock: the time of the last call of `spend`, in seconds of `time.monotonic`.
+        saved: the time of the last checkpoint, in seconds of `time.monotonic`.
     """
 
     job: Job
@@ -84,7 +84,7 @@ class PackedRun:
 
     @property
     def steps_an_epoch(self) -> int:
-        """The last, which may be smaller, included."""
+        """The number of steps in an epoch. It includes the last batch, which may be smaller."""
         return len(self.loader)
 
     @property
@@ -94,20 +94,20 @@ class PackedRun:
 
     @property
     def ended(self) -> bool:
-        """Whether training is at its end, or stopped early."""
+        """Whether training has reached its end or has stopped early."""
         patience = self.job.settings.patience
         stopped = patience is not None and self.waited >= patience
         return self.state.global_step > 0 and (stopped or self.state.global_step == self.state.max_steps)
 
     def spend(self, *kinds: str) -> None:
-        """Count the seconds since the last call as spent on `kinds`, and in total."""
+        """Add the seconds since the last call to `kinds` and to the total."""
         now = time.monotonic()
         for kind in (*kinds, "total"):
             self.progress.seconds[kind] += now - self.clock
         self.clock = now
 
     def next_batch(self) -> dict[str, Tensor]:
-        """The examples of the next step, as the trainer would take them."""
+        """Return the batch of the next step, with the examples that Trainer would take."""
         if self.batches is None:
             set_epoch = getattr(self.loader, "set_epoch", None)
             if set_epoch is not None:
@@ -116,7 +116,7 @@ class PackedRun:
         return dict(next(self.batches))
 
     def update(self, loss: Tensor, index: int) -> None:
-        """A step, once the gradient is there."""
+        """Do a step with the present gradient. `loss` (R,) holds the losses of all runs, at `index` of this run."""
         settings = self.job.settings
         if settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self.replica.parameters, settings.max_grad_norm)
@@ -126,7 +126,11 @@ class PackedRun:
         self.state.global_step += 1
 
     def judge(self, logits: Tensor, labels: Tensor) -> None:
-        """Enter an evaluation on the dev set: logits (rows, C). Raises `Diverged`."""
+        """Enter an evaluation on the dev set with logits (rows, C) and labels (rows,).
+
+        Raises:
+            Diverged: a loss is not finite, or an output is NaN.
+        """
         task, state = self.job.task, self.state
         evaluation = EvalPrediction(predictions=logits.float().cpu().numpy(), label_ids=labels.cpu().numpy())
         loss = losses(logits[None], labels[None], torch.ones_like(labels[None], dtype=torch.bool)).item()
@@ -155,7 +159,7 @@ class PackedRun:
         )
 
     def save(self) -> None:
-        """Write a checkpoint, which is complete once it is marked, and remove the one before."""
+        """Write a checkpoint and mark it as complete, then remove the previous one."""
         step = self.state.global_step
         checkpoint = place.checkpoint_at(self.folder, step)
         checkpoint.mkdir(exist_ok=True)
@@ -174,12 +178,12 @@ class PackedRun:
         self.saved = time.monotonic()
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         tensors = load_file(checkpoint / _WEIGHTS, device=str(self.pack.device))
         self.replica.row.copy_(tensors["row"])
         self.best = tensors["best"]
         for index, leaf in enumerate(self.replica.parameters):
-            # the count of steps stays on the CPU, where AdamW keeps it
+            # AdamW keeps the count of steps on the CPU
             found = {name: tensors[f"{index}.{name}"] for name in _ADAM if f"{index}.{name}" in tensors}
             if found:
                 self.optimizer.state[leaf] = found | {"step": found["step"].cpu()}
@@ -192,13 +196,13 @@ class PackedRun:
         self.log(f"going on from {checkpoint}")
 
     def fail(self, error: Exception) -> None:
-        """Leave the pack with a run that cannot go on."""
+        """Remove a run that cannot continue from the pack."""
         self.pack.remove(self.replica)
         self.lock.close()
         self.log(f"{type(error).__name__}: {error}")
 
     def finish(self, places: int) -> dict[str, Any]:
-        """Leave the pack, test the best epoch and write everything; returns the record."""
+        """Leave the pack of `places` runs, test the best epoch, write everything, and return the record."""
         with self.lock:
             self.pack.remove(self.replica)
             own = dict(self.job.model.named_parameters())
@@ -229,14 +233,14 @@ def _digest(job: Job) -> str:
 def sit(
     settings: RunSettings, pack: Pack | None, kept: SharedCache, equal: dict[str, Tensor], log: Callable[[str], None]
 ) -> PackedRun | dict[str, Any]:
-    """A run in a place of the pack, which is made if there is none; or the record, if it had finished before.
+    """Give a run a place in the pack, and return it. Return the record if the run has finished before.
 
     Args:
-        settings: of the run.
-        pack: if there is one.
-        kept: what the runs of this process share.
-        equal: parameters that are known to equal the pack's base, by name; more are entered.
-        log: takes the run's lines for the reader.
+        settings: the settings of the run.
+        pack: the pack; None makes a new one.
+        kept: the cache of the runs of this process.
+        equal: parameters that are known to equal the pack's base, by name. More are added.
+        log: function that takes the lines of the run for the reader.
     """
     clock = time.monotonic()
     folder = Path(str(settings.output_dir))
@@ -246,10 +250,10 @@ def sit(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with contextlib.ExitStack() as lock, torch.random.fork_rng(devices):  # seeds are the run's, dropout is the pack's
+    with contextlib.ExitStack() as lock, torch.random.fork_rng(devices):  # the run's seed must not change dropout
         job = prepare(settings, kept)
         lock.enter_context(place.locked(folder))
-        if (record := place.find_finished(settings, folder)) is not None:  # another process may have been faster
+        if (record := place.find_finished(settings, folder)) is not None:  # another process may have finished it
             return record
         if pack is None:
             host: Any = copy.deepcopy(job.model)
@@ -260,7 +264,7 @@ def sit(
         progress = place.begin(settings, folder)
         trainer = make_trainer(job, folder, evaluated(job, "dev"))
         loader: Any = trainer.get_train_dataloader()
-        loader.device = None  # batches go to the GPU when they have been joined
+        loader.device = None  # batches go to the GPU after they are joined
         replica = pack.add(kept_values(job.model))
         try:
             optimizer, scheduler, steps = _optimizer(replica, trainer, len(loader))
@@ -300,9 +304,12 @@ def check_packable(settings: RunSettings) -> None:
 
 
 def share_base(model: PreTrainedModel, host: PreTrainedModel, equal: dict[str, Tensor]) -> None:
-    """Let a model's base be the host's, which holds the same numbers, so that there is one for all runs.
+    """Replace a model's base by the host's base, which holds the same numbers, so that all runs share one base.
 
-    What is in the memory of a tensor in `equal` is not compared again; what is found to be equal is entered there.
+    Tensors in the memory of a tensor in `equal` are not compared again. Tensors that are found to be equal are added.
+
+    Raises:
+        RunError: the two bases differ.
     """
     own, there = kept_values(model), dict(host.named_parameters())
     for name, parameter in model.named_parameters():
@@ -316,12 +323,12 @@ def share_base(model: PreTrainedModel, host: PreTrainedModel, equal: dict[str, T
 
 
 def _decayed(model: PreTrainedModel) -> list[str]:
-    """The parameters that the trainer decays; it asks nothing else of itself."""
+    """Return the names of the parameters with weight decay. Trainer's method does not use its `self`."""
     return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
 
 
 def _optimizer(replica: Replica, trainer: Trainer, steps_an_epoch: int) -> tuple[torch.optim.Optimizer, Any, int]:
-    """The trainer's optimizer and schedule over a replica's leaves, and the number of all steps."""
+    """Return Trainer's optimizer and schedule for a replica's leaves, and the number of all steps."""
     arguments = trainer.args
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     decays = ((replica.decayed, arguments.weight_decay), (replica.plain, 0.0))
@@ -332,7 +339,7 @@ def _optimizer(replica: Replica, trainer: Trainer, steps_an_epoch: int) -> tuple
 
 
 def _dev_set(job: Job, device: torch.device) -> tuple[dict[str, Tensor], list[int]]:
-    """The dev set, padded once to its longest text, and the tokens of each row."""
+    """Return the dev set, padded once to its longest text, and the number of tokens of each row."""
     rows = job.splits["dev"]
     whole = Batches(rows, [range(len(rows))], DataCollatorWithPadding(job.tokenizer), job.model)[0]
     return {name: tensor.to(device) for name, tensor in whole.items()}, text_lengths(rows)

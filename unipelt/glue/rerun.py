@@ -1,8 +1,9 @@
-"""A finished run once more, from its record alone, and what comes out beside what came out then.
+"""Repetition of a finished run from its record, and comparison of the two outcomes.
 
-Whatever a record says that would make the second run another one (settings, data, model) is compared before any time
-is spent, and a difference is an error. Then the run is done in a new folder, every number of the outcome is compared,
-and of what surrounded the two runs all that differs is named: where numbers differ, it is the likely reason.
+Settings, data and model are compared with the record before training starts. A difference makes another run, so it is
+an error. Then the run is done in a new folder, and every number of the outcome is compared. The differences between the
+surroundings of the two runs (hardware, packages, code) are listed, because they are the likely reasons for different
+numbers.
 """
 
 from __future__ import annotations
@@ -49,28 +50,29 @@ def rerun(
     changes: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
-    """Do the run of a record again, in a new folder, and compare.
+    """Do the run of a record again in a new folder, and compare the two.
 
-    Killed, it goes on when it is called again with the same arguments. The folder of the record is only read.
+    A rerun that was killed continues if the function is called again with the same arguments. The folder of the record
+    is only read.
 
     Args:
-        path: a `result.json`, or the folder of a run.
-        out: the new folder; by default `runs/`, the name of the old one, and `-rerun`.
+        path: the path of a `result.json`, or the folder of a run.
+        out: the new folder; by default `runs/`, the name of the old folder, and `-rerun`.
         tolerance: the largest absolute difference of a number (loss, metric, mean of a gate) that counts as equal.
             Steps and counts must always be the same.
-        changes: values for fields of `MOVED` and `CARRIED`, for what lies or is done elsewhere now.
-        log: takes the lines for the reader.
+        changes: new values for fields of `MOVED` and `CARRIED`.
+        log: function that takes the lines for the reader.
 
     Returns:
-        What `rerun.json` in the new folder holds: `equal`; `numbers` (how many were compared) and the `largest`
-        absolute difference; `differences` (`what`, `then`, `now`, `by`) beyond the tolerance; `weights`, whether the
-        files of the two models are the same, None where there are not two; `surroundings` (`what`, `then`, `now`);
-        `notes`; and `of`, which record.
+        The contents of `rerun.json` in the new folder: `equal`; the number of compared `numbers`, and their `largest`
+        absolute difference; `differences` beyond the tolerance (`what`, `then`, `now`, `by`); `weights`, whether the
+        weight files of the two models are the same, or None if one is absent; `surroundings` that differ (`what`,
+        `then`, `now`); `notes`; and `of`, which identifies the record.
 
     Raises:
-        FileNotFoundError: there is no such record.
-        RunError: it cannot be done again here, or would be another run, and the message says why; nothing was
-            trained. Or the run failed.
+        FileNotFoundError: the record does not exist.
+        RunError: the run cannot be repeated here, or would be another run, and nothing was trained; or the run failed.
+            The message gives the reason.
         ValueError, OSError: as `unipelt.glue.run.run`.
     """
     if not (math.isfinite(tolerance) and tolerance >= 0):
@@ -91,7 +93,7 @@ def rerun(
             notes.append(note)
             log(f"        {note}")
         out.mkdir(parents=True, exist_ok=True)
-        _write(out, {"status": "running", "of": of})  # so that a rerun that was killed can be told from other things
+        _write(out, {"status": "running", "of": of})  # identifies the folder if the rerun is killed
 
     log(f"rerun of {path}")
     for note in notes:
@@ -116,20 +118,20 @@ def rerun(
 
 
 def settings_of(record: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> tuple[RunSettings, list[str]]:
-    """The settings of a record, for a run that is to do the same.
+    """Return the settings that repeat the run of a record.
 
-    Threads and device that the settings left open are those that the record's hardware names.
+    If the settings leave the threads or the device open, the record's hardware sets them.
 
     Args:
-        record: as `read_result` returns it.
-        changes: as `rerun` takes them.
+        record: the record that `read_result` returns.
+        changes: new values of fields, as in `rerun`.
 
     Returns:
-        The settings, and notes on what is not quite as it was.
+        The settings, and notes on the differences from the run of the record.
 
     Raises:
-        RunError: the record is of a newer version, or its settings are not those that were run.
-        SettingsError, ConfigError: a value cannot be meant.
+        RunError: the record is of a newer version, or its settings are not the settings of the run.
+        SettingsError, ConfigError: a value is invalid.
     """
     changes = dict(changes or {})
     if strange := [name for name in changes if name not in (*MOVED, *CARRIED)]:
@@ -151,7 +153,7 @@ def settings_of(record: Mapping[str, Any], changes: Mapping[str, Any] | None = N
     except (ConfigError, OSError):
         meant = None
     if meant != config:
-        given["method"] = config.to_dict()  # a preset may have changed since; what was run is what counts
+        given["method"] = config.to_dict()  # a preset may have changed since the run
     _check_digest(record, RunSettings(**given), absent, notes)
     given |= {"overwrite": False, "output_dir": None} | _hardware_of(record, given, changes, notes) | changes
     options = given.get("trainer") or {}
@@ -170,11 +172,11 @@ def check_same(job: Job, record: Mapping[str, Any]) -> list[str]:
     """Check that a job has the data and the model of a record.
 
     Returns:
-        Notes: what of the model's configuration, and whether its tokenizer, is not as it was. Versions of libraries
-        may write either in another way.
+        Notes on the differences of the model's configuration and tokenizer. Another version of a library may write the
+        same configuration or tokenizer in another way.
 
     Raises:
-        RunError: other data or other weights.
+        RunError: the data, the model's class or the weights differ.
     """
     for name in dict.fromkeys((*record["data"], *job.data)):
         then, now = record["data"].get(name), job.data.get(name)
@@ -203,12 +205,12 @@ def check_same(job: Job, record: Mapping[str, Any]) -> list[str]:
 
 
 def _name(path: Path) -> str:
-    """Name of a record's run."""
+    """Return the name of a record's run."""
     return path.absolute().parent.name if path.name == RESULT else path.stem
 
 
 def _config_of(record: Mapping[str, Any], theirs: str, notes: list[str]) -> UniPELTConfig:
-    """The method as it was run."""
+    """Return the method of the run. Add a note on fields that the record lacks."""
     try:
         config = UniPELTConfig.from_dict(record["method"]["config"])
     except ConfigError as error:
@@ -222,10 +224,10 @@ def _config_of(record: Mapping[str, Any], theirs: str, notes: list[str]) -> UniP
 
 
 def _check_digest(record: Mapping[str, Any], settings: RunSettings, absent: list[str], notes: list[str]) -> None:
-    """Raise `RunError` if the record's settings cannot be those that its digest is of."""
+    """Raise `RunError` if the record's settings do not have the record's digest."""
     identity = {name: value for name, value in settings.identity().items() if name not in absent}
     paths = {name: record["settings"].get(name) for name in (*FILES, "glue_dir") if name in identity}
-    # as recorded: an environment variable may have filled in what was left open
+    # the recorded paths, since an environment variable may have set a path
     identity |= {name: None if value is None else os.path.abspath(value) for name, value in paths.items()}
     identity["method"] = record["method"]["config"]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -248,7 +250,7 @@ def _check_digest(record: Mapping[str, Any], settings: RunSettings, absent: list
 def _hardware_of(
     record: Mapping[str, Any], given: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Any]:
-    """Threads and device, where the settings left them open, as they were."""
+    """Return the threads and the device of the record, as far as the settings leave them open."""
     hardware, found = record["hardware"], {}
     threads, device = hardware.get("threads"), hardware.get("device")
     if given.get("threads") is None and "threads" not in changes and type(threads) is int and threads > 0:
@@ -263,7 +265,7 @@ def _hardware_of(
 
 
 def _check_places(settings: RunSettings) -> None:
-    """Raise `RunError` if a file or folder of the settings is not there; a model may be a name on the hub."""
+    """Raise `RunError` if a path in the settings does not exist. A model may be a name on the hub."""
     for name in MOVED:
         value = getattr(settings, name)
         if value is not None and (name != "model" or os.path.isabs(value)) and not os.path.exists(value):
@@ -271,10 +273,10 @@ def _check_places(settings: RunSettings) -> None:
 
 
 def _check_out(out: Path, path: Path, sha256: str) -> None:
-    """Raise `RunError` unless the folder is new, or holds this very rerun, unfinished."""
+    """Raise `RunError` unless the folder is new, or holds this rerun, unfinished."""
     if out.is_dir() and out.resolve() == path.resolve().parent:
         raise RunError(f"{out} is the folder of the record itself; choose another --out")
-    if out.exists() and not out.is_dir():  # a record, say, which would be taken for that of the rerun
+    if out.exists() and not out.is_dir():  # such as a record, which is not the rerun's
         raise RunError(f"{out} is not a folder; choose another --out")
     if not out.exists() or not any(out.iterdir()):
         return

@@ -1,7 +1,7 @@
 """One run from settings to record: data, model, training with `transformers.Trainer`, one test, one `result.json`.
 
-A run may be killed at any moment and started again: it goes on from its last complete checkpoint and ends as if
-nothing had happened. A checkpoint is complete once it holds a marker, which is written last.
+A run may be killed at any moment and started again. The run then continues from its last complete checkpoint, and ends
+as if it had not been killed. A checkpoint is complete if it holds a marker, which is written last.
 """
 
 from __future__ import annotations
@@ -50,25 +50,26 @@ from unipelt.submodules.gate import Gates
 def run(
     settings: RunSettings, log: Callable[[str], None] = say, check: Callable[[Job], None] | None = None
 ) -> dict[str, Any]:
-    """Do a run, or go on with one that was killed, or return the record of one that has finished.
+    """Do a run, continue a run that was killed, or return the record of a run that has finished.
 
     Args:
-        settings: what to run, and where.
-        log: takes the lines for the reader.
-        check: called with what was loaded, before anything is written or trained; what it raises ends the run.
+        settings: the settings of the run.
+        log: function that takes the lines for the reader.
+        check: function that is called with the loaded run before anything is written or trained. An error in it ends
+            the run.
 
     Returns:
         The record, as `read_result` returns it.
 
     Raises:
-        ValueError, OSError: bad input; nothing was trained and nothing of an earlier run was touched.
-        RunFailed: the run failed after it had begun, because training diverged, say, or the disk is full; its
+        ValueError, OSError: the input is bad. Nothing was trained, and no file of an earlier run was changed.
+        RunFailed: the run failed after its start, for example because training diverged or the disk is full. Its
             checkpoints are kept. (Errors of other kinds are mistakes in the code.)
     """
 
     def load() -> Job:
         job = prepare(settings)
-        _arguments(job, Path(str(settings.output_dir)))  # so that what Trainer does not take is said before all else
+        _arguments(job, Path(str(settings.output_dir)))  # raises Trainer's errors before anything is written
         if check is not None:
             check(job)
         return job
@@ -82,12 +83,12 @@ def run(
 def _arguments(job: Job, folder: Path) -> TrainingArguments:
     if job.task.is_regression and (job.settings.trainer or {}).get("label_smoothing_factor"):
         raise SettingsError("trainer.label_smoothing_factor is for classes, and this task has scores; leave it out")
-    # 1 to Trainer; its batches of evaluation come ready made
+    # 1 for Trainer, because its dataset of evaluation holds batches
     return training_arguments(job, folder, TrainingArguments, per_device_eval_batch_size=1)
 
 
 def evaluated(job: Job, name: str) -> Batches:
-    """The batches in which a split is evaluated, none of them made yet."""
+    """Return the batches in which a split is evaluated. They are collated when they are read."""
     settings, split = job.settings, job.splits[name]
     if settings.eval_tokens == 0:
         rows = pack_rows(len(split), settings.eval_batch_size)
@@ -98,7 +99,7 @@ def evaluated(job: Job, name: str) -> Batches:
 
 
 def _execute(job: Job, folder: Path, progress: Progress, begun: float, log: Callable[[str], None]) -> dict[str, Any]:
-    """Train, or go on training; then `finish`."""
+    """Train, or continue training, and finish the run. Return the record."""
     for line in header(job, job.settings.model, job.task.name, job.labels):
         log(line)
 
@@ -110,16 +111,23 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, log: Call
 
 
 def make_trainer(job: Job, folder: Path, dev: Any, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
-    """The trainer of a run in that folder, with its dev set in batches; it also orders examples, tests and predicts."""
+    """Return the trainer of a run. It also orders the examples, tests and predicts.
+
+    Args:
+        job: the loaded run.
+        folder: the folder of the run.
+        dev: the dev set in batches.
+        callbacks: further callbacks of the trainer.
+    """
     trainer = BatchTrainer(
         model=job.model,
         args=_arguments(job, folder),
-        # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
+        # a bound method, because Trainer saves the tokenizer of a collator with every checkpoint
         data_collator=DataCollatorWithPadding(job.tokenizer).__call__,
         train_dataset=job.splits["train"],
         eval_dataset=dev,
         compute_metrics=compute_metrics_for(job.task),
-        # some models return hidden states besides the logits, and those need not be kept
+        # some models also return hidden states, which need memory
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
         callbacks=list(callbacks),
         train_tokens=job.settings.train_tokens,
@@ -138,16 +146,16 @@ def finish(
     log: Callable[[str], None],
     **notes: Any,
 ) -> dict[str, Any]:
-    """Finish a run after training: one test of the model as it is, then write everything, the record last.
+    """Finish a run after training: test the model once, then write everything, the record last.
 
     Args:
-        trainer: as `make_trainer` makes it.
-        job: its model holds the weights of the best epoch.
-        folder: of the run.
-        state: of the training that has ended.
-        progress: of the run.
-        spend: called with kinds of seconds, counts what has passed since the last call as spent on them.
-        log: takes the lines for the reader.
+        trainer: the trainer that `make_trainer` returns.
+        job: the loaded run. Its model has the weights of the best epoch.
+        folder: the folder of the run.
+        state: the state at the end of training.
+        progress: the progress of the run.
+        spend: function that adds the seconds since its last call to the kinds of time that it is called with.
+        log: function that takes the lines for the reader.
         notes: further entries of the record.
 
     Returns:
@@ -175,7 +183,7 @@ def finish(
 
 
 def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The one evaluation on the test set: loss and metrics, and every gate's values (examples, layers)."""
+    """Evaluate the test set once. Return loss and metrics, and the values of every gate (examples, layers)."""
     has_gates = any(isinstance(module, Gates) for module in job.model.modules())
     recording: Any = record_gates(job.model) if has_gates else contextlib.nullcontext({})
     with recording as gates:
@@ -206,7 +214,7 @@ def _predict(trainer: Trainer, job: Job, name: str, folder: Path) -> Path:
 
 
 def _layers(job: Job, gates: Mapping[str, torch.Tensor]) -> list[int]:
-    """Layer of each column; where layers are shared, a column is a pass through the layer."""
+    """Return the layer of each column. If layers are shared, a column is one pass through the layer."""
     count, chosen = max(values.shape[1] for values in gates.values()), job.settings.config.layers
     return list(chosen if chosen is not None and len(chosen) == count else range(count))
 
@@ -230,7 +238,7 @@ def _record(
     files: Mapping[str, Any],
     folder: Path,
 ) -> dict[str, Any]:
-    """Everything that is needed to trust the score."""
+    """Return the record of a run, with everything that the score depends on."""
     settings, task = job.settings, job.task
     base = json.loads((folder / MODEL / MANIFEST).read_text(encoding="utf-8"))["base"]
     means = None

@@ -1,4 +1,4 @@
-"""Settings of a run on GLUE, or on a classification of your own."""
+"""Settings of a run on GLUE, or on a classification or regression of your own."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from unipelt.glue.tasks import get_task
 from unipelt.runs.settings import FILES, SettingsError, TrainingSettings, option
 
 GLUE_DIR = "UNIPELT_GLUE_DIR"
-"""Environment variable: the default of `glue_dir`."""
+"""Environment variable with the default of `glue_dir`."""
 
 
 MOVED = ("model", "glue_dir", *FILES)
-"""Fields that say where something lies; a rerun may find the same elsewhere."""
+"""Fields that name the place of a model or of data. A rerun may use another place."""
 CARRIED = ("device", "threads", "num_workers", "eval_tokens")
-"""Fields that a rerun may change because they say how it is carried out; all but `num_workers` change roundings."""
+"""Fields that set how a run is carried out, which a rerun may change. All but `num_workers` change rounding errors."""
 
 
 @dataclass(frozen=True)
 class RunSettings(TrainingSettings):
-    """Everything that one run on GLUE, or on a classification of your own, needs to know.
+    """Settings of one run on GLUE, or on a classification or regression of your own.
 
     Raises:
         As `TrainingSettings`.
@@ -90,7 +90,7 @@ class RunSettings(TrainingSettings):
             raise SettingsError("train_tokens saves padding, and pad_to_max_length adds it; leave one of them out")
 
     def _check_data(self) -> None:
-        """Check that the fields which name data go together; the data themselves are not touched."""
+        """Check that the fields that name data do not contradict each other. The data are not read."""
         if self.task is not None:
             try:
                 object.__setattr__(self, "task", get_task(self.task).name)

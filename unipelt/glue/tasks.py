@@ -1,8 +1,8 @@
 """The GLUE tasks of the paper: text columns, labels, metrics and official sizes.
 
 Source: Wang et al., "GLUE" (ICLR 2019), for the tasks; UniPELT (Mao et al., ACL 2022, section 4.1) for the
-metric that each task is judged by. WNLI is left out, as in the paper. The order of the labels is that of the
-hub's `nyu-mll/glue`.
+primary metric of each task. WNLI is left out, as in the paper. The order of the labels is the order in the hub's
+`nyu-mll/glue`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ REGRESSION_METRICS = ("spearman", "pearson")
 
 @dataclass(frozen=True)
 class Task:
-    """What a model has to predict, from which columns, and how it is judged.
+    """Definition of a task: its text columns, its labels and its metrics.
 
     Attributes:
-        name: Short name, for GLUE the hub's name of the configuration (`"sst2"`).
-        columns: The one or two text columns, in the order in which they are given to the model.
+        name: Short name, such as `"sst2"`. For GLUE, it is the name of the hub's configuration.
+        columns: The one or two text columns, in the order of the model's input.
         label_names: Name of each class, in the order of the ids; empty for a regression task.
         metrics: Names of the metrics to report (`CLASSIFICATION_METRICS` or `REGRESSION_METRICS`).
-        primary: The metric that the task is judged by; one of `metrics`.
-        folder: Folder name in GLUE's own download, and the name of the leaderboard's file; empty outside
-            GLUE.
+        primary: The main metric of the task, one of `metrics`. It chooses the best checkpoint.
+        folder: Name of the folder in GLUE's download, and of the leaderboard's file; empty outside GLUE.
         label_column: Name of the label column.
-        file_labels: How the classes are written in GLUE's files, in the order of the ids (`"0"`, `"1"` or the
-            names).
-        score_range: Lowest and highest possible score of a regression task, where there is such a range.
+        file_labels: Label of each class in GLUE's files, in the order of the ids (`"0"`, `"1"` or the names).
+        score_range: Lowest and highest possible score of a regression task, or None.
         official_rows: Number of rows of each official split (`train`, `dev`, `test`, `test_mismatched`).
 
     Raises:
@@ -86,7 +84,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the head: the number of classes, and 1 for regression."""
+        """The number of outputs of the head: the number of classes, or 1 for regression."""
         return len(self.label_names) or 1
 
 
@@ -181,15 +179,15 @@ TASKS: dict[str, Task] = {
 
 
 def shorten_name(name: str) -> str:
-    """The short form that names of tasks and folders are compared in: `"SST-2"` becomes `"sst2"`."""
+    """Return the short form of a name of a task or folder, for comparison: `"SST-2"` becomes `"sst2"`."""
     return re.sub(r"[-_ ]", "", name).lower()
 
 
 def get_task(name: str) -> Task:
-    """The GLUE task of that name; case and hyphens do not matter (`"SST-2"`, `"sts-b"`, `"MNLI"`).
+    """Return the GLUE task of a name. Case and hyphens do not matter (`"SST-2"`, `"sts-b"`, `"MNLI"`).
 
     Raises:
-        ValueError: There is no such task, or it is WNLI, which is left out as in the paper.
+        ValueError: The task is unknown, or is WNLI, which is left out as in the paper.
     """
     short = shorten_name(name)
     known = ", ".join(TASKS)

@@ -1,4 +1,7 @@
-"""Names of options as the scripts of Transformers have them, beside the names that a run gives its settings."""
+"""Option names of Transformers' scripts, and the settings of a run that they stand for.
+
+A usual option, below, is an option of these scripts.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ SAME = (
     *("train_file", "test_file", "pad_to_max_length", "output_dir", "do_predict", "learning_rate", "weight_decay"),
     *("max_grad_norm", "warmup_ratio", "seed", "gradient_checkpointing"),
 )
-"""Usual options that are settings of a run by the same name."""
+"""Usual options that are settings of a run with the same name."""
 
 ALIASES = {
     "model_name_or_path": "model",
@@ -29,7 +32,7 @@ ALIASES = {
     "per_device_eval_batch_size": "eval_batch_size",
     "dataloader_num_workers": "num_workers",
 }
-"""Usual options that are settings of a run by another name."""
+"""Usual options that are settings of a run with another name."""
 
 TRAINERS = (
     *("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "optim"),
@@ -41,13 +44,13 @@ TRAINERS = (
 
 @dataclass(frozen=True)
 class Switch:
-    """A usual option that is on or off.
+    """A usual option that is true or false.
 
     Attributes:
-        setting: of a run that it stands for; None for what a run always does.
-        on: value of that setting where it is on.
-        off: likewise; None means that it cannot be off.
-        reason: why it cannot be off.
+        setting: the setting of a run that the option stands for; None if a run always does what the option says.
+        on: the value of that setting if the option is true.
+        off: the value of that setting if the option is false.
+        reason: the reason why the option cannot be false; empty if it can.
     """
 
     setting: str | None
@@ -62,7 +65,7 @@ SWITCHES = {
     "bf16": Switch("precision", "bf16", "fp32"),
     "use_cpu": Switch("device", "cpu", "auto"),
 }
-"""Usual options that are on or off, and stand for a value of a setting."""
+"""Usual options that are true or false. Each stands for a value of a setting."""
 
 NOT_TAKEN = {
     "dataset_name": "name a GLUE task, or give train_file and dev_file",
@@ -83,11 +86,15 @@ NOT_TAKEN = {
     "load_best_model_at_end": "a run always takes its best checkpoint",
     "metric_for_best_model": "the first metric of the task chooses the best checkpoint",
 }
-"""Usual options that are not taken, and what to do instead."""
+"""Usual options that are not accepted, and the remedy for each."""
 
 
 def names_of(kind: type[Any]) -> dict[str, str]:
-    """What the usual options are called in settings of this class, by option; those without a place are left out."""
+    """Return the name of the setting of this class for each usual option.
+
+    An option of Trainer has the name `trainer.NAME`. The name is empty if a run always does what the option says.
+    Options without a setting in this class are left out.
+    """
     known = {item.name for item in fields(kind)}
     found = {name: setting for name, setting in ALIASES.items() if setting in known}
     found |= {name: f"trainer.{name}" for name in TRAINERS}
@@ -95,14 +102,14 @@ def names_of(kind: type[Any]) -> dict[str, str]:
 
 
 def own_names(values: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Values by the names that a run gives its settings.
+    """Return values under the names of a run's settings.
 
     Args:
-        values: of one place, a file or the command line, by name; an option of Trainer is `trainer.NAME`.
-        kind: of the settings.
+        values: the values of a file or of the command line, by name. An option of Trainer has the name `trainer.NAME`.
+        kind: the class of the settings.
 
     Raises:
-        ConfigError: two names of one setting are given, or a switch cannot have its value.
+        ConfigError: two names of one setting are given, or a switch has an invalid value.
     """
     names = names_of(kind)
     found: dict[str, Any] = {}
@@ -117,13 +124,13 @@ def own_names(values: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
         if own in from_:
             one, other = sorted((from_[own], name), key=lambda each: each == own)
             raise ConfigError(f"{one} is another name of {other}, and both are given; leave one of them out")
-        if own or name not in names:  # what a run always does is no setting
+        if own or name not in names:  # a run always does the rest, so no setting holds it
             found[own], from_[own] = value, name
     return found
 
 
 def refuse_usual(name: str) -> None:
-    """Raise `ConfigError` if this is a usual option that is not taken."""
+    """Raise `ConfigError` if this name is a usual option that is not accepted."""
     if name in NOT_TAKEN:
         raise ConfigError(f"{name} is not taken: {NOT_TAKEN[name]}")
 
@@ -132,9 +139,9 @@ def check_needs(names: Iterable[str], values: Mapping[str, Any], kind: type[Any]
     """Raise `ConfigError` if a usual option was given that has no effect with these settings.
 
     Args:
-        names: of the options that were given, as they were given.
-        values: of the settings.
-        kind: of the settings.
+        names: the names of the options, as given.
+        values: the values of the settings, by name.
+        kind: the class of the settings.
     """
     for name, needed in getattr(kind, "alias_needs", {}).items():
         if name in names and values.get(needed) is None:

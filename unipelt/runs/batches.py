@@ -1,7 +1,7 @@
-"""Batches of evaluation and parts of a batch of training: as many rows as a budget of tokens holds.
+"""Batches of evaluation and parts of training batches, each with as many rows as a token budget allows.
 
-Each is padded to the longest among its rows. Rows sorted by length need little padding this way, and short texts come
-in few large batches. What is evaluated again and again is padded once.
+Each batch or part is padded to its longest row. So rows that are sorted by length need little padding, and short texts
+are in few, large batches. A split that is evaluated many times is padded once.
 
 Shapes: N rows of a split, B rows of a batch, T tokens of its longest row.
 """
@@ -17,33 +17,33 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
 Batch = dict[str, Tensor]
-"""What the model takes by name: `input_ids`, `attention_mask` (B, T) and so on, and `labels` (B,) where known."""
+"""The inputs of the model by name: `input_ids`, `attention_mask` (B, T) and others, and `labels` (B,) if known."""
 
 _TOKENS = {"cpu": 1024, "cuda": 8192}
-_SMALL = 64 * 2**20  # bytes of a split that may stay on the GPU: some 50,000 texts of 50 tokens
+_SMALL = 64 * 2**20  # largest split to keep on the GPU, in bytes: about 50,000 texts of 50 tokens
 
 
 def default_tokens(device: str) -> int:
-    """The budget in tokens of a batch: what stays in a CPU's cache; on a GPU, 64 texts of 128 tokens."""
+    """Return the token budget of a batch: 1,024 for the cache of a CPU, or 8,192 on a GPU (64 texts of 128 tokens)."""
     return _TOKENS[device]
 
 
 def text_lengths(split: Dataset) -> list[int]:
-    """Tokens of each row."""
-    columns = split.select_columns("input_ids").iter(batch_size=1000)  # row by row takes four times as long
+    """Return the number of tokens of each row, (N,)."""
+    columns = split.select_columns("input_ids").iter(batch_size=1000)  # single rows take four times as long
     return [len(ids) for batch in columns for ids in batch["input_ids"]]
 
 
 def pack_tokens(lengths: Sequence[int], tokens: int) -> list[range]:
-    """Cut rows into runs of consecutive ones, each as long as the budget allows.
+    """Cut rows into batches of consecutive rows, each as long as the budget allows.
 
     Args:
-        lengths: tokens of each row (N).
-        tokens: the budget: rows of a batch times tokens of its longest row. A row that is longer by itself is a
-            batch of one.
+        lengths: the number of tokens of each row, (N,).
+        tokens: the budget, which is the rows of a batch times the tokens of its longest row. A row that is longer than
+            the budget is a batch of one row.
 
     Returns:
-        The rows of each batch, which together are 0 to N - 1 in order.
+        The rows of each batch. Together they are 0 to N - 1, in order.
 
     Raises:
         ValueError: the budget is below 1.
@@ -63,22 +63,26 @@ def pack_tokens(lengths: Sequence[int], tokens: int) -> list[range]:
 
 
 def pack_rows(count: int, rows: int) -> list[range]:
-    """Cut `count` rows into batches of `rows` consecutive ones and a rest. Raises `ValueError` if `rows` is below 1."""
+    """Cut `count` rows into batches of `rows` consecutive rows. The last batch may be smaller.
+
+    Raises:
+        ValueError: `rows` is below 1.
+    """
     if rows < 1:
         raise ValueError(f"a batch needs 1 row or more, not {rows}")
     return [range(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
 def split_batch(batch: Mapping[str, Tensor], tokens: int) -> list[Batch]:
-    """Cut a batch into parts of texts that are alike in length, each padded to its own longest, longest texts first.
+    """Cut a batch into parts of texts of similar length, the longest texts first. Each part is padded by itself.
 
     Args:
-        batch: with `attention_mask` (B, T), 0 where there is padding, on either side; what else has T columns is cut
-            along with it.
-        tokens: the budget of a part, as in `pack_tokens`.
+        batch: a batch with `attention_mask` (B, T), which is 0 at padding on either side. Other tensors with T columns
+            are cut in the same way.
+        tokens: the token budget of a part, as in `pack_tokens`.
 
     Returns:
-        The parts, of b rows and t columns each, which together are the batch; the batch alone if it is one part.
+        The parts, with b rows and t columns each. Together they are the batch. A single part is the batch unchanged.
 
     Raises:
         ValueError: the budget is below 1.
@@ -99,24 +103,24 @@ def split_batch(batch: Mapping[str, Tensor], tokens: int) -> list[Batch]:
 
 
 def padded_tokens(lengths: Sequence[int], batches: Iterable[range]) -> int:
-    """Tokens that the model computes over these batches, padding included."""
+    """Return the number of tokens that the model computes over these batches, including padding."""
     return sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
 
 
 class Batches(TorchDataset[Batch]):
-    """The batches of a split, each collated when it is asked for.
+    """The batches of a split. Each batch is collated when it is read.
 
     Args:
-        split: N rows of token ids; columns that the model does not take are left out.
+        split: N rows of token ids. Columns that the model does not take are left out.
         rows: the rows of each batch.
-        collate: makes tensors of equally long rows out of rows, as a Transformers collator does.
-        model: the model that is to take the batches; its `forward` names what it takes.
+        collate: function that pads rows and makes tensors of them, as a Transformers collator does.
+        model: the model for the batches. Its `forward` names its inputs.
     """
 
     def __init__(
         self, split: Dataset, rows: Sequence[range], collate: Callable[[list[dict[str, Any]]], Any], model: nn.Module
     ) -> None:
-        taken = {*inspect.signature(model.forward).parameters, "label"}  # which the collator calls labels
+        taken = {*inspect.signature(model.forward).parameters, "label"}  # the collator renames label to labels
         self._split = split.select_columns([name for name in split.column_names if name in taken])
         self._rows = rows
         self._collate = collate
@@ -132,7 +136,7 @@ class Batches(TorchDataset[Batch]):
 
 
 def materialize(batches: Batches, device: str) -> list[Batch]:
-    """Make batches now, to be used many times: on the GPU if that is the device and they are small."""
+    """Collate all batches now, for repeated use. Batches of at most 64 MiB in total are moved to `device`."""
     held = [batches[index] for index in range(len(batches))]
     if device != "cpu" and sum(tensor.nbytes for batch in held for tensor in batch.values()) <= _SMALL:
         held = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in held]

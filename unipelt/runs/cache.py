@@ -1,6 +1,6 @@
-"""A cache for the runs of one process: data, token ids, tokenizer, base.
+"""A cache for the runs of one process: data, token ids, tokenizer and base.
 
-Everything is kept with the state of the files that it came from, and is read again when one of them has changed.
+Every entry is kept with the state of its files. The entry is read again if one of these files has changed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unipelt.injection.parameters import kept_names
 
 TASKS = 8
-"""Data sets that are kept at a time, those that were used last: as many as GLUE's tables have."""
+"""The number of datasets to keep, the last used ones. It is the number of tasks in GLUE's tables."""
 _TOKENIZERS = 2
 _HASHES = 8
 
 Data = TypeVar("Data")
 State = tuple[tuple[str, int, int, int], ...]
-"""Of files: path, inode, size in bytes, and when the contents were last changed, in nanoseconds; -1 if absent."""
+"""For each file: path, inode, size in bytes, and time of the last change in nanoseconds; -1 for an absent file."""
 
 
 def state_of(paths: Iterable[str | Path]) -> State:
-    """The state of these files; that one is absent is for its reader to say."""
+    """Return the state of these files, sorted by path. An absent file is not an error."""
     states = []
     for path in sorted(map(os.path.abspath, paths)):
         try:
@@ -41,13 +41,13 @@ def state_of(paths: Iterable[str | Path]) -> State:
 
 
 def files_in(folder: str | Path) -> list[str]:
-    """The files right in a folder. Raises `OSError` if there is no such folder."""
+    """Return the paths of the files directly in a folder. Raise `OSError` if the folder does not exist."""
     with os.scandir(folder) as entries:
         return [entry.path for entry in entries if entry.is_file()]
 
 
 class SharedCache:
-    """Cache of what the runs of one process share. Give the same to each run, or a new one to a single run."""
+    """Cache that the runs of one process share. Give each run the same cache, or a single run a new cache."""
 
     def __init__(self) -> None:
         self._data: dict[Hashable, tuple[State, Any]] = {}
@@ -57,34 +57,34 @@ class SharedCache:
         self._base_state: State = ()
 
     def data(self, key: Hashable, files: Iterable[str | Path], read: Callable[[], Data]) -> Data:
-        """The data that `read` reads from these files, if it was not read before.
+        """Return the data of these files from the cache, or read the data if the cache lacks them.
 
         Args:
-            key: whatever else determines what is read.
-            files: none where the data are not in files that can change, as on the hub.
-            read: returns what is to be kept.
+            key: everything else that determines the data.
+            files: the files of the data. There are none if the data cannot change, as on the hub.
+            read: function that returns the data.
         """
         return _cached(self._data, key, list(files), read, TASKS)
 
     def tokenizer(
         self, key: Hashable, files: Iterable[str | Path], load: Callable[[], PreTrainedTokenizerBase]
     ) -> PreTrainedTokenizerBase:
-        """The tokenizer that `load` loads from these files, if it was not loaded before; the same for all runs."""
+        """Return the tokenizer of these files from the cache, or load it. All runs get the same object."""
         return _cached(self._tokenizers, key, list(files), load, _TOKENIZERS)
 
     def sha256(self, path: str) -> str:
-        """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
+        """Return the SHA-256 of a file, in hexadecimal. Raise `OSError` if the file cannot be read."""
         return _cached(self._hashes, path, [path], lambda: _sha256(path), _HASHES)
 
     def share_base(self, model: PreTrainedModel, state: State) -> None:
-        """Let an injected model's frozen base be in the same memory as that of the model before.
+        """Put the frozen base of an injected model into the memory of the previous model's base.
 
-        Only what was loaded counts, and only if it was loaded from the same files: these are the same numbers, so no
-        number is compared. What started at random is the model's own.
+        Only parameters that were loaded from the same files are shared. They are the same numbers, so no number is
+        compared. Parameters that started at random are not shared.
 
         Args:
-            model: just loaded and injected.
-            state: of the files with its weights; their contents do not change meanwhile.
+            model: a model that was just loaded and injected.
+            state: the state of the files with its weights. The contents of the files must not change meanwhile.
         """
         if state != self._base_state:
             self._base, self._base_state = {}, state
@@ -98,7 +98,7 @@ class SharedCache:
 
 
 def same_memory(one: Tensor, other: Tensor | None) -> bool:
-    """Whether two tensors are the same numbers because they are in the same place."""
+    """Return whether two tensors are in the same memory, so that they are the same numbers."""
     return other is not None and all(
         get(one) == get(other) for get in (Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype, _device)
     )
@@ -115,13 +115,13 @@ def _device(tensor: Tensor) -> torch.device:
 def _cached(
     kept: dict[Hashable, Any], key: Hashable, files: list[str | Path], make: Callable[[], Data], most: int
 ) -> Data:
-    """The value kept under the key, if its files are as they were; else `make()`, which is then kept."""
+    """Return the kept value of the key if its files have not changed. Otherwise make the value and keep it."""
     state = state_of(files)
     before, made = kept.pop(key, (None, None))
     if before != state:
         made = make()
-    # with the state before they were read, so that a change meanwhile shows next time; and as the last, so that what
-    # was not used for longest is the first
+    # The state is from before the files were read, so a change meanwhile is seen next time. The entry is put last, so
+    # the first entry is the least recently used one.
     kept[key] = (state, made)
     while len(kept) > most:
         del kept[next(iter(kept))]

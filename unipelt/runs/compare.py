@@ -1,4 +1,4 @@
-"""Two records of the same run side by side: what came out, and what surrounded them."""
+"""Comparison of two records of the same run: their outcomes, and the machines, packages and models behind them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unipelt.runs.folder import MODEL
 
 OUTCOME = ("evaluations", "best", "dev", "test", "majority", "gates", "parameters")
 """The parts of a record that are compared."""
-_OF_NO_MATTER = ("transformers_version", "_name_or_path", "use_cache")  # the last: a trainer turns it off
+_OF_NO_MATTER = ("transformers_version", "_name_or_path", "use_cache")  # a trainer turns use_cache off
 _HARDWARE = ("device", "gpu", "cpu", "threads", "system")
 
 
@@ -26,16 +26,17 @@ def compare(
     """Compare the outcomes of two records.
 
     Args:
-        then: one record.
-        now: the other.
-        tolerance: as `rerun` takes it.
-        weights: files with the weights of the two models, which need not be there. They count as an outcome where
-            `tolerance` is 0.
+        then: the earlier record.
+        now: the later record.
+        tolerance: the largest absolute difference that counts as equal, as in `rerun`.
+        weights: the files with the weights of the two models. They may be absent. If `tolerance` is 0, they are a part
+            of the outcome.
 
     Returns:
-        `equal`, `tolerance`, `numbers`, `largest`, `differences` and `weights`, as `rerun` returns them.
+        A dictionary with `equal`, `tolerance`, `numbers`, `largest`, `differences` and `weights`, as in the result of
+        `rerun`.
     """
-    same_floor = then.get("majority_of") == now.get("majority_of")  # else the two are scores of different answers
+    same_floor = then.get("majority_of") == now.get("majority_of")  # otherwise they score different constant answers
     names = [name for name in OUTCOME if same_floor or name != "majority"]
     old, new = (dict(_leaves({name: record[name] for name in names})) for record in (then, now))
     found: list[dict[str, Any]] = []
@@ -67,7 +68,11 @@ def compare(
 
 
 def surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Differences of surroundings between two runs, likeliest reasons for other numbers first."""
+    """Return the differences between the surroundings of two runs, the most likely reasons for other numbers first.
+
+    The surroundings are the hardware, settings of evaluation, packages, commit and model. Each difference has the keys
+    `what`, `then` and `now`.
+    """
     pairs = [("packed", then.get("packed"), now.get("packed"))]
     pairs += [(name, then["hardware"].get(name), now["hardware"].get(name)) for name in _HARDWARE]
     pairs += [("eval_tokens", then["settings"].get("eval_tokens"), now["settings"]["eval_tokens"])]
@@ -76,13 +81,16 @@ def surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[s
     pairs += model_pairs(then["model"], now["model"])
     found = [{"what": what, "then": one, "now": other} for what, one, other in pairs if one != other]
     dirty = then["code"]["dirty"], now["code"]["dirty"]
-    if any(dirty):  # equal commits say little then
+    if any(dirty):  # equal commits may then be different code
         found.append({"what": "changes that are in no commit", "then": dirty[0], "now": dirty[1]})
     return found
 
 
 def model_pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Fields of configuration and tokenizer that differ: (name, then, now); old records, which lack them, give none."""
+    """Return the fields of configuration and tokenizer that differ, as (name, then, now).
+
+    Fields that an old record lacks are left out.
+    """
     found = []
     if isinstance(then.get("config"), Mapping):
         old, new = (flatten(model["config"]) for model in (then, now))
@@ -94,7 +102,12 @@ def model_pairs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[s
 
 
 def format_report(result: Mapping[str, Any], most: int = 10) -> list[str]:
-    """The comparison, for people."""
+    """Return the lines of a report on a comparison.
+
+    Args:
+        result: the result of `rerun`.
+        most: the largest number of differences to list.
+    """
     count, found, tolerance = result["numbers"], result["differences"], result["tolerance"]
     if result["equal"]:
         files = {True: ", and the weights", False: "; the weights are not the same", None: ""}[result["weights"]]
@@ -119,12 +132,12 @@ def format_report(result: Mapping[str, Any], most: int = 10) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
+    """Return the SHA-256 of a file, in hexadecimal. Raise `OSError` if the file cannot be read."""
     return SharedCache().sha256(str(path))
 
 
 def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested mappings and lists that is neither, each by its path, as in `evaluations[0].loss`."""
+    """Yield the values inside nested mappings and lists, each with its path, such as `evaluations[0].loss`."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{where}.{key}" if where else str(key))

@@ -1,4 +1,4 @@
-"""The device that a run computes on, and the precision that it computes in."""
+"""The device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from unipelt.runs.errors import RunError
 
 
 def find_device(wanted: str) -> str:
-    """The device that a run computes on, `cpu` or `cuda`.
+    """Return the device of a run, `cpu` or `cuda`.
 
     Args:
         wanted: `auto`, `cpu` or `cuda`.
 
     Raises:
-        RunError: that device is not here, or this is one of several processes.
+        RunError: the device is not available, or this process is one of several.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
@@ -31,7 +31,7 @@ def find_device(wanted: str) -> str:
 
 
 def precision_of(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """A context in which a run computes: bfloat16 autocast with `bf16`, float32 with `fp32`."""
+    """Return the context of a run's computation: bfloat16 autocast for `bf16`, float32 for `fp32`."""
     if precision == "bf16":
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Errors of a run, before and during training; each message is one sentence that says what to do."""
+"""The errors of a run, before and during training. Each message is one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ _ON = "the same command goes on from the last finished epoch"
 
 
 class RunError(ValueError):
-    """A run that cannot start; the message says why and what to do. Nothing was trained."""
+    """Error of a run that cannot start. The message gives the reason and the remedy. Nothing was trained."""
 
 
 class RunFailed(RuntimeError):
-    """A run that failed after it had begun; the message says why and how to go on. Its checkpoints are kept."""
+    """Error of a run that failed after its start. The message gives the reason and how to continue.
+
+    The checkpoints of the run are kept.
+    """
 
 
 class Diverged(ValueError):
-    """Numbers of a run that are no longer finite.
+    """Error of a run with numbers that are no longer finite.
 
     Args:
-        what: is not finite, in words.
-        where: in the training, in words; where that is known.
+        what: a statement about these numbers, such as `the dev loss is nan`.
+        where: the moment in the training, in words; empty if unknown.
     """
 
     def __init__(self, what: str, where: str = "") -> None:
@@ -35,19 +38,19 @@ class Diverged(ValueError):
         self.what = what
 
     def at(self, epoch: float, step: int, learning_rate: float) -> Diverged:
-        """The same, with the end of what was trained, and the run's learning rate."""
+        """Return the same error with the moment in the training and the run's learning rate."""
         return Diverged(self.what, f"after epoch {epoch:g} (step {step}, learning_rate {learning_rate:g})")
 
 
 def check_losses(**losses: float) -> None:
-    """Raise `Diverged` if one of these losses, named by their split, is not finite."""
+    """Raise `Diverged` if one of these losses is not finite. Each loss has the name of its split."""
     for split, loss in losses.items():
         if not math.isfinite(loss):
             raise Diverged(f"the {split} loss is {loss}")
 
 
 def explain(error: Exception) -> str | None:
-    """Explain why training ended with this error and what to do; None for a mistake in the code."""
+    """Return why training ended with this error and what to do. Return None for a mistake in the code."""
     if is_out_of_memory(error):
         return (
             f"memory ran out{_because(error)}; with more of it free {_ON}, with less a run needs a smaller batch_size "
@@ -61,8 +64,11 @@ def explain(error: Exception) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU or PyTorch's allocator of the host, which has no error of its own, had no more memory."""
-    import torch  # here, so that a program that prints its help need not wait for it
+    """Return whether memory ran out in Python, on a GPU, or in PyTorch's allocator of the CPU.
+
+    The allocator of the CPU has no error class of its own.
+    """
+    import torch  # imported here, so that `--help` does not wait for PyTorch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -71,7 +77,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_named(what: str, remedy: str, kind: type[Exception]) -> Iterator[None]:
-    """Turn running out of memory into an error of this kind, which names the step and a remedy."""
+    """Raise an error of this kind if memory runs out. Its message names the step (`what`) and a remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -81,16 +87,20 @@ def memory_named(what: str, remedy: str, kind: type[Exception]) -> Iterator[None
 
 
 def _because(error: Exception) -> str:
-    """The first line of what an error says, in brackets, if it says anything."""
+    """Return the first line of an error's message, in brackets, or an empty text if there is no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f" ({lines[0]})" if lines else ""
 
 
 def exit_code(program: str, do: Callable[[], object]) -> int:
-    """Do it; say in one line what is wrong with the input, or why a run failed.
+    """Call `do`, and print one line if the input is wrong or a run failed.
+
+    Args:
+        program: the name of the program, for the message.
+        do: the function to call.
 
     Returns:
-        0 done, 1 the run failed, 2 bad input, 130 interrupted.
+        The exit code: 0 for success, 1 for a failed run, 2 for bad input, 130 for an interrupt.
     """
     try:
         do()

@@ -1,7 +1,7 @@
-"""The folder of a run: its lock, whether it finished, what was spent, which checkpoints are complete.
+"""The folder of a run: its lock, its result, its progress and its complete checkpoints.
 
-A process may be killed at any moment. A checkpoint counts only once it holds a marker, which is written last and
-removed first, so that no half of one is ever taken for a whole; the result is written after everything else.
+A process may be killed at any moment. A checkpoint counts only if it holds a marker, which is written last and removed
+first. So an incomplete checkpoint is never used. The result is written after everything else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PICTURE = "gates.png"
 PREDICTIONS = "predictions"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
-"""What TensorBoard's events are written to, if a run reports to it."""
+"""The folder of TensorBoard's events, if a run reports to TensorBoard."""
 _PROGRESS = "progress.json"
 _MARKER = "complete.json"
 _LOCK = ".lock"
@@ -44,17 +44,17 @@ _PROGRESS_SHAPE: dict[str, Any] = {
 
 
 class LockedError(RunError):
-    """Another process is running in the folder."""
+    """Error of a folder in which another process is running."""
 
 
 @dataclass
 class Progress:
-    """Time and attempts spent on a run so far, each attempt counted up to its last complete checkpoint.
+    """Time and attempts of a run so far. Each attempt counts up to its last complete checkpoint.
 
     Attributes:
-        settings: digest of the run's settings.
-        attempts: how often the run was started.
-        seconds: spent on `train`, on `evaluation`, and in `total`.
+        settings: the digest of the run's settings.
+        attempts: the number of times that the run was started.
+        seconds: the seconds of `train`, of `evaluation`, and in `total`.
     """
 
     settings: str
@@ -62,19 +62,19 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluation": 0.0, "total": 0.0})
 
     def write(self, folder: Path) -> None:
-        """Keep it in the folder of the run."""
+        """Write the progress into the folder of the run."""
         _write_json(folder / CHECKPOINTS / _PROGRESS, asdict(self))
 
 
 def find_finished(settings: TrainingSettings, folder: Path) -> dict[str, Any] | None:
-    """The record of this very run, if it has finished and is not to be repeated.
+    """Return the record of this run if the run has finished and is not to be overwritten, else None.
 
     Raises:
-        RunError: the folder holds the result of another run, or a damaged one.
+        RunError: the folder holds the result of another run, or a damaged result.
     """
     if settings.overwrite:
         return None
-    if os.path.isfile(folder):  # it may be some run's result, which `read_result` would take
+    if os.path.isfile(folder):  # `read_result` would accept the path of a result
         raise RunError(f"{show_path(folder)} is a file; output_dir is a folder")
     try:
         record = read_result(folder)
@@ -92,8 +92,13 @@ def find_finished(settings: TrainingSettings, folder: Path) -> dict[str, Any] | 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it. Raises `LockedError`, or `RunError` if it cannot be written."""
-    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)  # it opens no link
+    """Make the folder and lock it against other runs.
+
+    Raises:
+        LockedError: another process is running in the folder.
+        RunError: the folder cannot be written, or its lock is a link.
+    """
+    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)  # FileLock opens no link
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -115,10 +120,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin(settings: TrainingSettings, folder: Path) -> Progress:
-    """Count an attempt, and clear away what it replaces: an earlier run's files, if that is asked for.
+    """Count an attempt, and remove the files that the attempt replaces, with `overwrite` also those of another run.
+
+    Returns:
+        The progress of the run, with this attempt.
 
     Raises:
-        RunError: the folder holds an unfinished run of other settings, or things that are of no run.
+        RunError: the folder holds an unfinished run of other settings, damaged progress, or files of no run.
     """
     try:
         progress = _read_progress(folder / CHECKPOINTS / _PROGRESS)
@@ -127,11 +135,11 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
             raise RunError(
                 f"{folder / CHECKPOINTS / _PROGRESS} is damaged: {error}; choose another output_dir, or --overwrite it"
             ) from error
-        progress = Progress("")  # of no settings, so that what is there is cleared away
+        progress = Progress("")  # no settings have this digest, so the old files are removed
     finished = (folder / RESULT).exists()
     if progress is None and not finished:
         for name in (MODEL, PREDICTIONS, CHECKPOINTS, LOGS, PICTURE):
-            # a run that was killed as it began leaves no more than a folder for its progress
+            # a run that was killed at its start leaves only the folder of its progress
             if (folder / name).exists() and not (name == CHECKPOINTS and _is_bare(folder / name)):
                 raise RunError(f"{folder / name} is there and is of no run; choose another output_dir")
     if progress is not None and progress.settings != settings.digest() and not settings.overwrite:
@@ -143,7 +151,7 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         progress = Progress(settings.digest())
     progress.attempts += 1
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
-    progress.write(folder)  # before anything is removed: it says whose folder this is
+    progress.write(folder)  # before anything is removed, because it names the run of this folder
     if again:
         (folder / RESULT).unlink(missing_ok=True)
         for checkpoint in _checkpoints(folder):
@@ -151,46 +159,46 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         shutil.rmtree(folder / LOGS, ignore_errors=True)
     for name in (MODEL, PREDICTIONS, FOLDED):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # drafts of an attempt that was killed
+    for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # also drafts of an attempt that was killed
         for path in folder.glob(name):
             path.unlink()
     return progress
 
 
 def mark(folder: Path, step: int, digest: str, *, finished: bool) -> None:
-    """Say that the checkpoint of `step` is complete.
+    """Mark the checkpoint of `step` as complete.
 
     Args:
-        folder: of the run.
-        step: that the checkpoint was written after.
-        digest: of everything that determines the outcome.
-        finished: whether training ended with it.
+        folder: the folder of the run.
+        step: the step after which the checkpoint was written.
+        digest: the digest of everything that determines the outcome.
+        finished: whether training ended with this checkpoint.
     """
     checkpoint = checkpoint_at(folder, step)
-    for path in checkpoint.iterdir():  # the marker must not reach the disk before what it vouches for
+    for path in checkpoint.iterdir():  # the marker must not reach the disk before the other files
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     _write_json(checkpoint / _MARKER, {"digest": digest, "finished": finished})
 
 
 def newest_checkpoint(folder: Path, digest: str) -> Path | None:
-    """The last complete checkpoint of the run with that digest; None if there is none."""
+    """Return the last complete checkpoint of the run with that digest, or None if there is none."""
     found = (checkpoint for checkpoint in _checkpoints(folder) if _read_marker(checkpoint).get("digest") == digest)
     return next(found, None)
 
 
 def is_final(checkpoint: Path) -> bool:
-    """Whether training ended with this checkpoint."""
+    """Return whether training ended with this checkpoint."""
     return bool(_read_marker(checkpoint).get("finished"))
 
 
 def checkpoint_at(folder: Path, step: int | None) -> Path:
-    """Path of a step's checkpoint, as Transformers names it."""
+    """Return the path of a step's checkpoint, as Transformers names it."""
     return folder / CHECKPOINTS / f"checkpoint-{step}"
 
 
 def remove_checkpoints(folder: Path, keep: tuple[Path, ...] = (), digest: str | None = None) -> None:
-    """Remove the checkpoints but for those of `keep` and, with `digest`, the complete ones of that run."""
+    """Remove the checkpoints except those in `keep` and, with `digest`, the complete ones of that run."""
     for checkpoint in _checkpoints(folder):
         ours = digest is not None and _read_marker(checkpoint).get("digest") == digest
         if checkpoint not in keep and not ours:
@@ -198,18 +206,21 @@ def remove_checkpoints(folder: Path, keep: tuple[Path, ...] = (), digest: str | 
 
 
 def clean(folder: Path) -> None:
-    """Remove what a finished run does not need: checkpoints and progress."""
+    """Remove the checkpoints and the progress, which a finished run does not need."""
     remove_checkpoints(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _is_bare(checkpoints: Path) -> bool:
-    """Whether there is nothing in the folder of checkpoints but, at most, drafts of the progress."""
+    """Return whether the folder of checkpoints is empty or holds only drafts of the progress."""
     return checkpoints.is_dir() and set(checkpoints.iterdir()) == set(checkpoints.glob(f".{_PROGRESS}.*.tmp"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first; also the order of removal, since a checkpoint needs the best one, which is never newer."""
+    """Return the checkpoints, newest first.
+
+    They are removed in this order, because a checkpoint needs the best checkpoint, which is never newer.
+    """
     steps = {path: path.name.removeprefix("checkpoint-") for path in (folder / CHECKPOINTS).glob("checkpoint-*")}
     found = [path for path, step in steps.items() if re.fullmatch(r"[0-9]{1,18}", step)]
     return sorted(found, key=lambda path: int(steps[path]), reverse=True)
@@ -221,7 +232,7 @@ def _remove_checkpoint(checkpoint: Path) -> None:
 
 
 def _read_marker(checkpoint: Path) -> dict[str, Any]:
-    """Contents of a marker; empty if it is damaged, so that the checkpoint does not count."""
+    """Return the contents of a marker. An absent or damaged marker is empty, so its checkpoint does not count."""
     try:
         marker = read_plain(checkpoint / _MARKER)
     except (FileNotFoundError, NotADirectoryError, PlainError):
@@ -230,7 +241,7 @@ def _read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_progress(path: Path) -> Progress | None:
-    """Progress so far; None if there is none. Raises `PlainError` if the file is damaged."""
+    """Return the progress so far, or None if there is none. Raise `PlainError` if the file is damaged."""
     try:
         values = read_plain(path)
     except FileNotFoundError:
@@ -245,9 +256,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _difference(theirs: Mapping[str, Any], settings: TrainingSettings) -> str:
-    """Differences between a record's settings and these, in words."""
+    """Return the differences between a record's settings and these settings, in words."""
     ours = settings.to_dict()
-    then = {**LATER, **theirs}  # a record from before there were these fields
+    then = {**LATER, **theirs}  # an older record lacks these fields
     names = [name for name in {**settings.identity(), **LATER} if then.get(name) != ours.get(name)]
     shown = [f"{name} is {then.get(name)!r:.60} there and {ours.get(name)!r:.60} here" for name in names[:2]]
     more = f", and {len(names) - 2} more" if len(names) > 2 else ""
@@ -255,7 +266,7 @@ def _difference(theirs: Mapping[str, Any], settings: TrainingSettings) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `RunError` if the output folder cannot be one, before time is spent; nothing is made."""
+    """Raise `RunError` if the output folder cannot be made or written. Nothing is made here."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
         raise RunError(f"cannot write the results: {place} is not a folder; choose another output_dir")

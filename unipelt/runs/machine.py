@@ -1,4 +1,4 @@
-"""Description of code, packages, hardware and memory, for the record of a run."""
+"""Descriptions of code, packages, hardware and memory, for the record of a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import torch
 
 from unipelt.version import __version__
 
-_HOME = Path(__file__).resolve().parents[1]  # of this package
+_HOME = Path(__file__).resolve().parents[1]  # the folder of this package
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
 def describe_code() -> dict[str, Any]:
-    """Commit of the repository that this package is a part of, and whether its files differ from it; else None."""
-    # a package that was installed into somebody's repository is no part of it
+    """Return the commit of this package's repository, and whether tracked files differ from the commit.
+
+    Both are None if the package is not a part of a repository.
+    """
+    # a package that is installed inside another repository is not a part of that repository
     if _git(_HOME, "ls-files", "--error-unmatch", "__init__.py") is None:
         return {"commit": None, "dirty": None}
     changes = _git(_HOME, "status", "--porcelain", "--untracked-files=no")
@@ -28,7 +31,7 @@ def describe_code() -> dict[str, Any]:
 
 
 def describe_packages() -> dict[str, str | None]:
-    """Versions of Python, of this package and of those that the numbers depend on."""
+    """Return the versions of Python, of this package, and of the packages that the numbers depend on."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "unipelt": __version__}
     for name in PACKAGES:
         try:
@@ -39,7 +42,7 @@ def describe_packages() -> dict[str, str | None]:
 
 
 def describe_hardware(device: str) -> dict[str, Any]:
-    """Processor, cores, threads, memory in bytes; with `device` cuda the GPU."""
+    """Return the processor, cores, threads, memory in bytes and system, and the GPU if `device` is `cuda`."""
     return {
         "device": device,
         "cpu": _cpu_name(),
@@ -52,9 +55,9 @@ def describe_hardware(device: str) -> dict[str, Any]:
 
 
 def peak_memory(device: str) -> dict[str, int | None]:
-    """Most memory that this process has held so far, in bytes: resident, and on the GPU."""
+    """Return the peak memory of this process so far, in bytes: resident memory and GPU memory."""
     try:
-        import resource  # not on every system
+        import resource  # not available on every system
     except ImportError:
         resident = None
     else:
@@ -67,7 +70,7 @@ def peak_memory(device: str) -> dict[str, int | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Git's answer, or None."""
+    """Return the output of a git command, or None if the command fails."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -29,7 +29,7 @@ from unipelt.runs.settings import (
 )
 
 DOTTED = ("method.", *(f"{name}." for name in INNER))
-"""How the names begin of what is inside a setting."""
+"""Prefixes of the names of values inside a setting."""
 _ALIASES = ("none", "null", "~")
 _MOST_ABOVE = 50
 _WHAT = "Train one method on one task, test it once, and leave one result.json."
@@ -52,7 +52,7 @@ GROUPS = {
     "output": ("output_dir", "overwrite", "keep_checkpoints"),
     "machine": ("device", "threads", "num_workers"),
 }
-"""The groups of `--help`: title, and the fields in it."""
+"""The groups of `--help`: the title and the fields of each."""
 _OTHER = "further options"
 
 Kind = TypeVar("Kind", bound=TrainingSettings)
@@ -62,18 +62,22 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT, program: str
     """Read settings from a command line.
 
     Args:
-        argv: optionally a YAML or JSON file, which holds only what differs from the defaults and may name others as
-            `base` (a path or a list of them, relative to the file; later ones win, and the file itself wins over
-            all); then `--field value` for any field, `--method.part.field value` for any field of the method,
-            `--trainer.name value` for an option of Trainer and `--rates.part value` for the learning rate of a part.
-            The usual names of `unipelt.runs.aliases` do as well.
-        kind: the settings to read, a dataclass.
-        what: the program does, for `--help`.
-        program: its name, for `--help`; by default the script's.
+        argv: the words of the command line. The first word may be a YAML or JSON file with the values that differ from
+            the defaults. This file may name other files as `base`, a path or a list of paths relative to the file. A
+            later base overrides an earlier one, and the file overrides its bases. The other words are `--field value`
+            for any field, `--method.part.field value` for any field of the method, `--trainer.name value` for an
+            option of Trainer and `--rates.part value` for the learning rate of a part. The usual names of
+            `unipelt.runs.aliases` are accepted too.
+        kind: the class of the settings, a dataclass.
+        what: the purpose of the program, for `--help`.
+        program: the name of the program, for `--help`; by default the name of the script.
+
+    Returns:
+        The settings.
 
     Raises:
-        SettingsError, ConfigError, FileNotFoundError: something is unknown or cannot be meant.
-        SystemExit: `--help` was asked for, and printed.
+        SettingsError, ConfigError, FileNotFoundError: a name is unknown, a value is invalid, or a file does not exist.
+        SystemExit: `--help` was given, and the help was printed.
     """
     words = list(argv)
     config = words.pop(0) if words and not words[0].startswith("-") else None
@@ -93,16 +97,16 @@ def parse(argv: Sequence[str], kind: type[Kind], what: str = _WHAT, program: str
 
 
 def read_config(path: str | Path, kind: type[TrainingSettings], also: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields that a configuration file sets, its bases included.
+    """Return the values of the fields that a configuration file and its bases set.
 
-    Relative paths of data and of the method are looked for from the current folder and then from the root of the
-    repository that the file lies in (the nearest folder above with a `pyproject.toml` or `.git`). `package:NAME/FILE`
-    is a file inside an installed Python package.
+    Relative paths of data and of the method start from the current folder. If no such file exists, they start from the
+    root of the file's repository, which is the nearest parent folder with a `pyproject.toml` or `.git`.
+    `package:NAME/FILE` is a file inside an installed Python package.
 
     Args:
-        path: the file.
-        kind: the settings that it is to set fields of.
-        also: keys of the file itself, not of its bases, that are no fields.
+        path: the path of the file.
+        kind: the class of the settings.
+        also: further keys that the file may hold, but not its bases.
 
     Raises:
         SettingsError: a field is unknown, or files name each other as base in a circle.
@@ -112,7 +116,7 @@ def read_config(path: str | Path, kind: type[TrainingSettings], also: Sequence[s
 
 
 def read_option(name: str, value: Any, kind: type[TrainingSettings]) -> Any:
-    """A value from the command line, where everything is text."""
+    """Return the value of an option from its text, or its list of texts, on the command line."""
     if name.startswith(DOTTED):
         return _read_scalar(value, name)
     hint = get_type_hints(kind)[name]
@@ -126,9 +130,10 @@ def read_option(name: str, value: Any, kind: type[TrainingSettings]) -> Any:
 
 
 def locate_path(name: str, config: Path) -> str:
-    """A path from a configuration file: from the current folder, else from the root of the file's repository.
+    """Return a path from a configuration file, starting from the current folder or the root of the file's repository.
 
-    `package:NAME/FILE` is a file inside an installed Python package. Raises `SettingsError` if it is not there.
+    `package:NAME/FILE` is a file inside an installed Python package. Raise `SettingsError` if that file does not exist.
+    Any other path that does not exist is returned unchanged.
     """
     if name.startswith("package:"):
         return locate_file(name)
@@ -147,11 +152,11 @@ def _read_config(
     known_bases: dict[str, dict[str, Any]],
     also: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`read_config`, below the files `above`; a file that several name as base is read once."""
+    """Read a file for `read_config`. The files `above` lead to this base. A base of several files is read once."""
     try:
         place = os.path.realpath(path)
     except ValueError:
-        place = str(path)  # a NUL, of which `read_mapping` says that no file has it
+        place = str(path)  # the path holds a NUL, which `read_mapping` reports
     if place in above:
         raise SettingsError(f"{show_path(path)} names itself as its base, through {show_path(above[-1])}")
     if len(above) > _MOST_ABOVE:
@@ -199,10 +204,12 @@ def _read_scalar(text: str, name: str) -> Any:
 
 
 def lay_over(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay overrides over values of settings, dotted ones inside them: `{"seed": 2, "trainer.logging_steps": 10}`.
+    """Return values of settings with overrides, such as `{"seed": 2, "trainer.logging_steps": 10}`.
+
+    A dotted name sets a value inside a setting.
 
     Raises:
-        SettingsError: what is laid over is no mapping.
+        SettingsError: the setting before the dot is not a mapping.
     """
     found = dict(values)
     inner: dict[str, dict[str, Any]] = {}
@@ -223,7 +230,7 @@ def lay_over(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
 
 
 def _override_method(method: Any, overrides: Mapping[str, Any]) -> Any:
-    """Lay dotted overrides over a method: `{"lora.rank": 4}`."""
+    """Return a method with dotted overrides, such as `{"lora.rank": 4}`."""
     if not overrides:
         return method
     method = expand_method(method)
@@ -243,11 +250,11 @@ def split_dotted(argv: Sequence[str], heads: tuple[str, ...] = DOTTED) -> tuple[
     """Take `--method.part.field value`, `--trainer.name value` and `--rates.part value` out of a command line.
 
     Args:
-        argv: the command line; a value may follow after `=`, too.
-        heads: how the names begin that are taken.
+        argv: the words of the command line. A value may also follow after `=`.
+        heads: the prefixes of the names to take.
 
     Returns:
-        The other words; and by dotted name, the texts.
+        The other words, and the text of each dotted name.
 
     Raises:
         SettingsError: a value is missing.
@@ -269,7 +276,7 @@ def split_dotted(argv: Sequence[str], heads: tuple[str, ...] = DOTTED) -> tuple[
 
 
 def _default_folder(config: str, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
-    """`runs/` and a name that tells runs apart: the configuration file's, and the options that change the outcome."""
+    """Return the default output folder: `runs/`, the name of the file, and the options that change the outcome."""
     options = {name: value for name, value in given.items() if name not in (*INCIDENTAL, "glue_dir", "tasks_dir")}
     options |= overrides
     parts = [Path(config).stem, *(f"{name}={_plain(value)}" for name, value in options.items())]
@@ -318,8 +325,8 @@ def add_options(
     Args:
         parser: The parser.
         kind: The settings.
-        dest: What the names in the parsed values begin with.
-        leave_out: Fields that get no option.
+        dest: Prefix of the names of the parsed values.
+        leave_out: Fields without an option.
     """
     hints = get_type_hints(kind)
     groups: dict[str, list[Any]] = {}

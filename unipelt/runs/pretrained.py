@@ -1,4 +1,4 @@
-"""The pretrained model of a run and its tokenizer, from a folder or the hub, and what identifies their files."""
+"""The pretrained model and the tokenizer of a run, from a folder or the hub, and the SHA-256 of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,21 @@ from unipelt.runs.settings import TrainingSettings
 def load_tokenizer(
     settings: TrainingSettings, place: str, kept: SharedCache, **options: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model's configuration, with these options, and its tokenizer. Raises `RunError`."""
+    """Load the configuration and the tokenizer of a model.
+
+    Args:
+        settings: the settings of the run.
+        place: the folder of the model, or its name on the hub.
+        kept: the cache of this process.
+        options: further fields of the configuration.
+
+    Returns:
+        The configuration and the tokenizer, which have the same padding token.
+
+    Raises:
+        RunError: the model cannot be loaded, needs Python code of its own, takes fewer than `max_length` tokens, or has
+            no token for padding.
+    """
     try:
         if PreTrainedConfig.get_config_dict(place)[0].get("auto_map"):
             raise RunError(
@@ -47,10 +61,12 @@ def load_tokenizer(
 
 
 def _agree_on_padding(config: Any, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
-    """Let the tokenizer pad with what the configuration calls padding, or the other way about if that is no token.
+    """Give configuration and tokenizer the same padding token.
 
-    A decoder's head looks for the last token of a text by that id, and some models count positions by it. GPT-2 and
-    others were pretrained without one; padding is masked, so any will do. Raises `RunError`.
+    The token of the configuration is used if the tokenizer has this token, and otherwise the token of the tokenizer.
+    The head of a decoder finds the last token of a text by this id, and some models count positions by this id. GPT-2
+    and others were pretrained without a padding token. Padding is masked, so the end token can be used. Raise
+    `RunError` if the tokenizer has no end token either.
     """
     named = config.pad_token_id
     if named is not None and 0 <= named < len(tokenizer):
@@ -65,7 +81,7 @@ def _agree_on_padding(config: Any, tokenizer: PreTrainedTokenizerBase, model: st
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of what a fast tokenizer is made of, truncation and padding apart; None of a slow one."""
+    """Return the SHA-256 of a fast tokenizer without its truncation and padding. Return None for a slow tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -74,9 +90,10 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def weights_sha256(settings: TrainingSettings, place: str, kept: SharedCache) -> tuple[str | None, State]:
-    """SHA-256 of the model's `model.safetensors`, checked against the settings, and the state of that file.
+    """Return the SHA-256 of the model's `model.safetensors`, checked against the settings, and the state of that file.
 
-    None and an empty state if it has no such file. Raises `RunError`.
+    Return None and an empty state if the model has no such file. Raise `RunError` if the settings give a SHA-256 that
+    the model does not have.
     """
     try:
         path = cached_file(place, WEIGHTS)
@@ -97,10 +114,20 @@ def weights_sha256(settings: TrainingSettings, place: str, kept: SharedCache) ->
 
 
 def load_model(settings: TrainingSettings, place: str, config: Any, kind: Any) -> PreTrainedModel:
-    """The pretrained model as one of a kind (an `AutoModelFor...`), with the method injected. Raises `RunError`."""
+    """Load the pretrained model and inject the method.
+
+    Args:
+        settings: the settings of the run.
+        place: the folder of the model, or its name on the hub.
+        config: the configuration of the model.
+        kind: the class that loads the model, an `AutoModelFor...`.
+
+    Raises:
+        RunError: the model cannot be loaded.
+    """
     set_seed(settings.seed)
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report that the head starts at random, which is the point
+    logging.set_verbosity_error()  # no warning about the head, which is new in every run
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

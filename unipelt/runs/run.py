@@ -1,7 +1,7 @@
-"""One run of a task beside GLUE, from settings to record.
+"""One run of a task other than GLUE, from settings to record.
 
-What is loaded is a `TaskJob`, which knows how to make its trainer and how to be tested; all else, from the lock on the
-folder to the going on after a kill, is the same for every task.
+The loaded run is a `TaskJob`, which makes its trainer and does its test. Everything else is the same for every task,
+such as the lock on the folder and the continuation of a run that was killed.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from unipelt.runs.training import common_record, header, run_in_folder, train
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of the one test at the end.
+    """Result of the one test at the end of a run.
 
     Attributes:
-        loss: mean over examples.
-        metrics: as fractions.
-        files: what was predicted, as contents by name of a file.
+        loss: the mean loss over examples.
+        metrics: the value of each metric, a fraction.
+        files: the predictions, as the content of each file by the name of the file.
         notes: further entries of the record.
-        lines: for the reader.
+        lines: lines for the reader.
     """
 
     loss: float
@@ -56,17 +56,17 @@ class Outcome:
 
 @dataclass
 class TaskJob(ABC):
-    """Everything that training needs, loaded and checked; nothing is written yet.
+    """A loaded and checked run. Nothing is written yet.
 
     Attributes:
-        settings: of the run.
-        model: with the method injected.
-        tokenizer: of the model.
-        data: rows and fingerprint of each split.
-        notes: what a reader of the score must know.
-        floor: what a prediction without any model would score, and what that is called.
-        device: `cpu` or `cuda`.
-        model_sha256: of the file with the base's weights.
+        settings: the settings of the run.
+        model: the model with the method injected.
+        tokenizer: the tokenizer of the model.
+        data: the number of rows and the fingerprint of each dataset split.
+        notes: the notes that a reader of the score must know.
+        floor: the score of a prediction without a model, and the name of that prediction.
+        device: the device, `cpu` or `cuda`.
+        model_sha256: the SHA-256 of the file with the base's weights, or None.
     """
 
     settings: TrainingSettings
@@ -87,29 +87,29 @@ class TaskJob(ABC):
 
     @property
     def base(self) -> str:
-        """Name of the base."""
+        """The name of the base model."""
         return self.settings.model
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that determines the outcome, data and weights included."""
+        """The SHA-256 of everything that determines the outcome, including data and weights."""
         everything = [self.settings.digest(), self.data, self.model_sha256]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
     @abstractmethod
     def arguments(self, folder: Path) -> TrainingArguments:
-        """Trainer's arguments in that folder of a run; writes nothing. Raises as `training_arguments`."""
+        """Return Trainer's arguments for a run in that folder, and write nothing. Raise as `training_arguments`."""
 
     @abstractmethod
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-        """The trainer, which evaluates on the dev set."""
+        """Return the trainer, which evaluates on the dev set."""
 
     @abstractmethod
     def test(self, trainer: Trainer) -> Outcome:
-        """Test the model as it is."""
+        """Test the model with its present weights."""
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write what was trained; returns what the base is, for the record."""
+        """Write the trained weights, and return the description of the base for the record."""
         save(self.model, folder)
         base = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["base"]
         return {"fingerprint": base["fingerprint"], "config": base["config"]}
@@ -119,24 +119,24 @@ Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 def run(settings: Settings, prepare: Callable[[Settings], TaskJob], log: Callable[[str], None] = say) -> dict[str, Any]:
-    """Do a run, or go on with one that was killed, or return the record of one that has finished.
+    """Do a run, continue a run that was killed, or return the record of a run that has finished.
 
     Args:
-        settings: what to run, and where.
-        prepare: loads and checks everything; nothing is written yet.
-        log: takes the lines for the reader.
+        settings: the settings of the run.
+        prepare: function that loads and checks everything that the run needs. It writes nothing.
+        log: function that takes the lines for the reader.
 
     Returns:
         The record, as `unipelt.records.record.read_result` returns it.
 
     Raises:
-        ValueError, OSError: bad input; nothing was trained and nothing of an earlier run was touched.
-        RunFailed: the run failed after it had begun; its checkpoints are kept.
+        ValueError, OSError: the input is bad. Nothing was trained, and no file of an earlier run was changed.
+        RunFailed: the run failed after its start. Its checkpoints are kept.
     """
 
     def load() -> TaskJob:
         job = prepare(settings)
-        job.arguments(Path(str(settings.output_dir)))  # so that what Trainer does not take is said before all else
+        job.arguments(Path(str(settings.output_dir)))  # raises Trainer's errors before anything is written
         return job
 
     def execute(job: TaskJob, folder: Path, progress: Progress, begun: float) -> dict[str, Any]:

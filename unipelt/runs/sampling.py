@@ -9,16 +9,16 @@ from datasets import Dataset
 
 
 def few_shot(train: Dataset, train_samples: int, dev_samples: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Cuts a small train and a dev set from the train split.
+    """Cut a small train set and a dev set from the train split.
 
-    The split is shuffled with the seed, by the same permutation as `Dataset.shuffle(seed=seed)`; the first
-    `train_samples` rows train, the next `dev_samples` are the dev set. So the two never share a row, and a
-    sample with a smaller K is the beginning of that with a larger one.
+    The split is shuffled with the seed, by the same permutation as `Dataset.shuffle(seed=seed)`. The first
+    `train_samples` rows are the train set, and the next `dev_samples` rows are the dev set. The two sets share no row.
+    For one seed, the train set with a smaller K is the beginning of the train set with a larger K.
 
     Args:
         train: The whole train split.
-        train_samples: K, in rows.
-        dev_samples: Size of the dev set, in rows (1,000 in the paper).
+        train_samples: K, the number of training rows.
+        dev_samples: Number of rows in the dev set (1,000 in the paper).
         seed: Seed of the shuffle, at least 0.
 
     Returns:
@@ -32,7 +32,11 @@ def few_shot(train: Dataset, train_samples: int, dev_samples: int, seed: int) ->
 
 
 def few_shot_rows(count: int, train_samples: int, dev_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` rows `few_shot` takes: (train_samples,) and (dev_samples,). Raises as it does."""
+    """Return the indices of the rows that `few_shot` takes from `count` rows: (train_samples,) and (dev_samples,).
+
+    Raises:
+        ValueError: As `few_shot`.
+    """
     for name, value in (("train_samples", train_samples), ("dev_samples", dev_samples)):
         if operator.index(value) < 1:
             raise ValueError(f"{name} is {value}; give a positive number of rows")
@@ -49,5 +53,5 @@ def few_shot_rows(count: int, train_samples: int, dev_samples: int, seed: int) -
 
 
 def fixed_rows(count: int, samples: int) -> np.ndarray:
-    """Which rows a smaller test set takes: (min(samples, count),), in order, the same ones in every run."""
+    """Return the sorted row indices of a smaller test set, (min(samples, count),), the same in every run."""
     return np.sort(np.random.default_rng(0).permutation(count)[:samples])

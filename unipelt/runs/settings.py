@@ -1,4 +1,4 @@
-"""The settings that every run has: a frozen dataclass whose fields are checked before anything is done."""
+"""The settings that every run has, in a frozen dataclass. The fields are checked before a run starts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from unipelt.files.messages import show
 from unipelt.runs.trainer_options import check_options
 
 INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads", "eval_tokens")
-"""Fields that say how a run is carried out, as opposed to what it computes."""
+"""Fields that set how a run is carried out. They are not a part of the run's identity."""
 
 
 FILES = ("train_file", "dev_file", "test_file")
 
 
 PATHS = (*FILES, "glue_dir", "tasks_dir")
-"""Fields that are paths of data, of whatever kind of task."""
+"""Fields that are paths of data, for all kinds of tasks."""
 
 
 INNER = ("trainer", "rates")
-"""Fields that are mappings of names to values, of which each counts by itself: `trainer.NAME`."""
+"""Fields that are mappings from names to values. Each name is an option of its own: `trainer.NAME`."""
 
 
 _POSITIVE = (
@@ -50,37 +50,37 @@ LATER: dict[str, Any] = {
     **dict.fromkeys(("test_samples", "train_tokens", "trainer", "rates")),
     "pad_to_max_length": False,
 }
-"""Fields that came later, and the values with which a run is what it was before there were these fields."""
+"""Fields that were added later, each with a value that leaves a run as it was before the field was added."""
 
 
 _NAMES = ("label_column", "source", "target")
 
 
-_EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")  # what YAML 1.1 takes for a string
+_EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")  # YAML 1.1 reads these numbers as strings
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be meant; the message says which, what was seen and what is possible."""
+    """Error of invalid settings. The message names the setting, its value and the possible values."""
 
 
 def option(default: Any, help_: str) -> Any:
-    """A field of settings, and what `--help` says of it."""
+    """Return a dataclass field with a default value and a text for `--help`."""
     return field(default=default, metadata={"help": help_})
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of a run, whatever its task; each field's meaning is in its `help`.
+    """Settings of a run of any task. The `help` of each field says its meaning.
 
-    A kind of task adds fields of its own in a subclass, and checks them in `_check_data`.
+    A kind of task adds its fields in a subclass, and checks them in `_check_data`.
 
     Raises:
-        SettingsError, ConfigError: a value cannot be meant, or two contradict each other.
-        FileNotFoundError: the method is a path, and no file is there.
+        SettingsError, ConfigError: a value is invalid, or two values contradict each other.
+        FileNotFoundError: the method is a path, and the file does not exist.
     """
 
     arguments: ClassVar[str] = "TrainingArguments"  # the class of Trainer's arguments in transformers
-    alias_needs: ClassVar[Mapping[str, str]] = {}  # by usual option, a setting without which it has no effect
+    alias_needs: ClassVar[Mapping[str, str]] = {}  # usual option: the setting that it has no effect without
 
     model: str = option(
         "bert-base-uncased",
@@ -169,7 +169,7 @@ class TrainingSettings:
             object.__setattr__(self, "output_dir", str(Path("runs") / name))
 
     def _check_data(self) -> None:
-        """Check that the fields which name data go together; the data themselves are not touched."""
+        """Check that the fields that name data do not contradict each other. The data are not read."""
 
     def _check_trainer(self) -> None:
         """Check the options for Trainer, and that they do not contradict other settings."""
@@ -188,7 +188,7 @@ class TrainingSettings:
             raise SettingsError("trainer.fp16 needs a GPU, and device is cpu; leave it out, or take precision bf16")
 
     def _check_rates(self) -> None:
-        """Check the learning rates of parts: that the method has these parts, and that each rate is one."""
+        """Check that the method has the parts in `rates`, and that each rate is a valid learning rate."""
         rates = with_numbers(self.rates)
         if rates is not None and not isinstance(rates, Mapping):
             raise SettingsError(f"rates must be a mapping of parts to learning rates, not {show(rates)}")
@@ -214,7 +214,7 @@ class TrainingSettings:
                 raise SettingsError(f"rates.{name} must be a learning rate above 0, not {show(rate)}")
 
     def _data_name(self) -> str:
-        """Name of the data, for the name of a folder."""
+        """Return the name of the data, for the name of the output folder."""
         return self.task or Path(str(self.train_file)).stem
 
     def _check_types(self) -> None:
@@ -235,7 +235,7 @@ class TrainingSettings:
             value = getattr(self, name, None)
             if value is not None and value < least:
                 raise SettingsError(f"{name} must be {least} or more, not {show(value)}")
-        for item in fields(self):  # a seed is of 32 bits; no other whole number is meant to be as large
+        for item in fields(self):  # a seed has 32 bits, and no other field needs a larger number
             value = getattr(self, item.name)
             if type(value) is int and value >= 2**32:
                 raise SettingsError(f"{item.name} must be below {2**32}, not {show(value)}")
@@ -255,12 +255,12 @@ class TrainingSettings:
 
     @property
     def config(self) -> UniPELTConfig:
-        """The method, resolved."""
+        """The resolved configuration of the method."""
         return resolve(self.method)
 
     @property
     def method_name(self) -> str:
-        """The preset's name, followed by what differs from it, as in `unipelt-apl, lora.rank=4`."""
+        """The name of the preset and the fields that differ from the preset, as in `unipelt-apl, lora.rank=4`."""
         preset = (self.method.get("preset") or "unipelt-apl") if isinstance(self.method, Mapping) else self.method
         config = self.config
         for name, known in PRESETS.items():
@@ -271,28 +271,31 @@ class TrainingSettings:
         return ", ".join([preset, *changed])
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain types that JSON holds."""
+        """Return all fields as plain types that JSON can hold."""
         return json.loads(json.dumps(asdict(self)))
 
     def identity(self) -> dict[str, Any]:
-        """The fields that determine the outcome, without those of how and where the run is carried out."""
+        """Return the fields that determine the outcome, without the fields of `INCIDENTAL`. Paths are absolute."""
         values = {name: value for name, value in self.to_dict().items() if name not in INCIDENTAL}
         for name in PATHS:
             if values.get(name) is not None:
                 values[name] = os.path.abspath(values[name])
-        for name, default in LATER.items():  # runs from before there were these fields stay the runs that they were
+        for name, default in LATER.items():  # the digest of an older run must not change
             if values.get(name, MISSING) is default:
                 del values[name]
         values["method"] = self.config.to_dict()
         return values
 
     def digest(self) -> str:
-        """SHA-256 of `identity`: two runs with the same digest are the same run."""
+        """Return the SHA-256 of `identity`, in hexadecimal. Two runs with the same digest are the same run."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def paper_learning_rate(config: UniPELTConfig) -> float:
-    """The learning rate of the paper's tables for a method on BERT-base (section 4.1); what it lacks has UniPELT's."""
+    """Return the learning rate of the paper for a method on BERT-base (section 4.1).
+
+    A submodule or a combination that the paper lacks gets the learning rate of UniPELT, 5e-4.
+    """
     if config.train_base:
         return 2e-5
     parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
@@ -302,7 +305,12 @@ def paper_learning_rate(config: UniPELTConfig) -> float:
 
 
 def expand_method(method: Any) -> str | dict[str, Any]:
-    """A preset's name, or a mapping; a path is read. Raises as `resolve`."""
+    """Return a method as the name of a preset or as a mapping. A path is read.
+
+    Raises:
+        SettingsError, ConfigError: the method is invalid.
+        FileNotFoundError: the method is a path, and the file does not exist.
+    """
     if isinstance(method, (str, Path)) and str(method).endswith((".json", ".yaml", ".yml")):
         method = read_mapping(method)
     if isinstance(method, Mapping):
@@ -317,7 +325,7 @@ def expand_method(method: Any) -> str | dict[str, Any]:
 
 
 def with_numbers(value: Any) -> Any:
-    """The same plain types, with numbers such as 5e-4, which YAML 1.1 reads as text, as numbers."""
+    """Return the same value with texts such as `5e-4`, which YAML 1.1 reads as text, turned into numbers."""
     if isinstance(value, Mapping):
         return {key: with_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -326,7 +334,7 @@ def with_numbers(value: Any) -> Any:
 
 
 def _as_number(value: Any) -> Any:
-    """A number that is spelt as text, as one; anything else as it is."""
+    """Return the number that a text spells. Return any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -336,13 +344,13 @@ def _as_number(value: Any) -> Any:
 
 
 def clean_name(name: str) -> str:
-    """A name that every file system takes."""
+    """Return a form of the name that every file system accepts, with at most 120 characters."""
     clean = re.sub(r"[^\w.=+-]+", "_", name)
     return clean if len(clean) <= 120 else f"{clean[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def locate_model(model: str) -> str:
-    """The folder behind `package:NAME/FOLDER`, found without importing the package; other names as they are.
+    """Return the folder of `package:NAME/FOLDER` without importing the package. Return other names unchanged.
 
     Raises:
         SettingsError: the package is not installed, or has no such folder.
@@ -357,7 +365,7 @@ def locate_model(model: str) -> str:
 
 
 def locate_file(name: str) -> str:
-    """The file behind `package:NAME/FILE`, found without importing the package.
+    """Return the path of the file `package:NAME/FILE` without importing the package.
 
     Raises:
         SettingsError: the package is not installed, or has no such file.
@@ -370,7 +378,11 @@ def locate_file(name: str) -> str:
 
 
 def _in_package(name: str, what: str, form: str) -> tuple[str, str, list[Path]]:
-    """The package of `package:NAME/PATH`, the path, and where it would lie. Raises `SettingsError`."""
+    """Return the package of `package:NAME/PATH`, the path inside the package, and the places where the path may be.
+
+    Raises:
+        SettingsError: the name has another form, or the package is not installed.
+    """
     package, _, inside = name.removeprefix("package:").partition("/")
     if not package.isidentifier():
         raise SettingsError(f"{show(name)} is not of the form package:NAME/{form}")

@@ -1,4 +1,4 @@
-"""Reads one file of a known form into named columns that remember where each row stands."""
+"""Readers of data files. Each returns named columns, and the line or row number of each row in the file."""
 
 from __future__ import annotations
 
@@ -20,27 +20,33 @@ from unipelt.files.messages import shorten, show, show_path
 
 
 class DataError(ValueError):
-    """Data that cannot be read as asked; the message says where, what was seen and what to do."""
+    """Error of data that cannot be read. The message gives the place, the value that was seen and the remedy."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Some columns of one file, and where each row stands in it."""
+    """Columns of one file, with the place of each row in the file."""
 
     path: Path
     names: tuple[str, ...]  # every column of the file, read or not
     columns: dict[str, list[Any]]
     places: Sequence[int]  # line number, or row number, of each row
     unit: str = "line"
-    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # a column's classes, where stored
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # classes of a column, if the file has them
 
     def place(self, row: int) -> str:
-        """File and line (or row) of a row, for messages."""
+        """Return the file and the line (or row) of a row, for messages."""
         return f"{self.path}, {self.unit} {self.places[row]}"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines, split at line feeds alone: other line breaks are part of the text."""
+    """Yield the number, counted from 1, and the text of each line of a file.
+
+    Lines end only at line feeds. Other line breaks are a part of the text.
+
+    Raises:
+        DataError: The file cannot be read, or is not UTF-8.
+    """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -63,15 +69,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def read_tsv(
     path: Path, choose: Callable[[Sequence[str]], Mapping[str, int]] | None = None, bare: tuple[str, ...] = ()
 ) -> Table:
-    """Reads raw tab-separated text.
+    """Read tab-separated text without quoting.
 
     Args:
         path: The file.
-        choose: Given the header, the index of each column to keep, by the name to keep it under. None: all.
-        bare: The columns of a file that may have no header; a first line without the last of these is data.
+        choose: Function that takes the header, and returns the index of each column to keep by the new name of the
+            column. None keeps all columns.
+        bare: The column names of a file that may have no header. A first line without the last of these names is data.
 
     Raises:
-        DataError: The file cannot be read, is empty, or has a row whose number of fields is not the header's.
+        DataError: The file cannot be read, is empty, or has a row with more or fewer fields than the header.
     """
     lines = read_lines(path)
     first = next(lines, None)
@@ -102,7 +109,7 @@ def read_tsv(
 
 
 def _read_csv(path: Path) -> Table:
-    """Reads comma-separated text, in which a quoted field may hold commas and line breaks."""
+    """Read comma-separated text. A quoted field may hold commas and line breaks."""
     reader = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
     rows: list[list[str]] = []
     places: list[int] = []
@@ -113,7 +120,7 @@ def _read_csv(path: Path) -> Table:
         indices = _index_columns(path, header)
         line = reader.line_num + 1
         for row in reader:
-            if row:  # an empty line is no row in CSV
+            if row:  # in CSV, an empty line is not a row
                 if len(row) != len(header):
                     raise DataError(
                         f"{path}, line {line}: saw {len(row)} comma-separated fields, expected {len(header)} "
@@ -132,7 +139,7 @@ def _read_csv(path: Path) -> Table:
 
 
 def _read_json(path: Path) -> Table:
-    """Reads a list of objects, or one object a line."""
+    """Read a list of JSON objects, or one JSON object on each line."""
     lines = list(read_lines(path))
     text = "\n".join(line for _, line in lines)
     if not text.strip():
@@ -143,7 +150,7 @@ def _read_json(path: Path) -> Table:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct it") from error
-        except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        except (ValueError, RecursionError) as error:  # a number with too many digits, or too many nested brackets
             raise DataError(f"{path}: not valid JSON ({shorten(error)}); correct it") from error
         places, unit = range(1, len(rows) + 1), "row"
     else:
@@ -169,9 +176,9 @@ def _read_json(path: Path) -> Table:
 
 
 def _read_parquet(path: Path) -> Table:
-    """Reads a parquet file; class ids that `datasets` wrote with their names become these names again."""
+    """Read a parquet file. Class ids become class names if `datasets` stored the names in the file."""
     try:
-        # ParquetFile, not read_table: the latter guesses columns from folder names such as `x=1`.
+        # read_table would add columns that it guesses from folder names such as `x=1`.
         with pq.ParquetFile(path) as file:
             table = file.read()
     except FileNotFoundError as error:
@@ -184,11 +191,11 @@ def _read_parquet(path: Path) -> Table:
         raise DataError(f"{path} holds no rows; get the file again")
     try:
         columns = {name: table.column(name).to_pylist() for name in names}
-    except (ValueError, OverflowError, pa.ArrowException) as error:  # a text that is not UTF-8, a year above 9999
+    except (ValueError, OverflowError, pa.ArrowException) as error:  # a text that is not UTF-8, or a year above 9999
         raise DataError(f"{path} holds what is no value of Python ({shorten(error)}); get the file again") from error
     try:
         features = Features.from_arrow_schema(table.schema)
-    except Exception as error:  # whatever `datasets` makes of a description that it did not write
+    except Exception as error:  # `datasets` raises many kinds of errors for foreign metadata
         kind = type(error).__name__
         raise DataError(
             f"{path}: what its metadata say of its columns cannot be read ({kind}: {shorten(error)}); write it without "
@@ -198,7 +205,7 @@ def _read_parquet(path: Path) -> Table:
     for name, feature in features.items():
         if isinstance(feature, ClassLabel) and feature.names:
             class_names[name] = tuple(feature.names)
-            # -1 is how the hub marks a row without a label.
+            # The hub marks a row without a label with -1.
             try:
                 columns[name] = [None if value in (None, -1) else feature.int2str(value) for value in columns[name]]
             except (ValueError, TypeError, KeyError) as error:
@@ -210,7 +217,7 @@ def _read_parquet(path: Path) -> Table:
 
 
 def separator_hint(names: Sequence[str]) -> str:
-    """Return a remark if the only column's name holds another separator than that of the file's form; else nothing."""
+    """Return a remark if the name of the only column holds the separator of another file format, else an empty text."""
     if len(names) != 1:
         return ""
     found = [word for sign, word in _SEPARATORS.items() if sign in names[0]]
@@ -223,7 +230,7 @@ def separator_hint(names: Sequence[str]) -> str:
 
 
 def name_hint(names: Sequence[str], wanted: Sequence[str]) -> str:
-    """Return a remark if one of these names is a wanted one but for space around it, or case; else nothing."""
+    """Return a remark if a name differs from a wanted name only in outer space or case, else an empty text."""
     known = {name.strip().casefold(): name for name in wanted}
     for name in names:
         meant = known.get(name.strip().casefold())
@@ -244,8 +251,12 @@ _READERS: dict[str, Callable[[Path], Table]] = {
 
 
 def read_file(path: Path) -> Table:
-    """Reads every column of a file, in the form that its suffix names; raises DataError where that fails."""
-    if not os.path.exists(path):  # nor can it be, if its name is too long or holds a NUL
+    """Read every column of a file, in the format of its suffix.
+
+    Raises:
+        DataError: The file does not exist, cannot be read, or has an unknown suffix.
+    """
+    if not os.path.exists(path):  # also false if the name is too long or holds a NUL
         raise DataError(f"{show_path(path)} does not exist; check the name, or add the file")
     if not (os.path.isfile(path) or os.path.isdir(path)):
         raise DataError(f"{path} is a pipe or a device, and not a file; give a file")

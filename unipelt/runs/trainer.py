@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with batches of evaluation that are ready made, and batches of training in parts."""
+"""A `transformers.Trainer` that evaluates prepared batches, and can train on a batch in parts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from unipelt.runs.batches import split_batch
 
 
 class BatchTrainer(Trainer):
-    """Trains as its parent does, in parts of a batch if told so, and evaluates batches.
+    """Trainer that evaluates prepared batches, and can train on a batch in parts.
 
-    `eval_dataset`, and what `predict` is given, are not rows but batches: made ones in a list, or `Batches`. The loss
-    of an evaluation is the mean over examples, whatever the sizes of the batches. It is for one process.
+    `eval_dataset` and the dataset of `predict` hold batches and not rows: a list of batches, or `Batches`. The loss of
+    an evaluation is the mean over examples, for batches of any size. The trainer runs in one process only.
 
     Args:
-        train_tokens: the budget of a part, see `unipelt.runs.batches.split_batch`; None trains whole batches. The
-            gradient of a step is that of the mean loss over the whole batch, so the model must compute the mean over
-            examples, and no example may depend on its padding.
-        options: as of the parent.
+        train_tokens: the token budget of a part, see `unipelt.runs.batches.split_batch`. None trains on whole batches.
+            The gradient of a step is the gradient of the mean loss over the whole batch. So the model must compute the
+            mean over examples, and no example may depend on its padding.
+        options: the options of the parent class.
     """
 
     def __init__(self, *, train_tokens: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._train_tokens = train_tokens
-        self._share = 1.0  # of the batch, what is passed through the model
+        self._share = 1.0  # the fraction of the batch that passes through the model
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The parent's step, or one for each part of the batch: gradients add up, and so does the loss."""
+        """Compute the gradients of a batch, as a whole or part by part, and return its loss, ()."""
         if self._train_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)
         parts = split_batch(inputs, self._train_tokens)
@@ -42,28 +42,28 @@ class BatchTrainer(Trainer):
         try:
             for part in parts:
                 self._share = len(part["attention_mask"]) / len(inputs["attention_mask"])
-                # None: the model takes the mean over its part, which the share makes a part of the batch's
+                # with None the model takes the mean over the part; `compute_loss` weights the mean by the share
                 losses.append(super().training_step(model, part, None))
         finally:
             self._share = 1.0
         return torch.stack(losses).sum()
 
     def compute_loss(self, *args: Any, **options: Any) -> Any:
-        """The parent's, weighted where it is that of a part."""
+        """Compute the parent's loss, weighted by the share of the part in the batch."""
         found: Any = super().compute_loss(*args, **options)
         return found if self._share == 1.0 else found * self._share
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The batches as they are."""
+        """Return a loader of the batches, which are not changed."""
         return self._load(self.eval_dataset if eval_dataset is None else eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """The batches as they are."""
+        """Return a loader of the batches, which are not changed."""
         return self._load(test_dataset)
 
     def _load(self, batches: Any) -> DataLoader:
-        # Through a loader, although a plain loop would do: it draws a number from PyTorch's generator, and without
-        # that draw the dropout of the next epoch would not be that of a run with Trainer's own evaluation.
+        # A loader draws a number from PyTorch's generator. Without that draw, the dropout of the next epoch would
+        # differ from the dropout of a run with Trainer's own evaluation.
         made = isinstance(batches, list)
         on_host = not (made and any(tensor.is_cuda for tensor in batches[0].values()))
         return DataLoader(
@@ -76,16 +76,16 @@ class BatchTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """The parent's step, with its loss once for every example: Trainer takes the mean of what it gets."""
+        """Do the parent's step, and repeat its loss for every example, (B,), because Trainer takes the mean."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return (None if loss is None else loss.expand(len(inputs["input_ids"]))), logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The parent's loop over all rows of all batches."""
-        # the parent's choice, gather_for_metrics, cuts results to the rest that the training loader ended with: what is
-        # loaded here is not known to accelerate
+        """Run the parent's loop over all rows of all batches."""
+        # gather_for_metrics would cut the results to the size of the last training batch, because accelerate does not
+        # know this loader
         self.gather_function = self.accelerator.gather
         output = super().evaluation_loop(*args, **kwargs)
-        if output.predictions is None:  # nothing but the loss was wanted
+        if output.predictions is None:  # only the loss was wanted
             return output
-        return output._replace(num_samples=len(output.predictions))  # it has counted batches
+        return output._replace(num_samples=len(output.predictions))  # the parent counted batches

@@ -1,4 +1,4 @@
-"""Options for `transformers.Trainer` in the settings of a run (`trainer: {...}`): which it takes, and their check."""
+"""The options for `transformers.Trainer` that the settings of a run accept (`trainer: {...}`), and their check."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OURS = {
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs"), "gradient_checkpointing"),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), "gradient_checkpointing"),
 }
-"""Options of Trainer that a run has as settings of its own, by these names."""
+"""Options of Trainer that are settings of a run, with the names of these settings."""
 
 _CHECKPOINTS = "a run writes a checkpoint at every evaluation; trainer.eval_steps says when that is"
 _BEST = "a run keeps the checkpoint with the best dev score of its task"
@@ -60,32 +60,34 @@ FIXED = {
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), _ONE),
     **dict.fromkeys(("ddp_static_graph", "ddp_backend", "average_tokens_across_devices"), _ONE),
 }
-"""Options of Trainer that a run sets itself, and the reasons."""
+"""Options of Trainer that a run sets itself, with the reasons."""
 
 PUBLISHING = (
     "report_to",
     "push_to_hub",
     *(f"hub_{name}" for name in ("model_id", "strategy", "private_repo", "always_push", "revision")),
 )
-"""Options of Trainer that send something elsewhere and change no number; a rerun does without them."""
+"""Options of Trainer that send data elsewhere and change no number. A rerun leaves them out."""
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
 _KINDS |= {list: "a list"}
 
 
 def check_options(options: Any, kind: str) -> dict[str, Any] | None:
-    """Check options for Trainer by name, type and choice. Nothing is made; Transformers is imported if there are any.
+    """Check options for Trainer by name, type and choice.
+
+    Trainer's arguments are not made. Transformers is imported only if there are options.
 
     Args:
-        options: a mapping of names of `TrainingArguments` to plain values, or None. A value of None leaves an option
-            out: it has its default.
-        kind: name of the class of Trainer's arguments in `transformers`.
+        options: a mapping from names of `TrainingArguments` to plain values, or None. An option with the value None has
+            its default.
+        kind: the name of the class of Trainer's arguments in `transformers`.
 
     Returns:
         The options that have a value; None if there are none.
 
     Raises:
-        ConfigError: a name is unknown or is the run's own, or a value is not of its type.
+        ConfigError: a name is unknown or is set by the run, or a value has the wrong type.
     """
     if options is None:
         return None
@@ -112,10 +114,12 @@ def check_options(options: Any, kind: str) -> dict[str, Any] | None:
 
 
 def step_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """When Trainer logs, evaluates and writes checkpoints: each epoch, or at the steps that the options name.
+    """Return the arguments that set when Trainer logs, evaluates and writes checkpoints.
+
+    This is after each epoch, or at the steps that the options name.
 
     Args:
-        options: as `check_options` returns them.
+        options: the options that `check_options` returns.
     """
     evaluate = options.get("eval_strategy") or ("steps" if options.get("eval_steps") else "epoch")
     log = "steps" if options.get("logging_steps") else evaluate
@@ -131,13 +135,13 @@ def check_trackers(names: list[str]) -> None:
     """Check that the packages of these trackers are installed.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a package is not installed.
     """
     if not names:
         return
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-    ready = [*get_available_reporting_integrations(), "flyte"]  # which that list never holds
+    ready = [*get_available_reporting_integrations(), "flyte"]  # Transformers' list never holds flyte
     for name in names:
         if name not in ready:
             command = f" (pip install {name})" if name in ("tensorboard", "wandb", "mlflow", "trackio") else ""
@@ -157,14 +161,14 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
             return
     kinds = [kind for kind in (get_origin(choice) or choice for choice in choices) if kind in _KINDS]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    meant = not number or abs(value) < 2**63  # which NaN is not
+    meant = not number or abs(value) < 2**63  # false for NaN
     if not (meant and (type(value) in kinds or (number and float in kinds))):
         wanted = " or ".join(_KINDS[kind] for kind in kinds)
         raise ConfigError(f"trainer.{name} must be {wanted or 'left out'}, not {show(value)}")
 
 
 def _check_together(options: Mapping[str, Any]) -> None:
-    """Check what the types of Trainer's options do not say."""
+    """Check the values and combinations of Trainer's options that their types do not exclude."""
     if options.get("eval_strategy") == "no":
         raise ConfigError(f"trainer.eval_strategy cannot be no: {_BEST}; take epoch or steps")
     if options.get("eval_strategy") == "steps" and not options.get("eval_steps"):

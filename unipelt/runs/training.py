@@ -1,7 +1,7 @@
-"""Training with `transformers.Trainer` in the folder of a run, whatever the task: resumed, watched, reported.
+"""Training with `transformers.Trainer` in the folder of a run, for every task.
 
-A run may be killed at any moment and started again: it goes on from its last complete checkpoint and ends as if
-nothing had happened. A checkpoint is complete once it holds a marker, which is written last.
+A run may be killed at any moment and started again. The run then continues from its last complete checkpoint, and ends
+as if it had not been killed. A checkpoint is complete if it holds a marker, which is written last.
 """
 
 from __future__ import annotations
@@ -49,35 +49,35 @@ MakeTrainer = Callable[[list[TrainerCallback]], Trainer]
 
 
 class Training(Protocol):
-    """A loaded run, as far as training needs to know it."""
+    """The parts of a loaded run that training needs."""
 
     @property
     def settings(self) -> TrainingSettings:
-        """Of the run."""
+        """The settings of the run."""
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that trains."""
+        """The model to train."""
 
     @property
     def primary(self) -> str:
-        """The metric that chooses the best checkpoint; larger is better."""
+        """The metric that chooses the best checkpoint. Larger is better."""
 
     @property
     def data(self) -> dict[str, dict[str, Any]]:
-        """Rows and fingerprint of each split."""
+        """The number of rows and the fingerprint of each dataset split."""
 
     @property
     def notes(self) -> list[str]:
-        """Notes that a reader of the score must know."""
+        """The notes that a reader of the score must know."""
 
     @property
     def device(self) -> str:
-        """`cpu` or `cuda`."""
+        """The device, `cpu` or `cuda`."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that determines the outcome, data and weights included."""
+        """The SHA-256 of everything that determines the outcome, including data and weights."""
 
 
 def run_in_folder(
@@ -86,14 +86,17 @@ def run_in_folder(
     execute: Callable[[Job, Path, Progress, float], dict[str, Any]],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Do a run in its folder, or go on with one that was killed, or return the record of one that has finished.
+    """Do a run in its folder, continue a run that was killed, or return the record of a run that has finished.
 
     Args:
-        settings: of the run.
-        load: loads and checks all that is needed; nothing is written yet.
-        execute: takes what was loaded, the folder, what was spent before, and the time (`time.monotonic`) at which
-            this attempt began; trains, tests, writes and returns the record.
-        log: takes the lines for the reader.
+        settings: the settings of the run.
+        load: function that loads and checks everything that the run needs. It writes nothing.
+        execute: function of the loaded run, the folder, the progress of earlier attempts, and the start of this attempt
+            (seconds of `time.monotonic`). It trains and tests the model, and writes and returns the record.
+        log: function that takes the lines for the reader.
+
+    Returns:
+        The record.
 
     Raises:
         ValueError, OSError, RunFailed: as `unipelt.glue.run.run`.
@@ -103,7 +106,7 @@ def run_in_folder(
     record = place.find_finished(settings, folder)
     if record is not None:
         if not record["settings"]["keep_checkpoints"]:
-            place.clean(folder)  # in case it was killed while it did so
+            place.clean(folder)  # the run may have been killed before this was done
         log(summary(record, folder / RESULT))
         log("(this run had finished before; --overwrite runs it again)")
         return record
@@ -113,7 +116,7 @@ def run_in_folder(
     try:
         job = load()
         with place.locked(folder):
-            record = place.find_finished(settings, folder)  # another process may have been faster
+            record = place.find_finished(settings, folder)  # another process may have finished the run
             if record is None:
                 progress = place.begin(settings, folder)
                 try:
@@ -129,7 +132,7 @@ def run_in_folder(
 
 
 class _Marker(TrainerCallback):
-    """Marks each checkpoint once it is complete, then removes those that are no longer needed; keeps time."""
+    """Callback that marks complete checkpoints, removes those that are no longer needed, and measures time."""
 
     def __init__(self, folder: Path, digest: str, progress: Progress, begun: float) -> None:
         self.folder = folder
@@ -138,7 +141,7 @@ class _Marker(TrainerCallback):
         self.clock = begun
 
     def spend(self, *kinds: str) -> None:
-        """Count the seconds since the last call as spent on `kinds`."""
+        """Add the seconds since the last call to `kinds` and to the total."""
         now = time.monotonic()
         for kind in (*kinds, "total"):
             self.progress.seconds[kind] += now - self.clock
@@ -166,7 +169,7 @@ class _Marker(TrainerCallback):
 
 
 class _Watch(TrainerCallback):
-    """Stops training once a loss is not finite, before a checkpoint is written of it."""
+    """Callback that stops training if a loss is not finite, before a checkpoint is written."""
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         check_losses(train=event["logs"].get("loss", 0.0))
@@ -176,7 +179,7 @@ class _Watch(TrainerCallback):
 
 
 class _Reporter(TrainerCallback):
-    """A bar over the steps, and a line for each evaluation."""
+    """Callback that shows a progress bar over the steps, and logs one line for each evaluation."""
 
     def __init__(self, primary: str, log: Callable[[str], None]) -> None:
         self.primary = primary
@@ -184,7 +187,7 @@ class _Reporter(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # disable=None: no bar where nobody watches, in a log file, say
+        # disable=None shows no bar in a log file
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -207,27 +210,29 @@ class _Reporter(TrainerCallback):
         self.bar.close()
 
     def _moment(self, args: Any, state: TrainerState) -> str:
-        """When an evaluation is: after an epoch, or after a step."""
+        """Return the moment of an evaluation in words: its step or its epoch."""
         return f"step {state.global_step:>6}" if args.eval_strategy == "steps" else f"epoch {state.epoch:>3.0f}"
 
 
 def training_arguments(job: Training, folder: Path, kind: type[Arguments], **options: Any) -> Arguments:
-    """Trainer's arguments for a run: those of its settings, those of its options for Trainer, and what each run needs.
+    """Return Trainer's arguments for a run.
+
+    They come from the settings, from the options for Trainer in the settings, and from the needs of every run.
 
     Args:
-        job: what was loaded.
-        folder: of the run.
-        kind: of Trainer's arguments.
+        job: the loaded run.
+        folder: the folder of the run.
+        kind: the class of Trainer's arguments.
         options: further arguments.
 
     Raises:
-        SettingsError: Trainer does not take its options together, or not here. Nothing was written.
+        SettingsError: Trainer rejects its options, together or on this machine. Nothing was written.
     """
     settings = job.settings
     chosen = dict(settings.trainer or {})
     known = {item.name for item in fields(kind)}
     if settings.gradient_checkpointing:
-        # the option got a new name in 5.x
+        # Transformers 5.x renamed the option
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         options |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     if chosen.get("fp16") and job.device == "cpu":
@@ -239,13 +244,13 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
         "per_device_train_batch_size": settings.batch_size,
         "learning_rate": float(settings.learning_rate or 0.0),
         "lr_scheduler_type": "linear",
-        "warmup_steps": settings.warmup_ratio,  # below 1 it is a fraction of all steps
+        "warmup_steps": settings.warmup_ratio,  # a value below 1 is a fraction of all steps
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "optim": "adamw_torch",  # the default depends on PyTorch's version
         "seed": settings.seed,
-        "logging_nan_inf_filter": False,  # it would put the mean of the others in the place of a loss that is NaN
-        "save_total_limit": None,  # _Marker removes checkpoints, and only after the next one is complete
+        "logging_nan_inf_filter": False,  # the filter replaces a NaN loss by the mean of the others
+        "save_total_limit": None,  # _Marker removes a checkpoint only after the next one is complete
         "load_best_model_at_end": True,
         "metric_for_best_model": job.primary,
         "greater_is_better": True,
@@ -267,12 +272,12 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
         said = str(error) if isinstance(error, ConfigError) else f"trainer: {shorten(error)}"
         raise SettingsError(said) from error
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # batch_size is that of a step: no DataParallel over whatever GPUs there are
+        arguments._n_gpu = 1  # batch_size is for a whole step, so DataParallel must not multiply it
     return arguments
 
 
 def _check_made(arguments: TrainingArguments, model: PreTrainedModel) -> None:
-    """Make what Trainer would make of its arguments only once a run has begun; raises what Trainer would raise."""
+    """Make Trainer's optimizer class and scheduler before a run starts, so that Trainer's errors are raised early."""
     check_trackers(arguments.report_to)  # type: ignore[arg-type]
     Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
@@ -290,19 +295,21 @@ def _check_made(arguments: TrainingArguments, model: PreTrainedModel) -> None:
 def train(
     job: Training, folder: Path, progress: Progress, begun: float, log: Callable[[str], None], make: MakeTrainer
 ) -> tuple[Trainer, TrainerState, Callable[..., None]]:
-    """Train to the end, from the last complete checkpoint if there is one, and take the weights of the best epoch.
+    """Train to the end, and load the weights of the best checkpoint.
+
+    Training continues from the last complete checkpoint, if there is one.
 
     Args:
-        job: what was loaded.
-        folder: of the run.
-        progress: of the run.
-        begun: when this attempt began, in seconds of `time.monotonic`.
-        log: takes the lines for the reader.
-        make: makes the trainer, with the callbacks that it is given.
+        job: the loaded run.
+        folder: the folder of the run.
+        progress: the progress of the run.
+        begun: the start of this attempt, in seconds of `time.monotonic`.
+        log: function that takes the lines for the reader.
+        make: function that makes the trainer with the given callbacks.
 
     Returns:
-        The trainer; the state of the training that has ended; and a function that, called with kinds of seconds,
-        counts what has passed since the last call as spent on them.
+        The trainer; the state at the end of training; and a function that adds the seconds since its last call to the
+        kinds of time that it is called with.
 
     Raises:
         Diverged: a loss is no longer finite.
@@ -311,7 +318,7 @@ def train(
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if settings.num_workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or every worker that is forked warns
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise every forked worker prints a warning
     marker = _Marker(folder, job.digest, progress, begun)
     callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(job.primary, log)]
     if settings.patience is not None:
@@ -323,7 +330,7 @@ def train(
         groups = parameter_groups(job.model, **common, **settings.rates)
         trainer.optimizer_cls_and_kwargs = (kind, {**options, "params": groups})
     if trainer.args.gradient_accumulation_steps > 1:
-        # the models here return the mean over what they are given, also those that take a count of items
+        # these models return the mean loss of their batch, even if they accept a count of items
         trainer.model_accepts_loss_kwargs = False
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -336,13 +343,13 @@ def train(
 
 
 def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> list[str]:
-    """Lines that announce a run: model, task, method, counts.
+    """Return the lines that announce a run: model, task, method and counts of parameters.
 
     Args:
-        job: what was loaded.
-        model: what the base is called.
-        task: what the task is called.
-        data: lines on its data.
+        job: the loaded run.
+        model: the name of the base model.
+        task: the name of the task.
+        data: lines about the data.
     """
     settings, rows = job.settings, {name: split["rows"] for name, split in job.data.items()}
     rates = "".join(f", {name} {rate:g}" for name, rate in (settings.rates or {}).items())
@@ -362,7 +369,7 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
 
 
 def common_record(job: Training, state: TrainerState, metrics: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """The parts of a record that are the same for every task."""
+    """Return the entries that the record of every task has."""
     settings = job.settings
     evaluations = _evaluations(state, metrics)
     best = next(item for item in evaluations if item["step"] == state.best_global_step)
@@ -391,12 +398,12 @@ def common_record(job: Training, state: TrainerState, metrics: Sequence[str], pr
 
 
 def _train(trainer: Trainer, digest: str, folder: Path, log: Callable[[str], None]) -> Path:
-    """Train, or go on training; returns the final checkpoint."""
+    """Train, or continue training, and return the final checkpoint."""
     last = place.newest_checkpoint(folder, digest)
     place.remove_checkpoints(folder, digest=digest)
     if last is not None:
         log(f"going on from {last}")
-    # Trainer takes at least one step when it resumes, so a run that had stopped must not be resumed
+    # Trainer takes at least one step when it resumes, so a training that has ended must not be resumed
     if last is None or not place.is_final(last):
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -409,15 +416,16 @@ def _train(trainer: Trainer, digest: str, folder: Path, log: Callable[[str], Non
 
 
 def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Put what a checkpoint of this run holds onto the model."""
+    """Load the weights of a checkpoint of this run into the model."""
     found = model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)
     assert not found.unexpected_keys, f"{checkpoint} is of another model"
 
 
 def _evaluations(state: TrainerState, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Every evaluation on the dev set, in order.
+    """Return every evaluation on the dev set, in order.
 
-    Each has the mean train loss of the steps since the one before, as far as it was logged; None if it was not.
+    `train_loss` is the mean of the losses that were logged since the previous evaluation, weighted by steps. It is None
+    if no loss was logged.
     """
     found: list[dict[str, Any]] = []
     losses: list[tuple[float, float]] = []  # number of steps, their mean loss

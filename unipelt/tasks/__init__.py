@@ -1,4 +1,4 @@
-"""Tasks beside GLUE: questions about a text (SQuAD's format) and translation.
+"""Tasks other than GLUE: questions about a text (SQuAD's format) and translation.
 
-They are trained as GLUE's are: what is loaded, resumed, watched and recorded is that of `unipelt.glue`.
+Runs on these tasks are loaded, trained, resumed and recorded as the runs of `unipelt.glue`.
 """

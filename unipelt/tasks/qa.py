@@ -47,7 +47,7 @@ from unipelt.tasks.squad import (
 
 _XQUAD = "xquad_en/xquad.en.json"
 _DEV, _TEST = 0.1, 0.2
-"""Fractions of the articles of a file that is cut."""
+"""Fractions of a file's articles for the dev set and the test set, if the file is cut."""
 
 
 @dataclass
@@ -55,8 +55,8 @@ class QAJob(TaskJob):
     """A loaded run on questions.
 
     Attributes:
-        questions: of each split, `train`, `dev` and `test`.
-        windows: of these.
+        questions: the questions of each split, `train`, `dev` and `test`.
+        windows: the windows of these questions, by split.
     """
 
     settings: QASettings
@@ -66,16 +66,16 @@ class QAJob(TaskJob):
     metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
 
     def arguments(self, folder: Path) -> TrainingArguments:
-        """Trainer's arguments in that folder of a run."""
+        """Return Trainer's arguments for a run in that folder."""
         batch = self.settings.eval_batch_size
         return training_arguments(self, folder, TrainingArguments, per_device_eval_batch_size=batch)
 
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-        """The trainer, which evaluates on the dev set."""
+        """Return the trainer, which evaluates on the dev set."""
         return Trainer(
             model=self.model,
             args=self.arguments(folder),
-            # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
+            # a bound method, because Trainer saves the tokenizer of a collator with every checkpoint
             data_collator=DataCollatorWithPadding(self.tokenizer).__call__,
             train_dataset=_rows(self.windows["train"]),
             eval_dataset=_rows(self.windows["dev"]),
@@ -86,7 +86,10 @@ class QAJob(TaskJob):
         )
 
     def test(self, trainer: Trainer) -> Outcome:
-        """Test the model as it is; writes answers in the official format, and the best few with probabilities."""
+        """Test the model with its present weights.
+
+        One file holds the answers in SQuAD's official format, the other the best answers with their probabilities.
+        """
         trainer.compute_metrics = self._scorer("test")
         output = trainer.predict(_rows(self.windows["test"]))
         answers, metrics = self.answers("test", output.predictions), output.metrics or {}
@@ -97,7 +100,7 @@ class QAJob(TaskJob):
         return Outcome(metrics["test_loss"], scores, files, {})
 
     def answers(self, split: str, logits: Any) -> dict[str, list[Answer]]:
-        """The best answers to a split's questions, from starts and ends (W, T)."""
+        """Return the best answers to a split's questions, from the start logits and the end logits, each (W, T)."""
         settings = self.settings
         may_be_none = any(not question.answers for question in self.questions["train"])
         return best_answers(
@@ -118,10 +121,10 @@ class QAJob(TaskJob):
 
 
 def prepare(settings: QASettings) -> QAJob:
-    """Load and check everything.
+    """Load and check everything that a run needs.
 
     Raises:
-        ValueError, OSError: it cannot start; one sentence says why.
+        ValueError, OSError: the run cannot start. One sentence gives the reason.
     """
     device = find_device(settings.device)
     check_folder(Path(str(settings.output_dir)))
@@ -133,7 +136,7 @@ def prepare(settings: QASettings) -> QAJob:
     windows = {
         name: make_windows(part, tokenizer, settings.max_length, settings.stride) for name, part in questions.items()
     }
-    # a piece of a long text without the answer teaches "no answer", which is wrong where every question has one
+    # a window without the answer teaches "no answer", which is wrong if every question has an answer
     if all(question.answers for question in questions["train"]):
         windows["train"] = [window for window in windows["train"] if window.start != window.null]
         if not windows["train"]:
@@ -147,7 +150,12 @@ def prepare(settings: QASettings) -> QAJob:
 
 
 def load_questions(settings: QASettings) -> tuple[dict[str, list[Question]], list[str]]:
-    """The questions of `train`, `dev` and `test`, and notes for a reader of the score. Raises `DataError`."""
+    """Read the questions of `train`, `dev` and `test`. Return them with notes for a reader of the score.
+
+    Raises:
+        DataError: the files cannot be read, or have too few articles or questions.
+        RunError: `test_samples` is given, and the test set is the dev set.
+    """
     notes = []
     if settings.task is not None:
         train, dev, test = read_squad(settings.file_of(_XQUAD)), None, None

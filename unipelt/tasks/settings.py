@@ -12,12 +12,12 @@ from unipelt.files.messages import show, suggest
 from unipelt.runs.settings import FILES, SettingsError, TrainingSettings, expand_method, option
 
 TASKS_DIR = "UNIPELT_TASKS_DIR"
-"""Environment variable: the default of `tasks_dir`."""
+"""Environment variable with the default of `tasks_dir`."""
 
 
 @dataclass(frozen=True)
 class TaskSettings(TrainingSettings):
-    """Settings that both tasks share; each field's meaning is in its `help`.
+    """Settings that both tasks share. The `help` of each field says its meaning.
 
     Raises:
         As `TrainingSettings`.
@@ -50,7 +50,7 @@ class TaskSettings(TrainingSettings):
             object.__setattr__(self, "tasks_dir", os.environ[TASKS_DIR])
 
     def file_of(self, name: str) -> Path:
-        """A file of the known task's data. Raises `SettingsError` if nobody said where they are."""
+        """Return the path of a file of the known task's data. Raise `SettingsError` if `tasks_dir` is not set."""
         if self.tasks_dir is None:
             raise SettingsError(
                 f"the data of {self.task} are not a part of this project: name the folder that holds {name} by "
@@ -61,7 +61,7 @@ class TaskSettings(TrainingSettings):
 
 @dataclass(frozen=True)
 class QASettings(TaskSettings):
-    """Everything that a run on questions about texts needs to know.
+    """Settings of a run on questions about texts.
 
     Raises:
         As `TrainingSettings`.
@@ -102,7 +102,7 @@ class QASettings(TaskSettings):
 
 @dataclass(frozen=True)
 class TranslationSettings(TaskSettings):
-    """Everything that a run on pairs of a text and its translation (or summary) needs to know.
+    """Settings of a run on pairs of a text and its translation (or summary).
 
     Raises:
         As `TrainingSettings`.

@@ -1,6 +1,6 @@
-"""Questions about texts in SQuAD's format: reading, windows of tokens, the best answers over windows, the scores.
+"""Questions about texts in SQuAD's format: reading, windows of tokens, the best answers over windows, and scores.
 
-The format is that of SQuAD 1.1 (Rajpurkar et al., 2016) and 2.0 (2018), in which a question may have no answer.
+The format is SQuAD 1.1 (Rajpurkar et al., 2016) or SQuAD 2.0 (2018). In SQuAD 2.0 a question may have no answer.
 
 Shapes: W windows, T tokens of a window.
 """
@@ -31,12 +31,12 @@ class Question:
     """One question.
 
     Attributes:
-        id: as in the file.
-        text: of the question.
-        context: the paragraph that it is about.
-        answers: the texts of right answers and where each starts in the context, in characters; none where the
-            paragraph does not answer it.
-        article: which article of its file the paragraph is from, counted from 0.
+        id: the id of the question in the file.
+        text: the text of the question.
+        context: the paragraph that the question is about.
+        answers: the text of each right answer and its start in the context, in characters. There are none if the
+            paragraph does not answer the question.
+        article: the index of the paragraph's article in the file, counted from 0.
     """
 
     id: str
@@ -48,14 +48,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Window:
-    """A question with a piece of its context that the model can take; T tokens.
+    """A question with a piece of its context, as T tokens.
 
     Attributes:
-        question: index of the question.
-        ids, mask: (T,), and kinds (T,), what the tokenizer gave; None where it gives no kinds.
-        spans: (T,) where each token of the context is in it, in characters; None for other tokens.
-        null: index of the token that stands for "no answer".
-        start, end: of the first answer's tokens, both included; `null` where this piece does not hold it whole.
+        question: the index of the question.
+        ids: the token ids, (T,).
+        mask: the attention mask, (T,).
+        kinds: the token type ids, (T,), or None if the tokenizer returns none.
+        spans: for each token of the context, its start and end in the context in characters, (T,); None for other
+            tokens.
+        null: the index of the token that stands for "no answer".
+        start: the index of the first answer's first token; `null` if the window does not hold the whole answer.
+        end: the index of the first answer's last token; `null` if the window does not hold the whole answer.
     """
 
     question: int
@@ -70,7 +74,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, its logit (start plus end), and its probability among the answers that were kept."""
+    """An answer: its text, its logit (start plus end), and its probability among the kept answers."""
 
     text: str
     logit: float
@@ -81,7 +85,7 @@ def read_squad(path: str | Path) -> list[Question]:
     """Read a file in SQuAD's format.
 
     Raises:
-        DataError: there is none, it is not in that format, or an answer is not where the file says.
+        DataError: the file cannot be read or has another format, or an answer is not at its place in the context.
     """
     path = Path(path)
     try:
@@ -136,9 +140,13 @@ def split_articles(questions: Sequence[Question], seed: int, *fractions: float) 
     """Cut questions by article, so that no paragraph is in two parts.
 
     Args:
-        questions: of one file.
-        seed: of the order in which articles are drawn.
-        fractions: of the articles for each part after the first, which gets the rest; one article at least.
+        questions: the questions of one file.
+        seed: the seed of the random order of the articles.
+        fractions: the fraction of the articles for each part after the first. Each of these parts has at least one
+            article, and the first part gets the rest.
+
+    Returns:
+        The questions of each part.
 
     Raises:
         DataError: there are fewer articles than parts.
@@ -159,7 +167,7 @@ def split_articles(questions: Sequence[Question], seed: int, *fractions: float) 
 
 
 def describe_questions(questions: Sequence[Question]) -> dict[str, Any]:
-    """Rows, articles, questions without an answer, and a SHA-256 of everything."""
+    """Return the numbers of rows, of articles and of questions without an answer, and a SHA-256 of all questions."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(json.dumps(asdict(question)).encode() + b"\n")
@@ -177,14 +185,17 @@ def make_windows(
     """Cut each context into windows that overlap.
 
     Args:
-        questions: of a split.
-        tokenizer: a fast one.
-        max_length: tokens of a window at most, the question and special ones included.
-        stride: tokens of the context that a window shares with the one before.
+        questions: the questions of a dataset split.
+        tokenizer: a fast tokenizer.
+        max_length: the largest number of tokens of a window, including the question and special tokens.
+        stride: the number of tokens of the context that a window shares with the previous window.
+
+    Returns:
+        The windows, in the order of the questions.
 
     Raises:
         DataError: a question leaves no room for its context.
-        ValueError: the tokenizer is slow and does not say where its tokens are.
+        ValueError: the tokenizer is slow, so it does not return the places of its tokens in the text.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} does not say where its tokens are in the text; use a fast one")
@@ -220,7 +231,7 @@ def make_windows(
 
 
 def _tokens_of(question: Question, spans: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
-    """The tokens that hold the first answer, if this window holds it whole."""
+    """Return the first and the last token of the first answer, or None if this window does not hold all of it."""
     if not question.answers:
         return None
     text, first = question.answers[0]
@@ -240,21 +251,24 @@ def best_answers(
     max_answer_length: int = 30,
     null_threshold: float | None = None,
 ) -> dict[str, list[Answer]]:
-    """The best answers of every question over all of its windows, the best one first.
+    """Return the best answers to every question over all of its windows, the best answer first.
 
-    An answer's logit is that of its first token as a start plus that of its last as an end. "No answer", the empty
-    text, has in each window that of the token `null`, and counts by the least of them: a window that holds no answer
-    says nothing about the others.
+    The logit of an answer is the start logit of its first token plus the end logit of its last token. "No answer" is
+    the empty text. In each window, its logit is the start logit plus the end logit of the token `null`. The least of
+    these counts, because a window without an answer says nothing about the other windows.
 
     Args:
-        questions: of a split.
-        windows: of these questions.
-        starts: logits of each window's tokens as an answer's first, (W, T) or wider.
-        ends: the same, as an answer's last.
-        n_best: starts and ends considered in a window, and answers kept of a question.
-        max_answer_length: in tokens.
-        null_threshold: "no answer" wins if its logit is larger than that of the best answer by more than this; None:
-            never, since every question has an answer.
+        questions: the questions of a dataset split.
+        windows: the windows of these questions.
+        starts: the start logits of each window's tokens, (W, T) or wider.
+        ends: the end logits of each window's tokens, (W, T) or wider.
+        n_best: the number of starts and ends to consider in a window, and of answers to keep for a question.
+        max_answer_length: the largest number of tokens of an answer.
+        null_threshold: "no answer" is the best answer if its logit exceeds the logit of the best text by more than
+            this. None means that every question has an answer, so "no answer" is kept only if there is no text.
+
+    Returns:
+        The answers of each question, by its id.
     """
     found: list[dict[str, float]] = [{} for _ in questions]
     nulls = [math.inf] * len(questions)
@@ -293,17 +307,20 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normal form: lower case, no ASCII punctuation, no English articles, single spaces."""
+    """Return SQuAD's normal form of a text: lower case, no ASCII punctuation, no English articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
-    """1 if the prediction is one of the answers in normal form, else 0; "no answer" is the empty text."""
+    """Return 1 if the prediction equals one of the answers in normal form, else 0. "No answer" is the empty text."""
     return float(any(normalize(prediction) == normalize(answer) for answer in _answers(answers)))
 
 
 def f1(prediction: str, answers: Iterable[str]) -> float:
-    """The largest F1 of the prediction's words and an answer's, in normal form; "no answer" is the empty text."""
+    """Compute the largest F1 between the words of the prediction and of an answer, in normal form.
+
+    "No answer" is the empty text.
+    """
     return max(_f1(normalize(prediction).split(), normalize(answer).split()) for answer in _answers(answers))
 
 
@@ -319,11 +336,11 @@ def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
 
 
 def squad_score(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
-    """Mean exact match and F1 over questions, as fractions.
+    """Compute the mean exact match and the mean F1 over questions, as fractions.
 
     Args:
-        questions: at least one.
-        predictions: by the question's id; "" for "no answer".
+        questions: the questions, at least one.
+        predictions: the predicted text for each question id; "" for "no answer".
     """
     pairs = [(predictions[question.id], [text for text, _ in question.answers]) for question in questions]
     return {

@@ -1,4 +1,4 @@
-"""A run on texts and their translations: `examples/run_translation.py`. Anything that is a text from a text will do."""
+"""A run on texts and their translations, or on other pairs of texts: `examples/run_translation.py`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from unipelt.tasks.settings import TranslationSettings
 _MULTI30K = {"train": "multi30k/train", "dev": "multi30k/val", "test": "multi30k/test_2016_flickr"}
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _HEAD = 32
-"""Width of an attention head of a model that starts at random."""
+"""Width of an attention head in a model that starts at random."""
 
 Pair = tuple[str, str]
 
@@ -55,8 +55,8 @@ class TranslationJob(TaskJob):
     """A loaded run on translations.
 
     Attributes:
-        pairs: of each split, `train`, `dev` and `test`.
-        rows: of these, as token ids.
+        pairs: the pairs of each split, `train`, `dev` and `test`.
+        rows: the token ids of these pairs, by split.
     """
 
     settings: TranslationSettings
@@ -66,7 +66,7 @@ class TranslationJob(TaskJob):
     metrics: ClassVar[tuple[str, ...]] = ("bleu",)
 
     def arguments(self, folder: Path) -> Seq2SeqTrainingArguments:
-        """Trainer's arguments in that folder of a run."""
+        """Return Trainer's arguments for a run in that folder."""
         settings = self.settings
         return training_arguments(
             self,
@@ -79,11 +79,11 @@ class TranslationJob(TaskJob):
         )
 
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-        """The trainer, which translates the dev set to evaluate."""
+        """Return the trainer, which evaluates by translating the dev set."""
         return Seq2SeqTrainer(
             model=self.model,
             args=self.arguments(folder),
-            # a bound method, because a collator that shows its tokenizer has it saved with every checkpoint
+            # a bound method, because Trainer saves the tokenizer of a collator with every checkpoint
             data_collator=DataCollatorForSeq2Seq(self.tokenizer, self.model).__call__,
             train_dataset=self.rows["train"],
             eval_dataset=self.rows["dev"],
@@ -92,7 +92,7 @@ class TranslationJob(TaskJob):
         )
 
     def test(self, trainer: Trainer) -> Outcome:
-        """Test the model as it is; writes the translations, one a line in the order of the test data."""
+        """Test the model with its present weights. The file has one translation per line, in the order of the data."""
         trainer.compute_metrics = self._scorer("test")
         output = trainer.predict(self.rows["test"])
         translations = self.decode(output.predictions)
@@ -110,18 +110,21 @@ class TranslationJob(TaskJob):
         )
 
     def decode(self, ids: Any) -> list[str]:
-        """Texts of generated token ids (N, T), padded by anything below 0."""
+        """Return the texts of generated token ids (N, T). Ids below 0 are padding."""
         ids = np.where(np.asarray(ids) < 0, self.tokenizer.pad_token_id, ids)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 
     @property
     def base(self) -> str:
-        """Name of the base, or that it started at random."""
+        """The name of the base model, or `random` and the kind of the model."""
         return self.settings.model if self.settings.random == "no" else f"random {self.settings.random}"
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write what was trained; all of a model that started at random, as an ordinary one with its tokenizer."""
+        """Write the trained weights, and return the description of the base for the record.
+
+        A model that started at random is written as a whole, as an ordinary model with its tokenizer.
+        """
         if self.settings.random == "no":
             return super().save(folder)
         whole = AutoModelForSeq2SeqLM.from_config(self.model.config)
@@ -147,14 +150,14 @@ class TranslationJob(TaskJob):
 
 
 def prepare(settings: TranslationSettings) -> TranslationJob:
-    """Load and check everything.
+    """Load and check everything that a run needs.
 
     Raises:
-        ValueError, OSError: it cannot start; one sentence says why.
+        ValueError, OSError: the run cannot start. One sentence gives the reason.
     """
     device = find_device(settings.device)
     check_folder(Path(str(settings.output_dir)))
-    bleu([""], [""])  # that sacrebleu is absent is found before time is spent
+    bleu([""], [""])  # raises before training if sacrebleu is absent
     pairs, notes = load_pairs(settings)
     sha256 = None
     if settings.random != "no":
@@ -185,7 +188,7 @@ def prepare(settings: TranslationSettings) -> TranslationJob:
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """Corpus BLEU with one reference a text, as a fraction, and the signature that sacrebleu gives it.
+    """Compute corpus BLEU with one reference for each text, as a fraction, and its signature from sacrebleu.
 
     Raises:
         SettingsError: sacrebleu is not installed.
@@ -205,7 +208,7 @@ def read_pairs(stem: str | Path, source: str, target: str) -> list[Pair]:
     """Read the lines of two files, `stem.source` and `stem.target`.
 
     Raises:
-        DataError: one is missing or no UTF-8, they differ in their number of lines, or a line is blank.
+        DataError: a file is missing, empty or not UTF-8, the numbers of lines differ, or a line is blank.
     """
     paths = [Path(f"{stem}.{ending}") for ending in (source, target)]
     texts = [[(number, line.strip()) for number, line in read_lines(path)] for path in paths]
@@ -223,7 +226,12 @@ def read_pairs(stem: str | Path, source: str, target: str) -> list[Pair]:
 
 
 def load_pairs(settings: TranslationSettings) -> tuple[dict[str, list[Pair]], list[str]]:
-    """The pairs of `train`, `dev` and `test`, and notes for a reader of the score. Raises `DataError`, `RunError`."""
+    """Read the pairs of `train`, `dev` and `test`. Return them with notes for a reader of the score.
+
+    Raises:
+        DataError: the files cannot be read, or have too few pairs.
+        RunError: the settings of the data contradict each other.
+    """
     files: dict[str, str | Path | None]
     if settings.task is not None:
         files = {name: settings.file_of(stem) for name, stem in _MULTI30K.items()}
@@ -277,7 +285,7 @@ def _some(pairs: list[Pair], count: int) -> list[Pair]:
 
 
 def describe_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Rows, and a SHA-256 of everything."""
+    """Return the number of rows and a SHA-256 of all pairs."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(json.dumps(pair).encode() + b"\n")
@@ -285,7 +293,7 @@ def describe_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, settings: TranslationSettings) -> Dataset:
-    """Token ids of texts and translations, cut at the settings' lengths; padding is left to the batch."""
+    """Return the token ids of texts and translations, cut at the lengths of the settings, without padding."""
     before = settings.source_prefix or ""
     texts = tokenizer(
         [before + source for source, _ in pairs],
@@ -301,11 +309,11 @@ def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, settings: 
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A tokenizer of pieces of words that are frequent in these texts; of the same texts, the same one.
+    """Train a tokenizer (BPE) on these texts. The same texts give the same tokenizer.
 
     Args:
-        texts: of all languages that it is for.
-        vocabulary: pieces at most, special ones and single characters included.
+        texts: texts in all languages of the tokenizer.
+        vocabulary: the largest number of pieces, including special tokens and single characters.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
@@ -320,7 +328,7 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizer
 
 
 def make_model(settings: TranslationSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A small model that starts at random, from PyTorch's generator as it is."""
+    """Make a small model with random weights from the present state of PyTorch's generator."""
     width, layers, heads = settings.random_width, settings.random_layers, settings.random_width // _HEAD
     common: dict[str, Any] = {
         "d_model": width,
@@ -340,7 +348,7 @@ def make_model(settings: TranslationSettings, tokenizer: PreTrainedTokenizerBase
             "max_position_embeddings": max(settings.max_length, settings.max_target_length),
             "decoder_start_token_id": tokenizer.eos_token_id,
             "forced_eos_token_id": tokenizer.eos_token_id,
-            # BART's 0.02 is for 1024; with that, a narrow one learned no more than one sentence for every source
+            # BART's 0.02 is for width 1024; with 0.02, a narrow model gave the same sentence for every source
             "init_std": width**-0.5,
         },
         "t5": {
