@@ -106,11 +106,12 @@ def write(model: Any, ids: torch.Tensor, tokens: int, clock: Callable[[], float]
     with torch.inference_mode():
         given = torch.ones_like(ids)
         found = model(input_ids=ids, attention_mask=given, use_cache=True)
+        name = "cache" if "cache" in found else "past_key_values"  # Transformers 5.24 has another name
         start = clock()
         for _ in range(tokens):
             ids = found.logits[:, -1:].argmax(-1)
             given = torch.cat([given, given.new_ones(len(given), 1)], dim=1)
-            found = model(input_ids=ids, attention_mask=given, past_key_values=found.past_key_values, use_cache=True)
+            found = model(input_ids=ids, attention_mask=given, use_cache=True, **{name: getattr(found, name)})
         return clock() - start
 
 

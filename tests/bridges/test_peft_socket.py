@@ -705,6 +705,7 @@ def refusals(folder: Path) -> dict[str, Callable[[Any], Any]]:
 def test_verbs_that_need_an_injected_model_say_what_to_call(verb: str, holder: str, tmp_path: Path) -> None:
     model = peft_model("bert", "lora") if holder == "PeftModel" else base_model("bert").eval()
     if holder == "Transformers":
+        skip_where_peft_is_refused()
         model.add_adapter(config("bert", "lora"))
         shake(model)
     before, want = named(model), logits(model, "bert")
@@ -751,6 +752,21 @@ def test_parameters_are_counted_and_grouped(name: str) -> None:
 
 
 @functools.cache
+def why_peft_is_refused() -> str:
+    """Why this Transformers takes no adapter of this PEFT: 5.24 wants PEFT 0.22."""
+    try:
+        base_model("bert").add_adapter(peft.LoraConfig(target_modules=["query"]))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def skip_where_peft_is_refused() -> None:
+    if why_peft_is_refused():
+        pytest.skip(f"Transformers {transformers.__version__}, PEFT {peft.__version__}: {why_peft_is_refused()}")
+
+
+@functools.cache
 def loses_adapters(family: str) -> bool:
     """Whether Transformers loses what PEFT's own LoRA saved, as 5.0 does in models with a head."""
     with tempfile.TemporaryDirectory() as name:
@@ -760,11 +776,13 @@ def loses_adapters(family: str) -> bool:
         method = peft.LoraConfig(task_type=FAMILIES[family], init_lora_weights=False, fan_in_fan_out=family == "gpt2")
         model = peft.get_peft_model(cls.from_pretrained(base), method).eval()
         model.save_pretrained(out)
-        return not torch.equal(logits(cls.from_pretrained(out).eval(), family), logits(model, family))
+        # sums may be split otherwise in tensors that are read without a copy
+        return not torch.allclose(logits(cls.from_pretrained(out).eval(), family), logits(model, family), atol=1e-5)
 
 
 @pytest.fixture
 def _reads_adapters(family: str) -> None:
+    skip_where_peft_is_refused()
     if loses_adapters(family):
         pytest.skip(f"Transformers {transformers.__version__} does not load PEFT's own LoRA of {family} from a folder")
 

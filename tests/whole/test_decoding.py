@@ -8,7 +8,7 @@ from pathlib import Path
 import decoding
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import CACHE, tiny_model
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by PEFT
@@ -20,7 +20,8 @@ def test_every_method_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[st
     except ImportError:
         pass
     else:
-        methods += ["peft:lora", "peft:prefix"]
+        # PEFT's prefix calls a model by the name that Transformers 5.24 warns of
+        methods += ["peft:lora", "peft:prefix"] if CACHE == "past_key_values" else ["peft:lora"]
     decoding.main(
         [
             str(tmp_path / "model"),

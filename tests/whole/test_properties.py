@@ -12,7 +12,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from inside import fill, parts
 from strategies import AS_DECODERS, Case, Texts, batch, cases, holds, real, texts
-from tiny import DECODERS, ENCODER_DECODERS, VOCABULARY, WITH_PREFIX
+from tiny import CACHE, DECODERS, ENCODER_DECODERS, VOCABULARY, WITH_PREFIX
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -109,7 +109,7 @@ def split(case: Case, model: Any, inputs: dict[str, Tensor], cuts: list[int]) ->
         if mask in inputs:
             piece[mask] = inputs[mask][:, :end]
         with torch.no_grad():
-            parts.append(model(**rest, **piece, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(**rest, **piece, **{CACHE: cache}, use_cache=True).logits)
     return torch.cat(parts, dim=1)
 
 
