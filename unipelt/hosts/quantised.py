@@ -42,12 +42,15 @@ def template_for(weight: Tensor, dtype: torch.dtype, wanted: Literal["float32", 
         wanted: `float32` for at least float32, so that small steps are not rounded away; `base` for the model's dtype.
 
     Returns:
-        The weight itself if it has that dtype, else an empty tensor, (0,).
+        The weight itself if it is an ordinary one of that dtype, else an empty tensor, (0,): a quantiser's tensor class
+        makes no new tensors.
     """
     kind = dtype if is_quantised(weight) else weight.dtype
     if wanted == "float32" and kind in (torch.float16, torch.bfloat16):
         kind = torch.float32
-    return weight if kind == weight.dtype else torch.empty(0, dtype=kind, device=weight.device)
+    if kind == weight.dtype and not is_quantised(weight):
+        return weight
+    return torch.empty(0, dtype=kind, device=weight.device)
 
 
 def find_obstacle(model: nn.Module, config: UniPELTConfig, head: Collection[str]) -> str | None:
