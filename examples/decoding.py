@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import write_record
 
 METHODS = ("lora", "prefix", "unipelt-apl", "peft:lora", "peft:prefix")
 BARE = "bare model"
@@ -159,21 +159,10 @@ def table(seconds: Mapping[str, Sequence[float]], tokens: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write the record."""
-    from unipelt.files.atomic import write_whole
-    from unipelt.runs.machine import describe_code, describe_hardware, describe_packages
-
     settings = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     seconds = measure(settings)
-    record = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
-        "seconds": seconds,
-        "code": describe_code(),
-        "packages": describe_packages(),
-        "hardware": describe_hardware(settings.device),
-    }
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(settings.output, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(settings, seconds)
     print(table(seconds, settings.tokens))
     print(f"\nthe record is {settings.output}")
 

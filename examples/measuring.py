@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -246,6 +247,23 @@ def count_foreign(model: Any, base: int) -> dict[str, int | None]:
     head = sum(parameter.numel() for parameter in trained if id(parameter) not in inside)
     total = sum(parameter.numel() for parameter in trained)
     return {"trained": total - head, "deployed": None, "head": head, "base": base}
+
+
+def write_record(settings: argparse.Namespace, seconds: Mapping[str, Any], **more: Any) -> None:
+    """Write the settings, the seconds of each turn, code, packages and hardware to `settings.output`, as JSON."""
+    from unipelt.files.atomic import write_whole
+    from unipelt.runs.machine import describe_code, describe_hardware, describe_packages
+
+    record = {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
+        "seconds": seconds,
+        "code": describe_code(),
+        "packages": describe_packages(),
+        "hardware": describe_hardware(settings.device),
+        **more,
+    }
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(settings.output, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def prepare(settings: argparse.Namespace) -> None:

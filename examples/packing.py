@@ -8,7 +8,6 @@ of the paper's Table 1, without evaluation.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import write_record
 from torch import Tensor, nn
 
 SERIES, SIZES, EPOCHS = 8 * 5 * 7, (100, 500, 1000), 50
@@ -164,21 +164,10 @@ def table(seconds: dict[str, list[float]], batch_size: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write the record."""
-    from unipelt.files.atomic import write_whole
-    from unipelt.runs.machine import describe_code, describe_hardware, describe_packages
-
     settings = parse(argv)
     seconds = measure(settings)
-    record = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
-        "seconds": seconds,
-        "code": describe_code(),
-        "packages": describe_packages(),
-        "hardware": describe_hardware(settings.device),
-        "peak_bytes": torch.cuda.max_memory_allocated() if settings.device == "cuda" else None,
-    }
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(settings.output, (json.dumps(record, indent=1) + "\n").encode())
+    peak = torch.cuda.max_memory_allocated() if settings.device == "cuda" else None
+    write_record(settings, seconds, peak_bytes=peak)
     print(table(seconds, settings.batch_size))
     print(f"\nthe record is {settings.output}")
 

@@ -35,7 +35,7 @@ def minilm() -> str:
 
 
 def assert_same_set(got: torch.nn.Module, want: torch.nn.Module) -> None:
-    """What was added is equal bit for bit. What it computes may be rounded otherwise (`assert_came_back`)."""
+    """Check that the added tensors are equal bit for bit. Outputs may be rounded otherwise (`assert_came_back`)."""
     own, other = (
         {name: value for name, value in model.state_dict().items() if ".default." in name} for model in (got, want)
     )

@@ -72,7 +72,7 @@ CASES = [
 ]
 every = pytest.mark.parametrize(("family", "method"), CASES)
 WHOLE = [family for family in FAMILIES if family not in WITHOUT_INTERFACE]
-"""Those that take every submodule."""
+"""Families that take every submodule."""
 
 
 def base_model(family: str, **options: Any) -> Any:

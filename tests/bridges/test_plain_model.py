@@ -49,7 +49,7 @@ def test_the_plain_model_computes_the_same(method: str, family: str, tmp_path: P
 
 
 def assert_same_when_read(plain: Any, family: str, folder: Path) -> None:
-    """What Transformers writes is what it reads: every tensor, and the logits where a bare base keeps its own."""
+    """Check that Transformers reads every tensor as it wrote it, and gives the same logits if a bare base does."""
     kept, exact = [], False
     for model, where in ((tiny_model(family).eval(), folder / "bare"), (plain, folder / "plain")):
         model.save_pretrained(where)

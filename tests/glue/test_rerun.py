@@ -75,7 +75,7 @@ def test_equal_bit_for_bit(home: Path, tmp_path: Path, capsys: pytest.CaptureFix
     first, second = read_result(home / "out"), read_result(tmp_path / "again")
     assert (result["status"], result["equal"], result["differences"]) == ("finished", True, [])
     assert result["weights"] is True
-    threads = result["of"]["threads"] if "threads" in result["of"] else first["hardware"]["threads"]
+    threads = first["hardware"]["threads"]
     assert result["notes"] == [f"threads {threads}, as PyTorch chose then; sums are split by thread"]
     assert all(f"\n        {note}\n" in printed for note in result["notes"])
     assert result["of"]["digest"] == result["digest"] == first["digest"] == second["digest"]

@@ -69,7 +69,7 @@ def files(folder: Path) -> set[str]:
         (7, "trainer must be a mapping of options for Trainer to values, not 7"),
         (
             {"lr_schedular_type": "cosine"},
-            "unknown option 'trainer.lr_schedular_type'; did you mean lr_scheduler_type?",
+            "unknown option 'trainer.lr_schedular_type'; did you mean 'lr_scheduler_type'?",
         ),
         ({"zzz": 1}, "unknown option 'trainer.zzz'; the options are those of transformers.TrainingArguments"),
         ({"learning_rate": 1.0}, "trainer.learning_rate is the setting learning_rate of a run"),
@@ -77,7 +77,7 @@ def files(folder: Path) -> set[str]:
         ({"bf16": True}, "give precision instead"),
         ({"save_steps": 5}, "trainer.save_steps is set by the run itself: a run writes a checkpoint at every"),
         ({"hub_token": "hf_secret"}, "log in with `hf auth login` instead; leave it out"),
-        ({"lr_scheduler_type": "cosin"}, "trainer.lr_scheduler_type is 'cosin'; did you mean cosine?"),
+        ({"lr_scheduler_type": "cosin"}, "trainer.lr_scheduler_type is 'cosin'; did you mean 'cosine'?"),
         ({"optim": 3}, "trainer.optim is 3; "),
         ({"gradient_accumulation_steps": "two"}, "must be a whole number, not 'two'"),
         ({"gradient_accumulation_steps": 2.5}, "must be a whole number, not 2.5"),
@@ -91,7 +91,7 @@ def files(folder: Path) -> set[str]:
         ({"eval_strategy": "no"}, "trainer.eval_strategy cannot be no"),
         ({"eval_strategy": "steps"}, "trainer.eval_strategy steps needs trainer.eval_steps"),
         ({"eval_strategy": "epoch", "eval_steps": 5}, "goes with trainer.eval_strategy steps, not epoch"),
-        ({"report_to": "wandbb"}, "trainer.report_to names 'wandbb'; did you mean wandb?"),
+        ({"report_to": "wandbb"}, "trainer.report_to names 'wandbb'; did you mean 'wandb'?"),
         ({"report_to": ["tensorboard", "board"]}, "trainer.report_to names 'board'"),
         ({"push_to_hub": True}, "trainer.push_to_hub needs trainer.hub_model_id"),
         ({"hub_strategy": "all_checkpoints"}, "trainer.hub_strategy cannot upload checkpoints"),
@@ -376,7 +376,7 @@ def test_a_sweep_is_narrowed_and_changed_by_options(tmp_path: Path, capsys: pyte
     assert "runs      2\n" in capsys.readouterr().out
     for more, said in (
         (["--trainer.warmup_steps", "7"], "no run that is left has the trainer.warmup_steps '7'; there is 0; 4"),
-        (["--trainer.optimm", "sgd"], "unknown option 'trainer.optimm'; did you mean optim?"),
+        (["--trainer.optimm", "sgd"], "unknown option 'trainer.optimm'; did you mean 'optim'?"),
         (["--pack", "2"], "trainer (optim, lr_scheduler_type, warmup_steps) and a pack exclude each other"),
         (["--method.lora.rank", "2"], "--method.lora.rank"),
     ):

@@ -158,7 +158,7 @@ def test_without_a_dropout_no_dropout_is_called(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_dropped_updates_train_in_a_checkpointed_pass() -> None:
-    """What is computed again in the backward pass drops the same numbers."""
+    """The second computation, in the backward pass, drops the same numbers."""
     grads = []
     for checkpointed in (False, True):
         torch.manual_seed(0)

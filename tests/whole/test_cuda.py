@@ -1,4 +1,4 @@
-"""What must hold on a GPU: the same numbers as on a CPU, in every way that a model is used.
+"""Tests for a GPU: the same numbers as on a CPU, in every way that a model is used.
 
 `.ci/gpu` runs these on a GPU. Elsewhere they run on the CPU, so that they are known to work before a GPU is at hand.
 `UNIPELT_DEVICE` names the device.
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_cpu(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "bart", "gpt2", "llama"])
 def test_half_precision_is_near(family: str) -> None:
-    """What trains is float32 over a base in bfloat16."""
+    """Trained parameters are float32 over a base in bfloat16."""
     model, batch = made(family), tiny_batch(family)
     want = logits(model, batch)
     half: Any = unipelt.inject(tiny_model(family).to(torch.bfloat16), method_for(family))

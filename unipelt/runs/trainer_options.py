@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
@@ -10,7 +9,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from unipelt.config.schema import ConfigError
-from unipelt.files.messages import show
+from unipelt.files.messages import show, suggest
 
 OURS = {
     "output_dir": "output_dir",
@@ -201,7 +200,6 @@ def _check_together(options: Mapping[str, Any]) -> None:
 
 
 def _guess(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
     if len(known) > 20:
-        return f"did you mean {near[0]}?" if near else "the options are those of transformers.TrainingArguments"
-    return f"{f'did you mean {near[0]}? ' if near else ''}possible are {', '.join(known)}"
+        return suggest(name, known, "the options are those of transformers.TrainingArguments")
+    return f"{suggest(name, known)} possible are {', '.join(known)}".lstrip()
