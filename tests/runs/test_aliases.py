@@ -82,7 +82,7 @@ def test_names_in_files() -> None:
         ("--max_eval_samples 20", "max_eval_samples is dev_samples here, which has no effect without train_samples"),
         ("--trust_remote_code", "trust_remote_code is not taken: code from the hub is never run"),
         ("--save_steps=500", "save_steps is not taken: a checkpoint is written at every evaluation"),
-        ("--lr_scheduler_type cosin", "trainer.lr_scheduler_type is 'cosin'; did you mean cosine?"),
+        ("--lr_scheduler_type cosin", "trainer.lr_scheduler_type is 'cosin'; did you mean 'cosine'?"),
     ],
 )
 def test_what_is_refused(words: str, sentence: str) -> None:
