@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         PromptConfig,
         REDConfig,
         SubmoduleConfig,
+        TokensConfig,
         UniPELTConfig,
     )
     from unipelt.config.presets import PRESETS, resolve
@@ -95,6 +96,7 @@ else:
             "Spot": "unipelt.submodules.register",
             "Stack": "unipelt.hosts.description",
             "SubmoduleConfig": "unipelt.config.methods",
+            "TokensConfig": "unipelt.config.methods",
             "TargetInfo": "unipelt.submodules.register",
             "Tasks": "unipelt.multitask.tasks",
             "UniPELTConfig": "unipelt.config.methods",
@@ -166,6 +168,7 @@ __all__ = [
     "SubmoduleConfig",
     "TargetInfo",
     "Tasks",
+    "TokensConfig",
     "UniPELTConfig",
     "describe",
     "disable",

@@ -19,6 +19,7 @@ from unipelt.injection.state import injection_of
 from unipelt.submodules.lora import LoRA, low_rank_factors
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.room import PlacedTerm, layer_sets, own_parts, placed_terms
+from unipelt.submodules.token_rows import TokenRows
 
 
 class MergeError(ValueError):
@@ -32,8 +33,8 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         plain.save_pretrained("plain")  # AutoModel, pipelines and converters read it
 
     LoRA of every kind (DoRA, PiSSA), IA3 and RED are merged if they have no gate; `unipelt.fold` replaces gates that
-    hardly vary by constants, and merges their LoRA. Trained biases and the head are already in the model. Sums are
-    computed in float32 and rounded once to the type of the weight.
+    hardly vary by constants, and merges their LoRA. Trained tokens become rows of the vocabulary. Trained biases and
+    the head are already in the model. Sums are computed in float32 and rounded once to the type of the weight.
 
     Merging cannot be undone: to keep the submodules, save the model with `unipelt.save` first.
 
@@ -59,6 +60,9 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
             host.weight.copy_(weight)
             if bias is not None:
                 host.bias.copy_(bias)
+        table: Any = model.get_input_embeddings()
+        for rows in (module for module in model.modules() if isinstance(module, TokenRows)):
+            table.weight[rows.ids] = rows.embedding.to(table.weight)
     flags = injection.required_grad
     strip(model)
     for name, parameter in model.named_parameters():

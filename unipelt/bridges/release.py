@@ -114,6 +114,8 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
         raise CheckpointError("the release saves the prefix's network, which this deployed model no longer has")
     if more := injection_of(model).config.more:
         raise CheckpointError(f"the release has adapter, prefix, LoRA and their gates, and this model {more[0].name!r}")
+    if injection_of(model).config.tokens is not None:
+        raise CheckpointError("the release trains no embeddings of tokens, and this model does")
     if injection_of(model).config.prompt is not None:
         raise CheckpointError("the release has adapter, prefix, LoRA and their gates, and this model a prompt")
     prefix, lora = injection_of(model).config.prefix, injection_of(model).config.lora

@@ -134,6 +134,8 @@ def _parts(config: UniPELTConfig) -> str:
     parts += [f"gated {part.name}" if part.gate else part.name for part in config.more]
     if config.bitfit:
         parts.append("BitFit")
+    if config.tokens is not None:
+        parts.append("trained tokens")
     return " + ".join(parts) or "head only"
 
 

@@ -82,8 +82,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if values.get("trainable_token_indices"):
         raise CheckpointError(
-            f"{show_path(folder)} holds single rows of the embeddings (trainable_token_indices), which this library "
-            "does not train; load it with PEFT"
+            f"{show_path(folder)} holds single rows of the embeddings (trainable_token_indices), which PEFT "
+            "trained beside the method; load it with PEFT"
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         if (folder / _PICKLE).is_file():
@@ -196,6 +196,8 @@ def find_uncarried(config: UniPELTConfig) -> str | None:
                 f"{name} trains {what}, and PEFT has no place for a second value of those; use unipelt.inject and "
                 "unipelt.save"
             )
+    if config.tokens is not None:
+        return "tokens trains rows of the vocabulary, and PEFT has trainable_token_indices for those; leave tokens out"
     return None if config.has_submodules else "this method adds nothing to a model, so PEFT has nothing to carry"
 
 

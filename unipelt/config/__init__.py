@@ -14,6 +14,7 @@ from unipelt.config.methods import (
     PromptConfig,
     REDConfig,
     SubmoduleConfig,
+    TokensConfig,
     UniPELTConfig,
 )
 from unipelt.config.presets import PRESETS, resolve
@@ -35,6 +36,7 @@ __all__ = [
     "PromptConfig",
     "REDConfig",
     "SubmoduleConfig",
+    "TokensConfig",
     "UniPELTConfig",
     "resolve",
 ]

@@ -193,6 +193,29 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
+class TokensConfig:
+    """The embeddings of single tokens, trained while the rest of the vocabulary is frozen.
+
+    Where the output head shares the weight of the embedding, the same rows give the logits of these tokens. PEFT calls
+    this trainable tokens.
+
+    Attributes:
+        ids: the numbers of the tokens: a list, a `range`, or a text such as "30522-30524" (both ends included). An
+            empty list means the rows that the model has beyond those of its base (`resize_token_embeddings`).
+    """
+
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.ids and min(self.ids) < 0:
+            raise ConfigError(f"ids must be numbers of tokens, from 0, not {show(min(self.ids))}")
+        if len(set(self.ids)) != len(self.ids):
+            raise ConfigError("ids names a token twice")
+        object.__setattr__(self, "ids", tuple(sorted(self.ids)))
+
+
+@dataclass(frozen=True)
 class SubmoduleConfig:
     """The base class for configurations of further submodules, also of those from `unipelt.register_submodule`.
 
@@ -369,6 +392,7 @@ class UniPELTConfig:
         decoder: whether causal layers have submodules in their self-attention and feed-forward network.
         cross: whether a decoder's cross-attention has submodules: a prefix, LoRA, and terms of its projections.
         prompt: the learned vectors before the text, in models with one stack. `layers` has no effect on the prompt.
+        tokens: the tokens whose embeddings train; `None` trains none.
         dtype: the type of the added parameters. `float32` keeps them in at least float32, also if the base model has
             half precision, where rounding would remove small steps. `base` is the type of the base model.
         more: further submodules, at most one of each kind. In a dict or a file each has its own key, its name:
@@ -388,6 +412,7 @@ class UniPELTConfig:
     cross: bool = True
     more: tuple[SubmoduleConfig, ...] = ()
     prompt: PromptConfig | None = omitted_if_default(None)  # noqa: RUF009 - a field, as elsewhere
+    tokens: TokensConfig | None = omitted_if_default(None)  # noqa: RUF009 - a field, as elsewhere
     dtype: Literal["float32", "base"] = omitted_if_default("float32")
 
     def __post_init__(self) -> None:
@@ -416,7 +441,7 @@ class UniPELTConfig:
 
     def part(self, name: str) -> Any:
         """Return the configuration of the submodule of this name, or None without such a submodule."""
-        if name in ("adapter", "prefix", "lora", "prompt"):
+        if name in ("adapter", "prefix", "lora", "prompt", "tokens"):
             return getattr(self, name)
         return next((part for part in self.more if part.name == name), None)
 

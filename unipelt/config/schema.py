@@ -98,7 +98,7 @@ def _indices(value: range | str, where: str) -> list[int]:
     """Return the integers of a range, or of a text such as "6-11" with both ends included."""
     if isinstance(value, range):
         return list(value)
-    match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", value)
+    match = re.fullmatch(r"(\d{1,6})-(\d{1,6})", value)
     if match is None:
         raise ConfigError(f'{where} must be a list of integers or text such as "0-5", not {show(value)}')
     return list(range(int(match[1]), int(match[2]) + 1))

@@ -19,6 +19,7 @@ from unipelt.hosts.quantised import is_quantised, template_for
 from unipelt.injection.attach_terms import Plan, build_adapter, build_entry_low_rank, build_low_rank, build_term
 from unipelt.injection.hooks import put
 from unipelt.injection.prompt_hooks import end_prompt, enter_prompt, leave_prompt
+from unipelt.injection.token_hooks import wire_tokens
 from unipelt.injection.wire import wire_layer, wire_stack
 from unipelt.submodules.entry import Entry, Rows
 from unipelt.submodules.forward_pass import Passes
@@ -27,6 +28,7 @@ from unipelt.submodules.prefix import NETWORK_NAMES, Prefix, PrefixNetwork
 from unipelt.submodules.prompt import Prompt, embeds_text
 from unipelt.submodules.room import DEFAULT, ROOM, ForwardArgument, Room, StackSet, SubmoduleSet, Wiring
 from unipelt.submodules.term import SharedParameters, Term
+from unipelt.submodules.token_rows import TokenRows
 
 
 @dataclass(frozen=True)
@@ -313,3 +315,15 @@ def _check_prompt_gate(prompt: PromptConfig, gate: GateConfig, found: StackTarge
             f"a prompt's gate with gate.pooling: {gate.pooling} averages over a text, and a causal "
             f"{type(entry).__name__} would see the future; take gate.pooling: static, or prompt.gate: false"
         )
+
+
+# Trained tokens
+
+
+def install_tokens(model: PreTrainedModel, rows: TokenRows, name: str = DEFAULT) -> None:
+    """Put trained rows of the vocabulary into the room of the base model, and wire the modules that hold them."""
+    room = room_of(model.base_model, None)
+    if name not in room:
+        room[name] = StackSet()
+    room[name].add_module("tokens", rows.train(model.training))
+    wire_tokens(model, room)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from unipelt.config.methods import UniPELTConfig
 from unipelt.hosts.locate import find_stacks
 from unipelt.injection.attach import build, build_prompt
+from unipelt.injection.token_hooks import build_tokens, with_token_ids
 from unipelt.submodules.room import DEFAULT, ROOM
 
 
@@ -45,6 +46,10 @@ def draft(model: PreTrainedModel, config: UniPELTConfig, deployed: bool) -> list
         holder = nn.Module()
         holder.add_module("prompt", prompt)
         found.append(Draft(paths[entry], holder))
+    if config.tokens is not None:
+        rows = nn.Module()
+        rows.add_module("tokens", build_tokens(model, with_token_ids(model, config), device="meta"))
+        found.append(Draft(paths[model.base_model], rows))
     return found
 
 

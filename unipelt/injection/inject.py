@@ -13,10 +13,11 @@ from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.hosts.quantised import find_obstacle
 from unipelt.hosts.vocabulary import resized_vocabulary
-from unipelt.injection.attach import build, build_prompt, install, install_prompt
+from unipelt.injection.attach import build, build_prompt, install, install_prompt, install_tokens
 from unipelt.injection.parameters import bias_names, head_names, kept_names, set_trainable
 from unipelt.injection.precision import widen
 from unipelt.injection.state import Injection, injection_of
+from unipelt.injection.token_hooks import build_tokens, with_token_ids
 from unipelt.injection.wire import check_names, detach
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.outputs import matrix_of
@@ -45,6 +46,7 @@ def inject_as(
     if getattr(model, "unipelt_injection", None) is not None or any(True for _ in rooms(model)):
         raise InjectionError("this model carries submodules already; call unipelt.remove(model) first")
     check_names(model)
+    config = with_token_ids(model, config)
     stacks = find_stacks(model, config) if config.has_submodules else []
     injection = Injection(
         config=config,
@@ -65,6 +67,8 @@ def inject_as(
             install(model, build(model, found, config, deployed), config)
         if config.prompt is not None:
             install_prompt(model, stacks[0], *build_prompt(model, stacks[0], config))
+        if config.tokens is not None:
+            install_tokens(model, build_tokens(model, config))
         set_trainable(model, injection)
         if config.bitfit and not bias_names(model) - injection.head:
             raise InjectionError(f"bitfit trains biases, and this {type(model).__name__} has none")

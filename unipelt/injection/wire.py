@@ -24,7 +24,7 @@ from unipelt.injection.hooks import (
 )
 from unipelt.submodules.room import ROOM, Port, SubmoduleSet, rooms
 
-NAMES = (ROOM, "unipelt_port", "unipelt_layer", "unipelt_prompt", "unipelt_chunk_size")
+NAMES = (ROOM, "unipelt_port", "unipelt_layer", "unipelt_prompt", "unipelt_tokens", "unipelt_chunk_size")
 """Names of the attributes that modules of the model get; `detach` removes all of them."""
 
 
@@ -123,7 +123,7 @@ def _release(module: Any) -> None:
 def _unwire(module: Any) -> None:
     """Remove all that was added to a module, and restore its former attributes."""
     _release(module)
-    for name in ("unipelt_layer", "unipelt_prompt"):
+    for name in ("unipelt_layer", "unipelt_prompt", "unipelt_tokens"):
         module.__dict__.pop(name, None)
     if "unipelt_chunk_size" in module.__dict__:
         module.chunk_size_feed_forward = module.__dict__.pop("unipelt_chunk_size")

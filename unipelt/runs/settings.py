@@ -197,7 +197,11 @@ class TrainingSettings:
         if not rates:
             return
         config = self.config
-        parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
+        parts = [
+            name
+            for name in ("adapter", "prefix", "lora", "prompt", "tokens", *SUBMODULES)
+            if config.part(name) is not None
+        ]
         known = dict.fromkeys(parts)
         if any(getattr(config.part(name), "gate", False) for name in parts):
             known["gate"] = None

@@ -1,7 +1,7 @@
 """The room of a layer: one child module that holds everything that was added to the layer, as named sets.
 
-A stack also has a room. This room holds the modules that the layers share (prefix networks, shared parameters) and the
-prompt.
+A stack also has a room. This room holds the modules that the layers share (prefix networks, shared parameters), the
+prompt, and the trained tokens.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class StackSet(nn.Module):
     """Everything that one method adds to a stack as a whole.
 
     The children are `prefix_network`, `cross_prefix_network`, `NAME_shared` (the shared parameters of the submodule
-    NAME) and `prompt`. A child exists only if the method uses it.
+    NAME), `prompt` and `tokens`. A child exists only if the method uses it.
     """
 
 

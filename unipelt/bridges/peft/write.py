@@ -132,7 +132,7 @@ def _method(config: UniPELTConfig) -> str:
 
 _METHODS = {"LORA": ("LoRA", "lora"), "IA3": ("(IA)3", "ia3"), "PROMPT_TUNING": ("a prompt", "prompt")}
 """By PEFT's name of a method: its name in messages, and its kind of submodule in this package."""
-_OTHERS = {"adapter": "an adapter", "prefix": "a prefix", "prompt": "a prompt"}
+_OTHERS = {"adapter": "an adapter", "prefix": "a prefix", "prompt": "a prompt", "tokens": "trained tokens"}
 """Names in messages of the other kinds; a kind that is not listed keeps its name."""
 
 
@@ -183,8 +183,8 @@ def _added(model: PreTrainedModel) -> list[tuple[str, str, Any]]:
         if part.prefix is not None:
             found.append((join(layer, part.wiring.attention), "prefix", "prefix", part.prefix))
     for own in own_parts(model):
-        if own.part.kind == "prompt":
-            found.append((own.room.rpartition(".")[0], "prompt", "prompt", model.get_submodule(own.path)))
+        if own.part.kind in ("prompt", "tokens"):
+            found.append((own.room.rpartition(".")[0], own.part.kind, own.part.kind, model.get_submodule(own.path)))
     found.sort(key=lambda one: order[one[0]])
     return [(join(host, name), kind, module) for host, name, kind, module in found]
 

@@ -278,6 +278,8 @@ def _add(model: PreTrainedModel, chosen: Any, name: str, *, first: bool, device:
     plain = {plain_name(one) for one in (head_names(model) if first else injection_inside(model).head)}
     if chosen.head is None:
         chosen.head = module_paths(plain) if config.train_head else []
+    if config.tokens is not None:
+        raise InjectionError("PEFT trains tokens itself: leave tokens out, and set trainable_token_indices beside it")
     if obstacle := find_obstacle(model, config, plain):
         raise InjectionError(obstacle)
     stacks = find_stacks(model, config)
