@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from transformers import PreTrainedModel
 
-from unipelt.config.methods import UniPELTConfig
+from unipelt.config.subsets import narrowed, refusal_of_select, submodule_names
 from unipelt.files.messages import show
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
 from unipelt.injection.reinject import own_values, reinject
@@ -76,26 +76,6 @@ class SelectReport:
         )
 
 
-def submodule_names(config: UniPELTConfig) -> tuple[str, ...]:
-    """Return the names of the submodules of a configuration: adapter, prefix, lora, prompt and the further ones."""
-    names = ("adapter", "prefix", "lora", "prompt", *(part.name for part in config.more))
-    return tuple(name for name in names if config.part(name) is not None)
-
-
-def check_selectable(config: UniPELTConfig) -> None:
-    """Raise `SelectError` for a configuration whose submodules cannot be chosen from."""
-    names = submodule_names(config)
-    if len(names) < 2:
-        raise SelectError(
-            f"select chooses between two submodules or more, and this method has {', '.join(names) or 'none'}"
-        )
-    if config.gate.activation == "softmax":
-        raise SelectError(
-            "select removes submodules, and with gate.activation: softmax that changes the gates of the others; take "
-            "sigmoid or tanh"
-        )
-
-
 def select(model: PreTrainedModel, evaluate: Callable[[PreTrainedModel], float]) -> SelectReport:
     """Choose the best subset of the submodules of a trained model by a score, and remove the others, in place.
 
@@ -124,7 +104,8 @@ def select(model: PreTrainedModel, evaluate: Callable[[PreTrainedModel], float])
         ValueError: the model carries no submodules, or PEFT holds them.
     """
     injection = injection_of(model)
-    check_selectable(injection.config)
+    if problem := refusal_of_select(injection.config):
+        raise SelectError(problem)
     _check_model(model)
     names, config = submodule_names(injection.config), injection.config
     values, before, training = own_values(model), parameter_counts(model), model.training
@@ -132,7 +113,7 @@ def select(model: PreTrainedModel, evaluate: Callable[[PreTrainedModel], float])
 
     def score(subset: tuple[str, ...]) -> float:
         if subset not in scored:
-            reinject(model, _narrowed(config, subset), values)
+            reinject(model, narrowed(config, subset), values)
             model.eval()
             with torch.no_grad():
                 found = evaluate(model)
@@ -145,7 +126,7 @@ def select(model: PreTrainedModel, evaluate: Callable[[PreTrainedModel], float])
     try:
         chosen = _best(names, score)
     finally:
-        reinject(model, _narrowed(config, chosen), values)
+        reinject(model, narrowed(config, chosen), values)
         model.train(training)
     return SelectReport(
         tuple(ScoredSubset(subset, value) for subset, value in scored.items()),
@@ -179,16 +160,6 @@ def _subsets(names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 def _first_best(subsets: Sequence[tuple[str, ...]], score: Callable[[tuple[str, ...]], float]) -> tuple[str, ...]:
     scores = [score(subset) for subset in subsets]
     return max(zip(subsets, scores, strict=True), key=lambda pair: (pair[1], -len(pair[0])))[0]
-
-
-def _narrowed(config: UniPELTConfig, names: Sequence[str]) -> UniPELTConfig:
-    """Return the configuration with only the submodules of these names."""
-    parts = {name: getattr(config, name) if name in names else None for name in ("adapter", "prefix", "lora", "prompt")}
-    more = tuple(part for part in config.more if part.name in names)
-    layered = more or any(parts[name] is not None for name in ("adapter", "prefix", "lora"))
-    # dropout is for the submodules of layers, and a configuration without any refuses it
-    gate = config.gate if layered else replace(config.gate, dropout=0.0, dropout_by="batch")
-    return replace(config, **parts, more=more, gate=gate)
 
 
 def _check_model(model: PreTrainedModel) -> None:
