@@ -43,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(home: Path, out: Path, **changes: Any) -> RunSettings:
-    return RunSettings(**quick(home, output_dir=str(out), **{"epochs": 3, **changes}))
+    return RunSettings(**quick(home, output_dir=str(out), **{"epochs": 3, "method": "unipelt-al-nogate", **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_older_digests_stay_and_options_and_grids_set_it(home: Path, tmp_path: P
 # Runs
 
 
-@pytest.mark.parametrize("average", [{"last": 2}, {"ema": 0.9}], ids=str)
+@pytest.mark.parametrize("average", [{"last": 2}, pytest.param({"ema": 0.9}, marks=pytest.mark.slow)], ids=str)
 def test_the_average_is_a_candidate_beside_the_epochs(
     home: Path,
     tmp_path: Path,
@@ -210,9 +210,10 @@ def stop_after(steps: int, owner: Any, name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("average", "method", "moment"),
     [
-        ({"last": 2}, "unipelt-apl", 9),
-        ({"ema": 0.8}, "fine-tuning", 9),
-        ({"ema": 0.8}, "unipelt-apl", "end"),
+        pytest.param({"last": 2}, "unipelt-apl", 9, marks=pytest.mark.slow),
+        pytest.param({"ema": 0.8}, "fine-tuning", 9, marks=pytest.mark.slow),
+        ({"ema": 0.8}, "unipelt-al-nogate", 9),
+        pytest.param({"last": 2}, "unipelt-al-nogate", "end", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -245,6 +246,7 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [{"last": 2}, {"ema": 0.8}], ids=str)
 def test_in_a_pack_and_on_after_a_kill(
     still: Path, tmp_path: Path, average: dict[str, float], monkeypatch: pytest.MonkeyPatch
@@ -274,10 +276,11 @@ def test_in_a_pack_and_on_after_a_kill(
             assert whole["selected"]["chosen"] == alone["selected"]["chosen"]
 
 
+@pytest.mark.slow
 def test_the_chosen_submodules_are_tested_and_saved(home: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     out = tmp_path / "run"
-    record = run(settings(home, out, select=True, average={"last": 2}), lines.append)
+    record = run(settings(home, out, select=True, average={"last": 2}, method="unipelt-apl"), lines.append)
     chosen = record["selected"]
     assert len(chosen["subsets"]) == 7
     scores = {tuple(one["submodules"]): one["dev"]["metrics"]["accuracy"] for one in chosen["subsets"]}
@@ -306,15 +309,30 @@ def run_counts(home: Path) -> unipelt.ParameterCounts:
     return unipelt.parameter_counts(unipelt.inject(base, "unipelt-apl"))
 
 
+def test_a_choice_between_two_leaves_the_best(home: Path, tmp_path: Path, plain: tuple[dict[str, Any], Path]) -> None:
+    record = run(settings(home, tmp_path / "run", select=True), quiet)
+    assert record["evaluations"] == plain[0]["evaluations"]
+    subsets = {tuple(one["submodules"]): one["dev"] for one in record["selected"]["subsets"]}
+    assert [*subsets] == [("adapter", "lora"), ("adapter",), ("lora",)]
+    assert subsets["adapter", "lora"] == plain[0]["dev"]
+    chosen = tuple(record["selected"]["chosen"])
+    assert record["dev"] == subsets[chosen]
+    assert subsets[chosen]["metrics"]["accuracy"] == max(dev["metrics"]["accuracy"] for dev in subsets.values())
+    model = unipelt.from_pretrained(tmp_path / "run" / "model")
+    assert unipelt.parameter_counts(model).submodules.keys() == set(chosen)
+    assert ("without" in summary(record, "")) == (len(chosen) == 1)
+
+
+@pytest.mark.slow
 def test_a_report_names_what_differs(home: Path, tmp_path: Path, plain: tuple[dict[str, Any], Path]) -> None:
     runs = tmp_path / "runs"
     run(settings(home, runs / "average", average={"last": 2}), quiet)
     run(settings(home, runs / "select", select=True), quiet)
-    dropped = {"preset": "unipelt-apl", "gate": {"dropout": 0.2}}
+    dropped = {"preset": "unipelt-al-nogate", "gate": {"dropout": 0.2}}
     run(settings(home, runs / "dropout", method=dropped), quiet)
     (runs / "plain").mkdir()
     (runs / "plain" / "result.json").write_text((plain[1] / "result.json").read_text())
     write_report(runs, tmp_path / "report")
     page = next((tmp_path / "report").glob("*.md")).read_text(encoding="utf-8")
-    for words in ("average.last=2", "select=true", "unipelt-apl, gate.dropout=0.2"):
+    for words in ("average.last=2", "select=true", "unipelt-al-nogate, gate.dropout=0.2"):
         assert words in page, words

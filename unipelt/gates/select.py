@@ -124,7 +124,7 @@ def select(model: PreTrainedModel, evaluate: Callable[[PreTrainedModel], float])
 
     chosen = names
     try:
-        chosen = _best(names, score)
+        chosen = best_subset(names, score)
     finally:
         reinject(model, narrowed(config, chosen), values)
         model.train(training)
@@ -137,7 +137,7 @@ def select(model: PreTrainedModel, evaluate: Callable[[PreTrainedModel], float])
     )
 
 
-def _best(names: tuple[str, ...], score: Callable[[tuple[str, ...]], float]) -> tuple[str, ...]:
+def best_subset(names: tuple[str, ...], score: Callable[[tuple[str, ...]], float]) -> tuple[str, ...]:
     """Return the subset with the best score. Of equal scores the smaller subset wins."""
     if len(names) <= MOST_EXHAUSTIVE:
         return _first_best([*_subsets(names)], score)
