@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from unipelt.gates.fold import FoldedGate, FoldReport, fold
     from unipelt.gates.measure import FoldError
     from unipelt.gates.record import GateRecord, gate_penalty, record_gates
+    from unipelt.gates.select import SelectError, SelectReport, select
     from unipelt.hosts.describe import DescribeError, describe
     from unipelt.hosts.description import Attention, Family, Stack
     from unipelt.hosts.families import register_family
@@ -94,6 +95,8 @@ else:
             "RED": "unipelt.submodules.red",
             "REDConfig": "unipelt.config.methods",
             "Spot": "unipelt.submodules.register",
+            "SelectError": "unipelt.gates.select",
+            "SelectReport": "unipelt.gates.select",
             "Stack": "unipelt.hosts.description",
             "SubmoduleConfig": "unipelt.config.methods",
             "TokensConfig": "unipelt.config.methods",
@@ -126,6 +129,7 @@ else:
             "resolve": "unipelt.config.presets",
             "save": "unipelt.checkpoint.save",
             "save_peft": "unipelt.bridges.peft",
+            "select": "unipelt.gates.select",
             "to_peft": "unipelt.bridges.peft_socket",
         },
     )
@@ -164,6 +168,8 @@ __all__ = [
     "Prompt",
     "PromptConfig",
     "REDConfig",
+    "SelectError",
+    "SelectReport",
     "Stack",
     "SubmoduleConfig",
     "TargetInfo",
@@ -196,5 +202,6 @@ __all__ = [
     "resolve",
     "save",
     "save_peft",
+    "select",
     "to_peft",
 ]

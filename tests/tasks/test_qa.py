@@ -455,10 +455,15 @@ def test_a_run_learns_and_the_best_epoch_is_kept(home: Path, tmp_path: Path) -> 
     assert record["test"]["metrics"]["f1"] > 0.9
 
 
-def test_options_of_trainer_and_rates_of_parts(home: Path, tmp_path: Path) -> None:
+def test_options_of_trainer_rates_of_parts_and_the_last_choices(home: Path, tmp_path: Path) -> None:
     trainer = {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "eval_steps": 2}
-    chosen = settings(home, output_dir=str(tmp_path / "out"), trainer=trainer, rates={"head": 1e-3}, method="lora")
+    given = {"trainer": trainer, "rates": {"head": 1e-3}, "average": {"last": 2}, "select": True}
+    chosen = settings(home, output_dir=str(tmp_path / "out"), method="unipelt-al", **given)
     record = run(chosen, prepare, lambda line: None)
+    assert record["average"]["steps"] == [item["step"] for item in record["evaluations"]][-2:]
+    assert len(record["selected"]["subsets"]) == 3
+    scores = [one["dev"]["metrics"]["f1"] for one in record["selected"]["subsets"]]
+    assert record["dev"]["metrics"]["f1"] == max(scores) >= record["selected"]["subsets"][0]["dev"]["metrics"]["f1"]
     assert record["evaluations"][0]["step"] == 2
     assert record["settings"]["trainer"] == trainer
     assert record["settings"]["rates"] == {"head": 1e-3}

@@ -63,6 +63,8 @@ SIZES = {
     "evidence-gte-k500.yaml": (40, 8),
     "evidence-gte-epochs.yaml": (10, 2),
     "evidence-gte-frozen-heads.yaml": (30, 6),
+    "evidence-gte-dropout.yaml": (200, 20),
+    "evidence-gte-average.yaml": (300, 30),
 }
 
 
@@ -241,6 +243,7 @@ def test_a_sweep_changes_nothing_but_task_size_method_and_seed(name: str) -> Non
         free += ["model", "model_sha256"]
     if name.startswith("evidence-"):
         free += [key for key in read_mapping(FOLDER / "evidence.yaml") if key != "base"]
+    free += ["average"] if name == "evidence-gte-average.yaml" else []
     for settings in runs_of(name):
         changed = [item.name for item in fields(settings) if getattr(settings, item.name) != item.default]
         assert set(changed) <= set(free)
@@ -393,6 +396,23 @@ def test_variants_have_the_learning_rate_of_all_gates(model: str) -> None:
     assert {settings.learning_rate for settings in runs_of(f"evidence-{model}variants.yaml")} == {
         evidence_rates(model)["unipelt-apl"]
     }
+
+
+def test_dropout_and_averages_are_the_only_differences_from_the_evidence() -> None:
+    """And each is beside the same runs without it."""
+    rates = evidence_rates("gte-")
+    places = {(task, seed) for task in ("stsb", "qqp", "sst2", "qnli", "mnli") for seed in range(6, 16)}
+    for name in ("evidence-gte-dropout.yaml", "evidence-gte-average.yaml"):
+        rows: dict[str, set[tuple[Any, int]]] = {}
+        for settings in runs_of(name):
+            assert settings.learning_rate == rates[settings.method_name.split(",")[0]]
+            assert settings.train_samples == 100
+            row = f"{settings.method_name} {settings.average}"
+            rows.setdefault(row, set()).add((settings.task, settings.seed))
+        assert all(seen == places for seen in rows.values())
+        plain = {row for row in rows if "dropout" not in row and row.endswith("None")}
+        assert len(plain) == 2
+        assert len(rows) == (4 if "dropout" in name else 6)
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -343,6 +343,10 @@ class GateConfig:
         start: the initial value of the gates; by default 0.5 with `sigmoid` and 0 with `tanh`. With `tanh` the weights
             start at zero, so a start of 0 gives exactly the model without submodules. Exceptions are a prefix (footnote
             3) and a prompt, whose vectors of zeros still take attention.
+        dropout: the probability p, in training, that a submodule of a layer (adapter, prefix, LoRA, a further
+            submodule), gated or not, is left out of a pass: `y + d g f(x, y)`, with d = 0 with the probability p and
+            else d = 1. Nothing is rescaled, and evaluation does not change. A prompt is never left out.
+        dropout_by: `batch`: one draw for all examples of a batch. `example`: one draw for each example.
     """
 
     pooling: Literal["masked_mean", "mean", "token", "static"] = "masked_mean"
@@ -352,9 +356,12 @@ class GateConfig:
     activation: Literal["sigmoid", "tanh", "softmax"] = omitted_if_default("sigmoid")
     temperature: float = omitted_if_default(1.0)
     start: float | None = omitted_if_default(None)
+    dropout: float = omitted_if_default(0.0)
+    dropout_by: Literal["batch", "example"] = omitted_if_default("batch")
 
     def __post_init__(self) -> None:
         check_fields(self, "hidden", "temperature")
+        _check_dropout(self.dropout)
         if self.activation == "softmax" and not self.shared:
             raise ConfigError("activation softmax is over the gates of a layer, so it needs shared: true")
         self.check_start("start", self.start)
@@ -424,6 +431,11 @@ class UniPELTConfig:
             self.gate.check_start("prefix.gate_start", self.prefix.gate_start)
         if self.prompt is not None and self.prompt.gate:
             _check_prompt_gate(self.gate)
+        if self.gate.dropout and not (self.adapter or self.prefix or self.lora or self.more):
+            raise ConfigError(
+                "gate.dropout leaves out submodules of layers, and this method has none; leave gate.dropout out, or "
+                "add adapter, prefix, lora or a further submodule"
+            )
         if self.layers is None:
             return
         if not self.layers or min(self.layers) < 0:

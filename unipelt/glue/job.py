@@ -71,6 +71,11 @@ class Job:
         """The metric that chooses the best checkpoint."""
         return self.task.primary
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of the task."""
+        return self.task.metrics
+
 
 @memory_named("data and model were loaded", "free some, or choose a smaller model", RunError)
 def prepare(settings: RunSettings, kept: SharedCache | None = None) -> Job:

@@ -38,9 +38,11 @@ from unipelt.glue.settings import RunSettings
 from unipelt.pack import Pack, PackError, Replica, kept_values, losses
 from unipelt.records.record import RESULT, summary
 from unipelt.runs import folder as place
+from unipelt.runs.averages import WeightAverage
 from unipelt.runs.batches import Batches, text_lengths
 from unipelt.runs.cache import SharedCache, same_memory
 from unipelt.runs.errors import Diverged, RunError, check_losses
+from unipelt.runs.final import finalize
 from unipelt.runs.folder import Progress
 
 _FORMAT = 1  # format of the checkpoints here, which Trainer's runs do not read
@@ -59,6 +61,7 @@ class PackedRun:
         lengths: the number of tokens of each row of the dev set.
         clock: the time of the last call of `spend`, in seconds of `time.monotonic`.
         saved: the time of the last checkpoint, in seconds of `time.monotonic`.
+        average: the average of the replica's rows, or None without one.
     """
 
     job: Job
@@ -81,6 +84,7 @@ class PackedRun:
     clock: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
     batches: Iterator[dict[str, Tensor]] | None = None
+    average: WeightAverage | None = None
 
     @property
     def steps_an_epoch(self) -> int:
@@ -124,6 +128,8 @@ class PackedRun:
         self.scheduler.step()
         self.losses.append((loss, index))
         self.state.global_step += 1
+        if self.average is not None:
+            self.average.after_step({"row": self.replica.row})
 
     def judge(self, logits: Tensor, labels: Tensor) -> None:
         """Enter an evaluation on the dev set with logits (rows, C) and labels (rows,).
@@ -153,6 +159,8 @@ class PackedRun:
             self.best = self.replica.row.clone()
         self.waited = 0 if better else self.waited + 1
         self.losses, self.batches = [], None
+        if self.average is not None:
+            self.average.after_evaluation(state.global_step, {"row": self.replica.row})
         self.log(
             f"epoch {state.epoch:>3.0f}  train loss {train_loss:.4f}  dev loss {loss:.4f}  "
             f"{task.primary} {value:.3f}{'  best so far' if better else ''}"
@@ -168,6 +176,7 @@ class PackedRun:
             for name, tensor in self.optimizer.state.get(leaf, {}).items():
                 tensors[f"{index}.{name}"] = tensor
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content |= {} if self.average is None else self.average.state()
         write_whole(checkpoint / _WEIGHTS, dump_tensors(content))
         self.state.save_to_json(str(checkpoint / "trainer_state.json"))
         state = {"waited": self.waited, "scheduler": self.scheduler.state_dict()}
@@ -182,6 +191,8 @@ class PackedRun:
         tensors = load_file(checkpoint / _WEIGHTS, device=str(self.pack.device))
         self.replica.row.copy_(tensors["row"])
         self.best = tensors["best"]
+        if self.average is not None:
+            self.average.restore(tensors)
         for index, leaf in enumerate(self.replica.parameters):
             # AdamW keeps the count of steps on the CPU
             found = {name: tensors[f"{index}.{name}"] for name in _ADAM if f"{index}.{name}" in tensors}
@@ -209,6 +220,12 @@ class PackedRun:
             with torch.no_grad():
                 for name, tensor in self.replica.tensors(self.best).items():
                     own[name].copy_(tensor)
+            self.spend()
+            final = finalize(
+                *(self.trainer, self.job, self.state, self.average, self.log),
+                tensors=lambda mean: self.replica.tensors(mean["row"]),
+            )
+            self.spend("evaluation")
             record = finish(
                 self.trainer,
                 self.job,
@@ -218,6 +235,7 @@ class PackedRun:
                 self.spend,
                 self.log,
                 packed={"places": places},
+                **final,
             )
             self.log(summary(record, self.folder / RESULT))
         return record
@@ -275,6 +293,7 @@ def sit(
                 log=log,
                 best=replica.row,
                 clock=clock,
+                average=WeightAverage(settings.average) if settings.average else None,
             )
             last = place.newest_checkpoint(folder, _digest(job))
             place.remove_checkpoints(folder, digest=_digest(job))

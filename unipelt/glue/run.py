@@ -106,8 +106,8 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, log: Call
     def make(callbacks: list[TrainerCallback]) -> Trainer:
         return make_trainer(job, folder, materialize(evaluated(job, "dev"), job.device), callbacks)
 
-    trainer, state, spend = train(job, folder, progress, begun, log, make)
-    return finish(trainer, job, folder, state, progress, spend, log)
+    trainer, state, spend, final = train(job, folder, progress, begun, log, make)
+    return finish(trainer, job, folder, state, progress, spend, log, **final)
 
 
 def make_trainer(job: Job, folder: Path, dev: Any, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:

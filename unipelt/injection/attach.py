@@ -21,6 +21,7 @@ from unipelt.injection.hooks import put
 from unipelt.injection.prompt_hooks import end_prompt, enter_prompt, leave_prompt
 from unipelt.injection.token_hooks import wire_tokens
 from unipelt.injection.wire import wire_layer, wire_stack
+from unipelt.submodules.drop import SubmoduleDropout, submodule_dropout
 from unipelt.submodules.entry import Entry, Rows
 from unipelt.submodules.forward_pass import Passes
 from unipelt.submodules.lora import LoRA
@@ -174,7 +175,23 @@ def _fill(
             norm = layer.adapted_path
         else:
             outputs.setdefault(layer.adapted_path, []).append("adapter")
+    built.drop = _dropout(built, target, config.gate)
     built.wiring = _wiring(built, target, outputs, inputs, handed, norm)
+
+
+def _dropout(built: SubmoduleSet, target: AttentionTargets, gate: GateConfig) -> SubmoduleDropout | None:
+    """Give the set's submodules the dropout of the configuration, and return it."""
+    drop = submodule_dropout(gate)
+    if drop is not None and drop.by_example and any(term.once and not term.gate_name for term in built.terms.values()):
+        raise InjectionError(
+            f"{type(target.module).__name__} calls a projection for relative positions too, which all examples share; "
+            "take gate.dropout_by: batch, or lora.gate: true"
+        )
+    if built.prefix is not None:
+        built.prefix.drop = drop
+    for term in built.terms.values():
+        term.drop = drop
+    return drop
 
 
 def _wiring(
@@ -193,9 +210,10 @@ def _wiring(
             "(prefix.softmax: shared), or unipelt-al, which has no prefix"
         )
     reads_mask = lengthens or built.averages
+    counts = built.drop is not None and built.drop.by_example
     return Wiring(
         attention=described.path,
-        hidden=_argument(target.module, described.hidden) if reads_mask else None,
+        hidden=_argument(target.module, described.hidden) if reads_mask or counts else None,
         mask=_argument(target.module, described.mask) if reads_mask else None,
         bias=_argument(target.module, described.bias) if lengthens else None,
         truth_values=described.mask_is_truth_values,

@@ -79,9 +79,11 @@ def _attend(
         return function(module, query, key, value, mask, **kwargs)
     find_cache(kwargs)  # refuses an unknown cache, in which an attention function would store the prefix as text
     gate, both = _gate_of_prefix(part, prefix, now), prefix.by_head(now.facts, key.shape[1])
+    keep = prefix.keep(now.attention(part.key), len(query), query)
     if prefix.gating == "added":
         output, weights = function(module, query, key, value, mask, **kwargs)
-        return output + prefix.attention(both, query, gate, **kwargs), weights
+        added = prefix.attention(both, query, gate, **kwargs)
+        return output + (added if keep is None else added * keep[:, :, None, None]), weights
     bias: Tensor | None = kwargs.get("position_bias")
     tokens = query.shape[2]
     if mask is None and name == "sdpa" and tokens > 1 and is_causal(module, kwargs):
@@ -99,7 +101,7 @@ def _attend(
         query,
         torch.cat([before, key], dim=2),
         torch.cat([in_front, value], dim=2),
-        prefix.columns(mask, key.dtype, keys, gate, now.facts),
+        prefix.columns(mask, key.dtype, keys, gate, now.facts, keep),
         **kwargs,
     )
 
@@ -138,7 +140,9 @@ def lengthen_text(
     both = prefix.by_head(now.facts, 1).squeeze(1)
     rows = prefix.scaled(both, len(hidden), hidden.dtype, gate)
     pass_.inserted.update(zip((wiring.keys, wiring.values), rows, strict=True))
-    mask = prefix.columns(mask, hidden.dtype, hidden.shape[1], gate, now.facts)
+    pass_.batch = len(hidden)
+    keep = prefix.keep(pass_, len(hidden), hidden)
+    mask = prefix.columns(mask, hidden.dtype, hidden.shape[1], gate, now.facts, keep)
     if mask is not None and mask.shape[2] > 1:
         mask = nn.functional.pad(mask, (0, 0, length, 0))
     changed, named = list(args), dict(kwargs)

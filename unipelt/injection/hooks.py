@@ -117,7 +117,10 @@ def leave_layer(layer: Any, args: tuple[Any, ...], output: Any) -> None:
 
 @hook("enter")
 def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Begin the pass of an attention, and read its mask for gates that average over all tokens except padding."""
+    """Begin the pass of an attention; read the number of its examples, and its mask for gates that average over tokens.
+
+    The gates average over all tokens except padding.
+    """
     port: Port = attention.unipelt_port
     now = port.room[0].passes.current_or_recomputed()
     if now is None:
@@ -127,13 +130,16 @@ def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         if part is None:
             continue
         now.attentions.pop(part.key, None)
+        if part.wiring.hidden is None:
+            continue
+        batch = len(part.wiring.hidden.read(args, kwargs))
+        if rows is not None:
+            batch = rows.counts[index] * (batch // sum(rows.counts))
+        now.attention(part.key).batch = batch
         if part.wiring.averages:
             assert part.wiring.mask is not None
-            assert part.wiring.hidden is not None
-            mask, batch = part.wiring.mask.read(args, kwargs), len(part.wiring.hidden.read(args, kwargs))
-            if rows is not None:
-                mask, batch = split_mask(mask, now.facts)[index], rows.counts[index] * (batch // sum(rows.counts))
-            note_mask(part, now, mask, batch)
+            mask = part.wiring.mask.read(args, kwargs)
+            note_mask(part, now, mask if rows is None else split_mask(mask, now.facts)[index], batch)
 
 
 def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> AttentionPass:

@@ -67,7 +67,7 @@ def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
             put(attention, shorten_text)
             put(port(wiring.keys), insert_prefix)
             put(port(wiring.values), insert_prefix)
-        elif part.averages or any(term.once for term in part.terms.values()):
+        elif part.averages or part.drop is not None or any(term.once for term in part.terms.values()):
             put(port(wiring.attention), enter_attention)
         elif part.entry is not None:
             port(wiring.readers[0]).unipelt_port.begins = True

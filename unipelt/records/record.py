@@ -104,10 +104,18 @@ def summary(record: Mapping[str, Any], path: str | Path) -> str:
     return (
         f"{record['task']['name']} · {record['method']['name']} · {sample} · {seed}: "
         f"{primary} {record['test']['metrics'][primary]:.3f}{beside} · "
-        f"dev {record['dev']['metrics'][primary]:.3f} at epoch {record['best']['epoch']:g} of "
+        f"dev {record['dev']['metrics'][primary]:.3f} {_tested(record)} of "
         f"{record['evaluations'][-1]['epoch']:g} · {record['seconds']['total']:.0f} s · "
         f"trained {counts['trained']:,} (deployed {counts['deployed']:,}) + head {counts['head']:,} -> {path}"
     )
+
+
+def _tested(record: Mapping[str, Any]) -> str:
+    """Return in words which weights and submodules of a run were tested."""
+    averaged = (record.get("average") or {}).get("taken")
+    moment = "with averaged weights" if averaged else f"at epoch {record['best']['epoch']:g}"
+    removed = (record.get("selected") or {}).get("removed")
+    return f"{moment}, without {', '.join(removed)}," if removed else moment
 
 
 @dataclass(frozen=True)

@@ -61,4 +61,6 @@ def _seconds_an_example(run: Run) -> float | None:
     dev, test = (part.get("rows") if isinstance(part, Mapping) else None for part in parts)
     if not isinstance(dev, int) or not isinstance(test, int) or dev + test <= 0:
         return None
-    return run.record["seconds"]["evaluation"] / (len(run.record["evaluations"]) * dev + test)
+    passes = len(run.record["evaluations"]) + ("average" in run.record)
+    passes += len(run.record.get("selected", {}).get("subsets", ()))
+    return run.record["seconds"]["evaluation"] / (passes * dev + test)

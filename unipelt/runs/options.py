@@ -44,7 +44,7 @@ GROUPS = {
     "method": ("method",),
     "training": (
         *("learning_rate", "rates", "epochs", "patience", "batch_size", "train_tokens", "weight_decay", "warmup_ratio"),
-        *("max_grad_norm", "precision", "gradient_checkpointing", "trainer"),
+        *("max_grad_norm", "precision", "gradient_checkpointing", "trainer", "average", "select"),
     ),
     "evaluation": (
         *("eval_batch_size", "eval_tokens", "beams", "n_best", "max_answer_length", "null_threshold", "do_predict"),

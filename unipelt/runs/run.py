@@ -156,7 +156,7 @@ def _execute(
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    trainer, state, spend = train(job, folder, progress, begun, log, make)
+    trainer, state, spend, final = train(job, folder, progress, begun, log, make)
     spend()
     test = job.test(trainer)
     spend("evaluation")
@@ -193,6 +193,7 @@ def _execute(
         "gates": None,
         "files": {"model": MODEL, "gates": None, "predictions": [f"{PREDICTIONS}/{name}" for name in test.files]},
         **test.notes,
+        **final,
     }
     write_result(record, folder)
     if not settings.keep_checkpoints:

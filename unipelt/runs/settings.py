@@ -15,7 +15,9 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from unipelt.config.methods import SUBMODULES, UniPELTConfig
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
+from unipelt.config.subsets import refusal_of_select
 from unipelt.files.messages import show
+from unipelt.runs.average_options import check_average
 from unipelt.runs.trainer_options import check_options
 
 INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads", "eval_tokens")
@@ -29,7 +31,7 @@ PATHS = (*FILES, "glue_dir", "tasks_dir")
 """Fields that are paths of data, for all kinds of tasks."""
 
 
-INNER = ("trainer", "rates")
+INNER = ("trainer", "rates", "average")
 """Fields that are mappings from names to values. Each name is an option of its own: `trainer.NAME`."""
 
 
@@ -47,8 +49,8 @@ _NOT_NEGATIVE = (
 
 
 LATER: dict[str, Any] = {
-    **dict.fromkeys(("test_samples", "train_tokens", "trainer", "rates")),
-    "pad_to_max_length": False,
+    **dict.fromkeys(("test_samples", "train_tokens", "trainer", "rates", "average")),
+    **dict.fromkeys(("pad_to_max_length", "select"), False),
 }
 """Fields that were added later, each with a value that leaves a run as it was before the field was added."""
 
@@ -141,6 +143,17 @@ class TrainingSettings:
         "Further options for Transformers' Trainer. In CONFIG it is a mapping. --trainer.lr_scheduler_type cosine sets "
         "one",
     )
+    average: Mapping[str, float] | None = option(
+        None,
+        "Average of the trained weights, one more candidate beside the epochs: tested if its dev score is not lower. "
+        "In CONFIG it is a mapping. --average.last 5 is the mean over the last 5 evaluations (epochs), --average.ema "
+        "0.99 a moving average over the steps",
+    )
+    select: bool = option(
+        False,
+        "After training, the subset of the submodules with the best dev score is chosen, and the others are removed. "
+        "This takes 7 passes over the dev data for three submodules",
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Device: auto, cpu or cuda. auto takes a GPU where there is one"
     )
@@ -162,6 +175,12 @@ class TrainingSettings:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", paper_learning_rate(self.config))
         self._check_rates()
+        try:
+            object.__setattr__(self, "average", check_average(with_numbers(self.average), self.epochs))
+        except ConfigError as error:
+            raise SettingsError(str(error)) from None
+        if self.select and (problem := refusal_of_select(self.config)):
+            raise SettingsError(f"{problem}; or leave select out")
         if self.data_seed is None:
             object.__setattr__(self, "data_seed", self.seed)
         if self.output_dir is None:

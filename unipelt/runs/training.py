@@ -37,7 +37,9 @@ from unipelt.injection.parameter_groups import parameter_groups
 from unipelt.injection.parameters import parameter_counts
 from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
+from unipelt.runs.averages import AverageCallback, WeightAverage, read_average
 from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
+from unipelt.runs.final import finalize
 from unipelt.runs.folder import CHECKPOINTS, LOGS, Progress
 from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
 from unipelt.runs.settings import SettingsError, TrainingSettings
@@ -62,6 +64,10 @@ class Training(Protocol):
     @property
     def primary(self) -> str:
         """The metric that chooses the best checkpoint. Larger is better."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of the task."""
 
     @property
     def data(self) -> dict[str, dict[str, Any]]:
@@ -294,8 +300,8 @@ def _check_made(arguments: TrainingArguments, model: PreTrainedModel) -> None:
 
 def train(
     job: Training, folder: Path, progress: Progress, begun: float, log: Callable[[str], None], make: MakeTrainer
-) -> tuple[Trainer, TrainerState, Callable[..., None]]:
-    """Train to the end, and load the weights of the best checkpoint.
+) -> tuple[Trainer, TrainerState, Callable[..., None], dict[str, Any]]:
+    """Train to the end, load the weights of the best checkpoint, and make the last choices of the run.
 
     Training continues from the last complete checkpoint, if there is one.
 
@@ -308,8 +314,8 @@ def train(
         make: function that makes the trainer with the given callbacks.
 
     Returns:
-        The trainer; the state at the end of training; and a function that adds the seconds since its last call to the
-        kinds of time that it is called with.
+        The trainer; the state at the end of training; a function that adds the seconds since its last call to the
+        kinds of time that it is called with; and the entries of the record that `finalize` returns.
 
     Raises:
         Diverged: a loss is no longer finite.
@@ -320,7 +326,10 @@ def train(
     if settings.num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise every forked worker prints a warning
     marker = _Marker(folder, job.digest, progress, begun)
+    average = WeightAverage(settings.average) if settings.average else None
     callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(job.primary, log)]
+    if average is not None:
+        callbacks.insert(0, AverageCallback(average, job.model, folder))  # before the checkpoint is marked as complete
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     trainer = make(callbacks)
@@ -339,7 +348,12 @@ def train(
 
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
-    return trainer, state, marker.spend
+    if average is not None:
+        average.restore(read_average(last))
+    marker.spend()
+    final = finalize(trainer, job, state, average, log)
+    marker.spend("evaluation")
+    return trainer, state, marker.spend, final
 
 
 def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> list[str]:
@@ -355,6 +369,8 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
     rates = "".join(f", {name} {rate:g}" for name, rate in (settings.rates or {}).items())
     options = ", ".join(f"{name} {value}" for name, value in (settings.trainer or {}).items())
     stop = f", patience {settings.patience}" if settings.patience is not None else ""
+    average = "".join(f"; average {kind} {value:g}" for kind, value in (settings.average or {}).items())
+    select = "; select" if settings.select else ""
     return [
         f"model   {model} ({type(job.model).__name__})",
         f"task    {task}: {', '.join(f'{name} {count:,}' for name, count in rows.items())} rows",
@@ -362,7 +378,7 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
         *data,
         f"method  {settings.method_name}; learning rate {settings.learning_rate:g}{rates}, "
         f"batch {settings.batch_size}, at most {settings.epochs} epochs{stop}, seed {settings.seed}; "
-        f"{settings.precision} on {job.device}",
+        f"{settings.precision} on {job.device}{average}{select}",
         *([f"trainer {options}"] if options else []),
         *str(parameter_counts(job.model)).splitlines(),
     ]

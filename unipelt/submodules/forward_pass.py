@@ -132,6 +132,8 @@ class AttentionPass:
         begun_by: path of the projection at which the entry was computed.
         lengthened: the number of prefix rows at the start of the attention's text (MPNet).
         inserted: keys and values (B, L, W) for the prefix rows, by the path of their projection.
+        batch: B, for a set that needs the number of examples; else 0.
+        kept: 1 for a submodule that is kept and 0 for one that dropout leaves out, (B or 1, 1, 1), by its name.
     """
 
     mask: Any = UNSEEN
@@ -144,6 +146,8 @@ class AttentionPass:
     begun_by: str = ""
     lengthened: int = 0
     inserted: dict[str, Tensor] = field(default_factory=dict)
+    batch: int = 0
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def weights_for(self, in_attention: bool, x: Tensor) -> Tensor | None:
         """Return the token weights of x, (B, T), or None if every token has the same weight.

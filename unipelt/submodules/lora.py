@@ -139,6 +139,7 @@ class LoRA(Term):
                 return out
             require(now, self.name).served.add(self.name)
         gate, low = self.open_gate(x, now)
+        gate = self.drop_from(gate, x, now)
         held: Any = self._parameters  # faster than attributes, for which PyTorch calls __getattr__
         start, up = held.get("A0"), held["B"]
         if start is not None:

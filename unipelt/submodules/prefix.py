@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config.methods import PrefixConfig
+from unipelt.submodules.drop import SubmoduleDropout
 from unipelt.submodules.entry import Part
-from unipelt.submodules.forward_pass import PassFacts, new_key, split_heads
+from unipelt.submodules.forward_pass import AttentionPass, PassFacts, new_key, split_heads
 from unipelt.submodules.gate import INITIAL_STD
 
 NETWORK_NAMES = ("prefix_network", "cross_prefix_network")
@@ -98,6 +99,7 @@ class Prefix(nn.Module):
         gating: `scale`, `mass`, or `added` for a separate softmax.
         mass: the constant that is added to the prefix's attention logits. It is `log c` if `unipelt.fold` replaced a
             gate with the gating `mass` by the constant c; else 0.
+        drop: the dropout of whole submodules, or None. A prefix that is left out takes no attention.
     """
 
     folds_to = "constant"
@@ -122,6 +124,7 @@ class Prefix(nn.Module):
         self.gate_name = gate_name if config.gate else ""
         self.gating: str = "added" if config.softmax == "own" else "mass" if by_query else config.gating
         self.mass = 0.0
+        self.drop: SubmoduleDropout | None = None
         self.network: tuple[PrefixNetwork, ...] = () if network is None else (network,)
         self.keys_values = None
         if network is None:
@@ -159,6 +162,18 @@ class Prefix(nn.Module):
         """Return keys and values before the gate, computed for this attention alone: (2, L, W)."""
         own = self._parameters.get("keys_values")
         return self.network[0](self.index) if own is None else own
+
+    def keep(self, now: AttentionPass, batch: int, like: Tensor) -> Tensor | None:
+        """Return 1 where the prefix is kept and 0 where dropout leaves it out, (B, 1); None if nothing is dropped.
+
+        Args:
+            now: the pass of the attention.
+            batch: B.
+            like: a tensor with the type and the device of the result.
+        """
+        if self.drop is None or not self.training:
+            return None
+        return self.drop.keep(now, "prefix", like.device).squeeze(-1).expand(batch, 1).to(like.dtype)
 
     def by_head(self, facts: PassFacts, heads: int) -> Tensor:
         """Return keys and values before the gate, (2, H, L, d).
@@ -208,7 +223,13 @@ class Prefix(nn.Module):
         return out if gate is None else out * gate.to(out.dtype)[:, :, None, None]
 
     def columns(
-        self, mask: Tensor | None, dtype: torch.dtype, tokens: int, gate: Tensor | None, facts: PassFacts
+        self,
+        mask: Tensor | None,
+        dtype: torch.dtype,
+        tokens: int,
+        gate: Tensor | None,
+        facts: PassFacts,
+        keep: Tensor | None = None,
     ) -> Tensor | None:
         """Return the attention's mask with L columns for the prefix before the other columns.
 
@@ -218,12 +239,16 @@ class Prefix(nn.Module):
             tokens: the number of keys, which is used if there is no mask.
             gate: (B, 1) or (B, T), or None.
             facts: the facts of the pass.
+            keep: (B, 1), as `keep` returns it. A prefix that is left out has the mass 0.
 
         Returns:
             (B or 1, heads or 1, queries or 1, L + keys), or None if no mask is needed.
         """
-        if gate is not None and self.gating == "mass":
-            return _with_mass(gate.to(dtype), mask, tokens, self.length)
+        mass = gate.to(dtype) if gate is not None and self.gating == "mass" else None
+        if keep is not None:
+            mass = keep.to(dtype) if mass is None else mass * keep.to(dtype)
+        if mass is not None:
+            return _with_mass(mass, mask, tokens, self.length)
         if self.mass and mask is None:
             assert self.keys_values is not None
             mask = torch.zeros(1, 1, 1, tokens, dtype=dtype, device=self.keys_values.device)

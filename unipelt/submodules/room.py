@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unipelt.submodules.drop import SubmoduleDropout
 from unipelt.submodules.entry import Entry, Part
 from unipelt.submodules.forward_pass import Passes, new_key
 from unipelt.submodules.term import Term
@@ -124,12 +125,14 @@ class SubmoduleSet(nn.Module):
     Attributes:
         wiring: the places of the host modules.
         key: the number that identifies the set within a pass.
+        drop: the dropout of whole submodules, or None.
     """
 
     def __init__(self, wiring: Wiring) -> None:
         super().__init__()
         self.key = new_key()
         self.wiring = wiring
+        self.drop: SubmoduleDropout | None = None
         self.entry: Entry | None = None
         self.prefix: Any = None
         self.cross: SubmoduleSet | None = None
@@ -152,6 +155,7 @@ class SubmoduleSet(nn.Module):
             self.entry is not None
             or self.prefix is not None
             or bool(self.wiring.handed)
+            or self.drop is not None
             or any(term.gate_name for term in self.terms.values())
         )
 

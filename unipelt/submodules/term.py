@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unipelt.submodules.drop import SubmoduleDropout
 from unipelt.submodules.entry import Entry, Part
 from unipelt.submodules.forward_pass import AttentionPass
 from unipelt.submodules.outputs import OutputSlice
@@ -32,6 +33,7 @@ class Term(nn.Module):
         crosses: whether x comes from another text than the layer's text.
         reads_output: whether x is the host's output instead of the host's input.
         once: whether the host is also called for relative positions. A gated term does not change that call.
+        drop: the dropout of whole submodules, or None.
     """
 
     folds_to: Literal["", "merged", "constant"] = ""
@@ -55,6 +57,7 @@ class Term(nn.Module):
         self.crosses = False
         self.reads_output = False
         self.once = False
+        self.drop: SubmoduleDropout | None = None
 
     def forward(self, x: Tensor, out: Tensor, now: AttentionPass | None) -> Tensor:
         """Add the term to the host's output.
@@ -72,6 +75,7 @@ class Term(nn.Module):
                 return out
             require(now, self.name).served.add(self.name)
         gate, low = self.open_gate(x, now)
+        gate = self.drop_from(gate, x, now)
         if self.count == out.shape[-1]:
             return self.add(x, out, gate, low)
         groups = out.unflatten(-1, (self.outputs.groups, -1))
@@ -94,6 +98,15 @@ class Term(nn.Module):
         if entry is None:
             return flat_like(require(now, self.name).gate_for(self.gate_name, self.in_attention), x), None
         return entry(x, require(now, self.name).weights_for(self.in_attention, x) if entry.averages else None)
+
+    def drop_from(self, gate: Tensor | None, x: Tensor, now: AttentionPass | None) -> Tensor | None:
+        """Return the gate with 0 where dropout leaves the term out. Out of training the gate does not change."""
+        if self.drop is None or not self.training:
+            return gate
+        keep = self.drop.keep_for(require(now, self.name), self.kind, x)
+        if gate is None:
+            return keep.to(x.dtype)
+        return flat_like(gate, x) * keep.to(gate.dtype)
 
     def add(self, x: Tensor, y: Tensor, gate: Tensor | None, low: Tensor | None) -> Tensor:
         """Return `y + g f(x, y)`, (B, T, O), for y (B, T, O)."""
