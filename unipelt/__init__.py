@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from unipelt.injection.parameter_groups import parameter_groups, print_trainable_parameters
     from unipelt.injection.parameters import ParameterCounts, parameter_counts
     from unipelt.multitask.batch_rows import MixedOutput
+    from unipelt.multitask.combine import combine_tasks
     from unipelt.multitask.tasks import Tasks
     from unipelt.submodules.bottleneck import Houlsby, Parallel
     from unipelt.submodules.compacter import Compacter
@@ -98,6 +99,7 @@ else:
             "TargetInfo": "unipelt.submodules.register",
             "Tasks": "unipelt.multitask.tasks",
             "UniPELTConfig": "unipelt.config.methods",
+            "combine_tasks": "unipelt.multitask.combine",
             "describe": "unipelt.hosts.describe",
             "disable": "unipelt.injection.disable",
             "fold": "unipelt.gates.fold",
@@ -167,6 +169,7 @@ __all__ = [
     "TargetInfo",
     "Tasks",
     "UniPELTConfig",
+    "combine_tasks",
     "describe",
     "disable",
     "fold",
