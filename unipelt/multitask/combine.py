@@ -120,7 +120,8 @@ def combine_tasks(
         raise ValueError(f"head must be one of the sources, {', '.join(sources)}, not {show(head)}")
     models = {source: tasks[source] for source in sources}
     begun = None if start is None else tasks[start]
-    _check_alike(models if begun is None else {**models, str(start): begun})
+    check_same_method(models if begun is None else {**models, str(start): begun})
+    _check_mergeable(sources[0], injection_of(models[sources[0]]).config)
     _check_heads(tasks, models, head)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -133,19 +134,28 @@ def combine_tasks(
     return tasks._keep(name, model)
 
 
-def _check_alike(models: Mapping[str, PreTrainedModel]) -> None:
-    """Raise `ValueError` if two tasks differ in their method, or have a method that cannot be merged."""
-    (first, model), *others = models.items()
-    for name, one in models.items():
-        if wrong := [path for path, tensor in _own_values(one) if not tensor.isfinite().all()]:
-            raise ValueError(f"task {name!r} holds numbers that are not finite, in {wrong[0]}: its training diverged")
-    known = injection_of(model)
-    lora = known.config.lora
-    if lora is not None and lora.decomposed:
+def _check_mergeable(name: str, config: UniPELTConfig) -> None:
+    """Raise `ValueError` if the task of this name has a submodule that cannot be merged."""
+    for part in (config.adapter, config.lora, *config.more):
+        if part is not None and part.mixture is not None:
+            raise ValueError(
+                f"task {name!r} has a mixture of {part.mixture.experts} experts, whose order is its own; tasks with "
+                "mixtures cannot be merged"
+            )
+    if config.lora is not None and config.lora.decomposed:
         raise ValueError(
-            f"task {first!r} has decomposed LoRA (DoRA), whose lengths and directions cannot be merged as one update; "
+            f"task {name!r} has decomposed LoRA (DoRA), whose lengths and directions cannot be merged as one update; "
             "train plain LoRA"
         )
+
+
+def check_same_method(models: Mapping[str, PreTrainedModel]) -> None:
+    """Raise `ValueError` if two tasks differ in their method or their head, or hold numbers that are not finite."""
+    (first, model), *others = models.items()
+    for name, one in models.items():
+        if wrong := [path for path in kept_names(one) if not one.get_parameter(path).isfinite().all()]:
+            raise ValueError(f"task {name!r} holds numbers that are not finite, in {wrong[0]}: its training diverged")
+    known = injection_of(model)
     for other, theirs in others:
         injection = injection_of(theirs)
         ours, its = flatten(known.config.to_dict()), flatten(injection.config.to_dict())
@@ -197,11 +207,6 @@ def _new_config(models: Mapping[str, PreTrainedModel], rank: int | None) -> UniP
         raise ValueError(f"rank must be a whole number above 0, not {show(rank)}")
     changed = replace(config.lora, rank=config.lora.rank if rank is None else rank, start="zero")
     return replace(config, lora=changed)
-
-
-def _own_values(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """Return the parameters of a task's set and head by name."""
-    return [(name, model.get_parameter(name).detach()) for name in kept_names(model)]
 
 
 def _parts(model: PreTrainedModel) -> dict[Key, OwnPart]:
