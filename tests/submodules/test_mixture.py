@@ -13,15 +13,17 @@ from inside import parts
 from tiny import DECODERS, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 import unipelt
 from unipelt.config.mixture import MixtureConfig
 from unipelt.config.schema import ConfigError
+from unipelt.injection.inject import inject_as
 from unipelt.injection.state import injection_of
 from unipelt.pack import Pack, PackError, kept_values
 from unipelt.report import kinds
 from unipelt.submodules.mixture import Mixture, MixtureTerm
-from unipelt.submodules.room import placed_terms
+from unipelt.submodules.room import placed_terms, rooms
 
 SIZES: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "gate": False},
@@ -155,6 +157,24 @@ def test_counts_by_a_closed_formula() -> None:
     for (kind, router), count in formulas.items():
         counts = unipelt.parameter_counts(unipelt.inject(tiny_bert(), method(kind, router=router)))
         assert counts.submodules == counts.deployed_submodules == {kind: count}, (kind, router)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixture", "trained", "deployed"),
+    [
+        ("lora", {"experts": 4}, 4 * 294_912 + 24 * 4 * 768, 0),
+        ("adapter", {"experts": 4, "router": "random"}, 4 * 894_528, 0),
+        ("adapter", {"experts": 3, "router": "attention"}, 12 * 3 * 768**2, 3 * 894_528),
+    ],
+)
+def test_counts_on_bert_base(kind: str, mixture: dict[str, Any], trained: int, deployed: int) -> None:
+    """The numbers of docs/submodules.md. `deployed` is what remains and does not train."""
+    with torch.device("meta"):
+        model = BertModel(BertConfig())
+        config = unipelt.resolve({"preset": kind, kind: {"mixture": mixture}})
+        counts = unipelt.parameter_counts(inject_as(model, config, deployed=False, head=None))
+    assert counts.submodules == {kind: trained}
+    assert counts.deployed_submodules == {kind: trained + deployed}
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -331,6 +351,8 @@ def test_what_a_mixture_refuses(tmp_path: Path) -> None:
         unipelt.release_state_dict(injected("adapter", experts=3))
     with pytest.raises(unipelt.MergeError, match=r"call unipelt\.merge_experts"):
         unipelt.merge(injected("lora", experts=3, router="random"))
+    with pytest.raises(ValueError, match="PEFT has no place for that; take balance 0"):
+        unipelt.save(injected("lora", experts=3, top_k=1, balance=0.1), tmp_path, peft=True)
     with pytest.raises(PackError, match="without the load-balancing loss"):
         Pack(injected("lora", experts=3, top_k=1, balance=0.1), tokens=9)
     with pytest.raises(unipelt.InjectionError, match="does not know the padding of its text; take cross: false"):
@@ -343,6 +365,13 @@ def test_lora_of_random_experts_reaches_the_weights_and_peft(tmp_path: Path) -> 
     unipelt.save_peft(unipelt.merge_experts(model), tmp_path)
     torch.testing.assert_close(logits(unipelt.load_peft(tiny_bert(), tmp_path)), want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(unipelt.merge(model)), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("router", ["example", "random"])
+def test_a_mixture_in_pefts_form(router: str, tmp_path: Path) -> None:
+    model = injected("adapter", gate=True, experts=3, router=router)
+    unipelt.save(model, tmp_path, peft=True)
+    assert torch.equal(logits(unipelt.load(tiny_bert(), tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize(
@@ -376,6 +405,31 @@ def test_configurations_of_one_term_do_not_change() -> None:
 def test_a_mixture_is_reported_as_one() -> None:
     assert kinds(unipelt.resolve(method("lora")).to_dict()) == ["lora-mixture"]
     assert kinds(small(ia3={"mixture": {}}).to_dict()) == ["adapter", "prefix", "lora", "ia3-mixture"]
+
+
+def test_mixtures_in_a_batch_of_several_tasks() -> None:
+    tasks = unipelt.Tasks(tiny_bert())
+    for router in ("token", "example", "random"):
+        shake(tasks.add(router, method("adapter", gate=True, experts=3, router=router)), std=0.3)
+    shake(tasks.add("plain", "lora"))
+    order = ["example", "plain", "token", "random", "example"]
+    batch = tiny_batch(lengths=(5, 9, 7, 4, 3))
+    found = logits(tasks, batch, tasks=order)
+    for row, name in enumerate(order):
+        alone = logits(tasks[name], {key: tensor[row : row + 1] for key, tensor in batch.items()})
+        torch.testing.assert_close(found[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+    tasks.add("balanced", method("adapter", top_k=2, balance=0.1))
+    with pytest.raises(unipelt.InjectionError, match="its load-balancing loss belongs to the tokens of one task"):
+        tasks(**batch, tasks=["balanced", *order[1:]])
+
+
+def test_nothing_is_left_of_a_pass_that_failed() -> None:
+    model = injected("lora", experts=4, top_k=2, balance=0.5).train()
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[1000]]))
+    passes = {room.passes for _, room in rooms(model)}
+    assert len(passes) == 1
+    assert not passes.pop()._losses
 
 
 # Attention over trained tasks

@@ -32,9 +32,9 @@ def collect_losses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             passes.collect_losses()
 
 
-@hook("output")
+@hook("leave")
 def add_losses(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Add the mean of the collected losses to the loss of the output, in training mode.
+    """Add the mean of the collected losses to the loss of the output, in training mode; after a failure, drop them.
 
     Raises:
         RuntimeError: the output is a tuple, or the losses have no gradient.
