@@ -97,7 +97,7 @@ class Mixture(nn.Module):
             balance E sum_e f_e P_e
 
         P_e is the mean of the softmax over real tokens (or examples), and f_e is the share of the chosen experts that
-        are e. The smallest value is `balance`, for equal shares.
+        are e. Equal shares give `balance`.
 
         Args:
             routed: (B, 1 or T, E), the weights of the experts.
