@@ -8,6 +8,7 @@ from unipelt.version import __version__ as __version__
 if TYPE_CHECKING:
     from unipelt.api import inject
     from unipelt.bridges.adapterhub import load_adapterhub
+    from unipelt.bridges.merge_experts import merge_experts
     from unipelt.bridges.peft import load_peft, save_peft
     from unipelt.bridges.peft_socket import from_peft, register_with_peft, to_peft
     from unipelt.bridges.peft_socket.config import PeftConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         TokensConfig,
         UniPELTConfig,
     )
+    from unipelt.config.mixture import MixtureConfig
     from unipelt.config.presets import PRESETS, resolve
     from unipelt.config.schema import ConfigError
     from unipelt.files.hub import HubError
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from unipelt.injection.parameter_groups import parameter_groups, print_trainable_parameters
     from unipelt.injection.parameters import ParameterCounts, parameter_counts
     from unipelt.multitask.batch_rows import MixedOutput
+    from unipelt.multitask.combine import combine_tasks
+    from unipelt.multitask.fuse import fuse_tasks
     from unipelt.multitask.tasks import Tasks
     from unipelt.submodules.bottleneck import Houlsby, Parallel
     from unipelt.submodules.compacter import Compacter
@@ -84,6 +88,7 @@ else:
             "LoRAConfig": "unipelt.config.methods",
             "MergeError": "unipelt.bridges.plain_model",
             "MixedOutput": "unipelt.multitask.batch_rows",
+            "MixtureConfig": "unipelt.config.mixture",
             "PRESETS": "unipelt.config.presets",
             "Parallel": "unipelt.submodules.bottleneck",
             "ParallelConfig": "unipelt.config.methods",
@@ -103,11 +108,13 @@ else:
             "TargetInfo": "unipelt.submodules.register",
             "Tasks": "unipelt.multitask.tasks",
             "UniPELTConfig": "unipelt.config.methods",
+            "combine_tasks": "unipelt.multitask.combine",
             "describe": "unipelt.hosts.describe",
             "disable": "unipelt.injection.disable",
             "fold": "unipelt.gates.fold",
             "from_peft": "unipelt.bridges.peft_socket",
             "from_pretrained": "unipelt.checkpoint.load",
+            "fuse_tasks": "unipelt.multitask.fuse",
             "gate_penalty": "unipelt.gates.record",
             "inject": "unipelt.api",
             "load": "unipelt.checkpoint.load",
@@ -116,6 +123,7 @@ else:
             "load_release_state_dict": "unipelt.bridges.release",
             "load_tokenizer": "unipelt.checkpoint.push",
             "merge": "unipelt.bridges.plain_model",
+            "merge_experts": "unipelt.bridges.merge_experts",
             "parameter_counts": "unipelt.injection.parameters",
             "parameter_groups": "unipelt.injection.parameter_groups",
             "print_trainable_parameters": "unipelt.injection.parameter_groups",
@@ -160,6 +168,7 @@ __all__ = [
     "LoRAConfig",
     "MergeError",
     "MixedOutput",
+    "MixtureConfig",
     "Parallel",
     "ParallelConfig",
     "ParameterCounts",
@@ -176,11 +185,13 @@ __all__ = [
     "Tasks",
     "TokensConfig",
     "UniPELTConfig",
+    "combine_tasks",
     "describe",
     "disable",
     "fold",
     "from_peft",
     "from_pretrained",
+    "fuse_tasks",
     "gate_penalty",
     "inject",
     "load",
@@ -189,6 +200,7 @@ __all__ = [
     "load_release_state_dict",
     "load_tokenizer",
     "merge",
+    "merge_experts",
     "parameter_counts",
     "parameter_groups",
     "print_trainable_parameters",

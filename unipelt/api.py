@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from unipelt.checkpoint.bind import bind
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import resolve
+from unipelt.config.schema import ConfigError
 from unipelt.injection.inject import check_memory, inject_as, start_from_weights
 
 
@@ -40,8 +41,19 @@ def inject(
     resolved = resolve(config)
     if isinstance(model, PreTrainedModel):
         check_memory(model)
+    check_experts(resolved)
     inject_as(model, resolved, deployed=False, head=None)
     bind(model)
     if resolved.lora is not None and resolved.lora.start == "pissa":
         start_from_weights(model, resolved.lora)
     return model
+
+
+def check_experts(config: UniPELTConfig) -> None:
+    """Raise `ConfigError` for a mixture whose frozen experts must come from trained tasks."""
+    for name, part in (("adapter", config.adapter), ("lora", config.lora), *((one.name, one) for one in config.more)):
+        if part is not None and part.mixture is not None and part.mixture.router == "attention":
+            raise ConfigError(
+                f"{name}.mixture.router: attention is over trained submodules, which are frozen; call "
+                "unipelt.fuse_tasks with the tasks that have them"
+            )

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from unipelt.hosts.attention_interface import BACK_ENDS
 from unipelt.hosts.families import FAMILIES
+from unipelt.injection.balance_hooks import balances
 from unipelt.injection.parameters import kept_names
 from unipelt.injection.state import injection_of
 
@@ -321,6 +322,11 @@ def _check(model: PreTrainedModel) -> None:
     family = FAMILIES.get(model.config.model_type)
     if getattr(model.config, "is_decoder", False) or (family and any(stack.causal for stack in family.stacks)):
         raise PackError(f"only encoders can be packed, and this {name} is none; train its runs one by one")
+    if balances(config):
+        raise PackError(
+            "a pack computes losses by itself, without the load-balancing loss of a mixture (balance); take balance 0, "
+            "or train the runs one by one"
+        )
     parts = [getattr(config, part) for part in ("adapter", "prefix", "lora")]
     if config.gate.pooling == "mean" and any(part is not None and part.gate for part in parts):
         raise PackError(

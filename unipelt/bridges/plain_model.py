@@ -17,6 +17,7 @@ from unipelt.hosts.quantised import is_quantised
 from unipelt.injection.inject import strip
 from unipelt.injection.state import injection_of
 from unipelt.submodules.lora import LoRA, low_rank_factors
+from unipelt.submodules.mixture import MixtureTerm
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.room import PlacedTerm, layer_sets, own_parts, placed_terms
 from unipelt.submodules.token_rows import TokenRows
@@ -87,6 +88,8 @@ def _obstacle(model: PreTrainedModel, terms: dict[str, list[PlacedTerm]]) -> str
                     f"the gate of {term.name} at {path} depends on the text; unipelt.fold(model, batches) makes gates "
                     "that hardly vary constants"
                 )
+            if isinstance(term, MixtureTerm) and term.function.config.router == "random":
+                return f"{term.name} at {path} is a mixture of experts; call unipelt.merge_experts(model) first"
             if not isinstance(term, LoRA) and not hasattr(getattr(term, "function", None), "merged"):
                 return f"{term.name} at {path} is no linear function of a projection; train a method without it"
         weight = group[0].host._parameters.get("weight")

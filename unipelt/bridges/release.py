@@ -118,13 +118,16 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
         raise CheckpointError("the release trains no embeddings of tokens, and this model does")
     if injection_of(model).config.prompt is not None:
         raise CheckpointError("the release has adapter, prefix, LoRA and their gates, and this model a prompt")
+    adapter = injection_of(model).config.adapter
+    if adapter is not None and adapter.mixture is not None:
+        raise CheckpointError("the release has one adapter in a layer, and this model a mixture of adapters")
     prefix, lora = injection_of(model).config.prefix, injection_of(model).config.lora
     if prefix is not None and prefix.softmax != "shared":
         raise CheckpointError("the release has a prefix in the text's softmax, and this model's has one of its own")
     if lora is not None and not (
         {*lora.places} <= {"query", "value"}
         and lora.start == "zero"
-        and not lora.decomposed
+        and not lora.is_function
         and not (lora.gate and lora.gating != "replace")
     ):
         raise CheckpointError(

@@ -130,13 +130,20 @@ def _parts(config: UniPELTConfig) -> str:
         ("prompt", config.prompt),
     ):
         if part is not None:
-            parts.append(f"gated {label}" if part.gate else label)
-    parts += [f"gated {part.name}" if part.gate else part.name for part in config.more]
+            parts.append(_named(label, part))
+    parts += [_named(part.name, part) for part in config.more]
     if config.bitfit:
         parts.append("BitFit")
     if config.tokens is not None:
         parts.append("trained tokens")
     return " + ".join(parts) or "head only"
+
+
+def _named(label: str, part: Any) -> str:
+    """Return a submodule's name with its gate and its mixture."""
+    mixture = getattr(part, "mixture", None)
+    label = label if mixture is None else f"mixture of {mixture.experts} {label} (router {mixture.router})"
+    return f"gated {label}" if part.gate else label
 
 
 def _loading(

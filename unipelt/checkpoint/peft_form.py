@@ -34,6 +34,7 @@ from unipelt.config.schema import ConfigError, read_mapping
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import shorten, show, show_path
 from unipelt.files.strict import read_bytes
+from unipelt.injection.balance_hooks import balances
 from unipelt.injection.parameters import unfrozen_names
 from unipelt.injection.state import injection_of
 from unipelt.submodules.room import DEFAULT, ROOM
@@ -198,6 +199,11 @@ def find_uncarried(config: UniPELTConfig) -> str | None:
             )
     if config.tokens is not None:
         return "tokens trains rows of the vocabulary, and PEFT has trainable_token_indices for those; leave tokens out"
+    if balances(config):
+        return (
+            "a mixture with balance adds to the loss of the model, and PEFT has no place for that; take balance 0, or "
+            "unipelt.inject and unipelt.save"
+        )
     return None if config.has_submodules else "this method adds nothing to a model, so PEFT has nothing to carry"
 
 

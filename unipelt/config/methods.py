@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from unipelt.config.mixture import MixtureConfig
 from unipelt.config.schema import ConfigError, build, check_fields, omitted_if_default, overlay, to_plain
 from unipelt.files.messages import show
 
@@ -49,12 +50,14 @@ class AdapterConfig:
             the untrained adapter adds nothing, even for large inputs.
         dropout: the probability, in training, that an activation in the bottleneck is zero:
             `up(dropout(ReLU(down(h))))`.
+        mixture: several adapters in place of one; None for one.
     """
 
     bottleneck: int = 48
     gate: bool = True
     start: Literal["normal", "zero"] = omitted_if_default("normal")
     dropout: float = omitted_if_default(0.0)
+    mixture: MixtureConfig | None = omitted_if_default(None)  # noqa: RUF009 - a field, as elsewhere
 
     def __post_init__(self) -> None:
         check_fields(self, "bottleneck")
@@ -116,6 +119,7 @@ class LoRAConfig:
             al., 2024).
         dropout: the probability, in training, that an element of x is zero before A: `s B A dropout(x)`, as PEFT's
             `lora_dropout`. The input of a gate is never dropped.
+        mixture: several updates of each projection in place of one; None for one.
     """
 
     rank: int = 8
@@ -127,6 +131,7 @@ class LoRAConfig:
     start: Literal["zero", "pissa"] = omitted_if_default("zero")
     gating: Literal["replace", "multiply"] = omitted_if_default("replace")
     dropout: float = omitted_if_default(0.0)
+    mixture: MixtureConfig | None = omitted_if_default(None)  # noqa: RUF009 - a field, as elsewhere
 
     def __post_init__(self) -> None:
         check_fields(self, "rank", "alpha")
@@ -137,6 +142,8 @@ class LoRAConfig:
                     f"places must name one or more of {', '.join(LINEAR)}, none of them twice, or all-linear alone"
                 )
             object.__setattr__(self, "places", tuple(place for place in LINEAR if place in self.places))
+        if self.mixture is not None and self.start != "zero":
+            raise ConfigError(f"start: {self.start} is of one update of a projection, and a mixture has several")
         if self.decomposed and self.start != "zero":
             raise ConfigError(f"start: {self.start} is of plain updates, and decomposed ones start at zero")
         if self.decomposed and self.gating != "replace":
@@ -146,6 +153,11 @@ class LoRAConfig:
     def name(self) -> str:
         """The submodule's name."""
         return "lora"
+
+    @property
+    def is_function(self) -> bool:
+        """Whether each update is a term with a function of its own, as in DoRA and in mixtures, and no pair A, B."""
+        return self.decomposed or self.mixture is not None
 
     @property
     def shares_entry(self) -> bool:
@@ -222,10 +234,12 @@ class SubmoduleConfig:
     Attributes:
         gate: whether a gate scales the submodule's term.
         places: the places where the submodule is added, each a `Place`. Each subclass sets a default.
+        mixture: several terms at each place in place of one; None for one. A keyword argument.
     """
 
     gate: bool = True
     places: tuple[Place, ...] = ()
+    mixture: MixtureConfig | None = field(default=None, metadata={"later": True}, kw_only=True)
 
     def __post_init__(self) -> None:
         check_fields(self)

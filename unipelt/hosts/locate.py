@@ -306,13 +306,13 @@ def _wanted_terms(config: UniPELTConfig) -> Wanted:
 
 
 def _wanted_low_rank(lora: LoRAConfig | None, layer: nn.Module, stack: Stack) -> Wanted:
-    """Return LoRA's places: all for DoRA; for plain LoRA those besides queries and values.
+    """Return LoRA's places: all for DoRA and mixtures; for plain LoRA those besides queries and values.
 
     Plain terms of queries and values belong to `AttentionTargets`.
     """
     if lora is None:
         return []
-    places = [place for place in lora.projections if lora.decomposed or place not in ENTRY_PLACES]
+    places = [place for place in lora.projections if lora.is_function or place not in ENTRY_PLACES]
     if lora.is_all_linear and not _has_gate(layer, stack):
         places.remove("gate")
     return [(lora, places)]

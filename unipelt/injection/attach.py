@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from unipelt.config.methods import GateConfig, PromptConfig, UniPELTConfig
+from unipelt.config.methods import (
+    AdapterConfig,
+    GateConfig,
+    LoRAConfig,
+    PromptConfig,
+    SubmoduleConfig,
+    UniPELTConfig,
+)
 from unipelt.hosts.locate import AttentionTargets, InjectionError, LayerTargets, StackTargets
 from unipelt.hosts.quantised import is_quantised, template_for
 from unipelt.injection.attach_terms import Plan, build_adapter, build_entry_low_rank, build_low_rank, build_term
@@ -268,8 +275,14 @@ def _build_entry(
 
 
 def _averages_behind_attention(layer: LayerTargets, config: UniPELTConfig) -> bool:
-    adapter = layer.adapted is not None and config.adapter is not None and config.adapter.gate
-    return adapter or any(target.config.gate and not target.in_attention for target in (*layer.terms, *layer.low_rank))
+    adapter = layer.adapted is not None and config.adapter is not None and _averages(config.adapter)
+    terms = (*layer.terms, *layer.low_rank)
+    return adapter or any(_averages(target.config) and not target.in_attention for target in terms)
+
+
+def _averages(part: AdapterConfig | LoRAConfig | SubmoduleConfig) -> bool:
+    """Return whether a submodule may average over a text: with a gate, or with a router for each example."""
+    return part.gate or (part.mixture is not None and part.mixture.weighs)
 
 
 def _keep_whole(layer: LayerTargets) -> None:

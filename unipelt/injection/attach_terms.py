@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from unipelt.hosts.quantised import is_quantised, template_for
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.entry import Entry, Rows, shares_product
 from unipelt.submodules.lora import LoRA
+from unipelt.submodules.mixture import Mixture, MixtureTerm
+from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.register import MODULES, TargetInfo
 from unipelt.submodules.term import FunctionTerm, SharedParameters, Term
@@ -53,7 +55,7 @@ class Plan:
 
 
 def build_term(target: TermTarget, plan: Plan) -> FunctionTerm:
-    """Build the term of a further submodule, or of decomposed LoRA (DoRA)."""
+    """Build the term of a further submodule, of decomposed LoRA (DoRA), or of a mixture of LoRA."""
     part, projection = target.config, target.projection
     info = TargetInfo(
         target.place,
@@ -64,17 +66,32 @@ def build_term(target: TermTarget, plan: Plan) -> FunctionTerm:
         projection.module,
         projection.rows,
     )
+    if target.in_cross and part.mixture is not None and part.mixture.balance:
+        raise InjectionError(
+            f"{part.name}.mixture.balance counts real tokens, and a term in cross-attention does not know the padding "
+            "of its text; take cross: false, or balance: 0"
+        )
     entry = _own_entry(target, plan)
-    term = FunctionTerm(target.name, part.name, projection.rows, MODULES[type(part)](part, info))
-    return _settle(term, target, plan, entry)
+    causal = plan.found.causal or target.crosses
+    return _settle(_function_term(target.name, part.name, part, info, causal), target, plan, entry)
+
+
+def _function_term(name: str, kind: str, part: Any, info: TargetInfo, causal: bool) -> FunctionTerm:
+    """Build the term of one function, or of a mixture of functions, without its gate."""
+    make = MODULES[type(part)]
+    if part.mixture is None:
+        return FunctionTerm(name, kind, info.rows, make(part, info))
+    experts = [make(part, info) for _ in range(part.mixture.experts)]
+    mixture = Mixture(experts, part.mixture, info.inputs, info.outputs, info.weight, causal)
+    return MixtureTerm(name, kind, info.rows, mixture)
 
 
 def build_low_rank(target: TermTarget, plan: Plan) -> LoRA | FunctionTerm:
     """Build a LoRA term, except the plain ones of queries and values. Raises `InjectionError`."""
     lora, projection = target.config, target.projection
     assert isinstance(lora, LoRAConfig)
-    if lora.decomposed:
-        if is_quantised(projection.module.weight):
+    if lora.is_function:
+        if lora.decomposed and is_quantised(projection.module.weight):
             raise InjectionError(f"{projection.path} is quantised, and decomposed LoRA needs its weight's numbers")
         return build_term(target, plan)
     _check_start(projection, lora)
@@ -96,7 +113,7 @@ def build_entry_low_rank(
     """Build the plain low-rank terms of queries and values, and their rows in the attention's entry."""
     config = plan.config
     lora = config.lora
-    if lora is None or lora.decomposed:
+    if lora is None or lora.is_function:
         return [], ()
     built: list[tuple[TermTarget, LoRA]] = []
     rows: list[Rows] = []
@@ -128,21 +145,28 @@ def build_entry_low_rank(
     return built, tuple(rows)
 
 
-def build_adapter(layer: LayerTargets, plan: Plan) -> Adapter:
-    """Build a layer's adapter."""
+def build_adapter(layer: LayerTargets, plan: Plan) -> Adapter | FunctionTerm:
+    """Build a layer's adapter, or its mixture of adapters."""
     config, found = plan.config, plan.found
     assert config.adapter is not None
     assert layer.attention is not None
     hidden, like = layer.attention.query.inputs, plan.like(layer.attention.value)
-    adapter = Adapter("adapter", hidden)
+    adapter: Adapter | FunctionTerm = Adapter("adapter", hidden)
+    if config.adapter.mixture is not None:
+        rows_of_all = OutputSlice(1, 0, hidden)
+        shared = SharedParameters("adapter")
+        info = TargetInfo("adapter", hidden, hidden, like.detach(), shared, layer.adapted, rows_of_all)
+        adapter = _function_term("adapter", "adapter", config.adapter, info, found.causal)
+        adapter.reads_output = True
     name = f"{found.label}adapter"
     if config.adapter.gate:
         adapter.gate_name = name
         if not config.gate.shared:
             rows = _blank_rows(name, "adapter.down", "adapter", config.adapter.bottleneck, hidden, like, bias=True)
-            fused = rows if shares_product(config.gate) else ()
+            fused = rows if shares_product(config.gate) and isinstance(adapter, Adapter) else ()
             adapter.entry = Entry(hidden, (name,), config.gate, like, causal=found.causal, rows=fused)
-    adapter.set_up(config.adapter, like)
+    if isinstance(adapter, Adapter):
+        adapter.set_up(config.adapter, like)
     return adapter
 
 

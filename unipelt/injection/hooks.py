@@ -73,7 +73,7 @@ def enter_stack(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
             "torchrun), or let Python see one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
     room: Room = owner._modules[ROOM]
-    facts = PassFacts(room.passes.given_rows())
+    facts = PassFacts(room.passes.given_rows(), room.passes.losses())
     cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     for name in (room.active,) if facts.rows is None else facts.rows.names:
         stack_set = room.present(name)

@@ -14,6 +14,7 @@ from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.hosts.quantised import find_obstacle
 from unipelt.hosts.vocabulary import resized_vocabulary
 from unipelt.injection.attach import build, build_prompt, install, install_prompt, install_tokens
+from unipelt.injection.balance_hooks import add_balance, balances
 from unipelt.injection.parameters import bias_names, head_names, kept_names, set_trainable
 from unipelt.injection.precision import widen
 from unipelt.injection.state import Injection, injection_of
@@ -69,6 +70,8 @@ def inject_as(
             install_prompt(model, stacks[0], *build_prompt(model, stacks[0], config))
         if config.tokens is not None:
             install_tokens(model, build_tokens(model, config))
+        if balances(config):
+            add_balance(model)
         set_trainable(model, injection)
         if config.bitfit and not bias_names(model) - injection.head:
             raise InjectionError(f"bitfit trains biases, and this {type(model).__name__} has none")

@@ -20,6 +20,7 @@ from unipelt.injection.attach import room_of
 from unipelt.injection.hooks import hook, put
 from unipelt.injection.wire import wire_layer, wire_stack
 from unipelt.submodules.forward_pass import Passes, SetRows
+from unipelt.submodules.mixture import Mixture
 from unipelt.submodules.prompt import Prompt
 from unipelt.submodules.room import DEFAULT, SubmoduleSet, layer_sets, rooms
 from unipelt.submodules.token_rows import TokenRows
@@ -49,6 +50,8 @@ def find_unmixable(base: nn.Module, model: nn.Module) -> str | None:
         return "its prompt makes its texts longer, and a batch has texts of one length"
     if any(isinstance(module, TokenRows) for module in model.modules()):
         return "it has trained embeddings of tokens, and a batch is embedded once for all tasks"
+    if any(isinstance(module, Mixture) and module.config.balance for module in model.modules()):
+        return "its load-balancing loss belongs to the tokens of one task"
     for _, layer, part in layer_sets(model):
         if any(term.once for term in part.terms.values()):
             return (

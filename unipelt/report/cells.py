@@ -209,13 +209,15 @@ def kinds(config: Mapping[str, Any]) -> list[str]:
     """Return the parts that a method adds: the submodules of its configuration, and BitFit. Fine-tuning adds none.
 
     A configuration holds each submodule as a mapping under its name. So submodules that another program registered
-    count as well. The paper's submodules come first.
+    count as well. A mixture of a submodule is another part: `lora-mixture`, not `lora`. The paper's submodules come
+    first.
     """
     if config.get("train_base"):
         return []
     parts = {name for name, value in config.items() if isinstance(value, Mapping) and name not in _NO_PARTS}
     known = [part for part in PARTS if part in parts]
-    return [*known, *sorted(parts - set(PARTS)), *(["bitfit"] if config.get("bitfit") else [])]
+    named = [f"{part}-mixture" if config[part].get("mixture") else part for part in (*known, *sorted(parts - {*PARTS}))]
+    return [*named, *(["bitfit"] if config.get("bitfit") else [])]
 
 
 def sample_std(values: Iterable[float]) -> float | None:

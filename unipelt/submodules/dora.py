@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.config.methods import LoRAConfig
-from unipelt.submodules.register import MODULES, TargetInfo
+from unipelt.submodules.register import TargetInfo
 
 
 class DoRA(nn.Module):
@@ -57,6 +57,3 @@ class DoRA(nn.Module):
         """Return the weight W', (O, I), of the updated projection, and the unchanged bias, (O,) or None."""
         updated = weight + self.scale * (self.B.detach() @ self.A.detach()).to(weight)
         return self.magnitude.detach().to(weight)[:, None] * updated / updated.norm(dim=1, keepdim=True), bias
-
-
-MODULES[LoRAConfig] = DoRA

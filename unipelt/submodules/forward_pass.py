@@ -59,12 +59,14 @@ class PassFacts:
         prefixes: keys and values of the prefixes of all N attentions of a prefix network, (N, 2, L, W), by the key of
             the network. They are computed once per pass.
         hooks: the hooks for saved tensors at the start of the pass.
+        losses: the losses of routers, if the model's call collects them; else None.
     """
 
-    __slots__ = ("_by_head", "_derived", "hooks", "prefixes", "rows")
+    __slots__ = ("_by_head", "_derived", "hooks", "losses", "prefixes", "rows")
 
-    def __init__(self, rows: SetRows | None = None) -> None:
+    def __init__(self, rows: SetRows | None = None, losses: list[Tensor] | None = None) -> None:
         self.rows = rows
+        self.losses = losses
         self.prefixes: dict[int, Tensor] = {}
         self.hooks = saved_tensor_hooks()
         self._derived: dict[Hashable, tuple[Any, Any]] = {}
@@ -134,6 +136,7 @@ class AttentionPass:
         inserted: keys and values (B, L, W) for the prefix rows, by the path of their projection.
         batch: B, for a set that needs the number of examples; else 0.
         kept: 1 for a submodule that is kept and 0 for one that dropout leaves out, (B or 1, 1, 1), by its name.
+        losses: the losses of routers in the whole pass, if the model's call collects them; else None.
     """
 
     mask: Any = UNSEEN
@@ -148,6 +151,7 @@ class AttentionPass:
     inserted: dict[str, Tensor] = field(default_factory=dict)
     batch: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] | None = None
 
     def weights_for(self, in_attention: bool, x: Tensor) -> Tensor | None:
         """Return the token weights of x, (B, T), or None if every token has the same weight.
@@ -214,7 +218,7 @@ class ForwardPass:
         """Return the pass of an attention in the present layer."""
         found = self.attentions.get(key)
         if found is None:
-            found = self.attentions[key] = AttentionPass()
+            found = self.attentions[key] = AttentionPass(losses=self.facts.losses)
         return found
 
 
@@ -247,6 +251,7 @@ class Passes:
         self._by_thread: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()
         self._recomputed: weakref.WeakValueDictionary[tuple[int, int], ForwardPass] = weakref.WeakValueDictionary()
         self._rows: dict[int, SetRows] = {}
+        self._losses: dict[int, list[Tensor]] = {}
         self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot read its id
         self._latest: weakref.ref[ForwardPass] | None = None
 
@@ -300,6 +305,18 @@ class Passes:
         else:
             self._by_thread.pop(get_ident(), None)
             self._latest = None
+
+    def collect_losses(self) -> None:
+        """Begin to collect the losses of routers in this thread's next passes."""
+        self._losses[get_ident()] = []
+
+    def losses(self) -> list[Tensor] | None:
+        """Return the list that collects the losses of routers in this thread; None if they are not collected."""
+        return self._losses.get(get_ident()) if self._losses else None
+
+    def take_losses(self) -> list[Tensor]:
+        """End the collection of losses in this thread, and return them."""
+        return self._losses.pop(get_ident(), [])
 
     def given_rows(self) -> SetRows | None:
         """Return the sets of this thread's rows inside a block of `rows`; else None."""

@@ -60,7 +60,7 @@ class Wiring:
         hidden, mask, bias: the attention's arguments for the states, the mask and the position bias; None for an
             argument that is not read.
         truth_values: whether the attention reads a floating-point mask as truth values.
-        averages: whether a gate averages over real tokens, so that the attention's mask is read.
+        averages: whether a gate or a router averages over real tokens, so that the attention's mask is read.
         readers: paths of the projections that read the attention's input. The entry is computed at the first of them
             that is called.
         outputs: names of the terms that are added to a module's output, in their order, by the module's path.
@@ -144,9 +144,12 @@ class SubmoduleSet(nn.Module):
 
     @property
     def averages(self) -> bool:
-        """Whether a gate of this set averages over real tokens, so that the attention's mask is needed."""
-        entries = [self.entry, *(term.entry for term in self.terms.values())]
-        return any(entry is not None and entry.gates.averages for entry in entries)
+        """Whether a gate or a router of this set averages over real tokens, so that the attention's mask is needed."""
+        terms = self.terms.values()
+        entries = [self.entry, *(term.entry for term in terms)]
+        return any(entry is not None and entry.gates.averages for entry in entries) or any(
+            term.averages for term in terms
+        )
 
     @property
     def needs_pass(self) -> bool:
@@ -156,7 +159,7 @@ class SubmoduleSet(nn.Module):
             or self.prefix is not None
             or bool(self.wiring.handed)
             or self.drop is not None
-            or any(term.gate_name for term in self.terms.values())
+            or any(term.depends_on_text for term in self.terms.values())
         )
 
     def attentions(self) -> Iterator[SubmoduleSet]:

@@ -32,7 +32,8 @@ class Term(nn.Module):
         in_attention: whether the term is inside the attention, so that a prefix may lengthen the term's text.
         crosses: whether x comes from another text than the layer's text.
         reads_output: whether x is the host's output instead of the host's input.
-        once: whether the host is also called for relative positions. A gated term does not change that call.
+        once: whether the host is also called for relative positions. A term that depends on the text does not change
+            that call.
         drop: the dropout of whole submodules, or None.
     """
 
@@ -70,7 +71,7 @@ class Term(nn.Module):
         Returns:
             (B, T, all outputs of the host).
         """
-        if self.once and self.gate_name:
+        if self.once and self.depends_on_text:
             if self.name in require(now, self.name).served:
                 return out
             require(now, self.name).served.add(self.name)
@@ -111,6 +112,16 @@ class Term(nn.Module):
     def add(self, x: Tensor, y: Tensor, gate: Tensor | None, low: Tensor | None) -> Tensor:
         """Return `y + g f(x, y)`, (B, T, O), for y (B, T, O)."""
         raise NotImplementedError
+
+    @property
+    def depends_on_text(self) -> bool:
+        """Whether the term depends on the text, and not on x alone; a term with a gate does."""
+        return bool(self.gate_name)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the term averages over the real tokens of a text, without its gate."""
+        return False
 
     @property
     def parts(self) -> tuple[Part, ...]:

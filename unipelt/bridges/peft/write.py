@@ -29,6 +29,7 @@ from unipelt.injection.inject import inject_as
 from unipelt.injection.parameters import is_sharded, kept_names
 from unipelt.injection.state import Folded, Injection, injection_of
 from unipelt.submodules.lora import low_rank_factors
+from unipelt.submodules.mixture import MixtureTerm
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.room import PlacedTerm, layer_sets, own_parameters, own_parts, placed_terms
 
@@ -144,6 +145,11 @@ def _check_travels(model: PreTrainedModel, injection: Injection, method: str) ->
             raise CheckpointError(
                 f"{path} is {_OTHERS.get(kind, kind)}, which a PEFT folder of {called} cannot hold; train without it "
                 f"(the preset {kept!r}), or keep the model whole with unipelt.save"
+            )
+        if isinstance(module, MixtureTerm):
+            raise CheckpointError(
+                f"{path} is a mixture of experts, which a PEFT folder of {called} cannot hold; unipelt.merge_experts "
+                "makes one submodule of a mixture with the router random, or keep the model whole with unipelt.save"
             )
         if not module.gate_name:
             continue
