@@ -163,7 +163,7 @@ def _add_sweep(commands: Any) -> None:
         "sweep",
         help="do a grid of runs, or go on with one",
         usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--pack R] [--tasks rte,cola] [--k 100,500] "
-        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...] [--trainer.NAME VALUE ...]",
+        "[--seeds 1,2,6-15] [--methods lora,unipelt-apl] [--FIELD VALUE ...] [--trainer.NAME VALUE ...]",
         description="Do the runs of a sweep file, each in a process of its own. The same command goes on with a sweep "
         "that was stopped. Several machines may work on one shared folder at once. The groups from `what to run` on "
         "are fields of all runs. For a field that the grid lists, an option keeps only the values that it names.",
@@ -175,7 +175,9 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument("--out", required=True, metavar="DIR", help="Folder of the runs. Required.")
     sweep.add_argument("--dry-run", action="store_true", help="The runs are listed and not done.")
     for name, field in _LISTS.items():
-        sweep.add_argument(f"--{name}", metavar="LIST", help=f"Values of {field} to keep, with commas. Default: all.")
+        new = " A range is 6-15. Seeds that the grid lacks are added to it." if field == "seed" else ""
+        text = f"Values of {field} to keep, with commas.{new} Default: all."
+        sweep.add_argument(f"--{name}", metavar="LIST", help=text)
     machines = parser.add_argument_group("machines")
     machines.add_argument(
         "--workers", type=int, metavar="N", help="Runs at a time. Default: 1, and with ray what the cluster takes."

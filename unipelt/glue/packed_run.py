@@ -277,6 +277,8 @@ def sit(
                 clock=clock,
             )
             last = place.newest_checkpoint(folder, _digest(job))
+            if reason := place.reason_to_start_over(folder, progress, _digest(job)):
+                log(f"starting over: {reason}")
             place.remove_checkpoints(folder, digest=_digest(job))
             if last is not None:
                 seat.restore(last)

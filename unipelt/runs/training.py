@@ -335,7 +335,7 @@ def train(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(folder / LOGS)
-    last = _train(trainer, job.digest, folder, log)
+    last = _train(trainer, job.digest, folder, progress, log)
 
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
@@ -397,9 +397,11 @@ def common_record(job: Training, state: TrainerState, metrics: Sequence[str], pr
     }
 
 
-def _train(trainer: Trainer, digest: str, folder: Path, log: Callable[[str], None]) -> Path:
+def _train(trainer: Trainer, digest: str, folder: Path, progress: Progress, log: Callable[[str], None]) -> Path:
     """Train, or continue training, and return the final checkpoint."""
     last = place.newest_checkpoint(folder, digest)
+    if reason := place.reason_to_start_over(folder, progress, digest):
+        log(f"starting over: {reason}")
     place.remove_checkpoints(folder, digest=digest)
     if last is not None:
         log(f"going on from {last}")

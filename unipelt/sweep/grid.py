@@ -17,11 +17,11 @@ from unipelt.glue.tasks import shorten_name
 from unipelt.runs.aliases import own_names
 from unipelt.runs.options import lay_over, locate_path, read_config, read_option
 from unipelt.runs.settings import INNER
+from unipelt.sweep.seeds import SEEDS, expand, extend
 
 MOST_RUNS = 20_000
 """The largest number of runs in one block. A longer product is a mistake, and takes hours to build."""
 _INNER = tuple(f"{name}." for name in INNER)
-_SEEDS = ("seed", "data_seed")  # fields that may differ between the runs of a cell
 
 
 class SweepError(ValueError):
@@ -44,7 +44,7 @@ class Sweep:
 
     def cell(self, settings: RunSettings) -> str:
         """Return the settings that all runs of a cell share, as JSON: without seeds and without chosen fields."""
-        chosen = (*_SEEDS, *self.chosen)
+        chosen = (*SEEDS, *self.chosen)
         values = {name: value for name, value in settings.identity().items() if name not in chosen}
         for head in INNER:
             if head in values:
@@ -61,7 +61,8 @@ def read_sweep(
     Args:
         path: a YAML or JSON file with `grid` (a list of blocks; each block is the product of its lists). Optional keys
             are `choose` (values to try in each cell), `base`, and fields that all runs share.
-        narrow: by field, the values to keep. A method is given by its `method_name` or by its preset.
+        narrow: by field, the values to keep. A method is given by its `method_name` or by its preset. Seeds that the
+            grid lacks are added to its blocks. A range such as `6-15` stands for its seeds, here and in the file.
         override: by field, the new value for all runs, as on the command line. A field that the grid lists takes the
             values to keep instead, separated by commas. `trainer.NAME` and `rates.PART` are fields too, here and in the
             grid.
@@ -89,7 +90,7 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
         raise SweepError(f"{path}: grid must be a list of blocks, each a mapping of fields to lists of values")
     if not isinstance(choose, dict):
         raise SweepError(f"{path}: choose must be a mapping of fields to lists of values, not {show(choose)}")
-    grid, choose = [own_names(block, RunSettings) for block in grid], own_names(choose, RunSettings)
+    grid, choose = [_own(block) for block in grid], _own(choose)
     listed = {name for block in [*grid, choose] for name in block}
     _check_fields(path, [*common, *listed])
     if any(set(block) & set(choose) for block in grid):
@@ -100,6 +101,10 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
         elif name.startswith(_INNER) and (head := name.partition(".")[0]) in listed:
             raise SweepError(f"{path} lists {head} as a whole, so {name} cannot be given for all runs; change the file")
     common = lay_over(common, {name: read_option(name, text, RunSettings) for name, text in override.items()})
+    for name in SEEDS:
+        narrow[name] = [str(seed) for seed in expand(narrow.get(name, ()), name)]
+    if "seed" not in choose:
+        grid = extend(grid, common, [int(text) for text in narrow["seed"] if text.strip().isdigit()])
 
     runs: dict[str, RunSettings] = {}
     for number, block in enumerate(grid, start=1):
@@ -110,6 +115,15 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
                 raise SweepError(f"{path}, block {number} of the grid: {error}") from error
             runs.setdefault(settings.digest(), settings)
     return Sweep(str(path), _keep(tuple(runs.values()), narrow), tuple(choose))
+
+
+def _own(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a block by this library's names of fields, with its ranges of seeds expanded."""
+    found = own_names(block, RunSettings)
+    for name in SEEDS:
+        if name in found:
+            found[name] = expand(found[name] if isinstance(found[name], list) else [found[name]], name)
+    return found
 
 
 def _check_fields(path: Path, names: Sequence[str]) -> None:
@@ -139,6 +153,8 @@ def _located(name: str, value: Any, path: Path) -> Any:
 
 def _keep(runs: tuple[RunSettings, ...], narrow: Mapping[str, Sequence[str]]) -> tuple[RunSettings, ...]:
     for name, texts in narrow.items():
+        if not texts:
+            continue
         kept: set[int] = set()
         for text in texts:
             wanted = _wanted(name, text)
