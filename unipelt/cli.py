@@ -1,8 +1,9 @@
 """The command `unipelt`.
 
 `unipelt run CONFIG` trains one method on one task, and `unipelt demo` compares three methods on a small task. `unipelt
-configs` lists the configurations that come with the package. `unipelt sweep CONFIG --out DIR` does a grid of runs.
-`unipelt report DIR` writes tables and pictures of finished runs, and `unipelt collect DIR` copies their records.
+configs` lists the configurations that come with the package. `unipelt sweep CONFIG --out DIR` does a grid of runs, and
+`unipelt status DIR` says how far it is. `unipelt report DIR` writes tables and pictures of finished runs, and `unipelt
+collect DIR` copies their records.
 
 `unipelt fold DIR` folds the model of a run. `unipelt rerun DIR` does a run again and compares the numbers. `unipelt
 push DIR user/name` uploads the model of a run. `unipelt export DIR` writes LoRA as a folder for PEFT.
@@ -11,6 +12,7 @@ push DIR user/name` uploads the model of a run. `unipelt export DIR` writes LoRA
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -74,10 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"unipelt {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="run|demo|configs|sweep|report|collect|fold|rerun|export|push"
+        required=True, metavar="run|demo|configs|sweep|status|report|collect|fold|rerun|export|push"
     )
     for add in (
-        *(_add_run, _add_demo, _add_configs, _add_sweep, _add_report, _add_collect, _add_fold),
+        *(_add_run, _add_demo, _add_configs, _add_sweep, _add_status, _add_report, _add_collect, _add_fold),
         *(_add_rerun, _add_export, _add_push),
     ):
         add(commands)
@@ -244,6 +246,30 @@ def _sweep(arguments: argparse.Namespace) -> int:
         for folder, error in failures.items():
             say(f"  {Path(folder).name}: {error}")
     return 1 if failures else 0
+
+
+def _add_status(commands: Any) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="what runs, how far it is, what failed, and the time left",
+        description="Say which runs of a folder run, and the epoch of each, which failed and why, and how many have "
+        "finished. The time left is an estimate. Nothing is written. It works during a sweep and after one that was "
+        "killed.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="Folder of a sweep, of one run, or of several runs.")
+    parser.add_argument("--watch", action="store_true", help="Look again and again, until no run is running.")
+    parser.set_defaults(do=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from unipelt.sweep.watch import look, watch
+
+    if arguments.watch:
+        with contextlib.suppress(KeyboardInterrupt):  # a look needs no end
+            watch(arguments.folder)
+    else:
+        say(look(arguments.folder))
+    return 0
 
 
 def _add_report(commands: Any) -> None:

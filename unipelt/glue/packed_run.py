@@ -42,6 +42,7 @@ from unipelt.runs.batches import Batches, text_lengths
 from unipelt.runs.cache import SharedCache, same_memory
 from unipelt.runs.errors import Diverged, RunError, check_losses
 from unipelt.runs.folder import Progress
+from unipelt.runs.moment import TrainingProgress
 
 _FORMAT = 1  # format of the checkpoints here, which Trainer's runs do not read
 _WEIGHTS, _STATE = "pack.safetensors", "pack.json"
@@ -59,6 +60,7 @@ class PackedRun:
         lengths: the number of tokens of each row of the dev set.
         clock: the time of the last call of `spend`, in seconds of `time.monotonic`.
         saved: the time of the last checkpoint, in seconds of `time.monotonic`.
+        shown: the progress for the reader, from the first step of this attempt on.
     """
 
     job: Job
@@ -81,6 +83,7 @@ class PackedRun:
     clock: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
     batches: Iterator[dict[str, Tensor]] | None = None
+    shown: TrainingProgress | None = None
 
     @property
     def steps_an_epoch(self) -> int:
@@ -124,6 +127,10 @@ class PackedRun:
         self.scheduler.step()
         self.losses.append((loss, index))
         self.state.global_step += 1
+        if self.shown is None:  # runs of a pack would draw several bars
+            steps, epochs = self.state.max_steps, self.state.num_train_epochs
+            self.shown = TrainingProgress(self.folder, self.state.global_step - 1, steps, epochs, self.log, bar=False)
+        self.shown.update(self.state.global_step / self.steps_an_epoch)
 
     def judge(self, logits: Tensor, labels: Tensor) -> None:
         """Enter an evaluation on the dev set with logits (rows, C) and labels (rows,).

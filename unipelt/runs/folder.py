@@ -35,6 +35,8 @@ LOGS = "logs"
 _PROGRESS = "progress.json"
 _BEGUN = ".begun.json"
 """The file that says that a run has begun, outside the folder of checkpoints, which a user may delete."""
+NOW = "now.json"
+"""The file in the folder of checkpoints that says how far a training is (`unipelt.runs.moment`)."""
 _MARKER = "complete.json"
 _LOCK = ".lock"
 _NUMBER = (int, float)
@@ -43,6 +45,7 @@ _PROGRESS_SHAPE: dict[str, Any] = {
     "attempts": int,
     "seconds": dict.fromkeys(("train", "evaluation", "total"), _NUMBER),
 }
+_STATE_SHAPE = {"global_step": int, "max_steps": int, "epoch": _NUMBER, "num_train_epochs": _NUMBER}
 
 
 class LockedError(RunError):
@@ -157,6 +160,7 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         progress = Progress(settings.digest())
     progress.attempts += 1
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    (folder / CHECKPOINTS / NOW).unlink(missing_ok=True)
     progress.write(folder)  # before anything is removed, because it names the run of this folder
     _write_json(folder / _BEGUN, {"settings": progress.settings, "attempts": progress.attempts})
     if again:
@@ -214,6 +218,38 @@ def reason_to_start_over(folder: Path, progress: Progress, digest: str) -> str |
     if progress.seconds["total"] > 0:
         return f"this run had a checkpoint, and there is none in {show_path(folder / CHECKPOINTS)}"
     return "the earlier attempt ended before its first checkpoint"
+
+
+def newest_step(folder: Path) -> dict[str, Any] | None:
+    """Return Trainer's state of the newest complete checkpoint of any run in the folder, or None."""
+    for checkpoint in _checkpoints(folder):
+        if not _read_marker(checkpoint):
+            continue
+        try:
+            state = read_plain(checkpoint / "trainer_state.json")
+        except (OSError, PlainError):
+            continue
+        if not mismatch(state, _STATE_SHAPE, ""):
+            return state
+    return None
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process is running in the folder, or None if that cannot be told. Nothing is written."""
+    if not (folder / _LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / _LOCK, timeout=0, thread_local=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # the folder is another user's
+        return None
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether an unfinished run has begun in the folder."""
+    return (folder / _BEGUN).exists() or (folder / CHECKPOINTS / _PROGRESS).exists()
 
 
 def is_final(checkpoint: Path) -> bool:

@@ -17,6 +17,7 @@ A process that ends, also by a kill, releases its locks, so a kill needs no clea
 server, and `run_process` starts it as a program.
 """
 
+from unipelt.files.progress import duration
 from unipelt.sweep.folder import (
     FAILURE,
     LOG,
@@ -24,7 +25,6 @@ from unipelt.sweep.folder import (
     SETTINGS,
     Busy,
     State,
-    duration,
     read_failure,
     read_request,
     read_settings,

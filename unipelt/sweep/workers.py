@@ -6,20 +6,21 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from unipelt.files.messages import say
+from unipelt.files.progress import Progress, above_bars, duration
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import RESULT, summary
 from unipelt.runs.folder import CHECKPOINTS, clean
 from unipelt.sweep.folder import (
+    CLAIM,
     LOG,
     Busy,
     State,
     alone,
-    duration,
     finished,
     folder_of,
     read_failure,
@@ -31,8 +32,8 @@ from unipelt.sweep.folder import (
 from unipelt.sweep.run_process import lines_of, size_of
 from unipelt.sweep.run_server import run_servers
 
-_CLAIM = ".sweep"
 _PAUSE = 2.0  # seconds between two checks of runs that other processes do
+_TICK = 1.0  # seconds between two looks at the clock for a line of progress
 _TAIL = 20  # number of log lines that a failure keeps
 
 
@@ -80,17 +81,24 @@ def _do_once(
     """Try each of these runs once. Return the runs that other processes do."""
     busy: list[RunSettings] = []
     stop = threading.Event()
-    with ThreadPoolExecutor(min(state.workers, len(left))) as pool:
+    ended = len(state.sweep.runs) - len(left)
+    with (
+        ThreadPoolExecutor(min(state.workers, len(left))) as pool,
+        Progress("sweep", len(state.sweep.runs), "run", done=ended, log=log) as progress,
+    ):
         futures = {pool.submit(_attempt, settings, start, stop, earlier): settings for settings in left}
-        waiting = list(left)
         try:
-            for future in as_completed(futures):
-                settings = futures[future]
-                waiting.remove(settings)
-                if not (outcome := future.result()):
-                    busy.append(settings)
-                else:
-                    log(_account(state, settings, outcome, [*waiting, *busy]))
+            while futures:
+                ready, _ = wait(futures, timeout=_TICK, return_when=FIRST_COMPLETED)
+                for future in [future for future in futures if future in ready]:
+                    settings = futures.pop(future)
+                    if not (outcome := future.result()):
+                        busy.append(settings)
+                        continue
+                    with above_bars():
+                        log(_account(state, settings, outcome, [*futures.values(), *busy]))
+                    progress.update()
+                progress.tick()
         finally:
             stop.set()  # stops the runs after an interruption; otherwise all runs have ended
     return busy
@@ -122,7 +130,7 @@ def _attempt(
     if stop.is_set():
         return None
     try:
-        with alone(folder / _CLAIM):
+        with alone(folder / CLAIM):
             with alone(folder):  # a run's process may outlive its killed sweep for a moment
                 remove_drafts(folder)
             if (record := finished(settings)) is not None:
