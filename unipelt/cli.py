@@ -235,14 +235,30 @@ def _sweep(arguments: argparse.Namespace) -> int:
         workers = arguments.workers or capacity(ray, arguments.cpus, arguments.gpus)
         start = on_cluster(ray, cpus=arguments.cpus, gpus=arguments.gpus)
     out = Path(arguments.out).absolute()  # other processes may have another current folder
+    if sweep.search is not None:
+        return _search(sweep, out, workers, start, arguments.dry_run)
     state = status(sweep, out, workers)
     say(str(state))
     if arguments.dry_run:
         return 0
     write_request(sweep, out)
-    failures = carry_out(state, start, log=say)
+    return _say_failures(carry_out(state, start, log=say), f"of {len(sweep.runs)} ")
+
+
+def _search(sweep: Any, out: Path, workers: int, start: Any, dry_run: bool) -> int:
+    from unipelt.sweep.optuna_search import carry_out_search, connect, plan
+
+    say(plan(sweep, workers))
+    if dry_run:
+        return 0
+    connect()
+    return _say_failures(carry_out_search(sweep, out, workers, start, log=say))
+
+
+def _say_failures(failures: dict[str, str], of: str = "") -> int:
+    """Print the failures of a sweep, and return the exit code."""
     if failures:
-        say(f"{len(failures)} of {len(sweep.runs)} runs failed; the same command tries them again:")
+        say(f"{len(failures)} {of}runs failed; the same command tries them again:")
         for folder, error in failures.items():
             say(f"  {Path(folder).name}: {error}")
     return 1 if failures else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_without_a_function_for_lines_they_go_to_standard_error(
     assert printed.err == "measuring: 1 batch, 0.6 a minute\nmeasuring: 2 batches, 0.6 a minute\n"
 
 
-def slow(clock: Clock) -> object:
+def slow(clock: Clock) -> Iterator[int]:
     for number in range(2):
         clock.now += 100.0
         yield number

@@ -170,7 +170,8 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         shutil.rmtree(folder / LOGS, ignore_errors=True)
     for name in (MODEL, PREDICTIONS, FOLDED):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # also drafts of an attempt that was killed
+    drafts = (f".{name}.*.tmp" for name in (PICTURE, RESULT, _BEGUN))  # of an attempt that was killed
+    for name in (PICTURE, *drafts):
         for path in folder.glob(name):
             path.unlink()
     return progress
