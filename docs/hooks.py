@@ -138,7 +138,7 @@ def commands() -> str:
 
     sections = []
     with sample_terminal():
-        for name in ("demo", "run", "configs", "sweep", "status", "report", "collect", "fold", "rerun", "export", "push"):
+        for name in "demo run configs sweep status report collect fold rerun export push".split():
             sections.append((f"unipelt {name}", help_of(cli.main, [name, "--help"])))
     return "\n\n".join(f"## `{title}`\n\n```text\n{text.strip()}\n```" for title, text in sections)
 

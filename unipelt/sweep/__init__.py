@@ -9,12 +9,13 @@ failure, and the other runs continue. All state is in the folder, not in a proce
     OUT/RUN/result.json         present if the run has finished
     OUT/RUN/failure.json        present if the run's last process failed: {"error": one line, "log": the tail,
                                 "time": seconds since 1970}
+    OUT/optuna.journal          Optuna's trials, if the sweep searches
     OUT/RUN/.sweep/.lock        held by the sweep that starts the run's process
     OUT/RUN/.lock               held by the run's process (`unipelt.runs.folder`)
 
 A process that ends, also by a kill, releases its locks, so a kill needs no cleaning up. `grid` lists the runs,
 `folder` reads and writes these files, and `workers` does the runs. `run_server` forks the process of a run from a
-server, and `run_process` starts it as a program.
+server, and `run_process` starts it as a program. `watch` looks at all this from outside.
 """
 
 from unipelt.files.progress import duration
