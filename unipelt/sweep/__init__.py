@@ -4,12 +4,12 @@ Each run is its own process. A run that crashes, or that the system kills becaus
 failure, and the other runs continue. All state is in the folder, not in a process:
 
     OUT/sweep.json              the request: all runs of the sweep (`write_request`)
+    OUT/optuna.journal          Optuna's trials, if the sweep searches
     OUT/RUN/settings.json       the settings of the run
     OUT/RUN/log.txt             the output of the run's processes
     OUT/RUN/result.json         present if the run has finished
     OUT/RUN/failure.json        present if the run's last process failed: {"error": one line, "log": the tail,
                                 "time": seconds since 1970}
-    OUT/optuna.journal          Optuna's trials, if the sweep searches
     OUT/RUN/.sweep/.lock        held by the sweep that starts the run's process
     OUT/RUN/.lock               held by the run's process (`unipelt.runs.folder`)
 
