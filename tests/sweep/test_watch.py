@@ -187,5 +187,7 @@ def test_a_lock_of_another_user_cannot_be_told(tmp_path: Path, monkeypatch: pyte
     def refuse(*args: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    reach(tmp_path, RunSettings(task="rte", output_dir=str(tmp_path)), 10)
     monkeypatch.setattr(place, "FileLock", refuse)
     assert place.is_locked(tmp_path) is None
+    assert str(look(tmp_path)).endswith("step 10 of 30 (its lock cannot be opened, so it may be running)")

@@ -87,12 +87,12 @@ class Progress:
         self._bar.update(count)
         self.tick()
 
-    def tick(self, text: str = "") -> None:
-        """Log a line if a minute has passed since the last line. `text` is added to the line."""
+    def tick(self) -> None:
+        """Log a line if a minute has passed since the last line."""
         now = time.monotonic()
         if self._bar.disable and now - self._said >= LINE_SECONDS:
             self._said = now
-            self._log(f"{self}{text}")
+            self._log(str(self))
 
     def close(self) -> None:
         """End the bar."""

@@ -171,7 +171,8 @@ def _see(folder: Path, kind: tuple[Any, ...] = (), digest: str | None = None) ->
     except (ResultError, OSError) as error:
         run.state, run.note = "failed", str(error)
         return run
-    active = bool(is_locked(folder))
+    held = is_locked(folder)
+    active = bool(held)
     if record is not None and not active and digest in (None, record["digest"]):
         run.state, run.seconds = "finished", record["seconds"]["total"]
         return run
@@ -189,6 +190,8 @@ def _see(folder: Path, kind: tuple[Any, ...] = (), digest: str | None = None) ->
     if has_begun(folder):
         run.state, moment = "stopped", of_checkpoint(folder)
         run.note = "before its first checkpoint" if moment is None else f"goes on from {moment}"
+        if held is None:
+            run.note += " (its lock cannot be opened, so it may be running)"
     return run
 
 
