@@ -137,8 +137,9 @@ def commands() -> str:
     from unipelt import cli
 
     sections = []
+    running = ("demo", "run", "configs", "sweep", "status")
     with sample_terminal():
-        for name in ("demo", "run", "configs", "sweep", "report", "collect", "fold", "rerun", "export", "push"):
+        for name in (*running, "report", "collect", "fold", "rerun", "export", "push"):
             sections.append((f"unipelt {name}", help_of(cli.main, [name, "--help"])))
     return "\n\n".join(f"## `{title}`\n\n```text\n{text.strip()}\n```" for title, text in sections)
 

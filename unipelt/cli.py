@@ -1,8 +1,9 @@
 """The command `unipelt`.
 
 `unipelt run CONFIG` trains one method on one task, and `unipelt demo` compares three methods on a small task. `unipelt
-configs` lists the configurations that come with the package. `unipelt sweep CONFIG --out DIR` does a grid of runs.
-`unipelt report DIR` writes tables and pictures of finished runs, and `unipelt collect DIR` copies their records.
+configs` lists the configurations that come with the package. `unipelt sweep CONFIG --out DIR` does a grid of runs, and
+`unipelt status DIR` says how far it is. `unipelt report DIR` writes tables and pictures of finished runs, and `unipelt
+collect DIR` copies their records.
 
 `unipelt fold DIR` folds the model of a run. `unipelt rerun DIR` does a run again and compares the numbers. `unipelt
 push DIR user/name` uploads the model of a run. `unipelt export DIR` writes LoRA as a folder for PEFT.
@@ -11,6 +12,7 @@ push DIR user/name` uploads the model of a run. `unipelt export DIR` writes LoRA
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -74,10 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"unipelt {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="run|demo|configs|sweep|report|collect|fold|rerun|export|push"
+        required=True, metavar="run|demo|configs|sweep|status|report|collect|fold|rerun|export|push"
     )
     for add in (
-        *(_add_run, _add_demo, _add_configs, _add_sweep, _add_report, _add_collect, _add_fold),
+        *(_add_run, _add_demo, _add_configs, _add_sweep, _add_status, _add_report, _add_collect, _add_fold),
         *(_add_rerun, _add_export, _add_push),
     ):
         add(commands)
@@ -163,7 +165,7 @@ def _add_sweep(commands: Any) -> None:
         "sweep",
         help="do a grid of runs, or go on with one",
         usage="%(prog)s CONFIG --out DIR [--dry-run] [--workers N] [--pack R] [--tasks rte,cola] [--k 100,500] "
-        "[--seeds 1,2] [--methods lora,unipelt-apl] [--FIELD VALUE ...] [--trainer.NAME VALUE ...]",
+        "[--seeds 1,2,6-15] [--methods lora,unipelt-apl] [--FIELD VALUE ...] [--trainer.NAME VALUE ...]",
         description="Do the runs of a sweep file, each in a process of its own. The same command goes on with a sweep "
         "that was stopped. Several machines may work on one shared folder at once. The groups from `what to run` on "
         "are fields of all runs. For a field that the grid lists, an option keeps only the values that it names.",
@@ -175,7 +177,9 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument("--out", required=True, metavar="DIR", help="Folder of the runs. Required.")
     sweep.add_argument("--dry-run", action="store_true", help="The runs are listed and not done.")
     for name, field in _LISTS.items():
-        sweep.add_argument(f"--{name}", metavar="LIST", help=f"Values of {field} to keep, with commas. Default: all.")
+        new = " A range is 6-15. Seeds that the grid lacks are added to it." if field == "seed" else ""
+        text = f"Values of {field} to keep, with commas.{new} Default: all."
+        sweep.add_argument(f"--{name}", metavar="LIST", help=text)
     machines = parser.add_argument_group("machines")
     machines.add_argument(
         "--workers", type=int, metavar="N", help="Runs at a time. Default: 1, and with ray what the cluster takes."
@@ -231,17 +235,57 @@ def _sweep(arguments: argparse.Namespace) -> int:
         workers = arguments.workers or capacity(ray, arguments.cpus, arguments.gpus)
         start = on_cluster(ray, cpus=arguments.cpus, gpus=arguments.gpus)
     out = Path(arguments.out).absolute()  # other processes may have another current folder
+    if sweep.search is not None:
+        return _search(sweep, out, workers, start, arguments.dry_run)
     state = status(sweep, out, workers)
     say(str(state))
     if arguments.dry_run:
         return 0
     write_request(sweep, out)
-    failures = carry_out(state, start, log=say)
+    return _say_failures(carry_out(state, start, log=say), f"of {len(sweep.runs)} ")
+
+
+def _search(sweep: Any, out: Path, workers: int, start: Any, dry_run: bool) -> int:
+    from unipelt.sweep.optuna_search import carry_out_search, connect, plan
+
+    say(plan(sweep, workers))
+    if dry_run:
+        return 0
+    connect()
+    return _say_failures(carry_out_search(sweep, out, workers, start, log=say))
+
+
+def _say_failures(failures: dict[str, str], of: str = "") -> int:
+    """Print the failures of a sweep, and return the exit code."""
     if failures:
-        say(f"{len(failures)} of {len(sweep.runs)} runs failed; the same command tries them again:")
+        say(f"{len(failures)} {of}runs failed; the same command tries them again:")
         for folder, error in failures.items():
             say(f"  {Path(folder).name}: {error}")
     return 1 if failures else 0
+
+
+def _add_status(commands: Any) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="what runs, how far it is, what failed, and the time left",
+        description="Say which runs of a folder run, and the epoch of each, which failed and why, and how many have "
+        "finished. The time left is an estimate. Nothing is written. It works during a sweep and after one that was "
+        "killed.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="Folder of a sweep, of one run, or of several runs.")
+    parser.add_argument("--watch", action="store_true", help="Look again and again, until no run is running.")
+    parser.set_defaults(do=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from unipelt.sweep.watch import look, watch
+
+    if arguments.watch:
+        with contextlib.suppress(KeyboardInterrupt):  # a look needs no end
+            watch(arguments.folder)
+    else:
+        say(look(arguments.folder))
+    return 0
 
 
 def _add_report(commands: Any) -> None:

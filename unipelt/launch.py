@@ -94,7 +94,7 @@ def find_kind(argv: Sequence[str]) -> tuple[list[str], str]:
         return words, options["kind"]
     values: dict[str, Any] = {}
     if words and not words[0].startswith("-"):
-        values = read_config(words[0], _AnySettings, also=("grid", "choose", "methods"))
+        values = read_config(words[0], _AnySettings, also=("grid", "choose", "trials", "space", "methods"))
         for key, what in _OTHER_FILES.items():
             if key in values:
                 raise SettingsError(f"{words[0]} is the file of {what}")

@@ -435,6 +435,7 @@ def test_checkpoints_of_other_data_are_not_resumed(home: Path, tmp_path: Path, m
     lines: list[str] = []
     record = run(chosen, log=lines.append)
     assert not [line for line in lines if line.startswith("going on")]
+    assert "starting over: the checkpoints are of other data, or of other weights of the base" in lines
     fresh = run(settings(home, tmp_path / "fresh", train_file=str(data)), log=lambda line: None)
     assert record["evaluations"] == fresh["evaluations"]
 

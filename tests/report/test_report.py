@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -447,3 +448,25 @@ def test_the_single_method_with_the_best_dev_score_is_picked_for_each_seed(tmp_p
     assert (line["mean"], line["trainings"], line["seconds"], line["learning_rate"]) == ("55.0000", "3", "180.0000", "")
     with open(tmp_path / "out" / "runs.csv", newline="") as file:
         assert PICKED not in {line["row"] for line in csv.DictReader(file)}, "a run keeps the row of its method"
+
+
+# A table of pandas
+
+
+def test_runs_as_a_table_of_pandas(tmp_path: Path) -> None:
+    results = results_of(make_record(seed=1, score=0.5), make_record(seed=2, score=0.75), make_record("stsb", k=None))
+    frame = results.to_frame()
+    assert list(frame["test"]) == [0.5, 0.75, 0.5]
+    assert list(frame["k"]) == [100, 100, "all"]
+    assert frame.groupby("task")["test"].mean()["rte"] == 0.625
+    save(tmp_path / "runs", *(run.record for run in results.runs))
+    write_report(tmp_path / "runs", tmp_path / "report")
+    with open(tmp_path / "report" / "runs.csv", newline="") as file:
+        assert list(frame.columns) == next(csv.reader(file))
+    assert results_of().to_frame().empty
+
+
+def test_a_table_of_pandas_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"needs pandas; install it \(pip install pandas\)"):
+        results_of(make_record()).to_frame()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +180,7 @@ def test_what_an_attempt_left_beside_its_checkpoints_is_cleared_away(settings: R
     fill(tmp_path, f"{MODEL}/a", f"{PREDICTIONS}/a", f"{FOLDED}/a", PICTURE, f".{PICTURE}.x.tmp", f".{RESULT}.x.tmp")
     fill(tmp_path, "log.txt")
     place.begin(settings, tmp_path)
-    assert names_in(tmp_path) == {CHECKPOINTS, "log.txt"}
+    assert names_in(tmp_path) == {CHECKPOINTS, "log.txt", ".begun.json"}
     assert kept.is_dir()
 
 
@@ -217,3 +221,66 @@ def test_checkpoints_are_removed_but_for_those_that_are_needed(tmp_path: Path) -
     fill(tmp_path, str(PROGRESS), f"{CHECKPOINTS}/checkpoint-5/weights")
     place.clean(tmp_path)
     assert not names_in(tmp_path)
+
+
+# Starting over
+
+
+def lose_all(folder: Path) -> None:
+    shutil.rmtree(folder / CHECKPOINTS)
+
+
+def lose_one(folder: Path) -> None:
+    shutil.rmtree(checkpoint_at(folder, 4))
+
+
+def spoil_one(folder: Path) -> None:
+    (checkpoint_at(folder, 4) / "complete.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("lose", "digest", "said"),
+    [
+        (lose_all, "ours", "this run had begun, and the folder .*checkpoints is gone"),
+        (lose_one, "ours", "this run had a checkpoint, and there is none in .*checkpoints"),
+        (spoil_one, "ours", "the checkpoint of the earlier attempt is incomplete"),
+        (lambda folder: None, "theirs", "the checkpoints are of other data, or of other weights"),
+    ],
+)
+def test_why_a_run_that_had_begun_starts_over(
+    settings: RunSettings, tmp_path: Path, lose: Callable[[Path], None], digest: str, said: str
+) -> None:
+    progress = place.begin(settings, tmp_path)
+    assert place.reason_to_start_over(tmp_path, progress, "ours") is None, "a first attempt"
+    progress.seconds["total"] = 3.0
+    progress.write(tmp_path)
+    make_checkpoint(tmp_path, 4, "ours")
+    progress = place.begin(settings, tmp_path)
+    assert place.reason_to_start_over(tmp_path, progress, "ours") is None, "its checkpoint is there"
+    lose(tmp_path)
+    progress = place.begin(settings, tmp_path)
+    assert progress.attempts == 3, "attempts are counted even without the folder of checkpoints"
+    assert re.fullmatch(f"{said}.*", place.reason_to_start_over(tmp_path, progress, digest) or "")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over(settings: RunSettings, tmp_path: Path) -> None:
+    place.begin(settings, tmp_path)
+    progress = place.begin(settings, tmp_path)
+    assert (
+        place.reason_to_start_over(tmp_path, progress, "ours")
+        == "the earlier attempt ended before its first checkpoint"
+    )
+    place.clean(tmp_path)
+    assert place.begin(settings, tmp_path).attempts == 1, "a finished run leaves no trace of its attempts"
+
+
+def test_what_an_attempt_left_is_of_this_run_without_its_checkpoints(settings: RunSettings, tmp_path: Path) -> None:
+    place.begin(settings, tmp_path)
+    fill(tmp_path, f"{MODEL}/weights")
+    lose_all(tmp_path)
+    place.begin(settings, tmp_path)
+    assert not (tmp_path / MODEL).exists()
+    fill(tmp_path, f"{MODEL}/weights")
+    lose_all(tmp_path)
+    with pytest.raises(RunError, match="is there and is of no run"):
+        place.begin(replace(settings, seed=5), tmp_path)

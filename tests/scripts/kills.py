@@ -36,8 +36,8 @@ from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import RESULT, read_result
 from unipelt.runs import training
-from unipelt.sweep import __main__ as run_process
 from unipelt.sweep import pack_workers as packs
+from unipelt.sweep import run_server, serve_runs
 from unipelt.sweep import workers as work
 
 SAVES, RUNS, SWEEPS, PACKS = 30, 12, 7, 7
@@ -224,7 +224,7 @@ class Forked:
         text: bool = False,
         start_new_session: bool = False,
     ) -> None:
-        (module, argument), mode = line[2:], "" if text else "b"
+        (module, *arguments), mode = line[2:], "" if text else "b"
         into, stdin_end = os.pipe()
         out_end, out = os.pipe() if stdout == subprocess.PIPE else (None, stdout.fileno())
         self.pid = os.fork()
@@ -237,9 +237,7 @@ class Forked:
                 os.closerange(3, 1000)  # a new program would not hold the locks and pipes of this process
                 sys.stdin = os.fdopen(0)
                 sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-                packed = module == packs.__name__
-                entry: Callable[[Any], int] = packs._main if packed else run_process._main
-                code = entry(int(argument) if packed else Path(argument))
+                code = packs._main(int(arguments[0])) if module == packs.__name__ else serve_runs.main()
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -252,6 +250,11 @@ class Forked:
             os.close(out)
             self.stdout = os.fdopen(out_end, f"r{mode}")
         self.code: int | None = None
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0.0)
+        return self.code
 
     def wait(self, timeout: float | None = None) -> int:
         end = None if timeout is None else time.monotonic() + timeout
@@ -369,8 +372,9 @@ def sweep_it(home: Path, out: Path, options: list[str]) -> Callable[[Callable[[s
 
 def stand_ins() -> None:
     """Replace new processes by forked ones, and long pauses by short ones."""
-    for module in (work, packs):
+    for module in (run_server, packs):
         setattr(module, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))  # noqa: B010
+    for module in (work, packs):
         setattr(module, "_PAUSE", 0.05)  # noqa: B010
     packs.IDLE_SECONDS = 0.2
     packed.CHECKPOINT_SECONDS = 0.0

@@ -15,9 +15,10 @@ import unipelt.sweep.__main__ as process
 from unipelt.glue.settings import RunSettings
 from unipelt.runs.folder import CHECKPOINTS, LockedError
 from unipelt.sweep import LOG, SETTINGS, Busy
-from unipelt.sweep import workers as work
+from unipelt.sweep import run_process as work
 from unipelt.sweep.folder import alone, write_failure, write_settings
-from unipelt.sweep.workers import BUSY, in_process
+from unipelt.sweep.run_process import BUSY, in_process
+from unipelt.sweep.workers import _tidy
 
 
 @pytest.fixture
@@ -86,9 +87,9 @@ def test_what_a_finished_run_had_still_to_remove_is_removed(settings: RunSetting
     (folder / CHECKPOINTS / "checkpoint-2").mkdir(parents=True)
     write_failure(settings, "no luck", [])
     with alone(folder):  # its own process is still at that
-        work._tidy(settings)
+        _tidy(settings)
     assert (folder / CHECKPOINTS).exists()
-    work._tidy(settings)
+    _tidy(settings)
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [LOG, SETTINGS]
 
 
@@ -118,7 +119,7 @@ def test_a_process_does_the_run_of_its_settings(
     # for ever: what follows its end is the real os._exit once this test is over
     open_pipe = SimpleNamespace(read=lambda *_: threading.Event().wait(), _exit=lambda _: None)
     monkeypatch.setattr(process, "os", open_pipe)
-    assert process._main(Path(str(settings.output_dir)) / SETTINGS) == code
+    assert process.main(Path(str(settings.output_dir)) / SETTINGS) == code
     assert done == [settings]
     printed = capsys.readouterr()
     assert printed.out == said
@@ -135,5 +136,5 @@ def test_the_end_of_its_pipe_is_the_end_of_a_process(settings: RunSettings, monk
 
     monkeypatch.setattr(process, "os", SimpleNamespace(read=lambda descriptor, count: b"", _exit=leave))
     monkeypatch.setattr("unipelt.glue.run.run", lambda found: ended.wait(20))
-    process._main(Path(str(settings.output_dir)) / SETTINGS)
+    process.main(Path(str(settings.output_dir)) / SETTINGS)
     assert codes == [1]

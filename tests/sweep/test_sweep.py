@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -220,6 +221,30 @@ def test_is_narrowed(home: Path, narrow: dict[str, list[str]], override: dict[st
     assert len(read_sweep(home / "sweep.yaml", narrow, override).runs) == count
 
 
+def test_a_range_stands_for_its_seeds_and_new_seeds_extend_the_grid(home: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, "grid:\n  - {task: rte, seed: [1-3, 8]}\n  - {task: cola, seed: 2-3}\n  - {task: mrpc}\n")
+
+    def seeds(*wanted: str, **override: str) -> list[tuple[str | None, int]]:
+        return [(one.task, one.seed) for one in read_sweep(path, {"seed": wanted} if wanted else {}, override).runs]
+
+    every = [*[("rte", seed) for seed in (1, 2, 3, 8)], ("cola", 2), ("cola", 3), ("mrpc", 1)]
+    assert seeds() == every
+    assert seeds("1", "2") == [("rte", 1), ("rte", 2), ("cola", 2), ("mrpc", 1)], "nothing is new, so values are kept"
+    new = [(task, seed) for task in ("rte", "cola", "mrpc") for seed in (6, 7)]
+    assert seeds("6-7") == seeds(seed="6-7") == new
+    assert seeds("8", "6-7")[:3] == [("rte", 8), ("rte", 6), ("rte", 7)]
+    assert {one.data_seed for one in read_sweep(path, {"seed": ["6-7"]}).runs} == {6, 7}
+
+
+def test_an_extended_grid_keeps_what_is_there(home: Path, tmp_path: Path) -> None:
+    first = Pretend(home)
+    assert carry_out(status(read_sweep(home / "sweep.yaml"), tmp_path), first, silent) == {}
+    wider = read_sweep(home / "sweep.yaml", {"seed": ["1-3"], "task": ["rte"], "method": ["lora"]})
+    second = Pretend(home)
+    assert carry_out(status(wider, tmp_path), second, silent) == {}
+    assert (len(first.starts), second.starts) == (8, ["rte lora 3"])
+
+
 @pytest.mark.parametrize(
     ("narrow", "names"),
     [
@@ -252,7 +277,10 @@ def test_a_list_of_methods_is_split_between_methods() -> None:
         (None, {"task": ["rte", "cola"]}, {}, "no run that is left has the task 'cola'; there is rte; sst2"),
         (None, {"method": ["adapter"]}, {}, "has the method 'adapter'; there is lora; bitfit"),
         (None, {"train_samples": ["100"]}, {}, "has the train_samples '100'; there is 16"),
-        (None, {}, {"seed": "7"}, "has the seed '7'; there is 1; 2"),
+        (None, {}, {"seed": "seven"}, "has the seed 'seven'; there is 1; 2"),
+        (None, {"seed": ["9-3"]}, {}, "seed: the range 9-3 ends before it begins; write 3-9"),
+        (None, {"seed": ["1-99999"]}, {}, "seed: the range 1-99999 has more than 10,000 seeds"),
+        ("grid: [{task: rte, seed: 5-1}]\n", {}, {}, "seed: the range 5-1 ends before it begins"),
         (None, {}, {"epochs": "none"}, "epochs must be a whole number"),
         ("task: rte\n", {}, {}, "grid must be a list of blocks"),
         ("grid: [{task: rte}]\noutput_dir: here\n", {}, {}, "unknown field 'output_dir' of a sweep"),
@@ -649,15 +677,13 @@ def test_a_run_in_a_process_of_its_own_leaves_its_record_or_its_last_words(
 
 
 def children(folder: Path) -> list[int]:
-    """Processes that do runs in a folder."""
+    """Processes that do runs in a folder: their output goes to a log there."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if "unipelt.sweep" in words and any(word.startswith(str(folder)) for word in words):
-            found.append(int(path.parent.name))
+    for path in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):
+            log = path.readlink()
+            if log.name == LOG and log.is_relative_to(folder):
+                found.append(int(path.parts[2]))
     return found
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from unipelt.checkpoint.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from unipelt.config.methods import UniPELTConfig
@@ -64,23 +64,25 @@ def model_card(
     task = task_of(base["class"])
     preset = next((name for name, known in PRESETS.items() if known == config), None)
     title = f"{preset or _parts(config)} on {_base_name(base['name_or_path'])}"
-    metadata: dict[str, Any] = {"library_name": "unipelt"}
+    further: dict[str, Any] = {}
     if known:
-        metadata |= {"base_model": known, "base_model_relation": "finetune" if config.train_base else "adapter"}
-    if license:
-        metadata["license"] = license
-    if task:
-        metadata["pipeline_tag"] = task
-    metadata["tags"] = ["unipelt", "parameter-efficient-tuning"]
-    if result is not None and task:
-        metadata["model-index"] = [{"name": name or title, "results": [_evaluation(result, task)]}]
+        further["base_model_relation"] = "finetune" if config.train_base else "adapter"
+    metadata = ModelCardData(
+        library_name="unipelt",
+        base_model=known,
+        license=license,
+        pipeline_tag=task,
+        tags=["unipelt", "parameter-efficient-tuning"],
+        model_name=name or title,
+        eval_results=_evaluation(result, task) if result is not None and task else None,
+        **further,
+    )
     gates = gates or (result or {}).get("gates")
     of_peft = manifest.get("weights", {}).get("file") == ADAPTER_WEIGHTS
     form = "folded" if "folded" in manifest else "deployed form" if manifest["deployed"] else "as trained"
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
     text = "\n".join(
         [
-            f"---\n{front}---",
+            f"---\n{metadata.to_yaml()}\n---",
             "",
             f"# {title}",
             "",
@@ -164,28 +166,34 @@ def _loading(
     return lines
 
 
-def _dataset(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the hub's metadata on the dataset split of a run's test."""
+def _dataset(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hub's metadata on the dataset split of a run's test, as arguments of `EvalResult`."""
     task, settings = result["task"]["name"], result["settings"]
     if settings.get("task") is None:
-        return {"name": task, "type": "custom", "split": "test"}
+        return {"dataset_name": task, "dataset_type": "custom", "dataset_split": "test"}
     split = "validation_matched" if task == "mnli" else "validation"
-    return {"name": f"GLUE {task.upper()}", "type": "nyu-mll/glue", "config": task, "split": split}
+    names = {"dataset_name": f"GLUE {task.upper()}", "dataset_type": "nyu-mll/glue"}
+    return {**names, "dataset_config": task, "dataset_split": split}
 
 
-def _evaluation(result: Mapping[str, Any], task: str) -> dict[str, Any]:
-    metrics = [
-        {"type": _METRICS.get(name, name), "value": round(value, 4), "name": name}
+def _evaluation(result: Mapping[str, Any], task: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=task,
+            metric_type=_METRICS.get(name, name),
+            metric_value=round(value, 4),
+            metric_name=name,
+            **_dataset(result),
+        )
         for name, value in result["test"]["metrics"].items()
     ]
-    return {"task": {"type": task}, "dataset": _dataset(result), "metrics": metrics}
 
 
 def _scores(result: Mapping[str, Any]) -> list[str]:
     settings, data = result["settings"], result["data"]
     rows = {split: data[split]["rows"] for split in ("train", "dev", "test")}
     tested = _dataset(result)
-    what = f"`{tested['split']}` split of {tested['name']}" if settings.get("task") else "test set"
+    what = f"`{tested['dataset_split']}` split of {tested['dataset_name']}" if settings.get("task") else "test set"
     test, dev = result["test"]["metrics"], result["dev"]["metrics"]
     packages, code = result["packages"], result["code"]["commit"]
     versions = ", ".join(f"{package} {packages[package]}" for package in ("unipelt", "torch", "transformers"))

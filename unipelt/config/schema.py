@@ -18,11 +18,19 @@ from unipelt.files.strict import PlainError, language, read_plain
 LARGEST = 1_000_000
 """The largest size or scale that is accepted. A larger one is a mistake or would fill the memory."""
 
+_HINTS: dict[type, dict[str, Any]] = {}
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
 
 
 class ConfigError(ValueError):
     """A configuration is wrong. The message names the field, the value and the possible values."""
+
+
+def type_hints(kind: type) -> dict[str, Any]:
+    """Return the type of each field of a dataclass. The types are kept, because it takes long to find them."""
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def check_fields(part: Any, *positive: str, skip: tuple[str, ...] = ()) -> None:
@@ -36,7 +44,7 @@ def check_fields(part: Any, *positive: str, skip: tuple[str, ...] = ()) -> None:
     Raises:
         ConfigError: a field has a wrong type or value.
     """
-    hints = get_type_hints(type(part))
+    hints = type_hints(type(part))
     for name, hint in ((item.name, hints[item.name]) for item in fields(part) if item.name not in skip):
         object.__setattr__(part, name, convert(hint, getattr(part, name), name))
     for name in positive:
@@ -119,7 +127,7 @@ def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), al
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'a configuration'} must be a mapping, not {show(values)}")
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     names = [item.name for item in fields(cls) if item.name not in apart]
     for key in values:
         if key not in names:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unipelt.files.progress import track
 from unipelt.submodules.entry import Entry
 from unipelt.submodules.prompt import Prompt
 from unipelt.submodules.room import layer_sets, rooms
@@ -110,7 +111,7 @@ def measure_gates(
 
     hooks = {gate.path: (gate.entry.gates, partial(keep, gate)) for gate in gates}
     with _evaluating(model), _hooked(hooks.values()), torch.no_grad():
-        for batch in batches:
+        for batch in track(batches, "measuring gates", "batch"):
             if not isinstance(batch, Mapping):
                 raise FoldError(f"batches must hold mappings of the model's inputs, not {type(batch).__name__}")
             inputs = {

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from unipelt.checkpoint.load import load
 from unipelt.checkpoint.save import save
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import say
+from unipelt.files.progress import track
 from unipelt.gates.fold import FoldReport, fold
 from unipelt.glue.job import Job, check_of_glue, prepare
 from unipelt.glue.metric import compute_metrics_for
@@ -156,7 +157,11 @@ def _compare(job: Job, models: Mapping[str, PreTrainedModel], rounds: int) -> di
     batches = _batches(job, "test")
     labels = job.splits["test"].with_format("numpy")["label"][:]
     metrics, measure = {}, compute_metrics_for(job.task)
-    logits = {name: _logits(job, model, batches) for name, model in models.items() if name != "base"}
+    logits = {
+        name: _logits(job, model, track(batches, f"evaluation of the {name} form", "batch"))
+        for name, model in models.items()
+        if name != "base"
+    }
     for name, values in logits.items():
         metrics[name] = measure(EvalPrediction(values.numpy(), labels))
     changed = {
@@ -183,7 +188,7 @@ def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, ro
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:  # the first pass of a model is slower
         _logits(job, models[name], batches[:1])
-    for turn in range(rounds * len(batches)):
+    for turn in track(range(rounds * len(batches)), "timing", "round"):
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
             begun = time.perf_counter()
@@ -192,7 +197,7 @@ def _times(job: Job, models: Mapping[str, PreTrainedModel], batches: Batches, ro
     return seconds
 
 
-def _logits(job: Job, model: PreTrainedModel, batches: Batches) -> Tensor:
+def _logits(job: Job, model: PreTrainedModel, batches: Iterable[Batch]) -> Tensor:
     with torch.no_grad(), precision_of(job.device, job.settings.precision):
         found = [model(**batch).logits for batch in batches]
     return torch.cat(found).float().cpu()

@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from unipelt.files.progress import Progress
 from unipelt.glue.corpus import Corpus, Tokens
 from unipelt.glue.data import find_folder, fingerprint, load_files, load_task, split_note
 from unipelt.glue.labels import describe_cuts, describe_labels
@@ -295,21 +296,25 @@ def _encode(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
     """Return texts as token ids, cut at `max_length`. With `whole` they are also padded to `max_length`."""
     padding = {"padding": "max_length"} if whole else {}
 
+    progress = Progress("tokenizing", len(split), "text")
+
     def tokenize(rows: Mapping[str, list[str]]) -> Mapping[str, Any]:
+        progress.update(len(rows[task.columns[0]]))
         return tokenizer(*[rows[column] for column in task.columns], truncation=True, max_length=max_length, **padding)
 
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return split.map(
-            tokenize,
-            batched=True,
-            remove_columns=[name for name in split.column_names if name != "label"],
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            # otherwise `datasets` hashes the tokenizer for a cache that is not used, which is slower than tokenizing
-            new_fingerprint=f"{split._fingerprint}-tokens",
-        )
+        with progress:
+            return split.map(
+                tokenize,
+                batched=True,
+                remove_columns=[name for name in split.column_names if name != "label"],
+                keep_in_memory=True,
+                load_from_cache_file=False,
+                # otherwise `datasets` hashes the tokenizer for an unused cache, which is slower than tokenizing
+                new_fingerprint=f"{split._fingerprint}-tokens",
+            )
     finally:
         if not bars:
             datasets.enable_progress_bars()

@@ -44,6 +44,7 @@ from unipelt.runs.cache import SharedCache, same_memory
 from unipelt.runs.errors import Diverged, RunError, check_losses
 from unipelt.runs.final import finalize
 from unipelt.runs.folder import Progress
+from unipelt.runs.moment import TrainingProgress
 
 _FORMAT = 1  # format of the checkpoints here, which Trainer's runs do not read
 _WEIGHTS, _STATE = "pack.safetensors", "pack.json"
@@ -62,6 +63,7 @@ class PackedRun:
         clock: the time of the last call of `spend`, in seconds of `time.monotonic`.
         saved: the time of the last checkpoint, in seconds of `time.monotonic`.
         average: the average of the replica's rows, or None without one.
+        shown: the progress for the reader, from the first step of this attempt on.
     """
 
     job: Job
@@ -85,6 +87,7 @@ class PackedRun:
     saved: float = field(default_factory=time.monotonic)
     batches: Iterator[dict[str, Tensor]] | None = None
     average: WeightAverage | None = None
+    shown: TrainingProgress | None = None
 
     @property
     def steps_an_epoch(self) -> int:
@@ -130,6 +133,10 @@ class PackedRun:
         self.state.global_step += 1
         if self.average is not None:
             self.average.after_step({"row": self.replica.row})
+        if self.shown is None:  # runs of a pack would draw several bars
+            steps, epochs = self.state.max_steps, self.state.num_train_epochs
+            self.shown = TrainingProgress(self.folder, self.state.global_step - 1, steps, epochs, self.log, bar=False)
+        self.shown.update(self.state.global_step / self.steps_an_epoch)
 
     def judge(self, logits: Tensor, labels: Tensor) -> None:
         """Enter an evaluation on the dev set with logits (rows, C) and labels (rows,).
@@ -296,6 +303,8 @@ def sit(
                 average=WeightAverage(settings.average) if settings.average else None,
             )
             last = place.newest_checkpoint(folder, _digest(job))
+            if reason := place.reason_to_start_over(folder, progress, _digest(job)):
+                log(f"starting over: {reason}")
             place.remove_checkpoints(folder, digest=_digest(job))
             if last is not None:
                 seat.restore(last)

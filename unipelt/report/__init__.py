@@ -11,11 +11,11 @@ from typing import Any
 
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import printable
-from unipelt.records.record import floor
 from unipelt.report.cells import kinds
 from unipelt.report.collect import collect
 from unipelt.report.differences import compare_all
 from unipelt.report.latex import to_latex
+from unipelt.report.lines import run_lines
 from unipelt.report.page import compose
 from unipelt.report.pictures import check_matplotlib, draw
 from unipelt.report.read import ReportError, read_results
@@ -60,7 +60,7 @@ def write_report(folder: str | Path, out: str | Path, latex: bool = False) -> li
     contents = {
         **{out / PICTURES / f"{picture.name}.svg": picture.svg for picture in pictures},
         out / "report.csv": _csv(_cell_line(results)),
-        out / "runs.csv": _csv(_run_line(results)),
+        out / "runs.csv": _csv(run_lines(results.runs, results.cells)),
         out / "report.md": to_markdown(blocks, PICTURES).encode(),
         out / "index.html": to_html(blocks).encode(),
     }
@@ -98,36 +98,6 @@ def _cell_line(results: Results) -> Iterable[Mapping[str, Any]]:
             "missing_seeds": seeds_text(cell.missing),
             "chosen": cell.chosen,
             "trainings": len(cell.picked) or 1,
-        }
-
-
-def _run_line(results: Results) -> Iterable[Mapping[str, Any]]:
-    kept = {id(run): cell.row for cell in results.cells for run in cell.runs}
-    for run in results.runs:
-        record = run.record
-        yield {
-            "run": run.name,
-            "task": run.task,
-            "metric": run.primary,
-            "k": "all" if run.k is None else run.k,
-            "method": run.method,
-            "row": kept.get(id(run), ""),  # empty for a candidate that was not chosen
-            "model": record["model"]["name"],
-            "learning_rate": record["method"]["learning_rate"],
-            "seed": run.seed[0],
-            "data_seed": run.seed[1],
-            "test": run.score,
-            "dev": run.dev,
-            "majority": "" if (found := floor(record)).score is None else found.score,
-            "majority_of": "" if found.score is None else "test" if found.of_test else found.name,
-            "best_epoch": record["best"]["epoch"],
-            "epochs": record["evaluations"][-1]["epoch"],
-            **{name: record["parameters"][name] for name in ("trained", "deployed", "head", "base")},
-            **{f"seconds_{name}": record["seconds"][name] for name in ("train", "evaluation", "total")},
-            "attempts": record["attempts"],
-            "commit": record["code"]["commit"] or "",
-            "dirty": "" if record["code"]["dirty"] is None else record["code"]["dirty"],
-            "digest": record["digest"],
         }
 
 

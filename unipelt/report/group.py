@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unipelt.report.cells import Cell, Run, k_order, largest
+from unipelt.report.chosen import variant_of, without_chosen
 from unipelt.report.paper import TASKS
 
 PICKED = "picked on dev"
@@ -34,15 +35,16 @@ def group_runs(
     """
     groups: dict[tuple[str, int | None, str], list[Run]] = defaultdict(list)
     for run in runs:
-        groups[run.task, run.k, run.method].append(run)
+        groups[run.task, run.k, without_chosen(run.method, choose)].append(run)
+    variants_of = {id(run): variant_of(run, choose) for run in runs}
     seen = {k: frozenset(run.seed for run in runs if run.k == k) for k in {run.k for run in runs}}
     # A value that differs between runs of one task, K and method is named in every row, so that rows can be compared.
     # A value that belongs to a method is named only in the rows of that method.
     apart: set[str] = set()
     own: dict[str, set[str]] = defaultdict(set)
     for (_, _, method), alike in groups.items():
-        for key in set().union(*(run.variant for run in alike)) - set(choose):
-            if len({_text(run.variant.get(key)) for run in alike}) > 1:
+        for key in set().union(*(variants_of[id(run)] for run in alike)) - set(choose):
+            if len({_text(variants_of[id(run)].get(key)) for run in alike}) > 1:
                 (own[method] if key in _OF_THE_METHOD else apart).add(key)
     models = {(run.variant["model"], run.variant["model_sha256"]) for run in runs}
     if "model" in apart and len(models) == len({name for name, _ in models}):
@@ -52,10 +54,10 @@ def group_runs(
         variants: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
         for run in alike:
             setting, rest = (
-                ", ".join(f"{key}={_text(run.variant.get(key))}" for key in sorted(keys))
+                ", ".join(f"{key}={_text(variants_of[id(run)].get(key))}" for key in sorted(keys))
                 for keys in (apart, own[method])
             )
-            candidate = ", ".join(f"{key}={_text(run.variant.get(key))}" for key in choose)
+            candidate = ", ".join(f"{key}={_text(variants_of[id(run)].get(key))}" for key in choose)
             variants[setting, rest][candidate].append(run)
         for (setting, rest), candidates in variants.items():
             words = ", ".join(filter(None, (setting, rest)))

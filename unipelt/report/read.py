@@ -12,6 +12,7 @@ from typing import Any
 from unipelt.files.messages import show_path
 from unipelt.records.record import RESULT, ResultError, read_result
 from unipelt.report.cells import Run
+from unipelt.report.chosen import without_chosen
 from unipelt.report.results import Results
 from unipelt.sweep import FAILURE, REQUEST, SweepError, read_failure, read_request
 
@@ -68,7 +69,7 @@ def read_results(folder: str | Path) -> Results:
     for planned in request["runs"]:
         settings = planned["settings"]
         if settings["task"] is not None:
-            key = settings["task"], settings["train_samples"], planned["method"]
+            key = settings["task"], settings["train_samples"], without_chosen(planned["method"], request["chosen"])
             seeds[key].add((settings["seed"], settings["data_seed"]))
     return Results(
         runs=tuple(runs),

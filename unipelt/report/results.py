@@ -7,10 +7,12 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from unipelt.records.record import Floor, floor
 from unipelt.report.cells import Cell, Run, k_order, kinds, sample_std
 from unipelt.report.group import group_runs, pick_on_dev, row_order, task_order
+from unipelt.report.lines import frame_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Results:
     def ks(self) -> list[int | None]:
         """Each K once; all data (None) come last."""
         return sorted({cell.k for cell in self.cells}, key=k_order)
+
+    def to_frame(self) -> Any:
+        """Return a `pandas.DataFrame` with a row for each run and the columns of `runs.csv`.
+
+        Scores are fractions. An absent value is None.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frame_of(self.runs, self.cells)
 
     def table(self, k: int | None) -> Table:
         """Return the table of one K, with the cells that are picked on dev."""

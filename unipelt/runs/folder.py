@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 """The folder of TensorBoard's events, if a run reports to TensorBoard."""
 _PROGRESS = "progress.json"
+_BEGUN = ".begun.json"
+"""The file that says that a run has begun, outside the folder of checkpoints, which a user may delete."""
+NOW = "now.json"
+"""The file in the folder of checkpoints that says how far a training is (`unipelt.runs.moment`)."""
 _MARKER = "complete.json"
 _LOCK = ".lock"
 _NUMBER = (int, float)
@@ -41,6 +45,7 @@ _PROGRESS_SHAPE: dict[str, Any] = {
     "attempts": int,
     "seconds": dict.fromkeys(("train", "evaluation", "total"), _NUMBER),
 }
+_STATE_SHAPE = {"global_step": int, "max_steps": int, "epoch": _NUMBER, "num_train_epochs": _NUMBER}
 
 
 class LockedError(RunError):
@@ -55,15 +60,17 @@ class Progress:
         settings: the digest of the run's settings.
         attempts: the number of times that the run was started.
         seconds: the seconds of `train`, of `evaluation`, and in `total`.
+        emptied: whether an earlier attempt had begun, and its folder of checkpoints is gone. This is not written.
     """
 
     settings: str
     attempts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluation": 0.0, "total": 0.0})
+    emptied: bool = False
 
     def write(self, folder: Path) -> None:
         """Write the progress into the folder of the run."""
-        _write_json(folder / CHECKPOINTS / _PROGRESS, asdict(self))
+        _write_json(folder / CHECKPOINTS / _PROGRESS, {name: getattr(self, name) for name in _PROGRESS_SHAPE})
 
 
 def find_finished(settings: TrainingSettings, folder: Path) -> dict[str, Any] | None:
@@ -138,6 +145,8 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         progress = Progress("")  # no settings have this digest, so the old files are removed
     finished = (folder / RESULT).exists()
     if progress is None and not finished:
+        progress = _read_begun(settings, folder)
+    if progress is None and not finished:
         for name in (MODEL, PREDICTIONS, CHECKPOINTS, LOGS, PICTURE):
             # a run that was killed at its start leaves only the folder of its progress
             if (folder / name).exists() and not (name == CHECKPOINTS and _is_bare(folder / name)):
@@ -151,7 +160,9 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         progress = Progress(settings.digest())
     progress.attempts += 1
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    (folder / CHECKPOINTS / NOW).unlink(missing_ok=True)
     progress.write(folder)  # before anything is removed, because it names the run of this folder
+    _write_json(folder / _BEGUN, {"settings": progress.settings, "attempts": progress.attempts})
     if again:
         (folder / RESULT).unlink(missing_ok=True)
         for checkpoint in _checkpoints(folder):
@@ -159,7 +170,8 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
         shutil.rmtree(folder / LOGS, ignore_errors=True)
     for name in (MODEL, PREDICTIONS, FOLDED):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (PICTURE, f".{PICTURE}.*.tmp", f".{RESULT}.*.tmp"):  # also drafts of an attempt that was killed
+    drafts = (f".{name}.*.tmp" for name in (PICTURE, RESULT, _BEGUN))  # of an attempt that was killed
+    for name in (PICTURE, *drafts):
         for path in folder.glob(name):
             path.unlink()
     return progress
@@ -187,6 +199,60 @@ def newest_checkpoint(folder: Path, digest: str) -> Path | None:
     return next(found, None)
 
 
+def reason_to_start_over(folder: Path, progress: Progress, digest: str) -> str | None:
+    """Return why a run that had begun has no checkpoint to go on from. Return None for a first attempt.
+
+    Args:
+        folder: the folder of the run, before its unusable checkpoints are removed.
+        progress: the progress of the run, with this attempt.
+        digest: the digest of everything that determines the outcome.
+    """
+    if progress.attempts < 2 or newest_checkpoint(folder, digest) is not None:
+        return None
+    if progress.emptied:
+        return f"this run had begun, and the folder {show_path(folder / CHECKPOINTS)} is gone"
+    found = [_read_marker(checkpoint) for checkpoint in _checkpoints(folder)]
+    if any(found):
+        return "the checkpoints are of other data, or of other weights of the base"
+    if found:
+        return "the checkpoint of the earlier attempt is incomplete"
+    if progress.seconds["total"] > 0:
+        return f"this run had a checkpoint, and there is none in {show_path(folder / CHECKPOINTS)}"
+    return "the earlier attempt ended before its first checkpoint"
+
+
+def newest_step(folder: Path) -> dict[str, Any] | None:
+    """Return Trainer's state of the newest complete checkpoint of any run in the folder, or None."""
+    for checkpoint in _checkpoints(folder):
+        if not _read_marker(checkpoint):
+            continue
+        try:
+            state = read_plain(checkpoint / "trainer_state.json")
+        except (OSError, PlainError):
+            continue
+        if not mismatch(state, _STATE_SHAPE, ""):
+            return state
+    return None
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process is running in the folder, or None if that cannot be told. Nothing is written."""
+    if not (folder / _LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / _LOCK, timeout=0, thread_local=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # the folder is another user's
+        return None
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether an unfinished run has begun in the folder."""
+    return (folder / _BEGUN).exists() or (folder / CHECKPOINTS / _PROGRESS).exists()
+
+
 def is_final(checkpoint: Path) -> bool:
     """Return whether training ended with this checkpoint."""
     return bool(_read_marker(checkpoint).get("finished"))
@@ -207,6 +273,7 @@ def remove_checkpoints(folder: Path, keep: tuple[Path, ...] = (), digest: str | 
 
 def clean(folder: Path) -> None:
     """Remove the checkpoints and the progress, which a finished run does not need."""
+    (folder / _BEGUN).unlink(missing_ok=True)
     remove_checkpoints(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
@@ -249,6 +316,17 @@ def _read_progress(path: Path) -> Progress | None:
     if problem := mismatch(values, _PROGRESS_SHAPE, ""):
         raise PlainError(problem)
     return Progress(**{name: values[name] for name in _PROGRESS_SHAPE})
+
+
+def _read_begun(settings: TrainingSettings, folder: Path) -> Progress | None:
+    """Return the progress of a run of these settings that had begun, and that has no folder of checkpoints now."""
+    try:
+        begun = read_plain(folder / _BEGUN)
+    except (FileNotFoundError, PlainError):
+        return None
+    if mismatch(begun, {"settings": str, "attempts": int}, "") or begun["settings"] != settings.digest():
+        return None
+    return Progress(begun["settings"], begun["attempts"], emptied=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args
 
 from unipelt.config.methods import SUBMODULES, UniPELTConfig
 from unipelt.config.presets import PRESETS, resolve
-from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
+from unipelt.config.schema import ConfigError, convert, flatten, read_mapping, type_hints
 from unipelt.config.subsets import refusal_of_select
 from unipelt.files.messages import show
 from unipelt.runs.average_options import check_average
@@ -241,7 +241,7 @@ class TrainingSettings:
         return self.task or Path(str(self.train_file)).stem
 
     def _check_types(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = type_hints(type(self))
         for name, hint in ((item.name, hints[item.name]) for item in fields(self)):
             if name in ("method", *INNER):
                 continue

@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -28,11 +27,14 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import has_length
 
 from unipelt.checkpoint.manifest import WEIGHTS
 from unipelt.config.schema import ConfigError
 from unipelt.files.atomic import failed_write
 from unipelt.files.messages import shorten
+from unipelt.files.progress import Progress as Shown
+from unipelt.files.progress import above_bars
 from unipelt.injection.parameter_groups import parameter_groups
 from unipelt.injection.parameters import parameter_counts
 from unipelt.records.record import FORMAT, RESULT, summary
@@ -42,6 +44,7 @@ from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
 from unipelt.runs.final import finalize
 from unipelt.runs.folder import CHECKPOINTS, LOGS, Progress
 from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
+from unipelt.runs.moment import TrainingProgress
 from unipelt.runs.settings import SettingsError, TrainingSettings
 from unipelt.runs.trainer_options import check_trackers, step_options
 
@@ -185,21 +188,36 @@ class _Watch(TrainerCallback):
 
 
 class _Reporter(TrainerCallback):
-    """Callback that shows a progress bar over the steps, and logs one line for each evaluation."""
+    """Callback that shows the progress of training and of each evaluation, and logs one line for each evaluation."""
 
-    def __init__(self, primary: str, log: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, primary: str, log: Callable[[str], None]) -> None:
+        self.folder = folder
         self.primary = primary
         self.log = log
-        self.bar: Any = None
+        self.training: TrainingProgress | None = None
+        self.evaluation: Shown | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # disable=None shows no bar in a log file
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
+        self.training = TrainingProgress(
+            self.folder, state.global_step, state.max_steps, state.num_train_epochs, self._say
+        )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.update()
+        if self.training is not None:
+            self.training.update(state.epoch or 0.0)
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        if self.evaluation is None:
+            loader = event.get("eval_dataloader")
+            total = len(loader) if has_length(loader) else None
+            self.evaluation = Shown("evaluation", total, "batch", log=self._say)
+        self.evaluation.update()
+
+    def on_predict(self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any) -> None:
+        self._end_evaluation()
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        self._end_evaluation()
         metrics = event["metrics"]
         loss = _evaluations(state, ())[-1]["train_loss"]
         value = metrics[f"eval_{self.primary}"]
@@ -209,11 +227,20 @@ class _Reporter(TrainerCallback):
             f"{self._moment(args, state)}  {trained}dev loss {metrics['eval_loss']:.4f}  "
             f"{self.primary} {value:.3f}{'  best so far' if better else ''}"
         )
-        with tqdm.external_write_mode():
-            self.log(line)
+        self._say(line)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.close()
+        if self.training is not None:
+            self.training.close()
+
+    def _end_evaluation(self) -> None:
+        if self.evaluation is not None:
+            self.evaluation.close()
+        self.evaluation = None
+
+    def _say(self, line: str) -> None:
+        with above_bars():
+            self.log(line)
 
     def _moment(self, args: Any, state: TrainerState) -> str:
         """Return the moment of an evaluation in words: its step or its epoch."""
@@ -327,7 +354,7 @@ def train(
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise every forked worker prints a warning
     marker = _Marker(folder, job.digest, progress, begun)
     average = WeightAverage(settings.average) if settings.average else None
-    callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(job.primary, log)]
+    callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(folder, job.primary, log)]
     if average is not None:
         callbacks.insert(0, AverageCallback(average, job.model, folder))  # before the checkpoint is marked as complete
     if settings.patience is not None:
@@ -344,7 +371,7 @@ def train(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(folder / LOGS)
-    last = _train(trainer, job.digest, folder, log)
+    last = _train(trainer, job.digest, folder, progress, log)
 
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     _load_weights(job.model, place.checkpoint_at(folder, state.best_global_step))
@@ -413,9 +440,11 @@ def common_record(job: Training, state: TrainerState, metrics: Sequence[str], pr
     }
 
 
-def _train(trainer: Trainer, digest: str, folder: Path, log: Callable[[str], None]) -> Path:
+def _train(trainer: Trainer, digest: str, folder: Path, progress: Progress, log: Callable[[str], None]) -> Path:
     """Train, or continue training, and return the final checkpoint."""
     last = place.newest_checkpoint(folder, digest)
+    if reason := place.reason_to_start_over(folder, progress, digest):
+        log(f"starting over: {reason}")
     place.remove_checkpoints(folder, digest=digest)
     if last is not None:
         log(f"going on from {last}")

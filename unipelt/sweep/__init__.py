@@ -1,10 +1,10 @@
 """Run a grid of runs from one file, in one folder that several processes and machines can share.
 
-Each run is its own process (`python -m unipelt.sweep RUN/settings.json`). A run that crashes, or that the system kills
-because memory is short, is a recorded failure, and the other runs continue. All state is in the folder, not in a
-process:
+Each run is its own process. A run that crashes, or that the system kills because memory is short, is a recorded
+failure, and the other runs continue. All state is in the folder, not in a process:
 
     OUT/sweep.json              the request: all runs of the sweep (`write_request`)
+    OUT/optuna.journal          Optuna's trials, if the sweep searches
     OUT/RUN/settings.json       the settings of the run
     OUT/RUN/log.txt             the output of the run's processes
     OUT/RUN/result.json         present if the run has finished
@@ -14,9 +14,11 @@ process:
     OUT/RUN/.lock               held by the run's process (`unipelt.runs.folder`)
 
 A process that ends, also by a kill, releases its locks, so a kill needs no cleaning up. `grid` lists the runs,
-`folder` reads and writes these files, and `workers` does the runs.
+`folder` reads and writes these files, and `workers` does the runs. `run_server` forks the process of a run from a
+server, and `run_process` starts it as a program. `watch` looks at all this from outside.
 """
 
+from unipelt.files.progress import duration
 from unipelt.sweep.folder import (
     FAILURE,
     LOG,
@@ -24,7 +26,6 @@ from unipelt.sweep.folder import (
     SETTINGS,
     Busy,
     State,
-    duration,
     read_failure,
     read_request,
     read_settings,
@@ -33,7 +34,8 @@ from unipelt.sweep.folder import (
     write_request,
 )
 from unipelt.sweep.grid import Sweep, SweepError, read_sweep, split_list
-from unipelt.sweep.workers import carry_out, in_process
+from unipelt.sweep.run_process import in_process
+from unipelt.sweep.workers import carry_out
 
 __all__ = [
     "FAILURE",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from unipelt.runs.folder import LockedError
 from unipelt.sweep.folder import read_settings
-from unipelt.sweep.workers import BUSY
+from unipelt.sweep.run_process import BUSY
 
 
-def _main(path: Path) -> int:
+def main(path: Path) -> int:
     """Do the run whose settings are in the file, and return the exit code.
 
     Standard input is a pipe. This process ends when the pipe is closed.
@@ -33,4 +33,4 @@ def _main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1])))

@@ -15,6 +15,7 @@ from typing import Any
 from unipelt.config.schema import read_mapping
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import show
+from unipelt.files.progress import duration
 from unipelt.files.strict import PlainError, read_plain
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import mismatch
@@ -27,6 +28,8 @@ REQUEST = "sweep.json"
 FAILURE = "failure.json"
 LOG = "log.txt"
 SETTINGS = "settings.json"
+CLAIM = ".sweep"
+"""The folder whose lock the sweep that does a run holds."""
 _FORMAT = 1
 
 # The fields that are read from these files, and their types (see `mismatch`).
@@ -113,12 +116,6 @@ def status(sweep: Sweep, out: str | Path, workers: int = 1) -> State:
         elif (failure := read_failure(folder_of(settings))) is not None:
             state.failures[folder_of(settings)] = failure
     return state
-
-
-def duration(seconds: float) -> str:
-    """Return a time in seconds as text for people, such as `1 h 05 min`."""
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {int(seconds % 60):02} s"
 
 
 def run_folder(out: str | Path, settings: RunSettings) -> Path:

@@ -11,17 +11,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from unipelt.config.schema import flatten
 from unipelt.files.messages import show, suggest
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import shorten_name
 from unipelt.runs.aliases import own_names
 from unipelt.runs.options import lay_over, locate_path, read_config, read_option
 from unipelt.runs.settings import INNER
+from unipelt.sweep.seeds import SEEDS, expand, extend
+from unipelt.sweep.space import OPTUNA, Search, corners, read_search, with_values
 
 MOST_RUNS = 20_000
 """The largest number of runs in one block. A longer product is a mistake, and takes hours to build."""
 _INNER = tuple(f"{name}." for name in INNER)
-_SEEDS = ("seed", "data_seed")  # fields that may differ between the runs of a cell
 
 
 class SweepError(ValueError):
@@ -36,16 +38,23 @@ class Sweep:
         path: the sweep file.
         runs: the runs, without duplicates, in the order of the file.
         chosen: the fields with several values in each cell. The report shows the value with the best dev score.
+        search: the search for values of the chosen fields; None if the file lists the values. With a search, `runs`
+            have no such values yet.
     """
 
     path: str
     runs: tuple[RunSettings, ...]
     chosen: tuple[str, ...] = ()
+    search: Search | None = None
 
     def cell(self, settings: RunSettings) -> str:
         """Return the settings that all runs of a cell share, as JSON: without seeds and without chosen fields."""
-        chosen = (*_SEEDS, *self.chosen)
+        chosen = (*SEEDS, *self.chosen)
         values = {name: value for name, value in settings.identity().items() if name not in chosen}
+        inside = [name.removeprefix("method.") for name in self.chosen if name.startswith("method.")]
+        if inside:
+            flat = flatten(values["method"])
+            values["method"] = {name: value for name, value in flat.items() if name not in inside}
         for head in INNER:
             if head in values:
                 inner = values[head].items()
@@ -60,8 +69,10 @@ def read_sweep(
 
     Args:
         path: a YAML or JSON file with `grid` (a list of blocks; each block is the product of its lists). Optional keys
-            are `choose` (values to try in each cell), `base`, and fields that all runs share.
-        narrow: by field, the values to keep. A method is given by its `method_name` or by its preset.
+            are `choose` (values to try in each cell, or `optuna`, with `trials` and `space`), `base`, and fields that
+            all runs share.
+        narrow: by field, the values to keep. A method is given by its `method_name` or by its preset. Seeds that the
+            grid lacks are added to its blocks. A range such as `6-15` stands for its seeds, here and in the file.
         override: by field, the new value for all runs, as on the command line. A field that the grid lists takes the
             values to keep instead, separated by commas. `trainer.NAME` and `rates.PART` are fields too, here and in the
             grid.
@@ -83,13 +94,21 @@ def split_list(text: str) -> list[str]:
 
 
 def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str, str]) -> Sweep:
-    common = read_config(path, RunSettings, also=("grid", "choose"))
+    common = read_config(path, RunSettings, also=("grid", "choose", "trials", "space"))
     grid, choose = common.pop("grid", None), common.pop("choose", {})
+    trials, space = common.pop("trials", None), common.pop("space", None)
+    search = read_search(path, trials, space) if choose == OPTUNA else None
+    if search is not None:
+        choose = {}
+    elif trials is not None or space is not None:
+        raise SweepError(f"{path}: trials and space go with choose: {OPTUNA}; write that, or leave them out")
     if not isinstance(grid, list) or not grid or not all(isinstance(block, dict) and block for block in grid):
         raise SweepError(f"{path}: grid must be a list of blocks, each a mapping of fields to lists of values")
     if not isinstance(choose, dict):
-        raise SweepError(f"{path}: choose must be a mapping of fields to lists of values, not {show(choose)}")
-    grid, choose = [own_names(block, RunSettings) for block in grid], own_names(choose, RunSettings)
+        raise SweepError(
+            f"{path}: choose must be a mapping of fields to lists of values or {OPTUNA}, not {show(choose)}"
+        )
+    grid, choose = [_own(block) for block in grid], _own(choose)
     listed = {name for block in [*grid, choose] for name in block}
     _check_fields(path, [*common, *listed])
     if any(set(block) & set(choose) for block in grid):
@@ -100,6 +119,10 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
         elif name.startswith(_INNER) and (head := name.partition(".")[0]) in listed:
             raise SweepError(f"{path} lists {head} as a whole, so {name} cannot be given for all runs; change the file")
     common = lay_over(common, {name: read_option(name, text, RunSettings) for name, text in override.items()})
+    for name in SEEDS:
+        narrow[name] = [str(seed) for seed in expand(narrow.get(name, ()), name)]
+    if "seed" not in choose:
+        grid = extend(grid, common, [int(text) for text in narrow["seed"] if text.strip().isdigit()])
 
     runs: dict[str, RunSettings] = {}
     for number, block in enumerate(grid, start=1):
@@ -109,7 +132,35 @@ def _read_sweep(path: Path, narrow: dict[str, Sequence[str]], override: dict[str
             except (ValueError, OSError) as error:
                 raise SweepError(f"{path}, block {number} of the grid: {error}") from error
             runs.setdefault(settings.digest(), settings)
-    return Sweep(str(path), _keep(tuple(runs.values()), narrow), tuple(choose))
+    kept = _keep(tuple(runs.values()), narrow)
+    if search is not None:
+        _check_search(path, search, kept, [*listed, *override])
+    return Sweep(str(path), kept, tuple(choose if search is None else search.space), search)
+
+
+def _check_search(path: Path, search: Search, runs: Sequence[RunSettings], given: Sequence[str]) -> None:
+    """Check that every value of a search makes valid settings, with every run."""
+    _check_fields(path, [name for name in search.space if not name.startswith("method.")])
+    for name in search.space:
+        if name in given or (name.startswith("method.") and name.count(".") < 2) or name in ("method", "task", *SEEDS):
+            raise SweepError(f"{path}: space: {name} cannot be searched, as it is given, or is no rate and no size")
+    for run in {run.method_name: run for run in runs}.values():
+        if not search.of(run):
+            raise SweepError(f"{path}: no field of space is a field of {run.method_name}; add one, or leave it out")
+        for values in corners(search, run):
+            try:
+                with_values(run, values)
+            except (ValueError, OSError) as error:
+                raise SweepError(f"{path}: space: {error}") from error
+
+
+def _own(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a block by this library's names of fields, with its ranges of seeds expanded."""
+    found = own_names(block, RunSettings)
+    for name in SEEDS:
+        if name in found:
+            found[name] = expand(found[name] if isinstance(found[name], list) else [found[name]], name)
+    return found
 
 
 def _check_fields(path: Path, names: Sequence[str]) -> None:
@@ -139,6 +190,8 @@ def _located(name: str, value: Any, path: Path) -> Any:
 
 def _keep(runs: tuple[RunSettings, ...], narrow: Mapping[str, Sequence[str]]) -> tuple[RunSettings, ...]:
     for name, texts in narrow.items():
+        if not texts:
+            continue
         kept: set[int] = set()
         for text in texts:
             wanted = _wanted(name, text)

@@ -1,30 +1,26 @@
-"""Do the runs of a sweep, each in its own process. Other sweeps may work in the same folder at the same time."""
+"""Do the runs of a sweep. Other sweeps may work in the same folder at the same time."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from unipelt.files.messages import say
+from unipelt.files.progress import Progress, above_bars, duration
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import RESULT, summary
 from unipelt.runs.folder import CHECKPOINTS, clean
 from unipelt.sweep.folder import (
+    CLAIM,
     LOG,
-    SETTINGS,
     Busy,
     State,
     alone,
-    duration,
     finished,
     folder_of,
     read_failure,
@@ -33,10 +29,11 @@ from unipelt.sweep.folder import (
     write_failure,
     write_settings,
 )
+from unipelt.sweep.run_process import lines_of, size_of
+from unipelt.sweep.run_server import run_servers
 
-BUSY = 75  # exit code of a run's process if another process does the run; EX_TEMPFAIL of sysexits.h
-_CLAIM = ".sweep"
 _PAUSE = 2.0  # seconds between two checks of runs that other processes do
+_TICK = 1.0  # seconds between two looks at the clock for a line of progress
 _TAIL = 20  # number of log lines that a failure keeps
 
 
@@ -50,42 +47,61 @@ def carry_out(
     Args:
         state: the state of the folder, as `status` returns it; updated in place.
         start: a function that does one run and returns None, or the reason of a failure in one line. The function gives
-            up once the event is set, and raises `Busy` if another process does the run. The default does the run in its
-            own process.
+            up once the event is set, and raises `Busy` if another process does the run. The default is that of
+            `unipelt.sweep.run_server.run_servers`.
         log: a function that takes each line of progress.
 
     Returns:
         The error of each failed run in one line, by folder.
     """
-    start = start or in_process(state.workers)
     earlier, state.failures = state.failures, {}
     for settings in state.sweep.runs:
         if folder_of(settings) in state.seconds:
             _tidy(settings)
-    left, announced = state.left, 0
-    while left:
-        busy: list[RunSettings] = []
-        stop = threading.Event()
-        with ThreadPoolExecutor(min(state.workers, len(left))) as pool:
-            futures = {pool.submit(_attempt, settings, start, stop, earlier): settings for settings in left}
-            waiting = list(left)
-            try:
-                for future in as_completed(futures):
-                    settings = futures[future]
-                    waiting.remove(settings)
+    with contextlib.nullcontext(start) if start is not None else run_servers(state.workers) as do:
+        left, announced = state.left, 0
+        while left:
+            busy = _do_once(state, left, do, earlier, log)
+            if busy:
+                if len(busy) != announced:
+                    log(f"waiting for other processes, which do {len(busy)} of the runs")
+                announced = len(busy)
+                time.sleep(_PAUSE)
+            left = busy
+    return {folder: failure["error"] for folder, failure in state.failures.items()}
+
+
+def _do_once(
+    state: State,
+    left: Sequence[RunSettings],
+    start: Callable[[RunSettings, threading.Event], str | None],
+    earlier: Mapping[str, dict[str, Any]],
+    log: Callable[[str], None],
+) -> list[RunSettings]:
+    """Try each of these runs once. Return the runs that other processes do."""
+    busy: list[RunSettings] = []
+    stop = threading.Event()
+    ended = len(state.sweep.runs) - len(left)
+    with (
+        ThreadPoolExecutor(min(state.workers, len(left))) as pool,
+        Progress("sweep", len(state.sweep.runs), "run", done=ended, log=log) as progress,
+    ):
+        futures = {pool.submit(_attempt, settings, start, stop, earlier): settings for settings in left}
+        try:
+            while futures:
+                ready, _ = wait(futures, timeout=_TICK, return_when=FIRST_COMPLETED)
+                for future in [future for future in futures if future in ready]:
+                    settings = futures.pop(future)
                     if not (outcome := future.result()):
                         busy.append(settings)
-                    else:
-                        log(_account(state, settings, outcome, [*waiting, *busy]))
-            finally:
-                stop.set()  # stops the runs after an interruption; otherwise all runs have ended
-        if busy:
-            if len(busy) != announced:
-                log(f"waiting for other processes, which do {len(busy)} of the runs")
-            announced = len(busy)
-            time.sleep(_PAUSE)
-        left = busy
-    return {folder: failure["error"] for folder, failure in state.failures.items()}
+                        continue
+                    with above_bars():
+                        log(_account(state, settings, outcome, [*futures.values(), *busy]))
+                    progress.update()
+                progress.tick()
+        finally:
+            stop.set()  # stops the runs after an interruption; otherwise all runs have ended
+    return busy
 
 
 def _account(state: State, settings: RunSettings, outcome: dict[str, Any], left: Sequence[RunSettings]) -> str:
@@ -114,7 +130,7 @@ def _attempt(
     if stop.is_set():
         return None
     try:
-        with alone(folder / _CLAIM):
+        with alone(folder / CLAIM):
             with alone(folder):  # a run's process may outlive its killed sweep for a moment
                 remove_drafts(folder)
             if (record := finished(settings)) is not None:
@@ -123,60 +139,15 @@ def _attempt(
             if failure is not None and failure != earlier.get(str(folder)):
                 return failure  # another sweep has just tried this run
             write_settings(settings)
-            printed = _size(folder / LOG)
+            printed = size_of(folder / LOG)
             error = start(settings, stop)
             record = finished(settings)
             if record is None:
-                tail = _lines(folder / LOG, printed)[-_TAIL:]
+                tail = lines_of(folder / LOG, printed)[-_TAIL:]
                 return write_failure(settings, error or "it ended without a result", tail)
             remove_failure(settings)
             return record
     except Busy:
-        return None
-
-
-def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | None]:
-    """Make a function that does a run in its own process, which ends with this process.
-
-    `workers` runs share the cores.
-    """
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
-    defaults |= {"OMP_NUM_THREADS": threads} if workers > 1 else {}  # otherwise each process takes all cores
-
-    def start(settings: RunSettings, stop: threading.Event) -> str | None:
-        folder = Path(folder_of(settings))
-        printed = _size(folder / LOG)
-        command = [sys.executable, "-m", "unipelt.sweep", str(folder / SETTINGS)]
-        with (
-            open(folder / LOG, "ab") as file,
-            # the pipe tells the run's process that this process has ended; its own session keeps Ctrl-C from it
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**defaults, **os.environ},
-                start_new_session=True,
-            ) as process,
-        ):
-            while (code := _wait(process, seconds=0.5)) is None:
-                if stop.is_set():
-                    process.kill()
-        if stop.is_set() or code == BUSY:
-            raise Busy
-        if code < 0:
-            kill = " (for want of memory?)" if code == -signal.SIGKILL else ""
-            return f"killed by {signal.Signals(-code).name}{kill}"
-        return None if code == 0 else next(reversed(_lines(folder / LOG, printed)), f"exit code {code}")
-
-    return start
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
         return None
 
 
@@ -187,13 +158,3 @@ def _tidy(settings: RunSettings) -> None:
         with contextlib.suppress(Busy), alone(folder):
             clean(folder)
     remove_failure(settings)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _lines(path: Path, start: int) -> list[str]:
-    """Return the lines of a file from the byte `start` on, without blank lines."""
-    text = path.read_bytes()[start:].decode("utf-8", "replace") if path.exists() else ""
-    return [line for line in text.splitlines() if line.strip()]
