@@ -59,7 +59,7 @@ class Wiring:
         hidden, mask, bias: the attention's arguments for the states, the mask and the position bias; None for an
             argument that is not read.
         truth_values: whether the attention reads a floating-point mask as truth values.
-        averages: whether a gate averages over real tokens, so that the attention's mask is read.
+        averages: whether a gate averages over real tokens or a term chooses some, so that the attention's mask is read.
         readers: paths of the projections that read the attention's input. The entry is computed at the first of them
             that is called.
         outputs: names of the terms that are added to a module's output, in their order, by the module's path.
@@ -141,9 +141,16 @@ class SubmoduleSet(nn.Module):
 
     @property
     def averages(self) -> bool:
-        """Whether a gate of this set averages over real tokens, so that the attention's mask is needed."""
+        """Whether a gate averages over real tokens or a term chooses some, so that the attention's mask is needed."""
+        if self.chooses_tokens:
+            return True
         entries = [self.entry, *(term.entry for term in self.terms.values())]
         return any(entry is not None and entry.gates.averages for entry in entries)
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether a term of this set is added to chosen tokens only."""
+        return any(term.tokens is not None for term in self.terms.values())
 
     @property
     def needs_pass(self) -> bool:
@@ -152,6 +159,7 @@ class SubmoduleSet(nn.Module):
             self.entry is not None
             or self.prefix is not None
             or bool(self.wiring.handed)
+            or self.chooses_tokens
             or any(term.gate_name for term in self.terms.values())
         )
 
@@ -167,7 +175,12 @@ class StackSet(nn.Module):
 
     The children are `prefix_network`, `cross_prefix_network`, `NAME_shared` (the shared parameters of the submodule
     NAME) and `prompt`. A child exists only if the method uses it.
+
+    Attributes:
+        chooses_tokens: whether a term in a layer is added to chosen tokens only.
     """
+
+    chooses_tokens = False
 
 
 class Room(nn.Module):
@@ -341,4 +354,5 @@ def placed_terms(model: nn.Module, name: str = DEFAULT) -> Iterator[PlacedTerm]:
         for path, terms in (*places, *([(wiring.norm, ("adapter",))] if wiring.norm else [])):
             for term in terms:
                 host, cross = layer.get_submodule(path), part is not layer._modules[ROOM][name]
-                yield PlacedTerm(layer_path, f"{layer_path}.{path}", host, part, part._modules[term], cross)
+                where = f"{layer_path}.{path}" if path else layer_path
+                yield PlacedTerm(layer_path, where, host, part, part._modules[term], cross)
