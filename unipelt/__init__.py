@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unipelt.checkpoint.manifest import CheckpointError
     from unipelt.checkpoint.push import load_tokenizer, push_to_hub
     from unipelt.checkpoint.save import save
+    from unipelt.config.further import LNTuningConfig, ReFTConfig
     from unipelt.config.methods import (
         AdapterConfig,
         CompacterConfig,
@@ -45,14 +46,17 @@ if TYPE_CHECKING:
     from unipelt.injection.inject import remove
     from unipelt.injection.parameter_groups import parameter_groups, print_trainable_parameters
     from unipelt.injection.parameters import ParameterCounts, parameter_counts
+    from unipelt.injection.prefix_start import start_prefix_from
     from unipelt.multitask.batch_rows import MixedOutput
     from unipelt.multitask.tasks import Tasks
     from unipelt.submodules.bottleneck import Houlsby, Parallel
     from unipelt.submodules.compacter import Compacter
     from unipelt.submodules.dora import DoRA
     from unipelt.submodules.ia3 import IA3
+    from unipelt.submodules.ln_tuning import LNTuning
     from unipelt.submodules.prompt import Prompt
     from unipelt.submodules.red import RED
+    from unipelt.submodules.reft import DiReFT, LoReFT
     from unipelt.submodules.register import Spot as Spot
     from unipelt.submodules.register import TargetInfo, register_submodule
 else:
@@ -66,6 +70,7 @@ else:
             "CompacterConfig": "unipelt.config.methods",
             "ConfigError": "unipelt.config.schema",
             "DescribeError": "unipelt.hosts.describe",
+            "DiReFT": "unipelt.submodules.reft",
             "DoRA": "unipelt.submodules.dora",
             "Family": "unipelt.hosts.description",
             "FoldError": "unipelt.gates.measure",
@@ -79,7 +84,10 @@ else:
             "IA3": "unipelt.submodules.ia3",
             "IA3Config": "unipelt.config.methods",
             "InjectionError": "unipelt.hosts.locate",
+            "LNTuning": "unipelt.submodules.ln_tuning",
+            "LNTuningConfig": "unipelt.config.further",
             "LoRAConfig": "unipelt.config.methods",
+            "LoReFT": "unipelt.submodules.reft",
             "MergeError": "unipelt.bridges.plain_model",
             "MixedOutput": "unipelt.multitask.batch_rows",
             "PRESETS": "unipelt.config.presets",
@@ -92,6 +100,7 @@ else:
             "PromptConfig": "unipelt.config.methods",
             "RED": "unipelt.submodules.red",
             "REDConfig": "unipelt.config.methods",
+            "ReFTConfig": "unipelt.config.further",
             "Spot": "unipelt.submodules.register",
             "Stack": "unipelt.hosts.description",
             "SubmoduleConfig": "unipelt.config.methods",
@@ -124,6 +133,7 @@ else:
             "resolve": "unipelt.config.presets",
             "save": "unipelt.checkpoint.save",
             "save_peft": "unipelt.bridges.peft",
+            "start_prefix_from": "unipelt.injection.prefix_start",
             "to_peft": "unipelt.bridges.peft_socket",
         },
     )
@@ -139,6 +149,7 @@ __all__ = [
     "CompacterConfig",
     "ConfigError",
     "DescribeError",
+    "DiReFT",
     "DoRA",
     "Family",
     "FoldError",
@@ -151,7 +162,10 @@ __all__ = [
     "HubError",
     "IA3Config",
     "InjectionError",
+    "LNTuning",
+    "LNTuningConfig",
     "LoRAConfig",
+    "LoReFT",
     "MergeError",
     "MixedOutput",
     "Parallel",
@@ -162,6 +176,7 @@ __all__ = [
     "Prompt",
     "PromptConfig",
     "REDConfig",
+    "ReFTConfig",
     "Stack",
     "SubmoduleConfig",
     "TargetInfo",
@@ -193,5 +208,6 @@ __all__ = [
     "resolve",
     "save",
     "save_peft",
+    "start_prefix_from",
     "to_peft",
 ]

@@ -104,7 +104,9 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         check_fields(self, "length", "hidden")
         if self.start == "zero" and self.softmax != "own":
-            raise ConfigError("start: zero needs softmax: own, since values of zero in the text's softmax take attention")
+            raise ConfigError(
+                "start: zero needs softmax: own, since values of zero in the text's softmax take attention"
+            )
         if self.softmax == "own" and self.gating != "scale":
             raise ConfigError("a prefix with a softmax of its own takes no mass of the text's; leave gating out")
 

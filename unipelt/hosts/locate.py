@@ -354,7 +354,7 @@ def _find_terms(
                 )
             elif in_cross:
                 continue
-            elif place in ("norm", "layer"):
+            elif place == "norm" or place == "layer":
                 yield from _find_around(layer, stack, part, place, model)
                 continue
             else:

@@ -96,9 +96,7 @@ def _check_fit(model: PreTrainedModel, found: StackTargets, config: UniPELTConfi
         return  # only the attention to the other stack gets submodules
     for part in config.more:
         generates = bool(model.can_generate())
-        reason = part.misfit(
-            config.gate, causal=found.causal, generates=generates, norm_first=not found.stack.norm
-        )
+        reason = part.misfit(config.gate, causal=found.causal, generates=generates, norm_first=not found.stack.norm)
         if reason:
             raise InjectionError(reason)
 

@@ -226,6 +226,8 @@ class Port:
         cross: whether the host belongs to the layer's cross-attention.
         config: the host's original configuration, if a prefix replaced it; else None.
         begins: whether the host's hook may begin the pass of the attention, because the attention has no such hook.
+        seen: a list that collects the keys and values of an attention, each (B, H, S, d), while a text is read for
+            prefixes; else None.
     """
 
     room: tuple[Room]
@@ -233,6 +235,7 @@ class Port:
     cross: bool = False
     config: Any = None
     begins: bool = False
+    seen: list[tuple[Tensor, Tensor]] | None = None
 
     def part(self, name: str | None) -> SubmoduleSet | None:
         """Return the set of this name that belongs to the host's attention, or None."""
