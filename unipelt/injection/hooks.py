@@ -228,7 +228,7 @@ def adapt_norm(norm: Any, args: tuple[Tensor, ...], normed: Tensor) -> Tensor:
 
 
 def _adapt(part: SubmoduleSet, port: Port, now: ForwardPass | None, normed: Tensor, given: Tensor) -> Tensor:
-    if not part.wiring.norm:
+    if part.wiring.norm != port.path:
         return given
     adapter: Any = part._modules["adapter"]
     return adapter(normed, given, None if now is None else now.attention(part.key))
