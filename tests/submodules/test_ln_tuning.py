@@ -143,7 +143,7 @@ def test_saved_loaded_merged_and_removed(tmp_path: Path) -> None:
 def test_gates_are_not_merged_and_peft_folders_do_not_hold_it(tmp_path: Path) -> None:
     model = unipelt.inject(tiny_bert(), GATED)
     before = bits(model)
-    with pytest.raises(unipelt.MergeError, match="the gate of ln_tuning_norm1 at .* depends on the text"):
+    with pytest.raises(unipelt.MergeError, match=r"the gate of ln_tuning_norm1 at .* depends on the text"):
         unipelt.merge(model)
     with pytest.raises(unipelt.CheckpointError, match=r"carries no LoRA, no \(IA\)3 and no prompt"):
         unipelt.save_peft(model, tmp_path)

@@ -67,7 +67,7 @@ def start_prefix_from(model: PreTrainedModel, tokenizer: Any, text: str) -> PreT
 
 
 def _flat_prefixes(model: PreTrainedModel) -> list[tuple[Port, Prefix, str]]:
-    """Return (port of the attention, prefix, path of the layer) for every prefix. Raises `ValueError` if none is flat."""
+    """Return (port of the attention, prefix, path of the layer) for every prefix, or raise `ValueError`."""
     injection = injection_of(model)
     if injection.config.prefix is None:
         raise ValueError(f"this {type(model).__name__} has no prefix; inject one with prefix.reparameterize: false")
