@@ -86,7 +86,7 @@ def test_a_gate_leads_from_the_frozen_norm_to_the_trained_one(family: str) -> No
 
 
 def test_the_gate_of_a_norm_is_the_mean_over_real_tokens() -> None:
-    model = unipelt.inject(tiny_bert(), GATED)
+    model: Any = unipelt.inject(tiny_bert(), GATED)
     shake(model)
     seen: dict[str, Tensor] = {}
     norm: nn.Module = model.bert.encoder.layer[1].attention.output.LayerNorm
@@ -203,7 +203,7 @@ def test_it_has_one_place() -> None:
         unipelt.resolve({"ln_tuning": {"places": []}})
     with pytest.raises(ConfigError, match=r"ia3\.places must be query or key"):
         unipelt.resolve({"ia3": {"places": ["norm"]}})
-    model = tiny_bert()
+    model: Any = tiny_bert()
     for layer in model.bert.encoder.layer:
         layer.attention.output.LayerNorm = layer.output.LayerNorm = nn.LayerNorm(32, elementwise_affine=False)
     with pytest.raises(unipelt.InjectionError, match="has no norm with a weight as wide as its states"):

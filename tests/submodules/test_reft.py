@@ -148,7 +148,7 @@ def test_the_count_is_two_projections_and_a_bias(variant: str) -> None:
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "bart", "t5"])
 def test_generation_with_a_cache_is_generation_without(family: str, gate: bool) -> None:
-    model = unipelt.inject(tiny_model(family), method({"pooling": "token"}, first=3, last=0, gate=gate))
+    model: Any = unipelt.inject(tiny_model(family), method({"pooling": "token"}, first=3, last=0, gate=gate))
     shake(model, std=0.3)
     batch = batch_of(family, left=True)
     batch.pop("decoder_input_ids", None)
@@ -163,7 +163,7 @@ def test_generation_with_a_cache_is_generation_without(family: str, gate: bool) 
 
 @pytest.mark.parametrize("cut", [1, 2, 5])
 def test_a_text_in_two_passes_is_the_text_in_one(cut: int) -> None:
-    model = unipelt.inject(tiny_model("llama"), method(first=3, last=0))
+    model: Any = unipelt.inject(tiny_model("llama"), method(first=3, last=0))
     shake(model, std=0.3)
     for left in (False, True):
         batch = batch_of("llama", left=left)
@@ -204,7 +204,7 @@ def test_passes_whose_tokens_are_not_known_are_refused() -> None:
     model = unipelt.inject(tiny_model("llama"), method(last=0))
     with pytest.raises(ValueError, match="a static cache does not tell how many tokens it holds"):
         model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=8))
-    window = unipelt.inject(tiny_model("mistral"), method(first=7, last=0))
+    window: Any = unipelt.inject(tiny_model("mistral"), method(first=7, last=0))
     with pytest.raises(ValueError, match=r"take a smaller reft\.first"):
         window.generate(**batch_of("mistral", left=True), max_new_tokens=3, eos_token_id=None, pad_token_id=1)
 
@@ -245,7 +245,7 @@ def test_a_closed_gate_and_other_submodules() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_training_step_with_gradient_checkpointing_is_one_without(reentrant: bool) -> None:
-    found = []
+    found: list[dict[str, Any]] = []
     for checkpointed in (False, True):
         model = unipelt.inject(tiny_bert(), method())
         shake(model, std=0.3)
