@@ -226,7 +226,7 @@ def test_saved_loaded_copied_and_pickled(variant: str, tmp_path: Path) -> None:
     ungated = unipelt.inject(base, method(gate=False))
     with pytest.raises(unipelt.MergeError, match=r"reft_layer at bert\.encoder\.layer\.0 is no linear function"):
         unipelt.merge(ungated)
-    with pytest.raises(unipelt.CheckpointError, match=r"carries no LoRA, no \(IA\)3 and no prompt"):
+    with pytest.raises(unipelt.CheckpointError, match=r"carries no LoRA, no \(IA\)3, no LayerNorm"):
         unipelt.save_peft(ungated, tmp_path / "peft")
 
 
