@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_near, assert_same, bits, logits, shake, tiny_batch, tiny_bert, what_is_there
 from inside import entries, parts
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, KINDS, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from unipelt.hosts.norms import find_norms
 from unipelt.pack import Pack, kept_values
 from unipelt.submodules.room import own_parts, placed_terms
 
+EACH_FAMILY = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 GATED: dict[str, Any] = {"preset": "ln_tuning", "ln_tuning": {"gate": True}}
 
 
@@ -35,7 +36,7 @@ def with_norms_of(base: Any, model: Any) -> Any:
     return plain
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_the_model_is_the_one_whose_own_norms_were_trained(family: str) -> None:
     base, batch = tiny_model(family), batch_of(family)
     model = unipelt.inject(copy.deepcopy(base), {"preset": "ln_tuning", "train_head": False})

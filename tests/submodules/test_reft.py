@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import assert_near, assert_same, logits, shake, tiny_batch, tiny_bert, what_is_there
 from inside import entries
-from tiny import DECODERS, FAMILIES, tiny_model
+from tiny import DECODERS, FAMILIES, KINDS, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -22,6 +22,7 @@ from unipelt.pack import Pack, kept_values
 from unipelt.submodules.reft import orthonormal_rows
 from unipelt.submodules.room import placed_terms
 
+EACH_FAMILY = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 ENDS: dict[str, Any] = {"gate": True, "rank": 2, "first": 2, "last": 1}
 
 
@@ -79,7 +80,9 @@ def written_out(base: Any, model: Any, edited: Tensor, real: Tensor, averages: b
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("variant", ["loreft", "direft"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize(
+    "family", ["bert", "gpt2", "bart", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "t5"))]
+)
 def test_the_edit_is_the_papers_at_the_chosen_tokens(family: str, variant: str, gate: bool, left: bool) -> None:
     base, batch = tiny_model(family), batch_of(family, left=left)
     last = 0 if family in DECODERS else 1
@@ -96,7 +99,7 @@ def test_the_edit_is_the_papers_at_the_chosen_tokens(family: str, variant: str, 
     assert (got - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_every_family_starts_as_itself_and_is_restored(family: str) -> None:
     base, batch = tiny_model(family), batch_of(family)
     with torch.no_grad():
