@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, assert_same, logits, shake, tiny_batch, tiny_bert, what_is_there
+from helpers import assert_near, assert_same, edit, logits, refused, shake, tiny_batch, tiny_bert, what_is_there
 from inside import entries
 from tiny import DECODERS, FAMILIES, KINDS, tiny_model
 from tiny import tiny_batch as batch_of
@@ -40,7 +40,7 @@ def gram_schmidt(basis: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def edit(function: Any, h: Tensor) -> Tensor:
+def edited_by(function: Any, h: Tensor) -> Tensor:
     """The term of equation 2 (LoReFT) or 3 (DiReFT) for states (..., D)."""
     if hasattr(function, "basis"):
         rows = gram_schmidt(function.basis)
@@ -70,7 +70,7 @@ def written_out(base: Any, model: Any, edited: Tensor, real: Tensor, averages: b
                 gate = torch.sigmoid(h @ term.entry.weight[0] + term.entry.bias[0])
                 gate = (gate * real).sum(1, keepdim=True) / real.sum(1, keepdim=True) if averages else gate
                 gate = gate.unsqueeze(-1)
-            h = torch.where(edited.bool().unsqueeze(-1), h + gate * edit(term.function, h), h)
+            h = torch.where(edited.bool().unsqueeze(-1), h + gate * edited_by(term.function, h), h)
             return (h, *out[1:]) if isinstance(out, tuple) else h
 
         plain.get_submodule(placed.path).register_forward_hook(hook)
@@ -279,6 +279,20 @@ def test_a_pack_edits_each_replicas_own_tokens() -> None:
         assert_near(got.detach(), logits(model, batch))
 
 
+@pytest.mark.parametrize("variant", ["loreft", "direft"])
+@pytest.mark.parametrize("dtype", ["float32", "base"])
+def test_half_precision_starts_as_the_base_and_trains(dtype: str, variant: str) -> None:
+    base, batch = tiny_model("llama").bfloat16(), batch_of("llama")
+    with torch.no_grad():
+        want = base(**batch).logits
+    model: Any = unipelt.inject(base, {**method(variant=variant, last=0), "dtype": dtype})
+    assert torch.equal(model(**batch).logits, want)
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert kinds == {torch.float32 if dtype == "float32" else torch.bfloat16}
+    model(**batch).logits.float().square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -294,6 +308,9 @@ def test_configurations_that_cannot_be_meant(values: dict[str, Any], message: st
         unipelt.resolve({"reft": values})
 
 
-def test_a_rank_above_the_width_is_refused() -> None:
+def test_a_rank_above_the_width_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"reft\.rank must be at most the width of the states, 32, not 33"):
         unipelt.inject(tiny_bert(), method(rank=33))
+    unipelt.save(unipelt.inject(tiny_bert(), method()), tmp_path)
+    edit(tmp_path, "unipelt.reft.rank", 33)
+    refused(unipelt.load, tmp_path, "does not fit this model: reft.rank must be at most the width of the states, 32")

@@ -52,8 +52,8 @@ class LoReFT(ReFT):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the term, (B, T, D), for the states x = y."""
-        rows = orthonormal_rows(self.basis)
-        return nn.functional.linear(x, self.weight - rows, self.bias) @ rows.to(x.dtype)
+        rows = orthonormal_rows(self.basis).to(self.weight.dtype)
+        return nn.functional.linear(x, self.weight - rows, self.bias) @ rows
 
 
 class DiReFT(ReFT):
