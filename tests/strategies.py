@@ -255,7 +255,7 @@ def methods(
         lora["start"] = draw(st.sampled_from(["zero", "zero", "pissa"]))  # a place may have a width of 4
         lora["gating"] = draw(st.sampled_from(["replace", "replace", "multiply"]))
     if further and chosen:
-        values |= _further(draw, sizes, gate)
+        values |= _further(draw, sizes, gate, ungated=False in gated)
     if further and chosen and False in gated and family not in (*ENCODER_DECODERS, *WINDOWED):
         values["prompt"] = draw(st.sampled_from([None, None, None, {"length": 3}]))
     gates = {"pooling": draw(st.sampled_from(pooling))}
@@ -292,7 +292,7 @@ def methods(
     )
 
 
-def _further(draw: st.DrawFn, sizes: Sizes, gate: st.SearchStrategy[bool]) -> dict[str, Any]:
+def _further(draw: st.DrawFn, sizes: Sizes, gate: st.SearchStrategy[bool], *, ungated: bool) -> dict[str, Any]:
     """Draw some of the further submodules, at some of their places, with a small width."""
     width = st.integers(1, 6)
     inner = {"bottleneck": width, "activation": st.just("gelu")}  # so narrow a ReLU may give zero for every token
@@ -303,7 +303,15 @@ def _further(draw: st.DrawFn, sizes: Sizes, gate: st.SearchStrategy[bool]) -> di
         "houlsby": {"places": st.sampled_from([["attention", "down"], ["query", "up"], ["down"]]), **inner},
         "parallel": {"scale": st.sampled_from([1.0, 4.0]), **inner},
         "compacter": {**inner, "bottleneck": width.map(lambda size: size * terms), "terms": st.just(terms)},
+        "reft": {
+            "rank": st.integers(1, min(3, sizes.heads * sizes.head)),
+            "variant": st.sampled_from(["loreft", "direft"]),
+            "positions": st.sampled_from(["ends", "all"]),
+            "first": st.integers(1, 3),
+        },
     }
+    if ungated:
+        fields["ln_tuning"] = {"gate": st.just(False)}  # some layers refuse some gates of their norms
     chosen = draw(st.sets(st.sampled_from(sorted(fields)), max_size=2))
     return {
         name: {"gate": draw(gate), **{field: draw(strategy) for field, strategy in fields[name].items()}}

@@ -70,9 +70,9 @@ KINDS = (
     "opt",
 )
 """One family for each way in which a layer is built."""
-METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam", "red", "prompt")]
+METHODS = [name for name in PRESETS if name not in ("houlsby", "parallel", "mam", "red", "prompt", "ln_tuning", "reft")]
 """Presets that differ in their parts. Compacter has the places of Houlsby and of RED, and gated MAM has those of the
-other two. A prompt does not suit all families.
+other two. A prompt does not suit all families. LayerNorm tuning and ReFT have tests of every family of their own.
 """
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from unipelt.checkpoint.manifest import CheckpointError
     from unipelt.checkpoint.push import load_tokenizer, push_to_hub
     from unipelt.checkpoint.save import save
+    from unipelt.config.further import LNTuningConfig, ReFTConfig
     from unipelt.config.methods import (
         AdapterConfig,
         CompacterConfig,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from unipelt.injection.inject import remove
     from unipelt.injection.parameter_groups import parameter_groups, print_trainable_parameters
     from unipelt.injection.parameters import ParameterCounts, parameter_counts
+    from unipelt.injection.prefix_start import start_prefix_from
     from unipelt.multitask.batch_rows import MixedOutput
     from unipelt.multitask.combine import combine_tasks
     from unipelt.multitask.fuse import fuse_tasks
@@ -57,8 +59,10 @@ if TYPE_CHECKING:
     from unipelt.submodules.compacter import Compacter
     from unipelt.submodules.dora import DoRA
     from unipelt.submodules.ia3 import IA3
+    from unipelt.submodules.ln_tuning import LNTuning
     from unipelt.submodules.prompt import Prompt
     from unipelt.submodules.red import RED
+    from unipelt.submodules.reft import DiReFT, LoReFT
     from unipelt.submodules.register import Spot as Spot
     from unipelt.submodules.register import TargetInfo, register_submodule
 else:
@@ -72,6 +76,7 @@ else:
             "CompacterConfig": "unipelt.config.methods",
             "ConfigError": "unipelt.config.schema",
             "DescribeError": "unipelt.hosts.describe",
+            "DiReFT": "unipelt.submodules.reft",
             "DoRA": "unipelt.submodules.dora",
             "Family": "unipelt.hosts.description",
             "FoldError": "unipelt.gates.measure",
@@ -85,7 +90,10 @@ else:
             "IA3": "unipelt.submodules.ia3",
             "IA3Config": "unipelt.config.methods",
             "InjectionError": "unipelt.hosts.locate",
+            "LNTuning": "unipelt.submodules.ln_tuning",
+            "LNTuningConfig": "unipelt.config.further",
             "LoRAConfig": "unipelt.config.methods",
+            "LoReFT": "unipelt.submodules.reft",
             "MergeError": "unipelt.bridges.plain_model",
             "MixedOutput": "unipelt.multitask.batch_rows",
             "MixtureConfig": "unipelt.config.mixture",
@@ -99,6 +107,7 @@ else:
             "PromptConfig": "unipelt.config.methods",
             "RED": "unipelt.submodules.red",
             "REDConfig": "unipelt.config.methods",
+            "ReFTConfig": "unipelt.config.further",
             "Spot": "unipelt.submodules.register",
             "SelectError": "unipelt.gates.select",
             "SelectReport": "unipelt.gates.select",
@@ -138,6 +147,7 @@ else:
             "save": "unipelt.checkpoint.save",
             "save_peft": "unipelt.bridges.peft",
             "select": "unipelt.gates.select",
+            "start_prefix_from": "unipelt.injection.prefix_start",
             "to_peft": "unipelt.bridges.peft_socket",
         },
     )
@@ -153,6 +163,7 @@ __all__ = [
     "CompacterConfig",
     "ConfigError",
     "DescribeError",
+    "DiReFT",
     "DoRA",
     "Family",
     "FoldError",
@@ -165,7 +176,10 @@ __all__ = [
     "HubError",
     "IA3Config",
     "InjectionError",
+    "LNTuning",
+    "LNTuningConfig",
     "LoRAConfig",
+    "LoReFT",
     "MergeError",
     "MixedOutput",
     "MixtureConfig",
@@ -177,6 +191,7 @@ __all__ = [
     "Prompt",
     "PromptConfig",
     "REDConfig",
+    "ReFTConfig",
     "SelectError",
     "SelectReport",
     "Stack",
@@ -215,5 +230,6 @@ __all__ = [
     "save",
     "save_peft",
     "select",
+    "start_prefix_from",
     "to_peft",
 ]

@@ -535,7 +535,7 @@ def test_a_fused_lora_of_all_ranks_is_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"peft_type": "ADALORA"}, ("peft_type", "ADALORA", "IA3, LORA, PROMPT_TUNING")),
+        ({"peft_type": "ADALORA"}, ("peft_type", "ADALORA", "IA3, LN_TUNING, LORA, PROMPT_TUNING")),
         ({"peft_type": "IA3"}, ("which is no plain (IA)3",)),
         ({"peft_type": ["LORA"]}, ("peft_type",)),
         ({"r": 0}, ("r must be",)),

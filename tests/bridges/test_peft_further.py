@@ -1,4 +1,4 @@
-"""DoRA and (IA)3 into PEFT's folders and out of them, with PEFT itself at the other end."""
+"""DoRA, (IA)3 and LayerNorm tuning into PEFT's folders and out of them, with PEFT itself at the other end."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type .*[nN]orm"),  # PEFT asks a norm for its features
 ]
 
 METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"preset": "ia3"},
     "dora": {"preset": "lora", "lora": {"decomposed": True, "rank": 3}},
+    "ln_tuning": {"preset": "ln_tuning"},
 }
 QUICK = ("bert", "gpt2", "llama", "t5", "bart", "gpt_neox")
 """Linear and Conv1D, modules for all three and for each, shared heads of keys, two stacks."""
@@ -318,6 +320,14 @@ def test_factors_that_go_nowhere_here(family: str, fields: dict[str, Any], part:
         ("ia3", lambda t: {n: x[:3].clone() if "key.ia3" in n else x for n, x in t.items()}, "should be (32, 1)"),
         ("ia3", lambda t: {n.removeprefix("base_model."): x for n, x in t.items()}, "none of PEFT's"),
         ("ia3", lambda t: {n.replace("classifier", "score"): x for n, x in t.items()}, "no parameter 'score."),
+        ("ln_tuning", lambda t: {n: x for n, x in t.items() if "ln_tun" not in n}, "it holds no ln_tuning_layers"),
+        (
+            "ln_tuning",
+            lambda t: {n: x for n, x in t.items() if "0.output.LayerNorm.ln_tuning_layers.b" not in n},
+            "'bias'",
+        ),
+        ("ln_tuning", lambda t: {n: x for n, x in t.items() if "0.output.LayerNorm" not in n}, "stands out"),
+        ("ln_tuning", lambda t: {n: x[:3].clone() if "ln_tun" in n else x for n, x in t.items()}, "should be (32,)"),
         ("dora", lambda t: {n: x for n, x in t.items() if "0.attention.self.query.lora_m" not in n}, "not the other"),
         ("dora", lambda t: {n: x[:3].clone() if "lora_m" in n else x for n, x in t.items()}, "should be (32,)"),
         ("dora", lambda t: {n: x.int() if "lora_m" in n else x for n, x in t.items()}, "int32"),
@@ -329,6 +339,20 @@ def test_tensors_that_do_not_fit_are_refused(method: str, change: Any, part: str
     path = tmp_path / "adapter_model.safetensors"
     save_file(change(load_file(path)), path)
     refused(unipelt.load_peft, tmp_path, part)
+
+
+def test_a_norm_after_the_last_layer_is_refused_by_name(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(tiny_model("llama"), peft.LNTuningConfig(task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path)
+    refused(unipelt.load_peft, tmp_path, "it tunes 'model.norm'", "target_modules", model=tiny_model("llama"))
+    names = ["input_layernorm", "post_attention_layernorm"]
+    theirs = peft.get_peft_model(tiny_model("llama"), peft.LNTuningConfig(target_modules=names))
+    shake(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours, batch = unipelt.load_peft(tiny_model("llama"), tmp_path), tiny_batch("llama")
+    near(logits(ours, batch), logits(theirs, batch))
+    edit(tmp_path, something_new=[1])
+    refused(unipelt.load_peft, tmp_path, "something_new", "no plain LayerNorm tuning", model=tiny_model("llama"))
 
 
 # Prompts

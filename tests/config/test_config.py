@@ -73,6 +73,16 @@ FURTHER: dict[str, dict[str, Any]] = {
         "rank": 1,
         "activation": "gelu",
     },
+    "ln_tuning": {"gate": True, "places": ("norm",)},
+    "reft": {
+        "gate": True,
+        "places": ("layer",),
+        "rank": 4,
+        "variant": "loreft",
+        "positions": "ends",
+        "first": 7,
+        "last": 0,
+    },
 }
 EXPECTED["unipelt"] = (
     "",

@@ -77,6 +77,8 @@ COUNTS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "ia3": ({"ia3": 12 * (768 + 768 + 3072)}, ()),
     "prompt": ({"prompt": 20 * 768}, ()),
     "red": ({"red": 12 * 2 * 768}, ()),
+    "ln_tuning": ({"ln_tuning": 12 * 2 * 2 * 768}, ()),  # two norms a layer, each a weight and a bias
+    "reft": ({"reft": 12 * (2 * 4 * 768 + 4)}, ()),  # R, W and b
     "houlsby": ({"houlsby": 2 * ADAPTER}, ()),
     "parallel": ({"parallel": PARALLEL}, ()),
     # shared left factors; of each of two adapters a layer, right factors of both projections, and both biases

@@ -110,7 +110,7 @@ def _merged(group: list[PlacedTerm]) -> tuple[Tensor, Tensor | None]:
     is_conv = isinstance(host, Conv1D)
     weight: Tensor = host.weight.detach().to(kind, copy=True)
     weight = weight.t().contiguous() if is_conv else weight
-    bias = None if host.bias is None else host.bias.detach().to(kind, copy=True)
+    bias = None if getattr(host, "bias", None) is None else host.bias.detach().to(kind, copy=True)
     for placed in group:
         term, own = placed.term, placed.term.outputs
         if term.name.endswith("_activation"):

@@ -122,6 +122,8 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
     if adapter is not None and adapter.mixture is not None:
         raise CheckpointError("the release has one adapter in a layer, and this model a mixture of adapters")
     prefix, lora = injection_of(model).config.prefix, injection_of(model).config.lora
+    if prefix is not None and not prefix.reparameterize:
+        raise CheckpointError("the release saves the prefix's network, which a flat prefix (reparameterize) has not")
     if prefix is not None and prefix.softmax != "shared":
         raise CheckpointError("the release has a prefix in the text's softmax, and this model's has one of its own")
     if lora is not None and not (

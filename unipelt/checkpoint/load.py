@@ -23,6 +23,7 @@ from unipelt.checkpoint.manifest import (
     warn_of_nonfinite,
 )
 from unipelt.checkpoint.peft_form import build_base_of_peft, read_folder
+from unipelt.config.schema import ConfigError
 from unipelt.files.messages import show, show_path
 from unipelt.gates.measure import FoldError
 from unipelt.gates.merge import fold_constants
@@ -65,7 +66,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
                 raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
         head = None if manifest["head"] is None else frozenset(manifest["head"])
         inject_as(model, manifest["unipelt"], deployed=manifest["deployed"], head=head)
-    except InjectionError as error:
+    except (ConfigError, InjectionError) as error:  # a size that does not suit the width of a place is a ConfigError
         if is_injected(model):
             raise
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {error}") from error

@@ -1,5 +1,7 @@
 """Configurations: methods as dataclasses, named presets, and the schema that checks both."""
 
+# importing `further` adds its submodules to SUBMODULES, which the presets list
+from unipelt.config.further import LNTuningConfig, ReFTConfig
 from unipelt.config.methods import (
     SUBMODULES,
     AdapterConfig,
@@ -29,12 +31,14 @@ __all__ = [
     "GateConfig",
     "HoulsbyConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoRAConfig",
     "ParallelConfig",
     "Place",
     "PrefixConfig",
     "PromptConfig",
     "REDConfig",
+    "ReFTConfig",
     "SubmoduleConfig",
     "TokensConfig",
     "UniPELTConfig",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from unipelt.config.mixture import MixtureConfig
 from unipelt.config.schema import ConfigError, build, check_fields, omitted_if_default, overlay, to_plain
@@ -21,6 +21,11 @@ Place = Literal["query", "key", "value", "attention", "up", "activation", "down"
 and the last projection of the feed-forward network. `gate`: the projection parallel to `up` in a gated feed-forward
 network (Llama's `gate_proj`). `activation`: the input of `down`. `feed_forward`: parallel to the whole network, from
 the input of `up` to the output of `down`.
+"""
+
+AnyPlace = Literal[Place, "norm", "layer"]
+"""A place of a term. `norm` stands for every norm of a layer's states, and only `ln_tuning` is there. `layer` is the
+output of a whole layer, and only `reft` is there.
 """
 
 LoRAPlace = Literal[Place, "all-linear"]
@@ -71,6 +76,12 @@ class PrefixConfig:
     Attributes:
         length: L, in tokens.
         hidden: width of the reparameterisation network, in units. The network is removed after training.
+        reparameterize: whether the network computes the keys and values. `false` makes the keys and values themselves
+            the parameters: a flat prefix, without `hidden`. Only a flat prefix can start from a text
+            (`unipelt.start_prefix_from`).
+        start: the initial values. `normal`: random, near zero (the paper). `zero`: the prefix's values are zero, so
+            that the untrained prefix adds nothing. `zero` needs `softmax: own`, because a prefix in the text's softmax
+            takes attention whatever its values are.
         gate: whether a gate scales the prefix.
         gating: the effect of the gate. `scale` multiplies the prefix's keys and values (the paper). With a gate of 0
             the prefix still takes attention from the text (footnote 3). `mass` adds `log g` to the prefix's attention
@@ -90,9 +101,15 @@ class PrefixConfig:
     gating: Literal["scale", "mass"] = "scale"
     gate_start: float | None = omitted_if_default(None)
     softmax: Literal["shared", "own"] = omitted_if_default("shared")
+    reparameterize: bool = omitted_if_default(True)
+    start: Literal["normal", "zero"] = omitted_if_default("normal")
 
     def __post_init__(self) -> None:
         check_fields(self, "length", "hidden")
+        if self.start == "zero" and self.softmax != "own":
+            raise ConfigError(
+                "start: zero needs softmax: own, since values of zero in the text's softmax take attention"
+            )
         if self.softmax == "own" and self.gating != "scale":
             raise ConfigError("a prefix with a softmax of its own takes no mass of the text's; leave gating out")
 
@@ -238,18 +255,30 @@ class SubmoduleConfig:
     """
 
     gate: bool = True
-    places: tuple[Place, ...] = ()
+    places: tuple[AnyPlace, ...] = ()
     mixture: MixtureConfig | None = field(default=None, metadata={"later": True}, kw_only=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.places or len(set(self.places)) != len(self.places):
-            raise ConfigError(f"places must name one or more of {', '.join(get_args(Place))}, none of them twice")
+            possible = get_args(get_args(get_type_hints(type(self))["places"])[0])
+            raise ConfigError(f"places must name one or more of {', '.join(possible)}, none of them twice")
 
     @property
     def name(self) -> str:
         """The submodule's name, in a configuration and in a model."""
         return next(name for name, cls in SUBMODULES.items() if cls is type(self))
+
+    def misfit(self, gates: GateConfig, *, causal: bool, generates: bool, norm_first: bool) -> str:
+        """Return the reason why a stack of a model cannot have this submodule; empty if it can.
+
+        Args:
+            gates: the computation of the gates.
+            causal: whether the stack's attention is causal.
+            generates: whether the model generates text.
+            norm_first: whether a norm of a layer comes before the layer's attention.
+        """
+        return ""
 
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]

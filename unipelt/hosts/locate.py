@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
+from unipelt.config.methods import AnyPlace, LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
 from unipelt.hosts.check import check_adapted
 from unipelt.hosts.describe import DescribeError
-from unipelt.hosts.description import Attention, Stack
+from unipelt.hosts.description import OTHER_WIDTH, Attention, Stack
 from unipelt.hosts.families import family_of, has, is_complete, is_registered, layers_at
+from unipelt.hosts.norms import find_norms
 from unipelt.hosts.rows import rows_of
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.room import ROOM
@@ -31,19 +32,27 @@ class InjectionError(ValueError):
 
 @dataclass(frozen=True)
 class Projection:
-    """A projection of a layer.
+    """A projection of a layer, one of its norms, or the whole layer.
 
     Attributes:
         module: the module that computes the projection.
-        path: path of the module, from the layer.
+        path: path of the module, from the layer; empty for the layer itself.
         inputs: width of the module's input.
         rows: which outputs of the module are the projection's.
+        template: a module in the layer whose weight has the type and the device of new parameters, if `module` has no
+            weight of its own; else None.
     """
 
     module: Any
     path: str
     inputs: int
     rows: OutputSlice
+    template: Any = None
+
+    @property
+    def beside(self) -> Any:
+        """The module whose weight has the type and the device of new parameters."""
+        return self.module if self.template is None else self.template
 
 
 @dataclass(frozen=True)
@@ -59,21 +68,23 @@ class TermTarget:
         crosses: whether the term reads the other stack's output, and not the input of its attention.
         in_cross: whether the term is in a decoder's attention to the encoder.
         serves_positions: whether the projection is also called on relative positions.
+        number: the number of the target in the layer, from 1, at a place of which a layer may have several; else 0.
     """
 
     config: SubmoduleConfig | LoRAConfig
-    place: Place
+    place: AnyPlace
     projection: Projection
     inputs: int
     reader: str = ""
     crosses: bool = False
     in_cross: bool = False
     serves_positions: bool = False
+    number: int = 0
 
     @property
     def name(self) -> str:
         """The name of the term in its set; the stack's label and this name make the name of its gate."""
-        return f"{self.config.name}_{self.place}"
+        return f"{self.config.name}_{self.place}{self.number or ''}"
 
     @property
     def in_attention(self) -> bool:
@@ -298,7 +309,7 @@ def _find_layer(
     return LayerTargets(layer, attention, crossing, adapted, stack.norm or stack.output, *found)
 
 
-Wanted = Sequence[tuple[SubmoduleConfig | LoRAConfig, Sequence[Place]]]
+Wanted = Sequence[tuple[SubmoduleConfig | LoRAConfig, Sequence[AnyPlace]]]
 
 
 def _wanted_terms(config: UniPELTConfig) -> Wanted:
@@ -343,9 +354,30 @@ def _find_terms(
                 )
             elif in_cross:
                 continue
+            elif place == "norm" or place == "layer":
+                yield from _find_around(layer, stack, part, place, model)
+                continue
             else:
                 term = _find_in_feed_forward(layer, stack, part, place)
             yield term
+
+
+def _find_around(
+    layer: nn.Module, stack: Stack, part: SubmoduleConfig | LoRAConfig, place: AnyPlace, model: PreTrainedModel
+) -> Iterator[TermTarget]:
+    """Yield the norms of a layer's states (`norm`), or the layer itself (`layer`). Raises `InjectionError`."""
+    query = _find_projection(layer, stack.attention, "query", model)
+    if stack.unjoined == OTHER_WIDTH:
+        raise InjectionError(f"{part.name} cannot be in a {type(layer).__name__}: {OTHER_WIDTH}")
+    rows = OutputSlice(1, 0, query.inputs)
+    if place == "layer":
+        yield TermTarget(part, place, Projection(layer, "", query.inputs, rows, query.module), query.inputs)
+        return
+    norms = find_norms(layer, query.inputs)
+    if not norms:
+        raise InjectionError(f"this {type(layer).__name__} has no norm with a weight as wide as its states")
+    for number, (path, norm) in enumerate(norms.items(), start=1):
+        yield TermTarget(part, place, Projection(norm, path, query.inputs, rows), query.inputs, number=number)
 
 
 def _find_in_attention(layer: nn.Module, described: Attention, place: str, model: PreTrainedModel) -> Projection:

@@ -72,6 +72,7 @@ def build(
     Raises:
         InjectionError: a submodule does not fit its target.
     """
+    _check_fit(model, found, config)
     own = [layer.attention for layer in found.layers.values() if layer.attention is not None]
     cross = [layer.cross for layer in found.layers.values() if layer.cross is not None]
     shared = {part.name: SharedParameters(part.name) for part in config.more}
@@ -83,19 +84,31 @@ def build(
         widths = {attention.value.rows.count for attention in attentions}
         if len(widths) > 1:
             raise InjectionError(f"a prefix needs layers of one width, and their values are {sorted(widths)} wide")
-        if not deployed:
+        if config.prefix.reparameterize and not deployed:
             first = attentions[0].value
             networks[source] = PrefixNetwork(
                 first.inputs, widths.pop(), len(attentions), config.prefix, plan.like(first)
             )
     layers = {index: _build_set(layer, plan, own, cross) for index, layer in found.layers.items()}
     stack = StackSet()
+    stack.chooses_tokens = any(built.chooses_tokens for built in layers.values())
     for source, network in networks.items():
         stack.add_module(source, network)
     for part, module in shared.items():
         if module.has_parameters():
             stack.add_module(f"{part}_shared", module)
     return BuiltStack(found, stack, layers)
+
+
+def _check_fit(model: PreTrainedModel, found: StackTargets, config: UniPELTConfig) -> None:
+    """Raise `InjectionError` if a further submodule does not suit a stack."""
+    if not any(layer.attention is not None for layer in found.layers.values()):
+        return  # only the attention to the other stack gets submodules
+    for part in config.more:
+        generates = bool(model.can_generate())
+        reason = part.misfit(config.gate, causal=found.causal, generates=generates, norm_first=not found.stack.norm)
+        if reason:
+            raise InjectionError(reason)
 
 
 def install(model: PreTrainedModel, built: BuiltStack, config: UniPELTConfig, name: str = DEFAULT) -> None:

@@ -46,10 +46,10 @@ class Plan:
 
     def like(self, projection: Projection) -> Tensor:
         """Return a tensor that has the dtype and the device of the submodules at a projection."""
-        like = template_for(projection.module.weight, self.dtype, self.config.dtype)
+        like = template_for(projection.beside.weight, self.dtype, self.config.dtype)
         device = self.device
         if device is None and like.is_meta:  # accelerate loads the weight for each pass
-            hook = getattr(projection.module, "_hf_hook", None)
+            hook = getattr(projection.beside, "_hf_hook", None)
             device = None if hook is None else hook.execution_device or "cpu"
         return like if device is None else torch.empty(like.shape, dtype=like.dtype, device=device)
 

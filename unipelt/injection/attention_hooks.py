@@ -76,6 +76,8 @@ def _attend(
     prefix: Any = None if part is None else part._modules.get("prefix")
     name, function = attention_function(module, module.unipelt_port.config)
     if part is None or prefix is None:
+        if module.unipelt_port.seen is not None:
+            module.unipelt_port.seen.append((key, value))
         return function(module, query, key, value, mask, **kwargs)
     find_cache(kwargs)  # refuses an unknown cache, in which an attention function would store the prefix as text
     gate, both = _gate_of_prefix(part, prefix, now), prefix.by_head(now.facts, key.shape[1])

@@ -41,6 +41,20 @@ def find_cache(given: Mapping[str, Any]) -> Cache | None:
     return None
 
 
+def cached_tokens(cache: Any) -> int | None:
+    """Return the number of tokens in a cache, 0 without one; None if the number would have to be read from the device.
+
+    Args:
+        cache: the cache that a stack or a layer got, or None.
+    """
+    if not isinstance(cache, Cache):
+        return 0
+    if getattr(cache, "is_compileable", False):
+        return None
+    length = cache.get_seq_length()
+    return length if isinstance(length, int) else None
+
+
 _State = tuple[tuple[int, int], ...]
 _PREFIXES: WeakKeyDictionary[Cache, WeakKeyDictionary[nn.Module, tuple[_State, Tensor]]] = WeakKeyDictionary()
 

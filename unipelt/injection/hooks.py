@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unipelt.injection.caches import CACHE_NAMES, prefixes_beside
+from unipelt.injection.caches import CACHE_NAMES, cached_tokens, prefixes_beside
 from unipelt.submodules.forward_pass import AttentionPass, ForwardPass, PassFacts
 from unipelt.submodules.prefix import NETWORK_NAMES
 from unipelt.submodules.room import ROOM, Port, Room, SubmoduleSet
@@ -77,6 +77,8 @@ def enter_stack(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     for name in (room.active,) if facts.rows is None else facts.rows.names:
         stack_set = room.present(name)
+        if stack_set is not None and stack_set.chooses_tokens:
+            facts.cached = cached_tokens(cache)
         for source in NETWORK_NAMES if stack_set is not None else ():
             network = stack_set._modules.get(source)
             if network is not None:
@@ -98,7 +100,9 @@ def enter_layer(
     passes = layer._modules[ROOM].passes
     if passes.current() is not None:
         return None
-    return passes.enter(PassFacts(passes.given_rows()), args, by_layer=True), kwargs
+    facts = PassFacts(passes.given_rows())
+    facts.cached = cached_tokens(next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None))
+    return passes.enter(facts, args, by_layer=True), kwargs
 
 
 @hook("leave")
@@ -145,7 +149,7 @@ def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> AttentionPass:
     """Keep an attention's mask and, if gates average, its token weights, (B, T), in its pass; return the pass."""
     attention = now.attention(part.key)
-    attention.mask = mask
+    attention.mask, attention.cached = mask, now.facts.cached
     if part.wiring.averages:
         attention.weights = token_weights(mask, batch, now.facts, truth_values=part.wiring.truth_values)
     return attention
@@ -219,14 +223,18 @@ def open_entry(part: SubmoduleSet, x: Tensor, attention: AttentionPass) -> None:
 
 @hook("output")
 def adapt_norm(norm: Any, args: tuple[Tensor, ...], normed: Tensor) -> Tensor:
-    """Compute `LN(s + g * adapter(LN(s)))` after a post-LN layer's feed-forward network (`Adapter`)."""
+    """Add terms to a norm's output and, after a post-LN layer's feed-forward network, the adapter to its input.
+
+    The adapter changes the input s: `LN(s + g * adapter(LN(s)))` (`Adapter`). `LN` stands for the norm with its terms.
+    """
     port: Port = norm.unipelt_port
-    added = _by_set(port, port.room[0].passes.current(), _adapt, normed, args[0])
-    return normed if added is args[0] else norm.forward(added)
+    tuned = add_terms(norm, args, normed)
+    added = _by_set(port, port.room[0].passes.current(), _adapt, tuned, args[0])
+    return tuned if added is args[0] else add_terms(norm, (added,), norm.forward(added))
 
 
 def _adapt(part: SubmoduleSet, port: Port, now: ForwardPass | None, normed: Tensor, given: Tensor) -> Tensor:
-    if not part.wiring.norm:
+    if part.wiring.norm != port.path:
         return given
     adapter: Any = part._modules["adapter"]
     return adapter(normed, given, None if now is None else now.attention(part.key))

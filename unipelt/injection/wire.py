@@ -8,6 +8,7 @@ from torch import nn
 
 from unipelt.hosts.attention_interface import redirect
 from unipelt.hosts.locate import InjectionError
+from unipelt.hosts.norms import is_norm
 from unipelt.injection.attention_hooks import insert_prefix, lengthen_text, shorten_text
 from unipelt.injection.gradient_checkpointing import wake_input
 from unipelt.injection.hooks import (
@@ -76,7 +77,8 @@ def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
         for path in wiring.inputs:
             put(port(path), change_input)
         for path in dict.fromkeys((*wiring.readers[:1], *wiring.handed, *wiring.outputs)):
-            put(port(path), add_terms)
+            host = port(path)
+            put(host, adapt_norm if is_norm(host) else add_terms)
         if wiring.norm:
             put(port(wiring.norm), adapt_norm)
         if part.prefix is not None and not wiring.lengthens:

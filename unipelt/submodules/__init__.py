@@ -3,6 +3,6 @@
 This package imports the submodules that a configuration can name, because the import adds them to the registry.
 """
 
-from unipelt.submodules import bottleneck, compacter, dora, experts, ia3, red
+from unipelt.submodules import bottleneck, compacter, dora, experts, ia3, ln_tuning, red, reft
 
-__all__ = ["bottleneck", "compacter", "dora", "experts", "ia3", "red"]
+__all__ = ["bottleneck", "compacter", "dora", "experts", "ia3", "ln_tuning", "red", "reft"]

@@ -56,17 +56,20 @@ class PassFacts:
 
     Attributes:
         rows: the sets of the rows; None if the whole batch belongs to the active set.
+        cached: the number of tokens in the cache at the start of the pass; None for a static cache, whose number would
+            have to be read from the device. Only counted for terms that edit chosen tokens.
         prefixes: keys and values of the prefixes of all N attentions of a prefix network, (N, 2, L, W), by the key of
             the network. They are computed once per pass.
         hooks: the hooks for saved tensors at the start of the pass.
         losses: the losses of routers, if the model's call collects them; else None.
     """
 
-    __slots__ = ("_by_head", "_derived", "hooks", "losses", "prefixes", "rows")
+    __slots__ = ("_by_head", "_derived", "cached", "hooks", "losses", "prefixes", "rows")
 
     def __init__(self, rows: SetRows | None = None, losses: list[Tensor] | None = None) -> None:
         self.rows = rows
         self.losses = losses
+        self.cached: int | None = 0
         self.prefixes: dict[int, Tensor] = {}
         self.hooks = saved_tensor_hooks()
         self._derived: dict[Hashable, tuple[Any, Any]] = {}
@@ -126,6 +129,7 @@ class AttentionPass:
     Attributes:
         mask: the attention's mask; `UNSEEN` before the attention's call.
         weights: (B, T) token weights of the masked mean; None if every token has the same weight.
+        cached: the number of tokens in the cache before the pass; None for a static cache.
         gates: values of the gates that read the attention's input, each (B, 1, 1) or (B, T, 1), by name.
         low: `g A x` of the low-rank terms that read the attention's input, (B, T, r), by name.
         inputs: inputs of other projections, by the name of the term that reads them.
@@ -141,6 +145,7 @@ class AttentionPass:
 
     mask: Any = UNSEEN
     weights: Tensor | None = None
+    cached: int | None = 0
     gates: dict[str, Tensor] = field(default_factory=dict)
     low: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)

@@ -53,6 +53,9 @@ class PrefixNetwork(nn.Module):
         for linear in (self.w1, self.w2):
             nn.init.normal_(linear.weight, std=INITIAL_STD)
             nn.init.zeros_(linear.bias)
+        if config.start == "zero":
+            with torch.no_grad():
+                self.w2.weight.unflatten(0, (layers, 2, width))[:, 1].zero_()
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -93,8 +96,10 @@ class Prefix(nn.Module):
     Attributes:
         index: the attention's index among the attentions that share the network.
         source: the name of the network in the stack's set.
-        network: the shared network, in a tuple, so that it is no child of this module; empty after deployment.
-        keys_values: (2, L, W), the parameter that replaces the network after deployment; else None.
+        network: the shared network, in a tuple, so that it is no child of this module; empty after deployment, and for
+            a flat prefix (`PrefixConfig.reparameterize: false`).
+        keys_values: (2, L, W), the parameter of a flat prefix, or the one that replaces the network after deployment;
+            else None.
         gate_name: the gate's name; empty without a gate.
         gating: `scale`, `mass`, or `added` for a separate softmax.
         mass: the constant that is added to the prefix's attention logits. It is `log c` if `unipelt.fold` replaced a
@@ -129,6 +134,8 @@ class Prefix(nn.Module):
         self.keys_values = None
         if network is None:
             start = torch.zeros(2, config.length, width, dtype=like.dtype, device=like.device)
+            if not config.reparameterize:
+                nn.init.normal_(start if config.start == "normal" else start[0], std=INITIAL_STD)
             self.keys_values = nn.Parameter(start)
 
     @property

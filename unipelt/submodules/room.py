@@ -60,7 +60,8 @@ class Wiring:
         hidden, mask, bias: the attention's arguments for the states, the mask and the position bias; None for an
             argument that is not read.
         truth_values: whether the attention reads a floating-point mask as truth values.
-        averages: whether a gate or a router averages over real tokens, so that the attention's mask is read.
+        averages: whether a gate or a router averages over real tokens, or a term chooses some, so that the attention's
+            mask is read.
         readers: paths of the projections that read the attention's input. The entry is computed at the first of them
             that is called.
         outputs: names of the terms that are added to a module's output, in their order, by the module's path.
@@ -144,12 +145,19 @@ class SubmoduleSet(nn.Module):
 
     @property
     def averages(self) -> bool:
-        """Whether a gate or a router of this set averages over real tokens, so that the attention's mask is needed."""
+        """Whether the attention's mask is needed: a gate or a router averages over real tokens, or a term chooses."""
         terms = self.terms.values()
         entries = [self.entry, *(term.entry for term in terms)]
-        return any(entry is not None and entry.gates.averages for entry in entries) or any(
-            term.averages for term in terms
+        return (
+            self.chooses_tokens
+            or any(entry is not None and entry.gates.averages for entry in entries)
+            or any(term.averages for term in terms)
         )
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether a term of this set is added to chosen tokens only."""
+        return any(term.tokens is not None for term in self.terms.values())
 
     @property
     def needs_pass(self) -> bool:
@@ -159,6 +167,7 @@ class SubmoduleSet(nn.Module):
             or self.prefix is not None
             or bool(self.wiring.handed)
             or self.drop is not None
+            or self.chooses_tokens
             or any(term.depends_on_text for term in self.terms.values())
         )
 
@@ -174,7 +183,12 @@ class StackSet(nn.Module):
 
     The children are `prefix_network`, `cross_prefix_network`, `NAME_shared` (the shared parameters of the submodule
     NAME), `prompt` and `tokens`. A child exists only if the method uses it.
+
+    Attributes:
+        chooses_tokens: whether a term in a layer is added to chosen tokens only.
     """
+
+    chooses_tokens = False
 
 
 class Room(nn.Module):
@@ -220,6 +234,8 @@ class Port:
         cross: whether the host belongs to the layer's cross-attention.
         config: the host's original configuration, if a prefix replaced it; else None.
         begins: whether the host's hook may begin the pass of the attention, because the attention has no such hook.
+        seen: a list that collects the keys and values of an attention, each (B, H, S, d), while a text is read for
+            prefixes; else None.
     """
 
     room: tuple[Room]
@@ -227,6 +243,7 @@ class Port:
     cross: bool = False
     config: Any = None
     begins: bool = False
+    seen: list[tuple[Tensor, Tensor]] | None = None
 
     def part(self, name: str | None) -> SubmoduleSet | None:
         """Return the set of this name that belongs to the host's attention, or None."""
@@ -348,4 +365,5 @@ def placed_terms(model: nn.Module, name: str = DEFAULT) -> Iterator[PlacedTerm]:
         for path, terms in (*places, *([(wiring.norm, ("adapter",))] if wiring.norm else [])):
             for term in terms:
                 host, cross = layer.get_submodule(path), part is not layer._modules[ROOM][name]
-                yield PlacedTerm(layer_path, f"{layer_path}.{path}", host, part, part._modules[term], cross)
+                where = f"{layer_path}.{path}" if path else layer_path
+                yield PlacedTerm(layer_path, where, host, part, part._modules[term], cross)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unipelt.submodules.chosen_tokens import ChosenTokens
 from unipelt.submodules.drop import SubmoduleDropout
 from unipelt.submodules.entry import Entry, Part
 from unipelt.submodules.forward_pass import AttentionPass
@@ -35,6 +36,7 @@ class Term(nn.Module):
         once: whether the host is also called for relative positions. A term that depends on the text does not change
             that call.
         drop: the dropout of whole submodules, or None.
+        tokens: the tokens of a text to which the term is added; None for all tokens.
     """
 
     folds_to: Literal["", "merged", "constant"] = ""
@@ -59,6 +61,7 @@ class Term(nn.Module):
         self.reads_output = False
         self.once = False
         self.drop: SubmoduleDropout | None = None
+        self.tokens: ChosenTokens | None = None
 
     def forward(self, x: Tensor, out: Tensor, now: AttentionPass | None) -> Tensor:
         """Add the term to the host's output.
@@ -90,9 +93,16 @@ class Term(nn.Module):
     def open_gate(self, x: Tensor, now: AttentionPass | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the gate and the term's first projection of x.
 
-        The gate is (B, 1 or T, 1), or None for a term without a gate. The first projection is None unless the entry
-        computes it together with the gate.
+        The gate is (B, 1 or T, 1), or None for a term without a gate. It is 0 at the tokens that are not chosen. The
+        first projection is None unless the entry computes it together with the gate.
         """
+        gate, low = self._own_gate(x, now)
+        if self.tokens is None:
+            return gate, low
+        chosen = self.tokens.mask(require(now, self.name), x)
+        return chosen if gate is None else gate * chosen.to(gate.dtype), low
+
+    def _own_gate(self, x: Tensor, now: AttentionPass | None) -> tuple[Tensor | None, Tensor | None]:
         if not self.gate_name:
             return None, None
         entry: Any = self._modules.get("entry")
@@ -141,12 +151,15 @@ class FunctionTerm(Term):
     """A term with a separate module for f, as in `register_submodule`.
 
     Attributes:
-        function: the module that computes f(x, y), (B, T, O), from x (B, T, I) and y (B, T, O).
+        function: the module that computes f(x, y), (B, T, O), from x (B, T, I) and y (B, T, O). It may have the
+            attributes `reads_output` and `chosen_tokens`, which the term takes over.
     """
 
     def __init__(self, name: str, kind: str, outputs: OutputSlice, function: nn.Module) -> None:
         super().__init__(name, kind, outputs)
         self.function = function
+        self.reads_output = getattr(function, "reads_output", False)
+        self.tokens = getattr(function, "chosen_tokens", None)
 
     def add(self, x: Tensor, y: Tensor, gate: Tensor | None, low: Tensor | None) -> Tensor:
         """Return `y + g f(x, y)`, (B, T, O), for y (B, T, O)."""

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from unipelt.bridges.peft.files import join
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
+from unipelt.config.further import LNTuningConfig
+from unipelt.config.methods import IA3Config, LoRAConfig, Place, UniPELTConfig
 from unipelt.files.messages import show
 from unipelt.hosts.locate import ENTRY_PLACES, InjectionError, Projection, find_stacks
 from unipelt.submodules.room import own_parts, placed_terms
@@ -62,7 +63,7 @@ class Slot:
     layer: int
 
 
-def alone(part: LoRAConfig | SubmoduleConfig) -> UniPELTConfig:
+def alone(part: LoRAConfig | IA3Config | LNTuningConfig) -> UniPELTConfig:
     """Return a configuration with this submodule alone."""
     lora, more = (part, ()) if isinstance(part, LoRAConfig) else (None, (part,))
     return UniPELTConfig(adapter=None, prefix=None, lora=lora, more=more)
@@ -108,7 +109,7 @@ def find_places(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def possible_slots(
-    model: PreTrainedModel, part: LoRAConfig | SubmoduleConfig, places: Iterable[Place], *, least: Collection[str] = ()
+    model: PreTrainedModel, part: LoRAConfig | IA3Config, places: Iterable[Place], *, least: Collection[str] = ()
 ) -> list[Slot]:
     """Return all slots of a submodule among these places, as far as the model has them.
 
@@ -127,7 +128,7 @@ def possible_slots(
 
 
 def place_exactly(
-    model: PreTrainedModel, part: LoRAConfig | SubmoduleConfig, terms: Collection[str], what: str
+    model: PreTrainedModel, part: LoRAConfig | IA3Config | LNTuningConfig, terms: Collection[str], what: str
 ) -> UniPELTConfig:
     """Return the configuration with exactly these terms, given by path. Raises `CheckpointError` if there is none."""
     whole = alone(part)

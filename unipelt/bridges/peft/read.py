@@ -1,4 +1,4 @@
-"""Load LoRA, DoRA, (IA)3 and prompts from a folder of PEFT.
+"""Load LoRA, DoRA, (IA)3, LayerNorm tuning and prompts from a folder of PEFT.
 
 Shapes: r rank, I inputs and O outputs of a module.
 """
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from unipelt.bridges.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, outputs_of, scaled
 from unipelt.bridges.peft.ia3 import plan_factors
+from unipelt.bridges.peft.norms import plan_norms
 from unipelt.bridges.peft.plan import (
     IGNORED,
     Plan,
@@ -63,7 +64,7 @@ logger = logging.get_logger(__name__)
 
 
 def load_peft(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Inject the LoRA, DoRA, (IA)3 or prompt of a folder that PEFT or `save_peft` wrote, in place.
+    """Inject the LoRA, DoRA, (IA)3, LayerNorm tuning or prompt of a folder that PEFT or `save_peft` wrote, in place.
 
     The modules of the folder must be projections of some layers, the same projections in each of these layers. Scales
     `alpha / r`, rank-stabilised scales, other ranks and scales for some modules (`rank_pattern`, `alpha_pattern`) and
@@ -201,6 +202,7 @@ def _plan_low_rank(model: PreTrainedModel, values: Mapping[str, Any], tensors: M
 
 _PLANS: Mapping[str, Callable[[PreTrainedModel, Mapping[str, Any], Mapping[str, Tensor]], Plan]] = {
     "IA3": plan_factors,
+    "LN_TUNING": plan_norms,
     "LORA": _plan_low_rank,
     "PROMPT_TUNING": plan_prompt,
 }

@@ -1,4 +1,4 @@
-"""Write LoRA, DoRA, (IA)3 and prompts into a folder of PEFT.
+"""Write LoRA, DoRA, (IA)3, LayerNorm tuning and prompts into a folder of PEFT.
 
 Shapes: r rank, I inputs and O outputs of a module.
 """
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unipelt.bridges.peft.files import CONFIG, PREFIX, WEIGHTS, join, name_modules, outputs_of, scaled, task_of
 from unipelt.bridges.peft.ia3 import write_factors
+from unipelt.bridges.peft.norms import write_norms
 from unipelt.bridges.peft.prompts import write_prompt
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import UniPELTConfig
@@ -42,11 +43,12 @@ _ALSO_SAVED = {
 
 
 def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
-    """Write a model's LoRA, DoRA, (IA)3 or prompt as a folder of PEFT, for `PeftModel.from_pretrained` and others.
+    """Write a model's LoRA, DoRA, (IA)3, LayerNorm tuning or prompt as a folder of PEFT.
 
-    Terms without a gate are written unchanged; LoRA that does not start at zero is written as a pair of twice the rank.
-    If `unipelt.fold` replaced a gate by a constant c, then c stands in for `alpha / r`: `c B` is written. The head, and
-    parts of the base that its checkpoint did not hold, are written as `modules_to_save`.
+    `PeftModel.from_pretrained` and other programs read it. Terms without a gate are written unchanged; LoRA that does
+    not start at zero is written as a pair of twice the rank. If `unipelt.fold` replaced a gate by a constant c, then c
+    stands in for `alpha / r`: `c B` is written. The head, and parts of the base that its checkpoint did not hold, are
+    written as `modules_to_save`.
 
     Args:
         model: an injected model, folded or not, that carries no other submodule.
@@ -76,7 +78,7 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
         assert injection.config.lora is not None
         fields["lora_dropout"] = injection.config.lora.dropout
     else:
-        fields, tensors = write_factors(model) if method == "IA3" else write_prompt(model)
+        fields, tensors = {"IA3": write_factors, "LN_TUNING": write_norms, "PROMPT_TUNING": write_prompt}[method](model)
     task = task_of(model)
     saved = _saved_modules(model, injection.head, task)
     for path in saved:
@@ -126,12 +128,20 @@ def _method(config: UniPELTConfig) -> str:
         return "IA3"
     if config.prompt is not None:
         return "PROMPT_TUNING"
+    if config.part("ln_tuning") is not None:
+        return "LN_TUNING"
     raise CheckpointError(
-        "this model carries no LoRA, no (IA)3 and no prompt, which is what a PEFT folder holds; see unipelt.save"
+        "this model carries no LoRA, no (IA)3, no LayerNorm tuning and no prompt, which is what a PEFT folder "
+        "holds; see unipelt.save"
     )
 
 
-_METHODS = {"LORA": ("LoRA", "lora"), "IA3": ("(IA)3", "ia3"), "PROMPT_TUNING": ("a prompt", "prompt")}
+_METHODS = {
+    "LORA": ("LoRA", "lora"),
+    "IA3": ("(IA)3", "ia3"),
+    "PROMPT_TUNING": ("a prompt", "prompt"),
+    "LN_TUNING": ("LayerNorm tuning", "ln_tuning"),
+}
 """By PEFT's name of a method: its name in messages, and its kind of submodule in this package."""
 _OTHERS = {"adapter": "an adapter", "prefix": "a prefix", "prompt": "a prompt", "tokens": "trained tokens"}
 """Names in messages of the other kinds; a kind that is not listed keeps its name."""
