@@ -73,6 +73,8 @@ def test_a_default_is_not_written_and_mistakes_are_named() -> None:
         unipelt.resolve({"preset": "lora", "gate": {"dropout_by": "token"}})
     with pytest.raises(ConfigError, match="this method has none"):
         unipelt.resolve({"preset": "bitfit", **HALF})
+    for alone in ("ia3", "reft", "ln_tuning", "parallel"):  # each is a submodule of layers
+        assert unipelt.resolve({"preset": alone, "gate": {"dropout": 0.2}}).gate.dropout == 0.2
 
 
 def test_a_run_has_it_in_its_name_and_its_digest() -> None:

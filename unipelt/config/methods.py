@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from unipelt.config.mixture import MixtureConfig
@@ -514,8 +514,8 @@ class UniPELTConfig:
         given = {name: values[name] for name in values if name in SUBMODULES}
         more = tuple(build(SUBMODULES[name], value, name) for name, value in given.items() if value is not None)
         rest = {name: values[name] for name in values if name not in given}
-        built: UniPELTConfig = build(cls, rest, "", apart=("more",), also=tuple(SUBMODULES))
-        return replace(built, more=more) if more else built
+        built: UniPELTConfig = build(cls, rest, "", {"more": more}, also=tuple(SUBMODULES))
+        return built
 
     def updated(self, changes: Mapping[str, Any]) -> UniPELTConfig:
         """Return a configuration with `changes` (nested, plain types) merged in. Raise `ConfigError` on a mistake.

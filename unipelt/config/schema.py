@@ -112,14 +112,16 @@ def _indices(value: range | str, where: str) -> list[int]:
     return list(range(int(match[1]), int(match[2]) + 1))
 
 
-def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), also: Sequence[str] = ()) -> Any:
+def build(
+    cls: type[Any], values: Any, where: str, built: Mapping[str, Any] | None = None, also: Sequence[str] = ()
+) -> Any:
     """Build a dataclass from plain types. Every key and type is checked, also in nested dataclasses.
 
     Args:
         cls: the dataclass.
         values: a mapping of field names to values.
         where: the name of the mapping in an error.
-        apart: names of the fields that `values` may not contain.
+        built: values of fields that are built already; `values` may not contain these fields.
         also: further keys that an error lists as possible keys.
 
     Raises:
@@ -127,15 +129,15 @@ def build(cls: type[Any], values: Any, where: str, apart: Sequence[str] = (), al
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'a configuration'} must be a mapping, not {show(values)}")
-    hints = type_hints(cls)
-    names = [item.name for item in fields(cls) if item.name not in apart]
+    hints, built = type_hints(cls), built or {}
+    names = [item.name for item in fields(cls) if item.name not in built]
     for key in values:
         if key not in names:
             meant = suggest(key, [*names, *also], f"the keys here are {', '.join([*names, *also])}")
             raise ConfigError(f"unknown key {show(_join(where, str(key)))}; {meant}")
     given = {key: convert(hints[key], value, _join(where, key)) for key, value in values.items()}
     try:
-        return cls(**given)
+        return cls(**given, **built)
     except ConfigError as error:
         raise ConfigError(_join(where, str(error))) from None
 
