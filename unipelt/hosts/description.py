@@ -34,6 +34,12 @@ class Attention:
             A gated term skips that call, because its gate belongs to a text.
         mask_is_truth_values: whether the attention reads a floating-point mask as booleans, and does not add the mask
             to the logits.
+        mask_is_added: whether the attention adds a mask with 2 dimensions to the logits, and does not read it as
+            booleans.
+        value_apart: whether the projection of values reads another argument than that of queries, for the same text.
+            Its gate reads the input of the projection of queries.
+        tokens_first: whether the projections of queries, keys and values read and return tensors with the tokens in
+            front of the examples.
     """
 
     path: str
@@ -47,6 +53,9 @@ class Attention:
     mask: str = "attention_mask"
     query_serves_positions: bool = False
     mask_is_truth_values: bool = False
+    mask_is_added: bool = False
+    value_apart: bool = False
+    tokens_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,10 @@ class Stack:
         gate: path of the projection whose activation scales the output of `up`, written as `up` is.
         unjoined: the reason why an adapter has no place.
         missing: name of a part (`up`, `down`) -> the reason why some or all layers do not have the part.
+        width: path of a module, from a layer, whose outputs are as wide as the states that an adapter reads; empty if
+            these are as wide as the input of the attention's projections.
+        adapted: what the module at `output` ends. In a layer without a feed-forward network it is `attention`, or
+            `mixer` for a state-space layer beside the attention.
     """
 
     layers: str
@@ -81,6 +94,8 @@ class Stack:
     gate: str = ""
     unjoined: str = ""
     missing: Mapping[str, str] = field(default_factory=dict)
+    width: str = ""
+    adapted: Literal["feed_forward", "attention", "mixer"] = "feed_forward"
 
     def __post_init__(self) -> None:
         if bool(self.norm) + bool(self.output) + bool(self.unjoined) != 1:
@@ -118,6 +133,7 @@ UNJOINED = (
 OTHER_WIDTH = "its attention reads states of another width than its feed-forward network adds to the residual"
 CALLED_TWICE = "its attention computes values of two texts by one projection, and a gate belongs to one of them"
 EXPERTS = "the experts of a layer keep their weights in one tensor, which is no Linear"
+NO_NETWORK = "its layers with attention have no feed-forward network"
 DISENTANGLED = (
     "disentangled attention scores every key by its relative position to the query, and a prefix has no position"
 )

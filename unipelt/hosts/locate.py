@@ -14,11 +14,11 @@ from transformers.utils import logging
 
 from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
-from unipelt.hosts.check import check_adapted
+from unipelt.hosts.check import check_description
 from unipelt.hosts.describe import DescribeError
 from unipelt.hosts.description import Attention, Stack
 from unipelt.hosts.families import family_of, has, is_complete, is_registered, layers_at
-from unipelt.hosts.rows import rows_of
+from unipelt.hosts.rows import rows_of, width_of
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.room import ROOM
 
@@ -124,6 +124,7 @@ class LayerTargets:
         adapted: the norm after the feed-forward network (post-LN), or the module whose output is added to the residual
             (pre-LN).
         adapted_path: path of that module, from the layer.
+        width: width of the states that an adapter reads.
         terms: targets of further submodules.
         low_rank: targets of LoRA, except the plain terms of queries and values.
     """
@@ -133,6 +134,7 @@ class LayerTargets:
     cross: AttentionTargets | None
     adapted: Any
     adapted_path: str
+    width: int
     terms: tuple[TermTarget, ...] = ()
     low_rank: tuple[TermTarget, ...] = ()
 
@@ -171,9 +173,9 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
         family = family_of(model)
     except DescribeError as error:
         raise InjectionError(str(error)) from error
-    if config.adapter is not None and is_registered(kind):
+    if is_registered(kind):
         try:
-            check_adapted(model, family)
+            check_description(model, family, config.adapter is not None)
         except DescribeError as error:
             raise InjectionError(f"the description of {kind!r} models cannot work: {error}") from error
     for name, reason in family.refused.items():
@@ -295,7 +297,9 @@ def _find_layer(
         if crossing and stack.cross:
             terms += _find_terms(layer, stack, stack.cross, model, wanted, in_cross=True)
         found.append(tuple(terms))
-    return LayerTargets(layer, attention, crossing, adapted, stack.norm or stack.output, *found)
+    width = width_of(layer.get_submodule(stack.width)) if own and stack.width else None
+    width = width or (attention.query.inputs if attention is not None else 0)
+    return LayerTargets(layer, attention, crossing, adapted, stack.norm or stack.output, width, *found)
 
 
 Wanted = Sequence[tuple[SubmoduleConfig | LoRAConfig, Sequence[Place]]]
@@ -417,8 +421,9 @@ def _find_attention(
         )
     query = _find_projection(layer, described, "query", model)
     value = _find_projection(layer, described, "value", model)
-    readers = [query.path] if crosses else [query.path, value.path]
-    if described.key and not crosses:
+    apart = crosses or described.value_apart
+    readers = [query.path] if apart else [query.path, value.path]
+    if described.key and not apart:
         readers.append(_inside(described, described.key))
     if described.bias:
         layer.get_submodule(_inside(described, described.key))

@@ -197,6 +197,7 @@ def _wiring(
         mask=_argument(target.module, described.mask) if reads_mask else None,
         bias=_argument(target.module, described.bias) if lengthens else None,
         truth_values=described.mask_is_truth_values,
+        added=described.mask_is_added,
         averages=built.averages,
         readers=() if built.entry is None else target.readers,
         outputs={path: tuple(names) for path, names in outputs.items()},
@@ -205,6 +206,7 @@ def _wiring(
         norm=norm,
         keys=target.key_path if lengthens else "",
         values=target.value.path if lengthens else "",
+        tokens_first=target.readers if described.tokens_first else (),
     )
 
 

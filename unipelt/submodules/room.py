@@ -59,6 +59,7 @@ class Wiring:
         hidden, mask, bias: the attention's arguments for the states, the mask and the position bias; None for an
             argument that is not read.
         truth_values: whether the attention reads a floating-point mask as truth values.
+        added: whether the attention adds a mask with 2 dimensions to the logits.
         averages: whether a gate averages over real tokens, so that the attention's mask is read.
         readers: paths of the projections that read the attention's input. The entry is computed at the first of them
             that is called.
@@ -67,6 +68,7 @@ class Wiring:
         handed: names of the terms that read the input of another projection, by that projection's path.
         norm: path of the norm whose output an adapter reads (post-LN); empty without such an adapter.
         keys, values: paths of the projections into whose output a prefix is inserted; empty without an insertion.
+        tokens_first: paths of the projections that read and return tensors with the tokens in front of the examples.
     """
 
     attention: str = ""
@@ -74,6 +76,7 @@ class Wiring:
     mask: ForwardArgument | None = None
     bias: ForwardArgument | None = None
     truth_values: bool = False
+    added: bool = False
     averages: bool = False
     readers: tuple[str, ...] = ()
     outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class Wiring:
     norm: str = ""
     keys: str = ""
     values: str = ""
+    tokens_first: tuple[str, ...] = ()
 
     @property
     def lengthens(self) -> bool:
@@ -213,6 +217,7 @@ class Port:
         cross: whether the host belongs to the layer's cross-attention.
         config: the host's original configuration, if a prefix replaced it; else None.
         begins: whether the host's hook may begin the pass of the attention, because the attention has no such hook.
+        tokens_first: whether the host reads and returns tensors with the tokens in front of the examples.
     """
 
     room: tuple[Room]
@@ -220,6 +225,7 @@ class Port:
     cross: bool = False
     config: Any = None
     begins: bool = False
+    tokens_first: bool = False
 
     def part(self, name: str | None) -> SubmoduleSet | None:
         """Return the set of this name that belongs to the host's attention, or None."""
