@@ -32,6 +32,7 @@ QUICK = [
     ("blip", IMAGES, "unipelt-al", []),  # needs an image
     ("mixtral", CAUSAL, "unipelt-apl", ["padding", "causal", "cache"]),
     ("deepseek_v3", CAUSAL, "unipelt-al", ["padding", "causal", "cache"]),
+    ("mamba", CAUSAL, "adapter", ["causal"]),  # no attention: an adapter behind the state-space layer
     ("falcon", CAUSAL, "unipelt-al", ["padding", "causal", "cache"]),
 ]
 SLOW = [
@@ -39,6 +40,7 @@ SLOW = [
     ("perceiver", MASKED, "unipelt-al", []),  # projections of a norm of the input; no embedding module
     ("yoso", MASKED, "unipelt-al", []),  # described by hand
     ("lilt", CLASSIFIER, "unipelt-al", ["padding"]),  # two attentions beside each other
+    ("mamba2", CAUSAL, "adapter", ["causal"]),
     ("gpt_bigcode", CAUSAL, "unipelt-apl", ["padding", "causal", "cache"]),
     ("jamba", CAUSAL, "unipelt-apl", ["causal"]),
     ("zamba", CAUSAL, "unipelt-apl", ["causal"]),  # an adapter behind the state-space layer
@@ -185,13 +187,27 @@ def test_lora_goes_into_shared_experts_and_dense_layers() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
-def test_a_state_space_model_without_attention_is_refused(kind: str) -> None:
-    model = small_of(kind, CAUSAL)
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("unipelt-al", "'mamba' models cannot take LoRA: its layers have no attention"),
+        ("prefix", "'mamba' models cannot take a prefix: its layers have no attention"),
+        ({"preset": "adapter", "adapter": {"gate": True}, "gate": {"shared": True}}, "gate.shared lets the adapter's"),
+        ("ia3", "has no attention, and so no place '"),
+    ],
+)
+def test_a_state_space_model_takes_nothing_but_an_adapter(method: Any, message: str) -> None:
+    model = small_of("mamba", CAUSAL)
     before = list(model.state_dict())
-    with pytest.raises(unipelt.InjectionError, match="has no attention: no softmax over tokens was found"):
-        unipelt.inject(model, "unipelt-al")
+    with pytest.raises(unipelt.InjectionError, match=message):
+        unipelt.inject(model, method)
     assert list(model.state_dict()) == before
+
+
+def test_a_model_without_attention_in_which_nothing_goes_is_refused() -> None:
+    model = small_of("rwkv", CAUSAL)
+    with pytest.raises(unipelt.InjectionError, match="has no attention: no softmax over tokens was found"):
+        unipelt.inject(model, "adapter")
 
 
 # A registered description that says something else than the model does

@@ -30,6 +30,13 @@ _CACHED = 5  # the number of tokens that go into the cache first
 Batch = dict[str, Any]
 
 
+def method_config(method: str) -> unipelt.UniPELTConfig:
+    """Return the configuration of a preset, with small submodules; the adapter of the preset `adapter` gets a gate."""
+    config = unipelt.resolve(method)
+    config = config.updated({name: part for name, part in PARTS.items() if config.part(name)})
+    return config.updated({"adapter": {"gate": True}}) if method == "adapter" else config
+
+
 def batch_of(model: Any, head: str, family: Family) -> Batch:
     """Return inputs with which a small model runs: texts alone if the model takes them, else texts and images."""
     signature = inspect.signature(model.forward).parameters
@@ -63,8 +70,7 @@ def check(model: Any, other: Any, method: str, head: str, batch: Batch) -> list[
     if not bare.isfinite().all():
         raise AssertionError("the small model's own output is not finite")
     properties = [name for name, holds in PROPERTIES.items() if _holds(holds, model, head, batch)]
-    config = unipelt.resolve(method)
-    unipelt.inject(model, config.updated({name: part for name, part in PARTS.items() if config.part(name)}))
+    unipelt.inject(model, method_config(method))
     _check_frozen(model, head)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -7,7 +7,7 @@ page; `--others` puts such files' counts on the page.
 
 The models are small and random. A type passes with a head if a method does all that `coverage_checks.py` checks. The
 fullest method is tried first: adapter, prefix and LoRA (`unipelt-apl`), then adapter and LoRA (`unipelt-al`), then LoRA
-alone.
+alone, then a gated adapter alone.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from coverage_checks import PROPERTIES, batch_of, check
+from coverage_checks import PROPERTIES, batch_of, check, method_config
 
-import unipelt
 from unipelt.hosts.description import Family
 from unipelt.hosts.families import family_of
 from unipelt.hosts.generate import HEADS, small_of
 
-METHODS = ("unipelt-apl", "unipelt-al", "lora")
+METHODS = ("unipelt-apl", "unipelt-al", "lora", "adapter")
 TITLES = {
     "CausalLM": "causal",
     "SequenceClassification": "sequence classification",
@@ -41,12 +40,13 @@ TAKES = {
     "unipelt-apl": "adapter, prefix, LoRA",
     "unipelt-al": "adapter, LoRA",
     "lora": "LoRA",
+    "adapter": "adapter",
     "": "nothing",
 }
 BEHIND = {
     "feed_forward": "",
     "attention": "its layers have no feed-forward network of their own: the adapter is behind the attention",
-    "mixer": "its layers with attention have no feed-forward network: the adapter is behind the state-space layer",
+    "mixer": "its layers have no feed-forward network: the adapter is behind the state-space layer",
 }
 
 
@@ -93,7 +93,7 @@ def _short(message: str) -> str:
 
 
 def _refusal(family: Family, method: str) -> str:
-    config = unipelt.resolve(method)
+    config = method_config(method)
     return next((f"no {name}: {why}" for name, why in family.refused.items() if config.part(name) is not None), "")
 
 
@@ -130,6 +130,7 @@ def count(results: list[Result]) -> dict[str, dict[str, int]]:
             "adapter and LoRA": found["unipelt-apl"] + found["unipelt-al"],
             "and a prefix": found["unipelt-apl"],
             "LoRA alone": found["lora"],
+            "adapter alone": found["adapter"],
             "nothing": found[""],
         } | {name: sum(name in result.properties for result in own) for name in PROPERTIES}
     return counts

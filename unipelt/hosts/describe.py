@@ -18,10 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from unipelt.hosts.description import EXPERTS, LAYERS_DIFFER, NO_NETWORK, OTHER_WIDTH, UNJOINED, Family, Stack
 from unipelt.hosts.feed_forward import Joined, find_joined
 from unipelt.hosts.inputs import SOURCE_TOKENS, TOKENS, text_batch
-from unipelt.hosts.probe import Call, Pass, Softmax, gradients, random_like, watch
+from unipelt.hosts.probe import Call, Pass, Softmax, is_causal, watch
 from unipelt.hosts.projections import FoundAttention, find_attentions
 from unipelt.hosts.rows import rows_of
 from unipelt.hosts.shrink import CannotShrink, build_small
+from unipelt.hosts.state_space import describe_state_space
 from unipelt.hosts.unrecorded import attentions_without_softmax
 
 
@@ -101,6 +102,8 @@ def _describe(model: PreTrainedModel, found: Pass, only_text: bool = False) -> F
     name = type(model).__name__
     if not found.attentions:
         found.attentions = attentions_without_softmax(found)
+    if not found.attentions and (without := describe_state_space(model.base_model, found)) is not None:
+        return without
     if not found.attentions:
         raise DescribeError(f"{name} has no attention: no softmax over tokens was found in its layers")
     layers = [layer for layer in _layers(model, found) if not only_text or _reads_text(layer.call)]
@@ -194,7 +197,7 @@ def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Sta
         _check_rows(model, found)
     if len({int(found.kinds["value"].sum()) for found in map(_own, usable)}) > 1:
         prefixes.append(LAYERS_DIFFER)
-    causal = all(_is_causal(layer.call) for layer in layers)
+    causal = all(is_causal(layer.call) for layer in layers)
     mask = _own(usable[0]).call.inputs.get(attention.mask)
     if not causal and mask is not None and mask.dim() not in (2, 4):
         raise DescribeError(f"the attention of {name} is given a mask of {mask.dim()} dimensions, not of 2 or 4")
@@ -254,15 +257,3 @@ def _check_rows(model: PreTrainedModel, found: FoundAttention) -> None:
 
 def _own(layer: _Layer) -> FoundAttention:
     return next(found for found in layer.attentions if not found.crosses)
-
-
-def _is_causal(layer: Call) -> bool:
-    """Return whether a layer's outputs at earlier tokens have no gradient at its inputs at later tokens."""
-    given = next((value for value in layer.inputs.values() if value.is_floating_point() and value.dim() >= 3), None)
-    if given is None or layer.output is None:
-        return False
-    middle = given.shape[1] // 2
-    direction = random_like(layer.output)
-    direction[:, middle:] = 0
-    gradient = gradients(layer.output, [given], direction)[0]
-    return gradient is not None and not bool(gradient[:, middle:].any())

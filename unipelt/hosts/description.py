@@ -58,6 +58,10 @@ class Attention:
     tokens_first: bool = False
 
 
+WITHOUT_ATTENTION = Attention("", "", "")
+"""The attention of a stack whose layers have none, such as a state-space model. Only an adapter goes there."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """A stack of Transformer layers, and the paths of the modules that submodules attach to.
@@ -66,7 +70,7 @@ class Stack:
 
     Attributes:
         layers: path of the list of layers, from the base model; `*` stands for every item of a list.
-        attention: the self-attention.
+        attention: the self-attention, or `WITHOUT_ATTENTION`.
         norm: path of the normalisation whose input is the feed-forward network's output plus the residual (post-LN),
             from a layer.
         output: path of the module whose output the feed-forward network adds to the residual (pre-LN), from a layer.
@@ -115,6 +119,7 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+NO_ATTENTION = "its layers have no attention"
 OWN_ATTENTION = (
     "this attention computes its own softmax rather than through Transformers' attention interface, so there is no "
     "place at which a prefix could enter"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from unipelt.hosts.describe import DescribeError, describe
-from unipelt.hosts.description import DISENTANGLED, OWN_ATTENTION, Attention, Family, Stack
+from unipelt.hosts.description import DISENTANGLED, OWN_ATTENTION, WITHOUT_ATTENTION, Attention, Family, Stack
 from unipelt.hosts.table import read_table
 
 __all__ = ["FAMILIES", "Attention", "Family", "Stack", "family_of", "register_family"]
@@ -120,6 +120,8 @@ def layers_at(base: nn.Module, path: str) -> Iterator[nn.Module]:
 def is_complete(layer: nn.Module, stack: Stack) -> bool:
     """Return whether a layer has the modules of its stack's description; in a hybrid model some layers lack them."""
     attention = stack.attention
+    if attention == WITHOUT_ATTENTION:
+        return has(layer, stack.output)
     start = f"{attention.path}." if attention.path else ""
     paths = [f"{start}{attention.query}", f"{start}{attention.value}", stack.norm or stack.output]
     return all(has(layer, path) for path in paths)

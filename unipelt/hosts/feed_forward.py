@@ -44,7 +44,7 @@ def find_joined(layer: Call, inside: Sequence[Call], attentions: Sequence[FoundA
     calls = [call for call in once if not _of_attention(call, attentions)]
     always = [call for call in calls if not _is_one_of_several(call, layer)]
     found = Joined()
-    added = _added(layer.output, always)
+    added = find_added(layer.output, always)
     if added is not None:
         found.output = _below(added, layer)
     else:
@@ -52,15 +52,22 @@ def find_joined(layer: Call, inside: Sequence[Call], attentions: Sequence[FoundA
     if added is None:
         return _behind_attention(inside, attentions)
     found.width = _shape(added)[-1]
-    own = [call for call in calls if added.contains(call) and is_projection(call.module)]
-    if own and _mixes_tokens(added):
-        found.adapted = "mixer"
-        found.sized = next((_below(call, layer) for call in own if width_of(call.module) == found.width), "")
-        return found
+    if mixer := find_mixer(layer, added, inside):
+        return mixer
     _find_projections(found, layer, added, calls)
     paths = [path for path in (found.norm, found.output, found.down) if path]
     found.sized = next((path for path in paths if width_of(layer.module.get_submodule(path)) == found.width), "")
     return found
+
+
+def find_mixer(layer: Call, added: Call, inside: Sequence[Call]) -> Joined | None:
+    """Return the place behind a module with projections that mixes tokens (a state-space layer); None for any other."""
+    own = [call for call in inside if added.contains(call) and is_projection(call.module)]
+    if not own or not _mixes_tokens(added):
+        return None
+    width = _shape(added)[-1]
+    sized = next((_below(call, layer) for call in own if width_of(call.module) == width), "")
+    return Joined(output=_below(added, layer), width=width, sized=sized, adapted="mixer")
 
 
 def _is_one_of_several(call: Call, layer: Call) -> bool:
@@ -81,7 +88,7 @@ def _find_norm(found: Joined, layer: Call, calls: Sequence[Call]) -> Call | None
     for norm in reversed(calls):
         if not _is_norm(norm) or not _is(norm.output, layer.output):
             continue
-        added = _added(next(iter(norm.inputs.values())), [call for call in calls if call.end < norm.start])
+        added = find_added(next(iter(norm.inputs.values())), [call for call in calls if call.end < norm.start])
         if added is not None:
             found.norm = _below(norm, layer)
             return added
@@ -95,7 +102,7 @@ def _find_middle(found: Joined, layer: Call, inside: Sequence[Call], calls: Sequ
         total = next(iter(norm.inputs.values()), None)
         if total is None or not _is_norm(norm) or total.shape != layer.output.shape:
             continue
-        added = _added(total, [call for call in calls if call.end < norm.start and _shape(call) == total.shape])
+        added = find_added(total, [call for call in calls if call.end < norm.start and _shape(call) == total.shape])
         if added is not None:
             found.output = _below(added, layer)
             return added
@@ -139,7 +146,7 @@ def _of_attention(call: Call, attentions: Sequence[FoundAttention]) -> bool:
     return False
 
 
-def _added(total: Tensor, calls: Sequence[Call]) -> Call | None:
+def find_added(total: Tensor, calls: Sequence[Call]) -> Call | None:
     """Return the outermost module whose output, up to a constant factor, is one summand of `total`; None without one.
 
     Of several such modules, the one with the most parameters is returned.

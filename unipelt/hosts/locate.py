@@ -16,7 +16,7 @@ from unipelt.config.methods import LoRAConfig, Place, SubmoduleConfig, UniPELTCo
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
 from unipelt.hosts.check import check_description
 from unipelt.hosts.describe import DescribeError
-from unipelt.hosts.description import Attention, Stack
+from unipelt.hosts.description import WITHOUT_ATTENTION, Attention, Stack
 from unipelt.hosts.families import family_of, has, is_complete, is_registered, layers_at
 from unipelt.hosts.rows import rows_of, width_of
 from unipelt.submodules.outputs import OutputSlice
@@ -125,6 +125,7 @@ class LayerTargets:
             (pre-LN).
         adapted_path: path of that module, from the layer.
         width: width of the states that an adapter reads.
+        sized: a projection whose dtype and device the adapter takes.
         terms: targets of further submodules.
         low_rank: targets of LoRA, except the plain terms of queries and values.
     """
@@ -135,6 +136,7 @@ class LayerTargets:
     adapted: Any
     adapted_path: str
     width: int
+    sized: Projection | None
     terms: tuple[TermTarget, ...] = ()
     low_rank: tuple[TermTarget, ...] = ()
 
@@ -224,7 +226,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
             raise _built_otherwise(model, str(error)) from error
         if config.lora is not None and config.lora.is_all_linear:
             _report_left_out(found, stack)
-        if any(layer.attention or layer.cross for layer in found.values()):
+        if any(own or layer.cross for layer in found.values()):
             owner = model.base_model.get_submodule(stack.layers.partition(".*")[0].rpartition(".")[0])
             chosen.append(StackTargets(stack, owner, found, causal, label))
     if not chosen:
@@ -281,7 +283,7 @@ def _find_layer(
     layer: nn.Module, stack: Stack, model: PreTrainedModel, config: UniPELTConfig, own: bool, cross: bool
 ) -> LayerTargets:
     attention = crossing = None
-    if own:
+    if own and stack.attention != WITHOUT_ATTENTION:
         attention = _find_attention(layer, stack.attention, model, config)
     if cross and stack.cross is not None and has(layer, stack.cross.path):
         crossing = _find_attention(layer, stack.cross, model, config, crosses=True)
@@ -299,7 +301,8 @@ def _find_layer(
         found.append(tuple(terms))
     width = width_of(layer.get_submodule(stack.width)) if own and stack.width else None
     width = width or (attention.query.inputs if attention is not None else 0)
-    return LayerTargets(layer, attention, crossing, adapted, stack.norm or stack.output, width, *found)
+    sized = attention.value if attention is not None else _projection(layer, stack.width) if own else None
+    return LayerTargets(layer, attention, crossing, adapted, stack.norm or stack.output, width, sized, *found)
 
 
 Wanted = Sequence[tuple[SubmoduleConfig | LoRAConfig, Sequence[Place]]]
@@ -353,6 +356,8 @@ def _find_terms(
 
 
 def _find_in_attention(layer: nn.Module, described: Attention, place: str, model: PreTrainedModel) -> Projection:
+    if described == WITHOUT_ATTENTION:
+        raise InjectionError(f"this {type(layer).__name__} has no attention, and so no place {place!r}")
     if place == "attention":
         return _projection(layer, _told(described.output, "output", "projection that ends the attention"))
     path = {"query": described.query, "value": described.value, "key": described.key}[place]

@@ -140,6 +140,18 @@ def gradients(of: Tensor, at: Sequence[Tensor], direction: Tensor | None = None)
     return [by_id.get(id(tensor)) for tensor in at]
 
 
+def is_causal(layer: Call) -> bool:
+    """Return whether a layer's outputs at earlier tokens have no gradient at its inputs at later tokens."""
+    given = next((value for value in layer.inputs.values() if value.is_floating_point() and value.dim() >= 3), None)
+    if given is None or layer.output is None:
+        return False
+    middle = given.shape[1] // 2
+    direction = random_like(layer.output)
+    direction[:, middle:] = 0
+    gradient = gradients(layer.output, [given], direction)[0]
+    return gradient is not None and not bool(gradient[:, middle:].any())
+
+
 def random_like(tensor: Tensor) -> Tensor:
     """Return random numbers with a tensor's shape and dtype; every call returns the same numbers."""
     return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2)).to(tensor.dtype)

@@ -120,6 +120,14 @@ def _build_set(
     if layer.attention is not None:
         inside = [pair for pair in mine if not pair[0].in_cross]
         _fill(built, layer.attention, layer, inside, plan, own.index(layer.attention), in_cross=False)
+    elif layer.adapted is not None and plan.config.adapter is not None:
+        if plan.config.adapter.gate and plan.config.gate.shared:
+            raise InjectionError(
+                f"gate.shared lets the adapter's gate read the attention's input, and {type(layer.module).__name__} "
+                "has no attention; take gate.shared: false, or adapter.gate: false"
+            )
+        built.add_module("adapter", build_adapter(layer, plan))
+        built.wiring = Wiring(outputs={layer.adapted_path: ("adapter",)})
     if layer.cross is not None:
         built.cross = SubmoduleSet(Wiring())
         inside = [pair for pair in mine if pair[0].in_cross]

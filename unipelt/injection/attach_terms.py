@@ -133,8 +133,8 @@ def build_adapter(layer: LayerTargets, plan: Plan) -> Adapter:
     """Build a layer's adapter."""
     config, found = plan.config, plan.found
     assert config.adapter is not None
-    assert layer.attention is not None
-    hidden, like = layer.width, plan.like(layer.attention.value)
+    assert layer.sized is not None
+    hidden, like = layer.width, plan.like(layer.sized)
     adapter = Adapter("adapter", hidden)
     name = f"{found.label}adapter"
     if config.adapter.gate:
