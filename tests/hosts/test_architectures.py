@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from architecture_checks import batch_of, check, output
+from helpers import assert_near
 from hosts.test_families import small
-from scripts.coverage_checks import batch_of, check, output
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertSelfAttention
@@ -77,7 +79,8 @@ def test_further_types_take_what_the_page_says(kind: str, head: str, method: str
 
 
 def test_values_of_another_tensor_get_a_first_projection_of_their_own() -> None:
-    model, merged = small_of("mobilebert", MASKED), small_of("mobilebert", MASKED)
+    model: Any = small_of("mobilebert", MASKED)
+    merged: Any = small_of("mobilebert", MASKED)
     attention = model.mobilebert.encoder.layer[0].attention.self
     assert attention.value.in_features != attention.query.in_features
     batch = batch_of(model, MASKED, family_of(model))
@@ -93,7 +96,7 @@ def test_values_of_another_tensor_get_a_first_projection_of_their_own() -> None:
 
 
 def test_a_gate_averages_over_the_tokens_of_projections_with_the_tokens_in_front() -> None:
-    model = small_of("longformer", MASKED)
+    model: Any = small_of("longformer", MASKED)
     batch = batch_of(model, MASKED, family_of(model))
     seen: list[Tensor] = []
     layer = model.longformer.encoder.layer[0]
@@ -112,8 +115,11 @@ def test_a_gate_averages_over_the_tokens_of_projections_with_the_tokens_in_front
 def test_a_mask_of_two_dimensions_that_is_added_is_read_as_logits() -> None:
     mask = torch.tensor([[0.0, 0.0, torch.finfo(torch.float32).min], [3e38, 0.0, 0.0]])  # the 3e38 is a global token
     want = torch.tensor([[0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3]])
-    torch.testing.assert_close(token_weights(mask, 2, added=True), want)
-    assert not torch.allclose(token_weights(mask, 2), want)
+    read, unread = token_weights(mask, 2, added=True), token_weights(mask, 2)
+    assert read is not None
+    assert unread is not None
+    assert_near(read, want)
+    assert not torch.allclose(unread, want)
 
 
 @pytest.mark.parametrize(
@@ -218,12 +224,13 @@ class Apart(BertSelfAttention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        projection = self.value
-        self.value = nn.Sequential(nn.Tanh(), projection)
+        projection: Any = self.value
+        self.value: Any = nn.Sequential(nn.Tanh(), projection)
 
 
 @pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> type[BertModel]:
+def apart() -> Iterator[type[BertModel]]:
+    """A model whose values are computed from other states; the table ends as it began."""
     before = dict(FAMILIES)
     yield _WithApart
     FAMILIES.clear()
@@ -233,12 +240,13 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> type[BertModel]:
 class _WithApart(BertModel):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        for layer in self.encoder.layer:
+        layers: Any = self.encoder.layer
+        for layer in layers:
             layer.attention.self = Apart(config)
 
 
 def test_a_description_with_values_of_another_tensor_is_refused_at_injection(apart: type[BertModel]) -> None:
-    config = small_of("bert", MASKED).config
+    config: Any = small_of("bert", MASKED).config
     known = FAMILIES["bert"].stacks[0]
     attention = replace(known.attention, value="value.1")
     unipelt.register_family("bert", replace(known, attention=attention, cross=None))
@@ -246,7 +254,8 @@ def test_a_description_with_values_of_another_tensor_is_refused_at_injection(apa
         unipelt.inject(apart(config), "lora")
 
 
-def test_a_description_with_an_adapter_of_another_width_is_refused_at_injection(apart: type[BertModel]) -> None:
+@pytest.mark.usefixtures("apart")
+def test_a_description_with_an_adapter_of_another_width_is_refused_at_injection() -> None:
     known = FAMILIES["bert"].stacks[0]
     unipelt.register_family("bert", replace(known, norm="", output="intermediate.dense"))
     model = small_of("bert", MASKED)

@@ -1,13 +1,13 @@
 """Count how many model types of Transformers take which method, for every type with every head, and write the page.
 
-Usage: coverage_table.py [--page PAGE] [--counts FILE] [--others FILE...] [TYPE...]
+Usage: PYTHONPATH=tests python tests/scripts/coverage_table.py [OPTIONS] [TYPE...]
 
 The counts are printed, with the reasons where a method fails. `--counts` writes them to a file, for another version's
 page; `--others` puts such files' counts on the page.
 
-The models are small and random. A type passes with a head if a method does all that `coverage_checks.py` checks. The
-fullest method is tried first: adapter, prefix and LoRA (`unipelt-apl`), then adapter and LoRA (`unipelt-al`), then LoRA
-alone, then a gated adapter alone.
+The models are small and random. A type passes with a head if a method does all that `architecture_checks.py` checks.
+The fullest method is tried first: adapter, prefix and LoRA (`unipelt-apl`), then adapter and LoRA (`unipelt-al`), then
+LoRA alone, then a gated adapter alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from coverage_checks import PROPERTIES, batch_of, check, method_config
+from architecture_checks import PROPERTIES, batch_of, check, method_config
 
 from unipelt.hosts.description import Family
 from unipelt.hosts.families import family_of
@@ -79,7 +79,8 @@ def try_type(kind: str, head: str) -> Result:
         return Result(kind, head, "", _short(str(error)))
     reasons: list[str] = []
     for method in METHODS:
-        reason, properties = _refusal(family, method), []
+        properties: list[str] = []
+        reason = _refusal(family, method)
         if not reason:
             reason, properties = _try(method, kind, head, family)
         if not reason:

@@ -16,7 +16,7 @@ _ROPE_OF_IMAGES = {"text_config": {"rope_parameters": {"mrope_section": [2, 1, 1
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "blip": {"vision_config": {"image_size": 32}},
+    "blip": {"vision_config": {"image_size": 64}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
