@@ -42,6 +42,7 @@ def batch_of(model: Any, head: str, family: Family) -> Batch:
     signature = inspect.signature(model.forward).parameters
     stack = family.stacks[0]
     crosses = len(family.stacks) == 1 and stack.cross is not None and "input_ids" in signature
+    crosses = crosses and not model.config.is_encoder_decoder
     there = crosses and any(stack.cross is not None and stack.cross.path in name for name, _ in model.named_modules())
     two = head in ("Seq2SeqLM", "MaskedLM", "ImageTextToText")
     if head != "ImageTextToText":
@@ -151,11 +152,16 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 def keeps_padding_out(model: Any, head: str, batch: Batch) -> bool:
     """Return whether a text with padding gives what it gives alone."""
-    short = {name: value[1:] for name, value in batch.items()}
+    ids = batch["input_ids"].clone()
+    ids[1, -_PADDED - 1] = ids[0, -1]  # the token that ends a text
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids[1, -_PADDED:] = 0 if padding is None else padding
+    whole = {**batch, "input_ids": ids}
+    short = {name: value[1:] for name, value in whole.items()}
     for name in ("input_ids", "attention_mask"):
         short[name] = short[name][:, :-_PADDED]
     alone = output(model, short)
-    padded = output(model, batch)[1:]
+    padded = output(model, whole)[1:]
     if padded.dim() == 3 and padded.shape[1] != alone.shape[1]:
         padded = padded[:, : alone.shape[1]]
     return _close(padded, alone)

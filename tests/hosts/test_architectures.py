@@ -17,6 +17,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 import unipelt
 from unipelt.hosts.describe import describe_small
+from unipelt.hosts.description import WITHOUT_ATTENTION
 from unipelt.hosts.families import FAMILIES, family_of
 from unipelt.hosts.generate import small_of
 from unipelt.injection.parameters import head_names
@@ -208,6 +209,21 @@ def test_a_state_space_model_takes_nothing_but_an_adapter(method: Any, message: 
     with pytest.raises(unipelt.InjectionError, match=message):
         unipelt.inject(model, method)
     assert list(model.state_dict()) == before
+
+
+def test_a_stack_without_attention_says_where_its_adapter_goes_and_how_wide_it_is() -> None:
+    with pytest.raises(ValueError, match="a Stack without attention has an output, and a width"):
+        unipelt.Stack("layers", WITHOUT_ATTENTION, output="mixer")
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_gate_that_averages_is_refused_where_there_is_no_attention() -> None:
+    model = small_of("mamba", CAUSAL)
+    unipelt.register_family("mamba", replace(family_of(model).stacks[0], causal=False))
+    method = {"preset": "adapter", "adapter": {"gate": True}}
+    with pytest.raises(unipelt.InjectionError, match=r"gate averages over real tokens, .*take gate.pooling: token"):
+        unipelt.inject(model, method)
+    assert unipelt.inject(model, {**method, "gate": {"pooling": "token"}}) is model
 
 
 def test_a_model_without_attention_in_which_nothing_goes_is_refused() -> None:

@@ -196,7 +196,9 @@ def main() -> None:
                 continue
             result = try_type(kind, head)
             results.append(result)
-            gc.collect()
+            if len(results) % 20 == 0:
+                gc.collect()
+                gc.freeze()  # what is left is Transformers' own code, which the next collections need not look at
             if result.reason:
                 print(head, kind, result.method or "nothing", result.reason, sep="\t", flush=True)
     counts = count(results)

@@ -104,6 +104,8 @@ class Stack:
     def __post_init__(self) -> None:
         if bool(self.norm) + bool(self.output) + bool(self.unjoined) != 1:
             raise ValueError("a Stack has either norm (post-LN) or output (pre-LN), not both and not neither")
+        if self.attention == WITHOUT_ATTENTION and not (self.output and self.width):
+            raise ValueError("a Stack without attention has an output, and a width that says how wide an adapter is")
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,11 @@ def _build_set(
             )
         built.add_module("adapter", build_adapter(layer, plan))
         built.wiring = Wiring(outputs={layer.adapted_path: ("adapter",)})
+        if built.averages:
+            raise InjectionError(
+                f"the adapter's gate averages over real tokens, which it knows from an attention's mask, and "
+                f"{type(layer.module).__name__} has no attention; take gate.pooling: token, or adapter.gate: false"
+            )
     if layer.cross is not None:
         built.cross = SubmoduleSet(Wiring())
         inside = [pair for pair in mine if pair[0].in_cross]
