@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glmga": _ROPE_OF_IMAGES,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "jamba": {"use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48},
     "mamba2": {"expand": 1},
@@ -51,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "step3p7": {"text_config": {"sliding_window": 16}},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, **_ZAMBA_LAYERS},
+    "zamba": {"use_mamba_kernels": False, "attention_hidden_size": 64, "attention_head_dim": 16, **_ZAMBA_LAYERS},
     "zamba2": {"hybrid_layer_ids": [1, 3], **_ZAMBA_LAYERS},
     "zaya": {"router_hidden_size": 24},
 }
