@@ -158,7 +158,8 @@ def page(results: list[Result], others: dict[str, Any]) -> str:
     lines = [
         "# What each architecture takes",
         "",
-        "<!-- written by tests/scripts/coverage_table.py --page docs/architectures-table.md -->",
+        "<!-- written by tests/scripts/coverage_table.py --page docs/architectures-table.md "
+        "--others tests/data/architectures-5.0.0.json -->",
         "",
         f"Every architecture of Transformers {transformers.__version__}, if it reads text, is tried on a small random "
         "model. A method goes in, changes the",
