@@ -30,7 +30,22 @@ INSPECTED = (
     *("bloom", "opt", "llama", "phi3", "gemma2", "olmo2", "cohere", "stablelm"),
 )
 """A family of each way in which a layer is built."""
-REGENERATED = ("bert", "bart", "gpt2", "llama", "deepseek_v3", "qwen3_moe", "falcon", "jamba", "rwkv")
+REGENERATED = (
+    *(
+        "bert",
+        "bart",
+        "gpt2",
+        "llama",
+        "deepseek_v3",
+        "qwen3_moe",
+        "falcon",
+        "jamba",
+        "rwkv",
+        "longformer",
+        "mobilebert",
+    ),
+    *("xlm", "zamba", "mamba", "llava"),
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,57 +1,73 @@
 """Count how many model types of Transformers take which method, for every type with every head, and write the page.
 
-Usage: coverage_table.py [--page PAGE] [TYPE...]   prints the counts, and the reasons where a method fails
+Usage: PYTHONPATH=tests python tests/scripts/coverage_table.py [OPTIONS] [TYPE...]
 
-The models are small and random. A type passes with a head if a method can be injected, changes the output, gets
-gradients everywhere, can be saved, loads to the same output, and can be removed bit for bit. The fullest method is
-tried first: adapter, prefix and LoRA (`unipelt-apl`), then adapter and LoRA (`unipelt-al`), then LoRA alone.
+The counts are printed, with the reasons where a method fails. `--counts` writes them to a file, for another version's
+page; `--others` puts such files' counts on the page.
+
+The models are small and random. A type passes with a head if a method does all that `architecture_checks.py` checks.
+The fullest method is tried first: adapter, prefix and LoRA (`unipelt-apl`), then adapter and LoRA (`unipelt-al`), then
+LoRA alone, then a gated adapter alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import inspect
-import tempfile
+import json
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor
+from architecture_checks import PROPERTIES, batch_of, check, method_config
 
-import unipelt
 from unipelt.hosts.description import Family
 from unipelt.hosts.families import family_of
 from unipelt.hosts.generate import HEADS, small_of
-from unipelt.hosts.probe import text_batch
-from unipelt.submodules.room import own_parameters
 
-PARTS: dict[str, dict[str, Any]] = {
-    "adapter": {"bottleneck": 6},
-    "prefix": {"length": 4, "hidden": 10},
-    "lora": {"rank": 3, "alpha": 6.0},
-}
-METHODS = ("unipelt-apl", "unipelt-al", "lora")
+METHODS = ("unipelt-apl", "unipelt-al", "lora", "adapter")
 TITLES = {
     "CausalLM": "causal",
     "SequenceClassification": "sequence classification",
     "MaskedLM": "masked",
     "Seq2SeqLM": "sequence to sequence",
+    "ImageTextToText": "images and text",
+}
+TAKES = {
+    "unipelt-apl": "adapter, prefix, LoRA",
+    "unipelt-al": "adapter, LoRA",
+    "lora": "LoRA",
+    "adapter": "adapter",
+    "": "nothing",
+}
+BEHIND = {
+    "feed_forward": "",
+    "attention": "its layers have no feed-forward network of their own: the adapter is behind the attention",
+    "mixer": "its layers have no feed-forward network: the adapter is behind the state-space layer",
 }
 
 
 @dataclass
 class Result:
-    """The result of a type with a head: the fullest method that passes ("" if none), and why no fuller one passes."""
+    """The result of a type with a head.
+
+    Attributes:
+        kind, head: the model type, and the end of the name of its `AutoModelFor...`.
+        method: the fullest method that passes; empty if none does.
+        reason: why no fuller method passes.
+        remarks: facts about the places of the submodules.
+        properties: the properties of `PROPERTIES` that the bare model has, and that it keeps with the method.
+    """
 
     kind: str
     head: str
     method: str
     reason: str
+    remarks: list[str] = field(default_factory=list)
+    properties: list[str] = field(default_factory=list)
 
 
 def try_type(kind: str, head: str) -> Result:
@@ -63,9 +79,12 @@ def try_type(kind: str, head: str) -> Result:
         return Result(kind, head, "", _short(str(error)))
     reasons: list[str] = []
     for method in METHODS:
-        reason = _refusal(family, method) or _try(method, kind, head, family)
+        properties: list[str] = []
+        reason = _refusal(family, method)
         if not reason:
-            return Result(kind, head, method, next(iter(reasons), ""))
+            reason, properties = _try(method, kind, head, family)
+        if not reason:
+            return Result(kind, head, method, next(iter(reasons), ""), _remarks(family, method), properties)
         reasons.append(reason)
     return Result(kind, head, "", reasons[-1])
 
@@ -75,121 +94,98 @@ def _short(message: str) -> str:
 
 
 def _refusal(family: Family, method: str) -> str:
-    config = unipelt.resolve(method)
+    config = method_config(method)
     return next((f"no {name}: {why}" for name, why in family.refused.items() if config.part(name) is not None), "")
 
 
-def _try(method: str, kind: str, head: str, family: Family) -> str:
-    """Return why a method fails, or an empty string for a method that passes."""
+def _try(method: str, kind: str, head: str, family: Family) -> tuple[str, list[str]]:
+    """Return why a method fails, or an empty string for a method that passes; and the properties that it keeps."""
     try:
         model = small_of(kind, head)
-        _check(model, small_of(kind, head), method, _batch(model, head, family))
+        return "", check(model, small_of(kind, head), method, head, batch_of(model, head, family))
     except Exception as error:
-        return f"{type(error).__name__}: {_short(str(error))}"
-    return ""
+        return f"{type(error).__name__}: {_short(str(error))}", []
 
 
-def _batch(model: Any, head: str, family: Family) -> dict[str, Any]:
-    signature = inspect.signature(model.forward).parameters
-    stack = family.stacks[0]
-    crosses = len(family.stacks) == 1 and stack.cross is not None and "input_ids" in signature
-    there = crosses and any(stack.cross is not None and stack.cross.path in name for name, _ in model.named_modules())
-    return text_batch(model, crossing=there, two=head in ("Seq2SeqLM", "MaskedLM"))
+def _remarks(family: Family, method: str) -> list[str]:
+    """Return what a reader should know about the places of the submodules."""
+    found: dict[str, None] = {}
+    for stack in family.stacks:
+        if method != "lora" and BEHIND[stack.adapted]:
+            found[BEHIND[stack.adapted]] = None
+        elif stack.missing:
+            where = "in some layers" if stack.up or stack.down else ""
+            why = next(iter(stack.missing.values()))
+            found[" ".join(f"no LoRA in the feed-forward network {where}".split()) + f": {why}"] = None
+    return list(found)
 
 
-def _check(model: Any, other: Any, method: str, batch: dict[str, Any]) -> None:
-    """Raise an error unless a method does everything that the page says."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    bare = _output(model, batch)
-    if not bare.isfinite().all():
-        raise AssertionError("the small model's own output is not finite")
-    config = unipelt.resolve(method)
-    unipelt.inject(model, config.updated({name: part for name, part in PARTS.items() if config.part(name)}))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    out = _first(model, batch)
-    if torch.allclose(out, bare):
-        raise AssertionError("the output does not change")
-    (out * torch.randn(out.shape, generator=generator)).sum().backward()
-    for name, parameter in own_parameters(model).items():
-        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all()):
-            raise AssertionError(f"{name} gets no gradient")
-    want = _output(model, batch)
-    with tempfile.TemporaryDirectory() as folder:
-        unipelt.save(model, folder)
-        unipelt.load(other, folder)
-    if not torch.equal(_output(other, batch), want):
-        raise AssertionError("what was loaded gives another output")
-    unipelt.remove(model)
-    after = model.state_dict()
-    if list(after) != list(before) or not all(torch.equal(tensor, before[name]) for name, tensor in after.items()):
-        raise AssertionError("the model is another after removal")
-    if not torch.equal(_output(model, batch), bare):
-        raise AssertionError("the output is another after removal")
-
-
-def _first(model: Any, batch: dict[str, Any]) -> Tensor:
-    out = model(**batch)
-    logits: Tensor = out["logits"] if "logits" in out else out[0]
-    return logits
-
-
-@torch.no_grad()
-def _output(model: Any, batch: dict[str, Any]) -> Tensor:
-    return _first(model, batch)
-
-
-def summary(results: list[Result]) -> list[str]:
-    """Return a line for each head, with the number of types that take each method."""
-    lines = []
+def count(results: list[Result]) -> dict[str, dict[str, int]]:
+    """Return the numbers of types, by the head's title and then by the column of the summary."""
+    counts = {}
     for head, title in TITLES.items():
-        found = Counter(result.method for result in results if result.head == head)
-        total = sum(found.values())
-        both = found["unipelt-apl"] + found["unipelt-al"]
-        lines.append(f"| {title} | {total} | {both} | {found['unipelt-apl']} | {found['lora']} | {found['']} |")
-    return lines
+        own = [result for result in results if result.head == head]
+        found = Counter(result.method for result in own)
+        counts[title] = {
+            "model types": len(own),
+            "adapter and LoRA": found["unipelt-apl"] + found["unipelt-al"],
+            "and a prefix": found["unipelt-apl"],
+            "LoRA alone": found["lora"],
+            "adapter alone": found["adapter"],
+            "nothing": found[""],
+        } | {name: sum(name in result.properties for result in own) for name in PROPERTIES}
+    return counts
 
 
-def page(results: list[Result]) -> str:
+def summary(version: str, counts: dict[str, dict[str, int]]) -> list[str]:
+    """Return the lines of one version's table of counts."""
+    columns = list(next(iter(counts.values())))
+    lines = [
+        f"Transformers {version}:",
+        "",
+        f"| head | {' | '.join(columns)} |",
+        f"| {' | '.join(['---'] * (1 + len(columns)))} |",
+    ]
+    return [*lines, *(f"| {title} | {' | '.join(map(str, row.values()))} |" for title, row in counts.items()), ""]
+
+
+def page(results: list[Result], others: dict[str, Any]) -> str:
     """Return the page of the documentation."""
-    takes = {
-        "unipelt-apl": "adapter, prefix, LoRA",
-        "unipelt-al": "adapter, LoRA",
-        "lora": "LoRA",
-        "": "nothing",
-    }
     rows: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
-        rows.setdefault((result.kind, result.method, result.reason), []).append(TITLES[result.head])
+        why = "; ".join(filter(None, (result.reason, *result.remarks)))
+        rows.setdefault((result.kind, result.method, why), []).append(TITLES[result.head])
     lines = [
         "# What each architecture takes",
         "",
-        "<!-- written by tests/scripts/coverage_table.py --page docs/architectures-table.md -->",
+        "<!-- written by tests/scripts/coverage_table.py --page docs/architectures-table.md "
+        "--others tests/data/architectures-5.0.0.json -->",
         "",
-        f"Every text architecture of Transformers {transformers.__version__}, tried on a small random model: a method "
-        "goes in, moves the output,",
-        "gets gradients, saves, loads to the same output, and comes out again bit for bit. The descriptions are",
-        "found by [inspection](architectures.md#an-architecture-that-is-not-in-the-table).",
+        f"Every architecture of Transformers {transformers.__version__}, if it reads text, is tried on a small random "
+        "model. A method goes in, changes the",
+        "output and gets gradients. Everything else is frozen. The method is saved, loads to the same output, and is",
+        "removed bit for bit. The last three columns of the counts are numbers of models that give the same with and",
+        "without padding, that are causal, and that give the same with and without a cache. A model that has such a",
+        "property without the method has it with the method. The descriptions are found by",
+        "[inspection](architectures.md#an-architecture-that-is-not-in-the-table). In models that also read images or",
+        "sound, the text part gets the submodules.",
         "",
-        "| head | model types | adapter and LoRA | and a prefix | LoRA alone | nothing |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *summary(results),
-        "",
-        "| `model_type` | heads | takes | why not more |",
-        "| --- | --- | --- | --- |",
+        *summary(transformers.__version__, count(results)),
     ]
-    for (kind, method, reason), heads in sorted(rows.items()):
-        lines.append(f"| `{kind}` | {', '.join(heads)} | {takes[method]} | {reason.replace('|', chr(92) + '|')} |")
+    for version, counts in sorted(others.items()):
+        lines += summary(version, counts)
+    lines += ["| `model_type` | heads | takes | why not more, and remarks |", "| --- | --- | --- | --- |"]
+    for (kind, method, why), heads in sorted(rows.items()):
+        lines.append(f"| `{kind}` | {', '.join(heads)} | {TAKES[method]} | {why.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Try the types, print the results, and write the page if `--page` is given."""
+    """Try the types, print the results, and write the page and the counts if they are asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, help="where to write the page")
+    parser.add_argument("--counts", type=Path, help="where to write the counts, as JSON")
+    parser.add_argument("--others", type=Path, nargs="+", default=[], help="counts of other versions, for the page")
     parser.add_argument("types", nargs="*", help="model types; all if none is given")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -201,12 +197,20 @@ def main() -> None:
                 continue
             result = try_type(kind, head)
             results.append(result)
-            gc.collect()
+            if len(results) % 20 == 0:
+                gc.collect()
+                gc.freeze()  # what is left is Transformers' own code, which the next collections need not look at
             if result.reason:
                 print(head, kind, result.method or "nothing", result.reason, sep="\t", flush=True)
-    print("\n".join(summary(results)))
+    counts = count(results)
+    print("\n".join(summary(transformers.__version__, counts)))
+    if arguments.counts:
+        arguments.counts.write_text(json.dumps({transformers.__version__: counts}, indent=1) + "\n", encoding="utf-8")
     if arguments.page:
-        arguments.page.write_text(page(results), encoding="utf-8")
+        others: dict[str, Any] = {}
+        for file in arguments.others:
+            others |= json.loads(file.read_text(encoding="utf-8"))
+        arguments.page.write_text(page(results, others), encoding="utf-8")
 
 
 if __name__ == "__main__":

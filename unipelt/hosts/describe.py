@@ -15,12 +15,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from unipelt.hosts.description import EXPERTS, LAYERS_DIFFER, OTHER_WIDTH, UNJOINED, Family, Stack
+from unipelt.hosts.description import EXPERTS, LAYERS_DIFFER, NO_NETWORK, OTHER_WIDTH, UNJOINED, Family, Stack
 from unipelt.hosts.feed_forward import Joined, find_joined
-from unipelt.hosts.probe import Call, Pass, Softmax, gradients, random_like, text_batch, watch
+from unipelt.hosts.inputs import SOURCE_TOKENS, TOKENS, text_batch
+from unipelt.hosts.probe import Call, Pass, Softmax, is_causal, watch
 from unipelt.hosts.projections import FoundAttention, find_attentions
 from unipelt.hosts.rows import rows_of
 from unipelt.hosts.shrink import CannotShrink, build_small
+from unipelt.hosts.state_space import describe_state_space
+from unipelt.hosts.unrecorded import attentions_without_softmax
 
 
 class DescribeError(ValueError):
@@ -74,26 +77,36 @@ def describe_small(small: PreTrainedModel) -> Family:
     config = small.config.get_text_config()
     crossing = bool(getattr(config, "add_cross_attention", False)) and not small.config.is_encoder_decoder
     # some encoder-decoder classifiers build the decoder's text themselves, and some heads need inputs besides text
-    ways: list[tuple[Any, bool]] = [(small, True), (small, False), (small.base_model, True)]
+    ways: list[tuple[Any, dict[str, bool]]] = [
+        (small, {}),
+        (small, {"two": False}),
+        (small.base_model, {}),
+        (small, {"images": True}),
+    ]
     first: Exception | None = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for part, two in ways:
+        for part, options in ways:
             try:
-                found = watch(part, text_batch(part, crossing=crossing, two=two))
+                found = watch(part, text_batch(part, crossing=crossing, **options))
             except Exception as error:
                 first = first or error
             else:
-                return _describe(small, found)
+                return _describe(small, found, only_text="images" in options)
     reason = f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
     raise DescribeError(f"a small {type(small).__name__} does not run: {reason}") from first
 
 
-def _describe(model: PreTrainedModel, found: Pass) -> Family:
+def _describe(model: PreTrainedModel, found: Pass, only_text: bool = False) -> Family:
+    """Describe a model from its pass. With `only_text`, the layers that read images are left out."""
     name = type(model).__name__
     if not found.attentions:
+        found.attentions = attentions_without_softmax(found)
+    if not found.attentions and (without := describe_state_space(model.base_model, found)) is not None:
+        return without
+    if not found.attentions:
         raise DescribeError(f"{name} has no attention: no softmax over tokens was found in its layers")
-    layers = _layers(model, found)
+    layers = [layer for layer in _layers(model, found) if not only_text or _reads_text(layer.call)]
     lists: dict[str, list[_Layer]] = {}
     for layer in layers:
         lists.setdefault(_starred(model.base_model, layer.call.path), []).append(layer)
@@ -128,6 +141,12 @@ def _layers(model: PreTrainedModel, found: Pass) -> list[_Layer]:
         attentions = find_attentions(call, inside, softmaxes)
         layers.append(_Layer(call, attentions, find_joined(call, inside, attentions)))
     return layers
+
+
+def _reads_text(layer: Call) -> bool:
+    """Return whether a layer's states have as many tokens as the text."""
+    given = next((value for value in layer.inputs.values() if value.is_floating_point() and value.dim() == 3), None)
+    return given is not None and given.shape[1] in (TOKENS, SOURCE_TOKENS)
 
 
 def _is_item(base: nn.Module, path: str) -> bool:
@@ -178,18 +197,19 @@ def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Sta
         _check_rows(model, found)
     if len({int(found.kinds["value"].sum()) for found in map(_own, usable)}) > 1:
         prefixes.append(LAYERS_DIFFER)
-    causal = all(_is_causal(layer.call) for layer in layers)
+    causal = all(is_causal(layer.call) for layer in layers)
     mask = _own(usable[0]).call.inputs.get(attention.mask)
     if not causal and mask is not None and mask.dim() not in (2, 4):
         raise DescribeError(f"the attention of {name} is given a mask of {mask.dim()} dimensions, not of 2 or 4")
     joined = [layer.joined for layer in usable if layer.joined]
-    width = _own(usable[0]).call.inputs[attention.hidden].shape[-1]
-    unjoined = UNJOINED
-    if any(found.width != width for found in joined):
-        joined, unjoined = [], OTHER_WIDTH
     ends = Counter((found.norm, found.output) for found in joined)
     norm, output = ends.most_common(1)[0][0] if ends else ("", "")
     joined = [found for found in joined if (found.norm, found.output) == (norm, output)]
+    given, width, unjoined = _own(usable[0]).width, "", UNJOINED
+    if any(found.width != given for found in joined):
+        width = joined[0].sized if len({found.width for found in joined}) == 1 else ""
+        if not width:
+            joined, unjoined, norm, output = [], OTHER_WIDTH, "", ""
     stack = Stack(
         path,
         attention,
@@ -201,7 +221,13 @@ def _stack(model: PreTrainedModel, path: str, layers: list[_Layer]) -> tuple[Sta
         causal=causal,
         cross=cross,
         unjoined="" if joined else unjoined,
-        missing={part: EXPERTS for part in ("up", "down") if any(not getattr(found, part) for found in joined)},
+        missing={
+            part: EXPERTS if joined[0].adapted == "feed_forward" else NO_NETWORK
+            for part in ("up", "down")
+            if any(not getattr(found, part) for found in joined)
+        },
+        width=width,
+        adapted=joined[0].adapted if joined else "feed_forward",
     )
     low_rank = [found.no_lora for found in (*map(_own, usable), *crossing)]
     reasons = {"prefix": next(filter(None, prefixes), ""), "lora": next(filter(None, low_rank), "")}
@@ -231,15 +257,3 @@ def _check_rows(model: PreTrainedModel, found: FoundAttention) -> None:
 
 def _own(layer: _Layer) -> FoundAttention:
     return next(found for found in layer.attentions if not found.crosses)
-
-
-def _is_causal(layer: Call) -> bool:
-    """Return whether a layer's outputs at earlier tokens have no gradient at its inputs at later tokens."""
-    given = next((value for value in layer.inputs.values() if value.is_floating_point() and value.dim() >= 3), None)
-    if given is None or layer.output is None:
-        return False
-    middle = given.shape[1] // 2
-    direction = random_like(layer.output)
-    direction[:, middle:] = 0
-    gradient = gradients(layer.output, [given], direction)[0]
-    return gradient is not None and not bool(gradient[:, middle:].any())

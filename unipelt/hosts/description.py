@@ -34,6 +34,12 @@ class Attention:
             A gated term skips that call, because its gate belongs to a text.
         mask_is_truth_values: whether the attention reads a floating-point mask as booleans, and does not add the mask
             to the logits.
+        mask_is_added: whether the attention adds a mask with 2 dimensions to the logits, and does not read it as
+            booleans.
+        value_apart: whether the projection of values reads another argument than that of queries, for the same text.
+            Its gate reads the input of the projection of queries.
+        tokens_first: whether the projections of queries, keys and values read and return tensors with the tokens in
+            front of the examples.
     """
 
     path: str
@@ -47,6 +53,13 @@ class Attention:
     mask: str = "attention_mask"
     query_serves_positions: bool = False
     mask_is_truth_values: bool = False
+    mask_is_added: bool = False
+    value_apart: bool = False
+    tokens_first: bool = False
+
+
+WITHOUT_ATTENTION = Attention("", "", "")
+"""The attention of a stack whose layers have none, such as a state-space model. Only an adapter goes there."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Stack:
 
     Attributes:
         layers: path of the list of layers, from the base model; `*` stands for every item of a list.
-        attention: the self-attention.
+        attention: the self-attention, or `WITHOUT_ATTENTION`.
         norm: path of the normalisation whose input is the feed-forward network's output plus the residual (post-LN),
             from a layer.
         output: path of the module whose output the feed-forward network adds to the residual (pre-LN), from a layer.
@@ -68,6 +81,10 @@ class Stack:
         gate: path of the projection whose activation scales the output of `up`, written as `up` is.
         unjoined: the reason why an adapter has no place.
         missing: name of a part (`up`, `down`) -> the reason why some or all layers do not have the part.
+        width: path of a module, from a layer, whose outputs are as wide as the states that an adapter reads; empty if
+            these are as wide as the input of the attention's projections.
+        adapted: what the module at `output` ends. In a layer without a feed-forward network it is `attention`, or
+            `mixer` for a state-space layer beside the attention.
     """
 
     layers: str
@@ -81,10 +98,14 @@ class Stack:
     gate: str = ""
     unjoined: str = ""
     missing: Mapping[str, str] = field(default_factory=dict)
+    width: str = ""
+    adapted: Literal["feed_forward", "attention", "mixer"] = "feed_forward"
 
     def __post_init__(self) -> None:
         if bool(self.norm) + bool(self.output) + bool(self.unjoined) != 1:
             raise ValueError("a Stack has either norm (post-LN) or output (pre-LN), not both and not neither")
+        if self.attention == WITHOUT_ATTENTION and not (self.output and self.width):
+            raise ValueError("a Stack without attention has an output, and a width that says how wide an adapter is")
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,7 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+NO_ATTENTION = "its layers have no attention"
 OWN_ATTENTION = (
     "this attention computes its own softmax rather than through Transformers' attention interface, so there is no "
     "place at which a prefix could enter"
@@ -118,6 +140,7 @@ UNJOINED = (
 OTHER_WIDTH = "its attention reads states of another width than its feed-forward network adds to the residual"
 CALLED_TWICE = "its attention computes values of two texts by one projection, and a gate belongs to one of them"
 EXPERTS = "the experts of a layer keep their weights in one tensor, which is no Linear"
+NO_NETWORK = "its layers with attention have no feed-forward network"
 DISENTANGLED = (
     "disentangled attention scores every key by its relative position to the query, and a prefix has no position"
 )

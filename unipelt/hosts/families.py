@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from unipelt.hosts.describe import DescribeError, describe
-from unipelt.hosts.description import DISENTANGLED, Attention, Family, Stack
+from unipelt.hosts.description import DISENTANGLED, OWN_ATTENTION, WITHOUT_ATTENTION, Attention, Family, Stack
 from unipelt.hosts.table import read_table
 
 __all__ = ["FAMILIES", "Attention", "Family", "Stack", "family_of", "register_family"]
@@ -120,7 +120,10 @@ def layers_at(base: nn.Module, path: str) -> Iterator[nn.Module]:
 def is_complete(layer: nn.Module, stack: Stack) -> bool:
     """Return whether a layer has the modules of its stack's description; in a hybrid model some layers lack them."""
     attention = stack.attention
-    paths = [f"{attention.path}.{attention.query}", f"{attention.path}.{attention.value}", stack.norm or stack.output]
+    if attention == WITHOUT_ATTENTION:
+        return has(layer, stack.output)
+    start = f"{attention.path}." if attention.path else ""
+    paths = [f"{start}{attention.query}", f"{start}{attention.value}", stack.norm or stack.output]
     return all(has(layer, path) for path in paths)
 
 
@@ -144,10 +147,16 @@ def describe_unknown(model_type: str, reason: str) -> str:
 
 
 def _changed(
-    family: Family, *, refused: Mapping[str, str] | None = None, attention: Mapping[str, Any] | None = None
+    family: Family,
+    *,
+    refused: Mapping[str, str] | None = None,
+    attention: Mapping[str, Any] | None = None,
+    **stack: Any,
 ) -> Family:
-    """Return a family with other attributes of its self-attentions and, if given, other refused submodules."""
-    stacks = tuple(replace(stack, attention=replace(stack.attention, **(attention or {}))) for stack in family.stacks)
+    """Return a family with other attributes of its stacks and self-attentions and, if given, of `refused`."""
+    stacks = tuple(
+        replace(one, attention=replace(one.attention, **(attention or {})), **stack) for one in family.stacks
+    )
     return Family(stacks, family.refused if refused is None else refused)
 
 
@@ -173,12 +182,31 @@ EXCEPTIONS: dict[str, Callable[[Family], Family]] = {
     # the configuration decides how many heads of queries share one head of keys
     "falcon": partial(_changed, attention={"fused": "groups"}),
     "gpt_bigcode": partial(_changed, attention={"fused": "groups"}),
+    # the layer's first and last projections are those of its bottleneck, around the feed-forward network
+    "mobilebert": partial(_changed, up="intermediate.dense", down="output.dense"),
     # MPNet computes its own softmax, but gets all positions as a bias, so a prefix can make its text longer
     "mpnet": partial(_changed, attention={"bias": "position_bias"}, refused={}),
 }
 """Changes to the table by model type: facts that inspection misses, or that differ from the default configuration."""
 
-FAMILIES: dict[str, Family] = {
+BY_HAND: dict[str, Family] = {
+    # normalises what it attends to, so that inspection cannot tell its keys from its values
+    "yoso": Family(
+        (
+            Stack(
+                "encoder.layer",
+                Attention("attention.self", "query", "value", key="key", output="attention.output.dense"),
+                norm="output.LayerNorm",
+                up="intermediate.dense",
+                down="output.dense",
+            ),
+        ),
+        {"prefix": OWN_ATTENTION},
+    ),
+}
+"""Descriptions of types that inspection cannot describe."""
+
+FAMILIES: dict[str, Family] = BY_HAND | {
     kind: EXCEPTIONS[kind](family) if kind in EXCEPTIONS else family for kind, family in read_table().items()
 }
 """Descriptions by `config.model_type`."""

@@ -1,6 +1,7 @@
-"""Describe every text architecture of the installed Transformers: `python -m unipelt.hosts.generate` writes the table.
+"""Describe all architectures of the installed Transformers that read text: `python -m unipelt.hosts.generate`.
 
-Each model type is described from its own default configuration, by the first class of those below that it has.
+The command writes the table, `table.json`. Each model type is described from its own default configuration, by the
+first class of those below that it has.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.models.auto import modeling_auto
 from unipelt.hosts.describe import DescribeError, describe_small
 from unipelt.hosts.description import Family
 from unipelt.hosts.shrink import CannotShrink, build_small
+from unipelt.hosts.small_settings import SETTINGS
 from unipelt.hosts.table import TABLE, to_data
 
 HEADS = {
@@ -25,45 +27,11 @@ HEADS = {
     "SequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "MaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "Seq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "ImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 """The end of the name of an `AutoModelFor...` -> the model types that have such a class."""
-ORDER = ("Seq2SeqLM", "MaskedLM", "CausalLM", "SequenceClassification")
+ORDER = ("Seq2SeqLM", "MaskedLM", "CausalLM", "SequenceClassification", "ImageTextToText")
 """The order in which a type's classes are described; the first counts, so an encoder-decoder is before its decoder."""
-SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True},
-    "dots1": {"n_shared_experts": 1, "moe_intermediate_size": 40, "first_k_dense_replace": 1},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "lilt": {"hidden_size": 48},
-    "mamba2": {"expand": 1},
-    "neomme": {"head_dim": 16},
-    "recurrent_gemma": {"num_hidden_layers": 3},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 16,
-        "indexer_compress_ratio": 4,
-    },
-    "reformer": {"axial_pos_embds": False},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-    },
-    "zamba2": {
-        "num_hidden_layers": 4,
-        "hybrid_layer_ids": [1, 3],
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-    },
-}
-"""Changes to a type's default configuration; without them its small model cannot be built, or lacks optional parts."""
 
 
 def text_types() -> list[str]:

@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from unipelt.config.methods import AnyPlace, LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
-from unipelt.hosts.check import check_adapted
+from unipelt.hosts.check import check_description
 from unipelt.hosts.describe import DescribeError
-from unipelt.hosts.description import OTHER_WIDTH, Attention, Stack
+from unipelt.hosts.description import OTHER_WIDTH, WITHOUT_ATTENTION, Attention, Stack
 from unipelt.hosts.families import family_of, has, is_complete, is_registered, layers_at
 from unipelt.hosts.norms import find_norms
-from unipelt.hosts.rows import rows_of
+from unipelt.hosts.rows import rows_of, width_of
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.room import ROOM
 
@@ -135,6 +135,8 @@ class LayerTargets:
         adapted: the norm after the feed-forward network (post-LN), or the module whose output is added to the residual
             (pre-LN).
         adapted_path: path of that module, from the layer.
+        width: width of the states that an adapter reads.
+        sized: a projection whose dtype and device the adapter takes.
         terms: targets of further submodules.
         low_rank: targets of LoRA, except the plain terms of queries and values.
     """
@@ -144,6 +146,8 @@ class LayerTargets:
     cross: AttentionTargets | None
     adapted: Any
     adapted_path: str
+    width: int
+    sized: Projection | None
     terms: tuple[TermTarget, ...] = ()
     low_rank: tuple[TermTarget, ...] = ()
 
@@ -182,9 +186,9 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
         family = family_of(model)
     except DescribeError as error:
         raise InjectionError(str(error)) from error
-    if config.adapter is not None and is_registered(kind):
+    if is_registered(kind):
         try:
-            check_adapted(model, family)
+            check_description(model, family, config.adapter is not None)
         except DescribeError as error:
             raise InjectionError(f"the description of {kind!r} models cannot work: {error}") from error
     for name, reason in family.refused.items():
@@ -233,7 +237,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
             raise _built_otherwise(model, str(error)) from error
         if config.lora is not None and config.lora.is_all_linear:
             _report_left_out(found, stack)
-        if any(layer.attention or layer.cross for layer in found.values()):
+        if any(own or layer.cross for layer in found.values()):
             owner = model.base_model.get_submodule(stack.layers.partition(".*")[0].rpartition(".")[0])
             chosen.append(StackTargets(stack, owner, found, causal, label))
     if not chosen:
@@ -290,7 +294,7 @@ def _find_layer(
     layer: nn.Module, stack: Stack, model: PreTrainedModel, config: UniPELTConfig, own: bool, cross: bool
 ) -> LayerTargets:
     attention = crossing = None
-    if own:
+    if own and stack.attention != WITHOUT_ATTENTION:
         attention = _find_attention(layer, stack.attention, model, config)
     if cross and stack.cross is not None and has(layer, stack.cross.path):
         crossing = _find_attention(layer, stack.cross, model, config, crosses=True)
@@ -306,7 +310,10 @@ def _find_layer(
         if crossing and stack.cross:
             terms += _find_terms(layer, stack, stack.cross, model, wanted, in_cross=True)
         found.append(tuple(terms))
-    return LayerTargets(layer, attention, crossing, adapted, stack.norm or stack.output, *found)
+    width = width_of(layer.get_submodule(stack.width)) if own and stack.width else None
+    width = width or (attention.query.inputs if attention is not None else 0)
+    sized = attention.value if attention is not None else _projection(layer, stack.width) if own else None
+    return LayerTargets(layer, attention, crossing, adapted, stack.norm or stack.output, width, sized, *found)
 
 
 Wanted = Sequence[tuple[SubmoduleConfig | LoRAConfig, Sequence[AnyPlace]]]
@@ -366,6 +373,8 @@ def _find_around(
     layer: nn.Module, stack: Stack, part: SubmoduleConfig | LoRAConfig, place: AnyPlace, model: PreTrainedModel
 ) -> Iterator[TermTarget]:
     """Yield the norms of a layer's states (`norm`), or the layer itself (`layer`). Raises `InjectionError`."""
+    if stack.attention == WITHOUT_ATTENTION:
+        raise InjectionError(f"{part.name} cannot be in a {type(layer).__name__}: the layer has no attention")
     query = _find_projection(layer, stack.attention, "query", model)
     if stack.unjoined == OTHER_WIDTH:
         raise InjectionError(f"{part.name} cannot be in a {type(layer).__name__}: {OTHER_WIDTH}")
@@ -381,6 +390,8 @@ def _find_around(
 
 
 def _find_in_attention(layer: nn.Module, described: Attention, place: str, model: PreTrainedModel) -> Projection:
+    if described == WITHOUT_ATTENTION:
+        raise InjectionError(f"this {type(layer).__name__} has no attention, and so no place {place!r}")
     if place == "attention":
         return _projection(layer, _told(described.output, "output", "projection that ends the attention"))
     path = {"query": described.query, "value": described.value, "key": described.key}[place]
@@ -449,8 +460,9 @@ def _find_attention(
         )
     query = _find_projection(layer, described, "query", model)
     value = _find_projection(layer, described, "value", model)
-    readers = [query.path] if crosses else [query.path, value.path]
-    if described.key and not crosses:
+    apart = crosses or described.value_apart
+    readers = [query.path] if apart else [query.path, value.path]
+    if described.key and not apart:
         readers.append(_inside(described, described.key))
     if described.bias:
         layer.get_submodule(_inside(described, described.key))

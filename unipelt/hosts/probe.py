@@ -24,12 +24,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from unipelt.hosts.shrink import FIRST_WORD, VOCABULARY
+from unipelt.hosts.inputs import TOKENS
 
-TOKENS, SOURCE_TOKENS = 9, 11
-"""Numbers of tokens: of a text, and of an encoder's text if a decoder reads another text."""
 INTERFACE = "unipelt_probe"
-_END = 2
 
 
 @dataclass(eq=False)
@@ -99,7 +96,7 @@ class Pass:
 
     def tick(self) -> int:
         """Return the next position in the order of events."""
-        self.clock += 1
+        self.clock += 2  # the odd positions are free for attentions that are found afterwards
         return self.clock
 
 
@@ -126,45 +123,6 @@ def watch(model: PreTrainedModel, batch: Mapping[str, Any]) -> Pass:
     return found
 
 
-def text_batch(model: PreTrainedModel, *, crossing: bool = False, two: bool = True) -> dict[str, Any]:
-    """Return two random texts, one with padding, as arguments of a small model; every call returns the same texts.
-
-    Args:
-        model: a small model.
-        crossing: whether a model that is no encoder-decoder gets the states of an encoder.
-        two: whether the decoder of an encoder-decoder gets its own text.
-
-    Returns:
-        Arguments by name: token ids and mask, (B, T), and encoder states, (B, S, D), if `crossing`; B is 2.
-    """
-    generator = torch.Generator().manual_seed(1)
-    signature = inspect.signature(model.forward).parameters
-    config = model.config.get_text_config()
-    try:
-        words = getattr(model.get_input_embeddings(), "num_embeddings", None) or VOCABULARY
-    except NotImplementedError:  # some models hash characters, and have no table of embeddings
-        words = VOCABULARY
-
-    def text(tokens: int) -> Tensor:
-        ids = torch.randint(FIRST_WORD, VOCABULARY, (2, tokens), generator=generator) % words
-        ids[:, -1] = _END
-        return ids
-
-    two = two and bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in signature
-    ids = text(SOURCE_TOKENS if two else TOKENS)
-    mask = torch.ones_like(ids)
-    # padding on the left would mask all keys of a causal model's first tokens, which would then attend to every key
-    mask[1, -2:] = 0
-    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if two:
-        batch["decoder_input_ids"] = text(TOKENS)
-    if crossing:
-        width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
-        name = "encoder_hidden_states" if "encoder_hidden_states" in signature else "encoder_outputs"
-        batch[name] = torch.randn(2, SOURCE_TOKENS, width, generator=generator, requires_grad=True)
-    return {name: value for name, value in batch.items() if name in signature or "kwargs" in signature}
-
-
 def gradients(of: Tensor, at: Sequence[Tensor], direction: Tensor | None = None) -> list[Tensor | None]:
     """Return the gradients of a weighted sum of a tensor's entries; None at tensors that the sum does not depend on.
 
@@ -180,6 +138,18 @@ def gradients(of: Tensor, at: Sequence[Tensor], direction: Tensor | None = None)
     given = torch.autograd.grad(of, wanted, direction, retain_graph=True, allow_unused=True) if wanted else ()
     by_id = {id(tensor): gradient for tensor, gradient in zip(wanted, given, strict=True)}
     return [by_id.get(id(tensor)) for tensor in at]
+
+
+def is_causal(layer: Call) -> bool:
+    """Return whether a layer's outputs at earlier tokens have no gradient at its inputs at later tokens."""
+    given = next((value for value in layer.inputs.values() if value.is_floating_point() and value.dim() >= 3), None)
+    if given is None or layer.output is None:
+        return False
+    middle = given.shape[1] // 2
+    direction = random_like(layer.output)
+    direction[:, middle:] = 0
+    gradient = gradients(layer.output, [given], direction)[0]
+    return gradient is not None and not bool(gradient[:, middle:].any())
 
 
 def random_like(tensor: Tensor) -> Tensor:

@@ -1,14 +1,9 @@
-"""Find attentions and their projections in a recorded pass.
-
-Gradients show which outputs of a module are queries, keys or values. They are the gradients of the queries, keys and
-values that the attention interface got. Without the interface, they are gradients of the logits: one row of the logits
-belongs to one query, and one column to one key.
-"""
+"""Find attentions and their projections in a recorded pass, by the roles of the projections (`roles.py`)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unipelt.hosts.description import CALLED_TWICE, IN_PARTS, KEYS_REPEATED, OWN_ATTENTION, TWO_WIDTHS, Attention
 from unipelt.hosts.probe import Call, Softmax, gradients, random_like
-
-QUERY, KEY, VALUE = 1, 2, 4
-"""Uses of a module's output; their sum stands for an output with several uses."""
+from unipelt.hosts.roles import KEY, QUERY, VALUE, find_roles
 
 
 @dataclass
@@ -36,6 +29,7 @@ class FoundAttention:
         crosses: whether its keys are of another text.
         no_prefix: the reason why no prefix can enter; empty if a prefix can.
         no_lora: the reason why no low-rank term can be added; empty if one can.
+        width: width of the input of the projection of queries.
         kinds: place -> (O,), true for the outputs that belong to the place: `query` is for the outputs of the module of
             queries, `key` and `value` are for those of the module of values.
     """
@@ -47,6 +41,7 @@ class FoundAttention:
     crosses: bool
     no_prefix: str
     no_lora: str
+    width: int
     kinds: dict[str, Tensor]
 
 
@@ -70,26 +65,47 @@ def _find_attention(
     layer: Call, inside: Sequence[Call], linears: Sequence[Call], softmax: Softmax, softmaxes: Sequence[Softmax]
 ) -> FoundAttention | None:
     before = [call for call in linears if call.end < softmax.start]
-    around = [call for call in inside if call.contains(softmax)]
     # the attention is the innermost module around the softmax that also contains the projections
-    for attention in reversed(around):
-        own = [call for call in before if attention.contains(call)]
-        together = [other for other in softmaxes if attention.contains(other)]  # some attentions are computed in parts
-        kinds = _kinds(own, together, attention)
-        query = _reads_hidden(attention, [call for call in own if kinds[id(call)][QUERY].any()], kinds, QUERY)
-        if query is None:
-            continue
-        hidden, asked = query
-        valued = [call for call in own if kinds[id(call)][VALUE].any()]
-        value = _reads_hidden(attention, valued, kinds, VALUE, hidden)
-        if value is None or (value[0] != hidden and not _of_other_text(attention, hidden, value[0])):
-            continue
-        signature = inspect.signature(attention.module.forward).parameters.values()
-        mask = _mask(attention)
-        if not any(parameter.name == mask or parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
-            continue
-        return _assemble(layer, attention, linears, together, kinds, hidden, asked, value)
+    around = [call for call in inside if call.contains(softmax)][::-1] or [layer]
+    for apart in (False, True):  # an attention whose values read another argument is the second choice
+        for attention in around:
+            own = [call for call in before if attention.contains(call)]
+            together = [other for other in softmaxes if attention.contains(other)]  # some are computed in parts
+            kinds = find_roles(own, together, attention)
+            found = _find_pair(attention, own, kinds, apart)
+            if found is None:
+                continue
+            signature = inspect.signature(attention.module.forward).parameters.values()
+            mask = _mask(attention)
+            if any(parameter.name == mask or parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
+                return _assemble(layer, attention, linears, together, kinds, *found)
     return None
+
+
+def _find_pair(
+    attention: Call, own: Sequence[Call], kinds: dict[int, dict[int, Tensor]], apart: bool
+) -> tuple[Read, Read] | None:
+    """Return the projections of queries and of values; None if no two projections fit."""
+    asked = [call for call in own if kinds[id(call)][QUERY].any()]
+    valued = [call for call in own if kinds[id(call)][VALUE].any()]
+    for argument in ("", *attention.inputs):  # the first projection of queries, then those that read other arguments
+        query = _read(attention, asked, kinds, QUERY, argument)
+        value = None if query is None else _read(attention, valued, kinds, VALUE, query.argument)
+        if query is not None and value is not None and _fit(attention, query, value, apart):
+            return query, value
+    return None
+
+
+def _fit(attention: Call, query: Read, value: Read, apart: bool) -> bool:
+    """Return whether queries and values are those of one attention.
+
+    They read one tensor, or the values read another text or, if `apart`, another argument for the same text.
+    """
+    if query.tokens_first != value.tokens_first:
+        return False
+    if query.argument == value.argument:
+        return torch.equal(query.tensor, value.tensor)
+    return apart or _of_other_text(attention, query.argument, value.argument)
 
 
 def _assemble(
@@ -98,22 +114,22 @@ def _assemble(
     linears: Sequence[Call],
     softmaxes: Sequence[Softmax],
     kinds: dict[int, dict[int, Tensor]],
-    hidden: str,
-    query: Call,
-    found_value: tuple[str, Call],
+    read_query: Read,
+    read_value: Read,
 ) -> FoundAttention:
-    source, value = found_value
+    hidden, query, source, value = read_query.argument, read_query.call, read_value.argument, read_value.call
     crosses = _of_other_text(attention, hidden, source)
     softmax = softmaxes[-1]
     own = [call for call in linears if attention.contains(call) and call.end < softmax.start]
     keys = [call for call in own if kinds[id(call)][KEY].any()]
-    found_key = _reads_hidden(attention, keys, kinds, KEY, source)
+    found_key = _read(attention, keys, kinds, KEY, hidden if hidden != source and not crosses else source)
     fused = _fused(query, value, kinds)
-    key = found_key[1] if found_key is not None and not fused else None
+    key = found_key.call if found_key is not None and not fused else None
     if key is not None and (key is query or key is value):
         key = None
     calls_of_query = [call for call in own if call.module is query.module]
     output = _output(layer, attention, linears, softmax)
+    mask = _mask(attention)
     described = Attention(
         _below(attention, layer),
         _below(query, attention),
@@ -122,107 +138,92 @@ def _assemble(
         key=_below(key, attention) if key is not None else "",
         output=_below(output, layer) if output is not None else "",
         hidden=hidden,
-        mask=_mask(attention),
+        mask=mask,
         query_serves_positions=len(calls_of_query) > 1,
+        value_apart=hidden != source and not crosses,
+        tokens_first=read_query.tokens_first,
+        mask_is_added=_is_added(attention.inputs.get(mask)),
     )
     held = {id(call.module) for call in own if any(flags.any() for flags in kinds[id(call)].values())}
     if output is not None:
         held.add(id(output.module))
     flags = {"query": kinds[id(query)][QUERY], "key": kinds[id(value)][KEY], "value": kinds[id(value)][VALUE]}
     no_prefix = _no_prefix(attention, softmaxes, kinds[id(value)])
+    width = read_query.tensor.shape[-1]
     no_lora = CALLED_TWICE if sum(call.module is value.module for call in own) > 1 else ""
-    return FoundAttention(described, attention, softmax, held, crosses, no_prefix, no_lora, flags)
+    return FoundAttention(described, attention, softmax, held, crosses, no_prefix, no_lora, width, flags)
 
 
 def _below(call: Call, owner: Call) -> str:
-    return call.path.removeprefix(f"{owner.path}.")
+    return "" if call.path == owner.path else call.path.removeprefix(f"{owner.path}.")
 
 
-def _kinds(linears: Sequence[Call], softmaxes: Sequence[Softmax], attention: Call) -> dict[int, dict[int, Tensor]]:
-    """Return, by call of a projection and by use, which of its outputs go into queries, keys and values: each (O,)."""
-    outputs = [call.output for call in linears if call.output is not None]
-    kinds = {
-        id(call): {kind: torch.zeros(output.shape[-1], dtype=torch.bool) for kind in (QUERY, KEY, VALUE)}
-        for call, output in zip(linears, outputs, strict=True)
-    }
-    for softmax in softmaxes:
-        if softmax.query is not None and softmax.key is not None and softmax.value is not None:
-            found = {
-                kind: [_reached(gradient) for gradient in gradients(tensor, outputs)]
-                for kind, tensor in ((QUERY, softmax.query), (KEY, softmax.key), (VALUE, softmax.value))
-            }
-        else:
-            assert softmax.scores is not None
-            found = _by_scores(softmax.scores, outputs, attention)
-        for kind, flags in found.items():
-            for call, reached in zip(linears, flags, strict=True):
-                if reached is not None:
-                    kinds[id(call)][kind] |= reached
-    return kinds
+@dataclass(frozen=True)
+class Read:
+    """An argument of an attention, and a projection that reads it.
 
-
-def _by_scores(scores: Tensor, outputs: Sequence[Tensor], attention: Call) -> dict[int, list[Tensor | None]]:
-    """Return which outputs go into queries, keys and values, each (O,), by gradients of the logits.
-
-    The logits of one token's query and the other tokens' keys have gradients at that query and at those keys alone.
+    Attributes:
+        argument: name of the argument.
+        call: call of the projection.
+        tensor: the projection's input.
+        tokens_first: whether that input is (T, B, I) and the argument (B, T, I).
     """
-    token = 4
-    direction = torch.zeros_like(scores)
-    direction[..., token, :] = random_like(scores[..., token, :])
-    direction[..., token, token] = 0
-    rows: list[Tensor | None] = []
-    columns: list[Tensor | None] = []
-    for gradient in gradients(scores, outputs, direction):
-        if gradient is None or gradient.dim() < 3 or gradient.shape[1] <= token:
-            rows.append(None)
-            columns.append(None)
-            continue
-        others = gradient.clone()
-        others[:, token] = 0
-        at_token = gradient[:, token].flatten(0, -2).ne(0).any(dim=0)
-        at_others = others.flatten(0, -2).ne(0).any(dim=0)
-        if gradient.shape[1] != scores.shape[-2]:  # the projection reads another text, so it computes keys
-            at_token, at_others = torch.zeros_like(at_token), at_token | at_others
-        rows.append(at_token)
-        columns.append(at_others)
-    values: list[Tensor | None] = []
-    after = gradients(attention.output, outputs) if attention.output is not None else [None] * len(outputs)
-    for gradient, row, column in zip(after, rows, columns, strict=True):
-        reached = None if gradient is None else _reached(gradient)
-        if reached is not None and row is not None and column is not None:
-            reached = reached & ~row & ~column
-        values.append(reached)
-    return {QUERY: rows, KEY: columns, VALUE: values}
+
+    argument: str
+    call: Call
+    tensor: Tensor
+    tokens_first: bool = False
 
 
-def _reached(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.flatten(0, -2).ne(0).any(dim=0)
-
-
-def _reads_hidden(
+def _read(
     attention: Call, candidates: Sequence[Call], kinds: dict[int, dict[int, Tensor]], kind: int, preferred: str = ""
-) -> tuple[str, Call] | None:
-    """Return the projection of one kind that reads an argument of the attention, after the name of that argument.
+) -> Read | None:
+    """Return the projection of one kind that reads an argument of the attention.
 
-    Of several projections, one that reads the argument `preferred` comes first, then one that computes nothing else.
-    None is returned without any.
+    A projection that reads the argument itself comes before one that reads a norm of it. Of several projections, one
+    that reads the argument `preferred` comes first, then one that computes nothing else. None is returned without any.
     """
-    found = []
-    for call in candidates:
-        given = next(iter(call.inputs.values()), None)
-        for name, tensor in attention.inputs.items():
-            if given is not None and tensor.shape == given.shape and torch.equal(tensor, given):
-                found.append((name, call))
-                break
+    found = _as_given(attention, candidates) or _as_derived(attention, candidates)
     pure = [
-        (name, call)
-        for name, call in found
-        if not any(flags.any() for other, flags in kinds[id(call)].items() if other != kind)
+        one for one in found if not any(flags.any() for other, flags in kinds[id(one.call)].items() if other != kind)
     ]
     for some in (pure, found):
-        if same := [one for one in some if one[0] == preferred]:
+        if same := [one for one in some if one.argument == preferred]:
             return same[0]
     return next(iter(pure or found), None)
+
+
+def _as_given(attention: Call, candidates: Sequence[Call]) -> list[Read]:
+    """Return the projections whose input is an argument of the attention, or that argument with tokens first."""
+    found = []
+    for call, given in _inputs(candidates):
+        for name, tensor in attention.inputs.items():
+            turned = tensor.transpose(0, 1) if tensor.dim() == 3 else tensor
+            if tensor.shape == given.shape and torch.equal(tensor, given):
+                found.append(Read(name, call, given))
+                break
+            if turned.shape == given.shape and torch.equal(turned, given):
+                found.append(Read(name, call, given, tokens_first=True))
+                break
+    return found
+
+
+def _as_derived(attention: Call, candidates: Sequence[Call]) -> list[Read]:
+    """Return the first projections whose input is computed, token by token, from an argument of the attention."""
+    found = []
+    for call, given in _inputs(candidates):
+        for name, tensor in attention.inputs.items():
+            if tensor.dim() == 3 and tensor.shape == given.shape and gradients(given, [tensor])[0] is not None:
+                found.append(Read(name, call, given))
+                break
+    return found
+
+
+def _inputs(calls: Sequence[Call]) -> Iterator[tuple[Call, Tensor]]:
+    """Yield each call that is given a tensor, with the first such tensor."""
+    for call in calls:
+        if call.inputs:
+            yield call, next(iter(call.inputs.values()))
 
 
 def _of_other_text(attention: Call, hidden: str, source: str) -> bool:
@@ -283,6 +284,11 @@ def _mask(attention: Call) -> str:
     given = [name for name in attention.inputs if "mask" in name]
     named = [name for name in signature if "mask" in name]
     return next(iter([*given, *named]), "attention_mask")
+
+
+def _is_added(mask: Tensor | None) -> bool:
+    """Return whether a mask with 2 dimensions is added to the logits: its padding is far below 0."""
+    return mask is not None and mask.dim() == 2 and mask.is_floating_point() and bool((mask < 0).any())
 
 
 def _no_prefix(attention: Call, softmaxes: Sequence[Softmax], kinds: dict[int, Tensor]) -> str:

@@ -1,10 +1,12 @@
-"""Layouts of fused projections: the outputs that are queries, keys or values."""
+"""Layouts of fused projections (the outputs that are queries, keys or values), and widths of modules."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from unipelt.hosts.description import Attention
 from unipelt.submodules.outputs import OutputSlice
@@ -43,6 +45,16 @@ def rows_of(described: Attention, place: str, outputs: int, config: PreTrainedCo
     if place == "query":
         return OutputSlice(1, 0, heads * size)
     return OutputSlice(1, (before + (order - 1) * of_keys) * size, of_keys * size)
+
+
+def width_of(module: nn.Module) -> int | None:
+    """Return the number of outputs of a projection or a norm; None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, Conv1D):
+        return int(module.nf)
+    weight = getattr(module, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and weight.dim() == 1 else None
 
 
 def key_heads(config: Any) -> int:

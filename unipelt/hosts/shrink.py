@@ -155,7 +155,7 @@ def build_small(cls: Any, config: PreTrainedConfig, changes: Mapping[str, Any] |
 
 def small_config(config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -> PreTrainedConfig:
     """Return the configuration of a small model with the same structure as a model of `config`."""
-    given = {**_shrink(config.to_dict()), **(changes or {})}
+    given = _merged(_shrink(config.to_dict()), changes or {})
     given.pop("transformers_version", None)
     if given.get("is_encoder_decoder") and given.get("decoder_start_token_id") is None:
         given["decoder_start_token_id"] = _SPECIAL["decoder_start_token_id"]
@@ -164,6 +164,17 @@ def small_config(config: PreTrainedConfig, changes: Mapping[str, Any] | None = N
         part._attn_implementation = "eager"
         part.use_cache = False
     return small
+
+
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with changes; a dictionary changes only the settings that it names."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        before = merged.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = _merged(before, value)
+        merged[name] = value
+    return merged
 
 
 def sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:

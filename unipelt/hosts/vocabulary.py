@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from unipelt.hosts.quantised import is_quantised
@@ -51,7 +52,7 @@ def resized_vocabulary(model: PreTrainedModel) -> frozenset[str]:
     if there is None or there == here:
         return frozenset()
     holders = (model.get_input_embeddings(), model.get_output_embeddings())
-    held = {id(parameter) for module in holders if module is not None for parameter in module.parameters()}
+    held = {id(parameter) for one in holders if isinstance(one, nn.Module) for parameter in one.parameters()}
     return frozenset(
         name for name, parameter in model.named_parameters() if id(parameter) in held and not is_quantised(parameter)
     )

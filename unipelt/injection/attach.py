@@ -143,6 +143,19 @@ def _build_set(
     if layer.attention is not None:
         inside = [pair for pair in mine if not pair[0].in_cross]
         _fill(built, layer.attention, layer, inside, plan, own.index(layer.attention), in_cross=False)
+    elif layer.adapted is not None and plan.config.adapter is not None:
+        if plan.config.adapter.gate and plan.config.gate.shared:
+            raise InjectionError(
+                f"gate.shared lets the adapter's gate read the attention's input, and {type(layer.module).__name__} "
+                "has no attention; take gate.shared: false, or adapter.gate: false"
+            )
+        built.add_module("adapter", build_adapter(layer, plan))
+        built.wiring = Wiring(outputs={layer.adapted_path: ("adapter",)})
+        if built.averages:
+            raise InjectionError(
+                f"the adapter's gate averages over real tokens, which it knows from an attention's mask, and "
+                f"{type(layer.module).__name__} has no attention; take gate.pooling: token, or adapter.gate: false"
+            )
     if layer.cross is not None:
         built.cross = SubmoduleSet(Wiring())
         inside = [pair for pair in mine if pair[0].in_cross]
@@ -237,6 +250,7 @@ def _wiring(
         mask=_argument(target.module, described.mask) if reads_mask else None,
         bias=_argument(target.module, described.bias) if lengthens else None,
         truth_values=described.mask_is_truth_values,
+        added=described.mask_is_added,
         averages=built.averages,
         readers=() if built.entry is None else target.readers,
         outputs={path: tuple(names) for path, names in outputs.items()},
@@ -245,6 +259,7 @@ def _wiring(
         norm=norm,
         keys=target.key_path if lengthens else "",
         values=target.value.path if lengthens else "",
+        tokens_first=target.readers if described.tokens_first else (),
     )
 
 

@@ -128,7 +128,8 @@ def build_entry_low_rank(
         term = LoRA(where.name, projection.rows, lora)
         like = plan.like(projection)
         down = LoRA.initial_down(projection.inputs, lora, like)
-        in_entry = fused and entry is None
+        # values that read another tensor than queries have a first projection of their own
+        in_entry = fused and entry is None and not (place == "value" and target.described.value_apart)
         keep = not in_entry and (entry is None or not entry.row_names)
         term.set_up(down, like, has_start=lora.start != "zero", keep_down=keep)
         term.gate_name = f"{label}{where.name}" if lora.gate else ""
@@ -149,8 +150,8 @@ def build_adapter(layer: LayerTargets, plan: Plan) -> Adapter | FunctionTerm:
     """Build a layer's adapter, or its mixture of adapters."""
     config, found = plan.config, plan.found
     assert config.adapter is not None
-    assert layer.attention is not None
-    hidden, like = layer.attention.query.inputs, plan.like(layer.attention.value)
+    assert layer.sized is not None
+    hidden, like = layer.width, plan.like(layer.sized)
     adapter: Adapter | FunctionTerm = Adapter("adapter", hidden)
     if config.adapter.mixture is not None:
         rows_of_all = OutputSlice(1, 0, hidden)

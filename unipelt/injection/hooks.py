@@ -151,7 +151,9 @@ def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> At
     attention = now.attention(part.key)
     attention.mask, attention.cached = mask, now.facts.cached
     if part.wiring.averages:
-        attention.weights = token_weights(mask, batch, now.facts, truth_values=part.wiring.truth_values)
+        attention.weights = token_weights(
+            mask, batch, now.facts, truth_values=part.wiring.truth_values, added=part.wiring.added
+        )
     return attention
 
 
@@ -159,8 +161,11 @@ def note_mask(part: SubmoduleSet, now: ForwardPass, mask: Any, batch: int) -> At
 def change_input(host: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Add terms to the input of a projection, (B, T, I)."""
     port: Port = host.unipelt_port
-    changed = _by_set(port, port.room[0].passes.current(), _add_to_input, args[0], args[0])
-    return None if changed is args[0] else (changed, *args[1:])
+    x = args[0].transpose(0, 1) if port.tokens_first else args[0]
+    changed = _by_set(port, port.room[0].passes.current(), _add_to_input, x, x)
+    if changed is x:
+        return None
+    return (changed.transpose(0, 1) if port.tokens_first else changed, *args[1:])
 
 
 def _add_to_input(part: SubmoduleSet, port: Port, now: ForwardPass | None, x: Tensor, _: Tensor) -> Tensor:
@@ -177,6 +182,8 @@ def add_terms(host: Any, args: tuple[Any, ...], out: Any) -> Any:
     port: Port = host.unipelt_port
     passes = port.room[0].passes
     now = passes.current_or_recomputed() if port.begins else passes.current()
+    if port.tokens_first:
+        return _by_set(port, now, _add_to_output, args[0].transpose(0, 1), out.transpose(0, 1)).transpose(0, 1)
     if isinstance(out, tuple):  # a mixture of experts also returns its router's logits
         return (_by_set(port, now, _add_to_output, args[0] if args else out[0], out[0]), *out[1:])
     return _by_set(port, now, _add_to_output, args[0] if args else out, out)

@@ -68,6 +68,7 @@ _WITHOUT_TASK = (
     transformers.MODEL_FOR_MASKED_LM_MAPPING,
     transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
     transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 """Model classes, by configuration, that are pretrained as a whole."""
 
@@ -84,7 +85,7 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
     """
     outside = _outside_base(model)
     resized = resized_vocabulary(model)
-    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    embeddings = {id(parameter) for parameter in _embeddings(model)}
     loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)}
     if loaded and not any(is_quantised(parameter) and id(parameter) in loaded for parameter in model.parameters()):
         loaded |= _quantised_afterwards(model, loaded)
@@ -122,13 +123,19 @@ def _outside_base(model: PreTrainedModel) -> set[int]:
         # a few classes have no separate base model, and hold its parts beside the head
         parts = {stack.layers.partition(".")[0] for stack in FAMILIES[model.config.model_type].stacks}
         inside = [parameter for part in parts for parameter in getattr(model, part, nn.Module()).parameters()]
-        inside += model.get_input_embeddings().parameters()
+        inside += _embeddings(model)
     else:
         return set()
     output = model.get_output_embeddings()
     inside += [] if output is None else output.parameters()
     there = {id(parameter) for parameter in inside}
     return {id(parameter) for parameter in model.parameters()} - there
+
+
+def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the parameters of the input embedding; Perceiver's is a bare parameter."""
+    held: Any = model.get_input_embeddings()
+    return [held] if isinstance(held, nn.Parameter) else list(held.parameters())
 
 
 def is_sharded(tensor: Tensor) -> bool:

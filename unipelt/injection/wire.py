@@ -23,7 +23,7 @@ from unipelt.injection.hooks import (
     put,
     take_off,
 )
-from unipelt.submodules.room import ROOM, Port, SubmoduleSet, rooms
+from unipelt.submodules.room import ROOM, Port, SubmoduleSet, Wiring, rooms
 
 NAMES = (ROOM, "unipelt_port", "unipelt_layer", "unipelt_prompt", "unipelt_tokens", "unipelt_chunk_size")
 """Names of the attributes that modules of the model get; `detach` removes all of them."""
@@ -51,12 +51,13 @@ def wire_layer(layer: nn.Module, added: SubmoduleSet) -> None:
     for cross, part in enumerate(added.attentions()):
         wiring = part.wiring
 
-        def port(path: str, cross: bool = bool(cross)) -> Any:
+        def port(path: str, cross: bool = bool(cross), wiring: Wiring = wiring) -> Any:
             host: Any = layer.get_submodule(path)
             if "unipelt_port" not in vars(host):
                 host.unipelt_port = Port((room,), path, cross)
             elif host.unipelt_port.room[0] is not room:
                 raise InjectionError(f"layers that share modules cannot take submodules, and two share their {path}")
+            host.unipelt_port.tokens_first = path in wiring.tokens_first
             return host
 
         if part.needs_pass:

@@ -60,6 +60,7 @@ class Wiring:
         hidden, mask, bias: the attention's arguments for the states, the mask and the position bias; None for an
             argument that is not read.
         truth_values: whether the attention reads a floating-point mask as truth values.
+        added: whether the attention adds a mask with 2 dimensions to the logits.
         averages: whether a gate or a router averages over real tokens, or a term chooses some, so that the attention's
             mask is read.
         readers: paths of the projections that read the attention's input. The entry is computed at the first of them
@@ -69,6 +70,7 @@ class Wiring:
         handed: names of the terms that read the input of another projection, by that projection's path.
         norm: path of the norm whose output an adapter reads (post-LN); empty without such an adapter.
         keys, values: paths of the projections into whose output a prefix is inserted; empty without an insertion.
+        tokens_first: paths of the projections that read and return tensors with the tokens in front of the examples.
     """
 
     attention: str = ""
@@ -76,6 +78,7 @@ class Wiring:
     mask: ForwardArgument | None = None
     bias: ForwardArgument | None = None
     truth_values: bool = False
+    added: bool = False
     averages: bool = False
     readers: tuple[str, ...] = ()
     outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -84,6 +87,7 @@ class Wiring:
     norm: str = ""
     keys: str = ""
     values: str = ""
+    tokens_first: tuple[str, ...] = ()
 
     @property
     def lengthens(self) -> bool:
@@ -236,6 +240,7 @@ class Port:
         begins: whether the host's hook may begin the pass of the attention, because the attention has no such hook.
         seen: a list that collects the keys and values of an attention, each (B, H, S, d), while a text is read for
             prefixes; else None.
+        tokens_first: whether the host reads and returns tensors with the tokens in front of the examples.
     """
 
     room: tuple[Room]
@@ -244,6 +249,7 @@ class Port:
     config: Any = None
     begins: bool = False
     seen: list[tuple[Tensor, Tensor]] | None = None
+    tokens_first: bool = False
 
     def part(self, name: str | None) -> SubmoduleSet | None:
         """Return the set of this name that belongs to the host's attention, or None."""

@@ -17,7 +17,7 @@ CLOSED = math.log(2.0**-149)
 
 
 def token_weights(
-    mask: Any, batch: int, facts: PassFacts | None = None, *, truth_values: bool = False
+    mask: Any, batch: int, facts: PassFacts | None = None, *, truth_values: bool = False, added: bool = False
 ) -> Tensor | None:
     """Return the weights of the masked mean: 1 / (number of real tokens) on real tokens, 0 on padding.
 
@@ -31,6 +31,7 @@ def token_weights(
         batch: B.
         facts: the facts of the pass. With them the weights are computed once per pass.
         truth_values: whether the attention reads a floating-point mask as truth values (DeBERTa).
+        added: whether a floating-point mask with 2 dimensions is added to the logits (Longformer).
 
     Returns:
         (B, T) float32 weights that sum to 1 over each example; None if `mask` is None.
@@ -41,14 +42,15 @@ def token_weights(
     if mask is None:
         return None
     if facts is None:
-        return _token_weights(mask, batch, truth_values)
-    return facts.once(mask, ("token weights", batch), lambda: _token_weights(mask, batch, truth_values))
+        return _token_weights(mask, batch, truth_values, added)
+    return facts.once(mask, ("token weights", batch), lambda: _token_weights(mask, batch, truth_values, added))
 
 
-def _token_weights(mask: Any, batch: int, truth_values: bool) -> Tensor:
+def _token_weights(mask: Any, batch: int, truth_values: bool, added: bool) -> Tensor:
     if not isinstance(mask, Tensor):
         mask = _dense(mask)
-    open_ = mask > CLOSED if mask.is_floating_point() and mask.dim() > 2 and not truth_values else mask != 0
+    in_logits = mask.is_floating_point() and (mask.dim() > 2 or added) and not truth_values
+    open_ = mask > CLOSED if in_logits else mask != 0
     real = open_ if open_.dim() == 2 else open_.flatten(1, 2).any(dim=1)
     real = real.float()
     weights = real / real.sum(dim=1, keepdim=True).clamp_min(1.0)
