@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unipelt.checkpoint.manifest import CheckpointError
     from unipelt.checkpoint.push import load_tokenizer, push_to_hub
     from unipelt.checkpoint.save import save
+    from unipelt.checkpoint.swap import swap
     from unipelt.config.methods import (
         AdapterConfig,
         CompacterConfig,
@@ -124,6 +125,7 @@ else:
             "resolve": "unipelt.config.presets",
             "save": "unipelt.checkpoint.save",
             "save_peft": "unipelt.bridges.peft",
+            "swap": "unipelt.checkpoint.swap",
             "to_peft": "unipelt.bridges.peft_socket",
         },
     )
@@ -193,5 +195,6 @@ __all__ = [
     "resolve",
     "save",
     "save_peft",
+    "swap",
     "to_peft",
 ]

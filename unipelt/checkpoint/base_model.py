@@ -23,7 +23,7 @@ from unipelt.files.messages import shorten, show, show_path
 from unipelt.hosts.quantised import describe_numbers, is_quantised
 from unipelt.hosts.vocabulary import base_vocabulary_sizes, vocabulary_sizes
 from unipelt.injection.parameters import is_sharded, unfrozen_names
-from unipelt.injection.state import injection_of
+from unipelt.injection.state import injection_of, is_injected
 from unipelt.submodules.room import own_parameters
 
 MOST_MODULES = 1_000
@@ -159,9 +159,8 @@ def _fingerprint(
 
 
 def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` if the model is not the base of the checkpoint."""
-    if getattr(model, "unipelt_injection", None) is not None:
-        return  # injecting raises the error
+    """Raise `CheckpointError` if the model, injected or not, is not the base of the checkpoint."""
+    before = injection_of(model).before if is_injected(model) else {}
     kind = base["config"].get("model_type")
     if model.config.model_type != kind:
         raise CheckpointError(
@@ -175,7 +174,7 @@ def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
             f"this is not the base model that the checkpoint was trained on ({_source(base)}): {problem}; {remedy}"
         )
     saved = base["fingerprint"]
-    here = _fingerprint(model, base["apart"], {}, sampled=saved["covers"] == SAMPLE)
+    here = _fingerprint(model, base["apart"], before, sampled=saved["covers"] == SAMPLE)
     if saved["dtype"] != here["dtype"]:
         logger.warning(
             f"the checkpoint was trained on a base in {saved['dtype']} and this one is in {here['dtype']}, "

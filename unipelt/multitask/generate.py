@@ -76,8 +76,7 @@ def generate_rows(
         back: (B,), the index that restores the order; None if the order did not change.
     """
     with passes.rows(SetRows(tuple(counts), tuple(counts.values()))):
-        # the rows of a thread are unknown inside compiled code
-        found = generate(shared, **{**batch, "disable_compile": True})
+        found = generate(shared, **batch)
     if back is None:
         return found
     return found.unflatten(0, (sum(counts.values()), -1)).index_select(0, back.to(found.device)).flatten(0, 1)
