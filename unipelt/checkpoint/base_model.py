@@ -256,6 +256,8 @@ def build_base(
         except Exception as error:  # classes of Transformers raise many kinds of errors for wrong values
             raise TypeError(" ".join(str(error).split())) from error
         given = {"use_safetensors": True, "config": config, "revision": revision or "main", **options}
+        if "gguf_file" not in given and (file := _gguf_file(described["config"])):
+            given["gguf_file"] = file
         wanted = vocabulary_sizes(config)
         own = wanted
         if described["vocabulary"]:
@@ -297,6 +299,15 @@ def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, vocabu
         if name == "num_labels" and not 0 <= value <= MOST_MODULES and value not in sizes:
             return f"num_labels is {show(value)}, and no tensor has that size"
     return None
+
+
+def _gguf_file(config: Mapping[str, Any]) -> str | None:
+    """Return the GGUF file that a base was read from, inside its folder or repository; None for another base."""
+    quantisation = config.get("quantization_config")
+    file = quantisation.get("gguf_file") if isinstance(quantisation, dict) else None
+    if not isinstance(file, str) or not file.endswith(".gguf"):
+        return None
+    return None if os.path.isabs(file) or ".." in Path(file).parts else file
 
 
 def _without_back_ends(values: Any) -> Any:
