@@ -32,8 +32,9 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         plain.save_pretrained("plain")  # AutoModel, pipelines and converters read it
 
     LoRA of every kind (DoRA, PiSSA), IA3 and RED are merged if they have no gate; `unipelt.fold` replaces gates that
-    hardly vary by constants, and merges their LoRA. Trained biases and the head are already in the model. Sums are
-    computed in float32 and rounded once to the type of the weight.
+    hardly vary by constants, and merges their LoRA. Trained biases and the head are already in the model; a head that
+    trained in float32 gets the dtype of its base again. Sums are computed in float32 and rounded once to the type of
+    the weight.
 
     Merging cannot be undone: to keep the submodules, save the model with `unipelt.save` first.
 
@@ -59,9 +60,11 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
             host.weight.copy_(weight)
             if bias is not None:
                 host.bias.copy_(bias)
-    flags = injection.required_grad
+    flags, before = injection.required_grad, injection.originals
     strip(model)
     for name, parameter in model.named_parameters():
+        if name in before:  # a head of a model in half precision trained in float32
+            parameter.data = parameter.data.to(before[name].dtype)
         parameter.grad = None
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
     return model.eval()
