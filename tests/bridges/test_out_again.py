@@ -34,7 +34,7 @@ METHODS: dict[str, Any] = {
 def merged(folder: Path, method: Any, **changes: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Write a merged Llama with its tokenizer; return it, ids, and the logits before it was merged."""
     save_model(folder / "base", "llama")
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     model = unipelt.inject(tiny_model("llama", vocab_size=len(WORDS), **ids, **changes), method)
     shake(model)
     text = torch.tensor([[2, 14, 15, 16, 17]])
@@ -66,7 +66,7 @@ def test_the_folder_of_a_language_model(method: str, tied: bool, tmp_path: Path)
     again = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, want, atol=2e-5, rtol=1e-4)
-    say = pipeline("text-generation", str(folder), device="cpu")
+    say: Any = pipeline("text-generation", str(folder), device="cpu")
     options = {"max_new_tokens": 4, "do_sample": False}
     said = say("the cat sat", return_tensors=True, **options)[0]["generated_token_ids"]
     tokens = say.tokenizer("the cat sat", return_tensors="pt")["input_ids"]

@@ -59,7 +59,7 @@ def test_prefixes_beside_a_cache_are_those_of_the_new_numbers(tmp_path: Path) ->
     from tiny import tiny_batch as texts
     from tiny import tiny_model
 
-    models = []
+    models: list[Any] = []
     for seed in (1, 2):
         model = trained(model=tiny_model("llama"))
         with torch.no_grad():

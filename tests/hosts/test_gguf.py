@@ -82,7 +82,7 @@ def test_a_set_on_a_gguf_base_comes_back(folder: Path, tmp_path: Path) -> None:
     # older versions of Transformers do not keep the name of the file
     recorded = "quantization_config" in base.config.to_dict()
     assert recorded or not hasattr(transformers, "GgufConfig")
-    options = {} if recorded else {"gguf_file": "tiny.gguf"}
+    options: dict[str, Any] = {} if recorded else {"gguf_file": "tiny.gguf"}
     assert torch.equal(logits(unipelt.from_pretrained(tmp_path / "set", **options)), want)
     assert torch.equal(logits(unipelt.from_pretrained(tmp_path / "set", gguf_file="tiny.gguf")), want)
 

@@ -68,7 +68,7 @@ def test_rows_are_as_of_their_tasks(options: dict[str, Any], family: str) -> Non
 
 def test_the_cache_is_used_and_the_base_runs_once_a_token() -> None:
     tasks, batch = some_tasks("llama"), texts("llama")
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     tasks.generate(**batch, tasks=ORDER, **options)
     seen: list[tuple[int, ...]] = []
     shared: Any = tasks.shared
@@ -79,7 +79,7 @@ def test_the_cache_is_used_and_the_base_runs_once_a_token() -> None:
 
 def test_one_task_and_the_current_task() -> None:
     tasks, batch = some_tasks("llama"), texts("llama")
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
     own: Any = tasks["own"]
     want = own.generate(**batch, **options)
     assert torch.equal(tasks.generate(tasks="own", **batch, **options), want)
