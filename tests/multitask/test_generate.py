@@ -101,10 +101,6 @@ def test_what_is_refused() -> None:
         given: dict[str, Any] = {"tasks": ORDER, **batch, **options}
         with pytest.raises(ValueError, match=said):
             tasks.generate(**given)
-    head: Any = tasks["lora"]
-    head.lm_head.weight = torch.nn.Parameter(head.lm_head.weight.detach().clone())
-    with pytest.raises(InjectionError, match=r"'lora' has a head of its own \(lm_head.weight\)"):
-        tasks.generate(**batch, tasks=ORDER)
     encoder = Tasks(tiny_bert())
     encoder.add("one", "lora")
     with pytest.raises(InjectionError, match="BertForSequenceClassification cannot generate"):
@@ -119,3 +115,12 @@ def test_options_of_the_base_hold_for_all_tasks() -> None:
     base.generation_config.eos_token_id = None
     assert tasks.generate(**batch, tasks=ORDER, pad_token_id=1).shape == (5, 9 + 3)
     assert unipelt.parameter_counts(tasks["lora"]).trained
+
+
+def test_a_head_of_its_own_computes_the_rows_of_its_task() -> None:
+    tasks, batch = some_tasks("llama"), texts("llama")
+    model: Any = tasks["lora"]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
+    before = some_tasks("llama").generate(**batch, tasks=ORDER, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    found = assert_as_alone(tasks, batch)
+    assert not torch.equal(found[0], before[0])

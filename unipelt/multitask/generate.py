@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from unipelt.hosts.locate import InjectionError
 from unipelt.submodules.forward_pass import Passes, SetRows
-from unipelt.submodules.room import own_parameters
 
 NOT_MIXED = ("past_key_values", "cache", "encoder_outputs", "assistant_model", "prompt_lookup_num_tokens", "streamer")
 """Arguments of `generate` that hold something of the rows, in their order, or that take a single row."""
@@ -31,18 +30,8 @@ def generate(model: PreTrainedModel, **batch: Any) -> Tensor:
     return found
 
 
-def check_generation(models: Mapping[str, PreTrainedModel], base: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Check that one generation can serve all these tasks.
-
-    Args:
-        models: the model of each task, by its name.
-        base: the base, without submodules.
-        batch: the arguments of `generate`.
-
-    Raises:
-        ValueError: an argument is not possible for several tasks.
-        InjectionError: a task has a head of its own.
-    """
+def check_generation(base: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for an argument of `generate` that is not possible for several tasks."""
     for name in NOT_MIXED:
         if batch.get(name) is not None:
             raise ValueError(f"a generation for several tasks takes no {name}; run one task at a time, tasks[name]")
@@ -51,16 +40,6 @@ def check_generation(models: Mapping[str, PreTrainedModel], base: PreTrainedMode
         value = batch.get(name, getattr(config, name, None))
         if value and value not in ("dynamic", "dynamic_full"):
             raise ValueError(f"a generation for several tasks takes no {name}={value!r}; leave it out")
-    pretrained = dict(base.named_parameters())
-    inner = f"{base.base_model_prefix}."
-    for task, model in models.items():
-        ours = own_parameters(model).keys()
-        for name, parameter in model.named_parameters():
-            if name not in ours and not name.startswith(inner) and pretrained.get(name) is not parameter:
-                raise InjectionError(
-                    f"task {task!r} has a head of its own ({name}), which one generation for several tasks does not "
-                    f"run; call tasks[{task!r}].generate"
-                )
 
 
 def generate_rows(

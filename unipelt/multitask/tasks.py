@@ -35,7 +35,7 @@ from unipelt.multitask.batch_rows import count_rows, gather, merge, sort_rows, s
 from unipelt.multitask.checks import changes_base, check_bare, check_mixed
 from unipelt.multitask.generate import check_generation, generate, generate_rows
 from unipelt.multitask.heads import Answer, capture_base_inputs, fit_labels, relabel, saved_labels
-from unipelt.multitask.mixed_batch import find_unmixable, furnish
+from unipelt.multitask.mixed_batch import find_unmixable, furnish, route_own
 from unipelt.submodules.forward_pass import Passes, SetRows
 
 
@@ -249,7 +249,7 @@ class Tasks(nn.Module):
         rows, batch, back = self._sort(tasks, batch)
         if len(rows) == 1:
             return generate(self[next(iter(rows))], **batch)
-        check_generation({name: self[name] for name in rows}, self.model, batch)
+        check_generation(self.model, batch)
         shared, passes = self._shared_for(rows)
         shared.generation_config = self.model.generation_config
         return generate_rows(shared, passes, {name: len(own) for name, own in rows.items()}, batch, back)
@@ -293,6 +293,7 @@ class Tasks(nn.Module):
             self._unmixable = {name: find_unmixable(base, self[name].base_model) for name in self}
             mixable = {name: self[name].base_model for name in self if self._unmixable[name] is None}
             self._passes = furnish(shared.base_model, mixable)
+            route_own(shared, {name: self[name] for name in mixable}, self._passes)
             self.shared = shared.train(self.training)
         for name in names:
             if reason := self._unmixable[name]:
