@@ -72,7 +72,8 @@ def test_prefixes_beside_a_cache_are_those_of_the_new_numbers(tmp_path: Path) ->
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
     want = [model.generate(**batch, **options) for model in models]
     assert not torch.equal(*want)
-    assert torch.equal(unipelt.swap(models[0], tmp_path / "2").generate(**batch, **options), want[1])
+    unipelt.swap(models[0], tmp_path / "2")
+    assert torch.equal(models[0].generate(**batch, **options), want[1])
 
 
 def test_another_method_form_or_base_is_refused(tmp_path: Path) -> None:
