@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from unipelt.checkpoint.manifest import CheckpointError
     from unipelt.checkpoint.push import load_tokenizer, push_to_hub
     from unipelt.checkpoint.save import save
+    from unipelt.checkpoint.swap import swap
     from unipelt.config.further import LNTuningConfig, ReFTConfig
     from unipelt.config.methods import (
         AdapterConfig,
@@ -148,6 +149,7 @@ else:
             "save_peft": "unipelt.bridges.peft",
             "select": "unipelt.gates.select",
             "start_prefix_from": "unipelt.injection.prefix_start",
+            "swap": "unipelt.checkpoint.swap",
             "to_peft": "unipelt.bridges.peft_socket",
         },
     )
@@ -231,5 +233,6 @@ __all__ = [
     "save_peft",
     "select",
     "start_prefix_from",
+    "swap",
     "to_peft",
 ]

@@ -20,6 +20,7 @@ METHODS: dict[str, Any] = {
     "pissa": {"preset": "lora", "lora": {"start": "pissa"}},
     "ia3": {"preset": "lora", "lora": None, "ia3": {"gate": False}},
     "lora and ia3": {"preset": "lora", "ia3": {"gate": False}},
+    "dora and ia3": {"preset": "lora", "lora": {"decomposed": True}, "ia3": {"gate": False}},
     "bitfit": "bitfit",
 }
 

@@ -68,7 +68,7 @@ def blocks(page: Path) -> Iterator[Block]:
     assert language is None, f"a block of {page} does not end"
 
 
-NAMES = {"bert-base-uncased": "bert", "HuggingFaceTB/SmolLM2-135M": "llama"}
+NAMES = {"bert-base-uncased": "bert", "HuggingFaceTB/SmolLM2-135M": "llama", "google-t5/t5-small": "t5"}
 """What pages call models on the hub: a folder of that name is here, with a tiny random model of that family."""
 
 IN_ONE = ("tutorial.md", "index.md", "README.md", "several-tasks.md", "guides/")

@@ -35,7 +35,8 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 
     LoRA of every kind (DoRA, PiSSA), IA3 and RED are merged if they have no gate; `unipelt.fold` replaces gates that
     hardly vary by constants, and merges their LoRA. Trained tokens become rows of the vocabulary. Trained biases and
-    the head are already in the model. Sums are computed in float32 and rounded once to the type of the weight.
+    the head are already in the model; a head that trained in float32 gets the dtype of its base again. Sums are
+    computed in float32 and rounded once to the type of the weight.
 
     Merging cannot be undone: to keep the submodules, save the model with `unipelt.save` first.
 
@@ -64,9 +65,11 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         table: Any = model.get_input_embeddings()
         for rows in (module for module in model.modules() if isinstance(module, TokenRows)):
             table.weight[rows.ids] = rows.embedding.to(table.weight)
-    flags = injection.required_grad
+    flags, before = injection.required_grad, injection.originals
     strip(model)
     for name, parameter in model.named_parameters():
+        if name in before:  # a head of a model in half precision trained in float32
+            parameter.data = parameter.data.to(before[name].dtype)
         parameter.grad = None
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
     return model.eval()

@@ -23,7 +23,7 @@ from unipelt.files.messages import shorten, show, show_path
 from unipelt.hosts.quantised import describe_numbers, is_quantised
 from unipelt.hosts.vocabulary import base_vocabulary_sizes, vocabulary_sizes
 from unipelt.injection.parameters import is_sharded, unfrozen_names
-from unipelt.injection.state import injection_of
+from unipelt.injection.state import injection_of, is_injected
 from unipelt.submodules.room import own_parameters
 
 MOST_MODULES = 1_000
@@ -159,9 +159,8 @@ def _fingerprint(
 
 
 def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` if the model is not the base of the checkpoint."""
-    if getattr(model, "unipelt_injection", None) is not None:
-        return  # injecting raises the error
+    """Raise `CheckpointError` if the model, injected or not, is not the base of the checkpoint."""
+    before = injection_of(model).before if is_injected(model) else {}
     kind = base["config"].get("model_type")
     if model.config.model_type != kind:
         raise CheckpointError(
@@ -175,7 +174,7 @@ def check_base(model: PreTrainedModel, base: Mapping[str, Any]) -> None:
             f"this is not the base model that the checkpoint was trained on ({_source(base)}): {problem}; {remedy}"
         )
     saved = base["fingerprint"]
-    here = _fingerprint(model, base["apart"], {}, sampled=saved["covers"] == SAMPLE)
+    here = _fingerprint(model, base["apart"], before, sampled=saved["covers"] == SAMPLE)
     if saved["dtype"] != here["dtype"]:
         logger.warning(
             f"the checkpoint was trained on a base in {saved['dtype']} and this one is in {here['dtype']}, "
@@ -257,6 +256,8 @@ def build_base(
         except Exception as error:  # classes of Transformers raise many kinds of errors for wrong values
             raise TypeError(" ".join(str(error).split())) from error
         given = {"use_safetensors": True, "config": config, "revision": revision or "main", **options}
+        if "gguf_file" not in given and (file := _gguf_file(described["config"])):
+            given["gguf_file"] = file
         wanted = vocabulary_sizes(config)
         own = wanted
         if described["vocabulary"]:
@@ -298,6 +299,15 @@ def _endless(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, vocabu
         if name == "num_labels" and not 0 <= value <= MOST_MODULES and value not in sizes:
             return f"num_labels is {show(value)}, and no tensor has that size"
     return None
+
+
+def _gguf_file(config: Mapping[str, Any]) -> str | None:
+    """Return the GGUF file that a base was read from, inside its folder or repository; None for another base."""
+    quantisation = config.get("quantization_config")
+    file = quantisation.get("gguf_file") if isinstance(quantisation, dict) else None
+    if not isinstance(file, str) or not file.endswith(".gguf"):
+        return None
+    return None if os.path.isabs(file) or ".." in Path(file).parts else file
 
 
 def _without_back_ends(values: Any) -> Any:

@@ -53,7 +53,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise InjectionError(f"load takes a PreTrainedModel of transformers, not {type(model).__name__}")
     manifest, tensors = read_folder(Path(folder))
-    if "fingerprint" in manifest["base"]:
+    if "fingerprint" in manifest["base"] and not is_injected(model):  # injecting raises the error
         check_base(model, manifest["base"])
     if problem := _unknown_name(model, manifest):
         raise CheckpointError(f"the checkpoint in {folder} does not fit this model: {problem}")
@@ -62,7 +62,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             drafts = draft(model, manifest["unipelt"], manifest["deployed"])
             if manifest["format"] == 1:
                 tensors, manifest["folded"] = renamed(drafts, tensors, manifest["folded"])
-            if problem := _mismatch(shapes(drafts), tensors, also=False):
+            if problem := mismatch(shapes(drafts), tensors, also=False):
                 raise CheckpointError(f"the checkpoint in {folder} does not fit its own configuration: {problem}")
         head = None if manifest["head"] is None else frozenset(manifest["head"])
         inject_as(model, manifest["unipelt"], deployed=manifest["deployed"], head=head)
@@ -79,7 +79,7 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     if manifest["head"] is None:  # without a head in the checkpoint, the base's head is kept
         held -= injection.head
     places = {name: parameter for name, parameter in model.named_parameters() if name in held}
-    if problem := _mismatch(places, tensors):
+    if problem := mismatch(places, tensors):
         remove(model)
         raise CheckpointError(f"the checkpoint in {folder} does not fit this {type(model).__name__}: {problem}")
     injection.originals |= {name: p.detach().cpu().clone() for name, p in places.items() if name in changed}
@@ -151,7 +151,7 @@ def _unknown_name(model: PreTrainedModel, manifest: Mapping[str, Any]) -> str | 
     return None
 
 
-def _mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], also: bool = True) -> str | None:
+def mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], also: bool = True) -> str | None:
     """Return a message on the first difference between parameters and the tensors for them, or None.
 
     Args:

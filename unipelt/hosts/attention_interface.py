@@ -13,6 +13,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 ATTENTION = "unipelt"
 
 BACK_ENDS = ("eager", "sdpa")
+"""Back-ends that take further keys and a mask for them, as a prefix in the softmax of the text needs."""
 
 
 def uses_interface(attention: Any) -> bool:
@@ -23,11 +24,12 @@ def uses_interface(attention: Any) -> bool:
 
 
 def check_back_end(name: str | None) -> None:
-    """Raise `ValueError` for an attention back-end that a prefix does not support."""
+    """Raise `ValueError` for an attention back-end that cannot take a prefix into the text's softmax."""
     if name not in BACK_ENDS:
         raise ValueError(
-            f"a prefix works with the attention back-ends {' and '.join(BACK_ENDS)}, not {name!r}; "
-            "call model.set_attn_implementation('sdpa')"
+            f"a prefix in the softmax of the text works with the attention back-ends {' and '.join(BACK_ENDS)}, not "
+            f"{name!r}; call model.set_attn_implementation('sdpa'), or give the prefix a softmax of its own "
+            "(prefix.softmax: own), which works with every back-end"
         )
 
 
@@ -35,20 +37,21 @@ def attention_function(module: Any, config: PreTrainedConfig) -> tuple[str, Call
     """Return the name and the function of the attention back-end that a configuration chooses for a module.
 
     Raises:
-        ValueError: the back-end is not supported, or the file of the module has no `eager_attention_forward`.
+        ValueError: there is no such back-end, or the file of the module has no `eager_attention_forward`.
     """
     name = config._attn_implementation
-    check_back_end(name)
-    if name == "eager":
+    if name in (None, "eager"):  # Transformers takes None for eager
         # FSDP2 replaces the attention's class by a subclass from another file, so all base classes are searched
         for cls in type(module).__mro__:
             function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
             if function is not None:
-                return name, function
+                return "eager", function
         raise ValueError(
             f"there is no eager_attention_forward beside {type(module).__name__}; "
             "call model.set_attn_implementation('sdpa')"
         )
+    if name not in AttentionInterface():
+        raise ValueError(f"Transformers has no attention back-end {name!r}; register it, or take 'sdpa'")
     return name, AttentionInterface()[name]
 
 

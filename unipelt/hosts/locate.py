@@ -200,7 +200,7 @@ def find_stacks(model: PreTrainedModel, config: UniPELTConfig) -> list[StackTarg
             f"{kind!r} models cannot take a prompt: a decoder would read the encoder's states of it too, which is not "
             "here yet; a prefix goes there"
         )
-    if config.prefix is not None:
+    if config.prefix is not None and config.prefix.softmax != "own":
         check_back_end(model.config._attn_implementation)
     # a model may have only a part of its architecture, such as T5's encoder or BART's decoder
     stacks = [(stack, list(layers_at(model.base_model, stack.layers))) for stack in family.stacks]

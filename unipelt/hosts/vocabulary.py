@@ -31,6 +31,9 @@ def base_vocabulary_sizes(config: PreTrainedConfig, name: str, **options: Any) -
         The sizes by field; None if the file cannot be read.
     """
     try:
+        values, _ = type(config).get_config_dict(name, **options)
+        if not any(field in values for field in ("model_type", *_FIELDS)):
+            return None  # a folder without the file, such as one of a GGUF file, gives an empty mapping
         return vocabulary_sizes(type(config).from_pretrained(name, **options))
     except Exception:  # no file, no network, or a file of another class
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from unipelt.hosts.attention_interface import ATTENTION, attention_function, is_causal
+from unipelt.hosts.attention_interface import ATTENTION, attention_function, check_back_end, is_causal
 from unipelt.injection.caches import find_cache
 from unipelt.injection.hooks import hook, note_mask, open_entry, parts_at, split_mask
 from unipelt.submodules.forward_pass import AttentionPass, ForwardPass
@@ -35,32 +35,80 @@ def attend(
         query: (B, H, T, d).
         key: (B, H, S, d).
         value: (B, H, S, d).
-        attention_mask: the mask for the model's own attention function.
+        attention_mask: the mask for the model's own attention function, of the form that its back-end reads.
         kwargs: further arguments of that function; `position_bias`, (B or 1, H, T, S), gets columns of zeros for the
             prefix.
 
     Returns:
         The output, (B, T, H, d), and the attention weights, (B, H, T, L + S) or None. The weights are (B, H, T, S) if
-        the prefix has a softmax of its own, and None for a batch of several sets.
+        the prefix has a softmax of its own, and None for a batch of several sets of which one shares its softmax.
 
     Raises:
         RuntimeError: the module was called outside of its layer.
+        ValueError: a prefix is in the softmax of the text, and the model's back-end takes no further keys.
     """
     port: Port = module.unipelt_port
     now = port.room[0].passes.current_or_recomputed()
     if now is None:
         raise RuntimeError(f"{type(module).__name__} holds a prefix, and was called outside of its layer")
+    parts = parts_at(port, now)
+    if all(_is_beside(part) for part in parts):
+        return _attend_beside(module, parts, now, query, key, value, attention_mask, **kwargs)
+    check_back_end(port.config._attn_implementation)
     if now.facts.rows is None:
-        part = port.part(port.room[0].active)
-        return _attend(module, part, now, query, key, value, attention_mask, **kwargs)
+        return _attend(module, parts[0], now, query, key, value, attention_mask, **kwargs)
     rows = now.facts.rows
     masks, bias = split_mask(attention_mask, now.facts), split_mask(kwargs.get("position_bias"), now.facts)
     pieces = zip(*(rows.split(tensor) for tensor in (query, key, value)), strict=True)
     outputs = []
-    for part, mask, own_bias, piece in zip(parts_at(port, now), masks, bias, pieces, strict=True):
+    for part, mask, own_bias, piece in zip(parts, masks, bias, pieces, strict=True):
         given = kwargs if own_bias is None else {**kwargs, "position_bias": own_bias}
         outputs.append(_attend(module, part, now, piece[0], piece[1], piece[2], mask, **given)[0])
     return torch.cat(outputs), None
+
+
+def _is_beside(part: SubmoduleSet | None) -> bool:
+    """Return whether a set leaves the softmax of the text alone: without a prefix, or beside a prefix with its own."""
+    prefix: Any = None if part is None else part._modules.get("prefix")
+    return prefix is None or prefix.gating == "added"
+
+
+def _attend_beside(
+    module: Any,
+    parts: list[SubmoduleSet | None],
+    now: ForwardPass,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the model's own attention, unchanged, and add attention over each set's prefix to the set's rows.
+
+    Any back-end can be the model's own, since it gets neither further keys nor another mask.
+    """
+    if module.unipelt_port.seen is not None:
+        module.unipelt_port.seen.append((key, value))
+    _, function = attention_function(module, module.unipelt_port.config)
+    output, weights = function(module, query, key, value, mask, **kwargs)
+    rows = now.facts.rows
+    if rows is None:
+        return _add_prefix(parts[0], now, output, query, key.shape[1], **kwargs), weights
+    pieces = zip(parts, rows.split(output), rows.split(query), strict=True)
+    return torch.cat([_add_prefix(part, now, out, own, key.shape[1], **kwargs) for part, out, own in pieces]), weights
+
+
+def _add_prefix(
+    part: SubmoduleSet | None, now: ForwardPass, output: Tensor, query: Tensor, heads: int, **kwargs: Any
+) -> Tensor:
+    """Add attention over a set's prefix to the attention over the text, (B, T, heads of queries, d)."""
+    prefix: Any = None if part is None else part._modules.get("prefix")
+    if part is None or prefix is None:
+        return output
+    gate, both = _gate_of_prefix(part, prefix, now), prefix.by_head(now.facts, heads)
+    added = prefix.attention(both, query, gate, **kwargs)
+    keep = prefix.keep(now.attention(part.key), len(query), query)
+    return output + (added if keep is None else added * keep[:, :, None, None])
 
 
 def _attend(
@@ -73,19 +121,15 @@ def _attend(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    prefix: Any = None if part is None else part._modules.get("prefix")
+    """Compute attention of one set's rows; its prefix may be in the softmax of the text."""
     name, function = attention_function(module, module.unipelt_port.config)
-    if part is None or prefix is None:
-        if module.unipelt_port.seen is not None:
-            module.unipelt_port.seen.append((key, value))
-        return function(module, query, key, value, mask, **kwargs)
+    if part is None or _is_beside(part):
+        output, weights = function(module, query, key, value, mask, **kwargs)
+        return _add_prefix(part, now, output, query, key.shape[1], **kwargs), weights
+    prefix: Any = part._modules["prefix"]
     find_cache(kwargs)  # refuses an unknown cache, in which an attention function would store the prefix as text
     gate, both = _gate_of_prefix(part, prefix, now), prefix.by_head(now.facts, key.shape[1])
     keep = prefix.keep(now.attention(part.key), len(query), query)
-    if prefix.gating == "added":
-        output, weights = function(module, query, key, value, mask, **kwargs)
-        added = prefix.attention(both, query, gate, **kwargs)
-        return output + (added if keep is None else added * keep[:, :, None, None]), weights
     bias: Tensor | None = kwargs.get("position_bias")
     tokens = query.shape[2]
     if mask is None and name == "sdpa" and tokens > 1 and is_causal(module, kwargs):

@@ -21,7 +21,7 @@ def find_cache(given: Mapping[str, Any]) -> Cache | None:
         given: the arguments, by name.
 
     Raises:
-        ValueError: the cache has an unknown name or form, so its length is unknown.
+        ValueError: the cache has an unknown name or form, so its length is unknown, or is that of continuous batching.
     """
     for name, value in given.items():
         if isinstance(value, Cache) and name not in CACHE_NAMES:
@@ -31,6 +31,12 @@ def find_cache(given: Mapping[str, Any]) -> Cache | None:
             )
     for name in CACHE_NAMES:
         cache = given.get(name)
+        if type(cache).__name__ == "PagedAttentionCache":
+            raise ValueError(
+                "continuous batching (generate_batch) puts all texts into one row, so it takes no prompt, and no "
+                "prefix in the softmax of the text; give the prefix a softmax of its own (prefix.softmax: own), or "
+                "call model.generate"
+            )
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(
                 f"{name} is a {type(cache).__name__}, and not a Cache of Transformers, so its length is not known; "

@@ -19,7 +19,7 @@ from unipelt.injection.caches import CACHE_NAMES, cached_tokens, prefixes_beside
 from unipelt.submodules.forward_pass import AttentionPass, ForwardPass, PassFacts
 from unipelt.submodules.prefix import NETWORK_NAMES
 from unipelt.submodules.room import ROOM, Port, Room, SubmoduleSet
-from unipelt.submodules.tokens import token_weights
+from unipelt.submodules.tokens import dense_mask, token_weights
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 HOOKS: dict[Callable[..., Any], str] = {}
@@ -257,10 +257,16 @@ def parts_at(port: Port, now: ForwardPass) -> list[SubmoduleSet | None]:
 
 
 def split_mask(mask: Any, facts: PassFacts) -> tuple[Any, ...]:
-    """Split a mask (B or 1, ...) by set, once in a pass; None, or a mask with one row, is returned for every set."""
+    """Split a mask (B or 1, ...) by set, once in a pass; None, or a mask with one row, is returned for every set.
+
+    A block mask of flex attention becomes truth values.
+    """
     rows = facts.rows
     assert rows is not None
-    if not isinstance(mask, Tensor) or len(mask) == 1:
+    if mask is not None and not isinstance(mask, Tensor):
+        block = mask
+        mask = facts.once(block, "dense", lambda: dense_mask(block))
+    if mask is None or len(mask) == 1:
         return (mask,) * len(rows.names)
     return facts.once(mask, "rows", lambda: rows.split(mask))
 

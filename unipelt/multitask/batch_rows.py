@@ -65,6 +65,30 @@ def reorder(value: Any, size: int, index: Tensor) -> Any:
     return value.index_select(0, index.to(value.device)) if _is_by_row(value, size) else value
 
 
+def sort_rows(
+    given: Sequence[str], names: Sequence[str], batch: Mapping[str, Any]
+) -> tuple[dict[str, list[int]], dict[str, Any], Tensor | None]:
+    """Bring the rows of each task together.
+
+    Args:
+        given: the task of each row, B names.
+        names: the names of all tasks, in the order that the rows get.
+        batch: the batch, in which a tensor of length B has one row for each text.
+
+    Returns:
+        The indices of each task's rows in the given batch; the sorted batch, without None; and (B,), the index that
+        restores the order of the batch, or None if the order did not change.
+    """
+    rows = {name: [row for row, other in enumerate(given) if other == name] for name in names if name in given}
+    batch = {name: value for name, value in batch.items() if value is not None}
+    order = [row for own in rows.values() for row in own]
+    if order == sorted(order):
+        return rows, batch, None
+    device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+    index = torch.tensor(order, device=device)
+    return rows, {name: reorder(value, len(given), index) for name, value in batch.items()}, torch.argsort(index)
+
+
 def split_batch(batch: Mapping[str, Any], size: int, counts: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Return each task's part of a batch in which the rows of a task are contiguous.
 

@@ -87,15 +87,26 @@ def furnish(base: nn.Module, models: Mapping[str, nn.Module]) -> Passes:
                 wire_layer(host, added)
             else:
                 wire_stack(host, _layer_of(model, path, base))
-    for path, host in list(base.named_modules()):
-        own = {task: module for task, model in models.items() if _differs(host, module := _at(model, path))}
-        if own:
-            host.unipelt_own_modules = OwnModules(own, passes)
-            put(host, compute_own)
     for module in base.modules():
         if getattr(module, "chunk_size_feed_forward", None):
             module.chunk_size_feed_forward = 0  # type: ignore[assignment] # a gate averages over a whole text
     return passes
+
+
+def route_own(shared: nn.Module, models: Mapping[str, nn.Module], passes: Passes) -> None:
+    """Make the modules of a shared model compute the rows of tasks that have separate parameters there, such as heads.
+
+    Args:
+        shared: the shared model, with its head.
+        models: the model of each task.
+        passes: the passes of the shared base.
+    """
+    for path, host in list(shared.named_modules()):
+        own = {task: mine for task, model in models.items() if _differs(host, mine := _at(model, path))}
+        if own:
+            target: Any = host
+            target.unipelt_own_modules = OwnModules(own, passes)
+            put(target, compute_own)
 
 
 def _layer_of(model: nn.Module, room: str, base: nn.Module) -> nn.Module:

@@ -31,11 +31,12 @@ from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError
 from unipelt.injection.parameters import head_names, kept_names
 from unipelt.injection.state import injection_of
-from unipelt.multitask.batch_rows import count_rows, gather, merge, reorder, split_batch, split_output
+from unipelt.multitask.batch_rows import count_rows, gather, merge, sort_rows, split_batch, split_output
+from unipelt.multitask.checks import changes_base, check_bare, check_mixed
+from unipelt.multitask.generate import check_generation, generate, generate_rows
 from unipelt.multitask.heads import Answer, capture_base_inputs, fit_labels, relabel, saved_labels
-from unipelt.multitask.mixed_batch import find_unmixable, furnish
+from unipelt.multitask.mixed_batch import find_unmixable, furnish, route_own
 from unipelt.submodules.forward_pass import Passes, SetRows
-from unipelt.submodules.room import rooms
 
 
 class Tasks(nn.Module):
@@ -70,7 +71,7 @@ class Tasks(nn.Module):
                 else ""
             )
             raise InjectionError(f"Tasks takes a PreTrainedModel of transformers, not {type(model).__name__}{remedy}")
-        _check_bare(model)
+        check_bare(model)
         self.model = model
         self.current: str | None = None
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -110,7 +111,7 @@ class Tasks(nn.Module):
         """
         self._check_new(name)
         config = resolve(config)
-        if reason := _changes_base(config):
+        if reason := changes_base(config):
             raise InjectionError(f"task {name!r} cannot share its base with others: {reason}")
         model = self._share()
         if num_labels is not None or problem_type is not None:
@@ -131,7 +132,7 @@ class Tasks(nn.Module):
         """
         self._check_new(name)
         manifest, tensors = read_checkpoint(Path(folder))
-        reason = _changes_base(manifest["unipelt"])
+        reason = changes_base(manifest["unipelt"])
         if manifest["unfrozen"]:
             reason = (
                 f"it holds {show(manifest['unfrozen'][0])} of the base, which trained; load it as a model of its own"
@@ -215,56 +216,90 @@ class Tasks(nn.Module):
             InjectionError: a task's rows cannot be in one batch with other tasks' rows.
         """
         if tasks is None:
-            if self.current is None:
-                raise ValueError(
-                    f"say which tasks the rows are of, tasks=[...], or call use(name); there are {self._told()}"
-                )
-            return self[self.current](**batch)
-        names, size = list(self), count_rows(batch)
-        given = self._resolve(tasks, size)
-        if len(given) != size:
-            raise ValueError(f"tasks names {len(given)} rows, and the batch has {size}")
-        rows = {name: [row for row, other in enumerate(given) if other == name] for name in names if name in given}
-        batch = {name: value for name, value in batch.items() if value is not None}
-        order = [row for own in rows.values() for row in own]
-        back: Tensor | None = None
-        if order != sorted(order):
-            device = next(value.device for value in batch.values() if isinstance(value, Tensor))
-            index = torch.tensor(order, device=device)
-            batch = {name: reorder(value, size, index) for name, value in batch.items()}
-            back = torch.argsort(index)
-        parts = split_batch(batch, size, {name: len(own) for name, own in rows.items()})
+            return self._current()(**batch)
+        rows, batch, back = self._sort(tasks, batch)
+        parts = split_batch(batch, count_rows(batch), {name: len(own) for name, own in rows.items()})
         for name, part in parts.items():
             if "labels" in part:
                 part["labels"] = fit_labels(self[name], part["labels"])
         outputs = {name: self[name](**part) for name, part in parts.items()} if len(parts) == 1 else self._mix(parts)
         return gather(outputs, rows, back)
 
+    def generate(self, tasks: str | Sequence[str | int] | Tensor | None = None, **batch: Any) -> Tensor:
+        """Generate tokens for a batch of one task or, row by row, of several tasks, in one generation with one cache.
+
+            tasks.generate(tasks=["formal", "short"], **tokenizer(texts, return_tensors="pt", padding=True))
+
+        Each row gets the tokens that `tasks[name].generate` gives it in the same batch, with greedy search and with
+        beams. Sampling draws other random numbers.
+
+        Args:
+            tasks: the task of every row, as for a call.
+            batch: the arguments of `generate` of Transformers by keyword; a tensor of length B has one row for each
+                text.
+
+        Returns:
+            Token ids, (B or B * num_return_sequences, T), in the order of the batch.
+
+        Raises:
+            ValueError, KeyError, InjectionError: as for a call; or an argument is not possible for several tasks.
+        """
+        if tasks is None:
+            return generate(self._current(), **batch)
+        rows, batch, back = self._sort(tasks, batch)
+        if len(rows) == 1:
+            return generate(self[next(iter(rows))], **batch)
+        check_generation(self.model, batch)
+        shared, passes = self._shared_for(rows)
+        shared.generation_config = self.model.generation_config
+        return generate_rows(shared, passes, {name: len(own) for name, own in rows.items()}, batch, back)
+
     def extra_repr(self) -> str:
         """Return the names of the tasks, for `print(tasks)`."""
         return self._told()
 
+    def _current(self) -> PreTrainedModel:
+        if self.current is None:
+            raise ValueError(
+                f"say which tasks the rows are of, tasks=[...], or call use(name); there are {self._told()}"
+            )
+        return self[self.current]
+
+    def _sort(self, tasks: Any, batch: Mapping[str, Any]) -> tuple[dict[str, list[int]], dict[str, Any], Tensor | None]:
+        """Return `sort_rows` for tasks in any form; raise as `forward`."""
+        size = count_rows(batch)
+        given = self._resolve(tasks, size)
+        if len(given) != size:
+            raise ValueError(f"tasks names {len(given)} rows, and the batch has {size}")
+        return sort_rows(given, list(self), batch)
+
     def _mix(self, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """Return each task's output for its rows, with one pass of the base for all rows."""
         models = {name: self[name] for name in parts}
-        _check_mixed(next(iter(models.values())), next(iter(parts.values())))
+        check_mixed(next(iter(models.values())), next(iter(parts.values())))
+        shared, passes = self._shared_for(parts)
+        asked = {name: capture_base_inputs(models[name], part) for name, part in parts.items()}
+        counts = [count_rows(question) for question in asked.values()]
+        question = merge(list(asked.values()), counts)
+        with passes.rows(SetRows(tuple(parts), tuple(counts))):
+            whole = shared.base_model(**question)
+        pieces = dict(zip(parts, split_output(whole, counts), strict=True))
+        return {name: Answer.of(models[name], part, pieces[name]) for name, part in parts.items()}
+
+    def _shared_for(self, names: Iterable[str]) -> tuple[Any, Passes]:
+        """Return the base with the sets of all tasks, and its passes; raise `InjectionError` if a task cannot mix."""
         if self.shared is None:
             shared, base = self._share(), self.model.base_model
             self._unmixable = {name: find_unmixable(base, self[name].base_model) for name in self}
             mixable = {name: self[name].base_model for name in self if self._unmixable[name] is None}
             self._passes = furnish(shared.base_model, mixable)
+            route_own(shared, {name: self[name] for name in mixable}, self._passes)
             self.shared = shared.train(self.training)
-        for name in parts:
+        for name in names:
             if reason := self._unmixable[name]:
                 raise InjectionError(f"task {name!r} cannot share a batch with others: {reason}; run it by itself")
-        asked = {name: capture_base_inputs(models[name], part) for name, part in parts.items()}
-        counts = [count_rows(question) for question in asked.values()]
-        question = merge(list(asked.values()), counts)
         assert self._passes is not None
-        with self._passes.rows(SetRows(tuple(parts), tuple(counts))):
-            whole = self.shared.base_model(**question)
-        pieces = dict(zip(parts, split_output(whole, counts), strict=True))
-        return {name: Answer.of(models[name], part, pieces[name]) for name, part in parts.items()}
+        return self.shared, self._passes
 
     def _share(self, head: Iterable[str] = ()) -> PreTrainedModel:
         """Return a model with its own modules and head, and with the other parameters of the base.
@@ -272,7 +307,7 @@ class Tasks(nn.Module):
         Parameters that a checkpoint names as its head also belong to the head, even if they belong to the base in this
         model (for example a pooler that the base's checkpoint holds now).
         """
-        _check_bare(self.model)
+        check_bare(self.model)
         self.model.requires_grad_(False)
         memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(self.model.parameters(), self.model.buffers())}
         model = copy.deepcopy(self.model, memo)
@@ -359,31 +394,3 @@ def _miss_no_base(tasks: nn.Module, incompatible: Any) -> None:
     """Remove the base from the missing keys after a state dict was loaded (a load hook)."""
     own = _own_names(tasks)
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key in own]
-
-
-def _check_bare(model: PreTrainedModel) -> None:
-    if getattr(model, "unipelt_injection", None) is not None or any(True for _ in rooms(model)):
-        raise InjectionError(
-            "this model carries submodules already; save them (unipelt.save), call unipelt.remove(model), and load "
-            "them as a task"
-        )
-
-
-def _changes_base(config: UniPELTConfig) -> str | None:
-    method = "train_base (fine-tuning)" if config.train_base else "bitfit" if config.bitfit else ""
-    if method:
-        return f"{method} changes parameters of the base; inject it into a model of its own"
-    return None if config.has_submodules else "it adds no submodules; name some, or call the base model itself"
-
-
-def _check_mixed(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    for name in ("past_key_values", "use_cache", "output_attentions", "encoder_outputs", "cache_position"):
-        if batch.get(name) is not None and batch[name] is not False:
-            raise ValueError(f"a batch that mixes tasks takes no {name}; run one task at a time, tasks[name](...)")
-    if batch.get("return_dict") is False or getattr(model.config, "return_dict", True) is False:
-        raise ValueError("a batch that mixes tasks gives a MixedOutput; leave return_dict=False out")
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ValueError(
-            "gradient checkpointing computes layers again when rows' tasks are no longer known; switch it off "
-            "(gradient_checkpointing_disable), or train with one task a batch"
-        )

@@ -54,6 +54,18 @@ class DoRA(nn.Module):
         return (factor - 1) * plain + factor * low
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight W', (O, I), of the updated projection, and the unchanged bias, (O,) or None."""
-        updated = weight + self.scale * (self.B.detach() @ self.A.detach()).to(weight)
-        return self.magnitude.detach().to(weight)[:, None] * updated / updated.norm(dim=1, keepdim=True), bias
+        """Return weight (O, I) and bias (O,), or None, of the updated projection.
+
+        Args:
+            weight: W, or W with the terms before this one. The norm of a row is that of `W + s B A` in both cases, as
+                in `forward`.
+            bias: b, or b with the terms before this one.
+        """
+        low = self.scale * (self.B.detach() @ self.A.detach()).to(weight)
+        own = self.spot.matrix().detach().to(weight)
+        factor = self.magnitude.detach().to(weight) / (own + low).norm(dim=1)
+        start = self.spot.bias()
+        if bias is not None and start is not None:
+            start = start.detach().to(bias)
+            bias = start + factor * (bias - start)
+        return factor[:, None] * (weight + low), bias

@@ -257,6 +257,7 @@ class Passes:
         self._recomputed: weakref.WeakValueDictionary[tuple[int, int], ForwardPass] = weakref.WeakValueDictionary()
         self._rows: dict[int, SetRows] = {}
         self._losses: dict[int, list[Tensor]] = {}
+        self._traced_rows: SetRows | None = None
         self._traced: ForwardPass | None = None  # torch.compile traces one thread, and cannot read its id
         self._latest: weakref.ref[ForwardPass] | None = None
 
@@ -325,17 +326,22 @@ class Passes:
 
     def given_rows(self) -> SetRows | None:
         """Return the sets of this thread's rows inside a block of `rows`; else None."""
-        return None if torch.compiler.is_compiling() else self._rows.get(get_ident())
+        return self._traced_rows if torch.compiler.is_compiling() else self._rows.get(get_ident())
 
     @contextmanager
     def rows(self, rows: SetRows) -> Iterator[None]:
         """Give this thread's passes these rows inside the block."""
-        before = self._rows.get(get_ident())
-        self._rows[get_ident()] = rows
+        traced, self._traced_rows = self._traced_rows, rows
+        compiling = torch.compiler.is_compiling()
+        before = None if compiling else self._rows.get(get_ident())
+        if not compiling:
+            self._rows[get_ident()] = rows
         try:
             yield
         finally:
-            del self._rows[get_ident()]
+            self._traced_rows = traced
+            if not compiling:
+                del self._rows[get_ident()]
             if before is not None:
                 self._rows[get_ident()] = before
 

@@ -48,7 +48,7 @@ def token_weights(
 
 def _token_weights(mask: Any, batch: int, truth_values: bool, added: bool) -> Tensor:
     if not isinstance(mask, Tensor):
-        mask = _dense(mask)
+        mask = dense_mask(mask)
     in_logits = mask.is_floating_point() and (mask.dim() > 2 or added) and not truth_values
     open_ = mask > CLOSED if in_logits else mask != 0
     real = open_ if open_.dim() == 2 else open_.flatten(1, 2).any(dim=1)
@@ -57,8 +57,12 @@ def _token_weights(mask: Any, batch: int, truth_values: bool, added: bool) -> Te
     return weights if weights.shape[0] == batch else weights.expand(batch, -1)
 
 
-def _dense(mask: Any) -> Tensor:
-    """Return a block mask of flex attention as truth values, (B, heads, queries, T)."""
+def dense_mask(mask: Any) -> Tensor:
+    """Return a block mask of flex attention as truth values, (B, heads, queries, T).
+
+    Raises:
+        ValueError: the mask has another form.
+    """
     shape, function = getattr(mask, "shape", None), getattr(mask, "mask_mod", None)
     if shape is None or function is None:
         raise ValueError(
