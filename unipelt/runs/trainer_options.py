@@ -130,6 +130,25 @@ def step_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_joint(options: Mapping[str, Any], processes: int) -> None:
+    """Check that a run of this number of processes can do what the options say.
+
+    Raises:
+        ConfigError: an option makes each process draw other batches.
+    """
+    if processes == 1:
+        return
+    strategy = str(options.get("train_sampling_strategy") or "random")
+    refused = [name for name in ("group_by_length", "accelerator_config") if options.get(name)]
+    if strategy not in ("random", "sequential"):
+        refused.append("train_sampling_strategy")
+    if refused:
+        raise ConfigError(
+            f"trainer.{refused[0]} is for a run of one process, and here are {processes}, which all draw the same "
+            "batches; leave it out"
+        )
+
+
 def check_trackers(names: list[str]) -> None:
     """Check that the packages of these trackers are installed.
 

@@ -6,6 +6,7 @@ as if it had not been killed. A checkpoint is complete if it holds a marker, whi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -37,14 +38,15 @@ from unipelt.injection.parameter_groups import parameter_groups
 from unipelt.injection.parameters import parameter_counts
 from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
-from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
+from unipelt.runs import processes
+from unipelt.runs.device import find_device
+from unipelt.runs.errors import Diverged, RunError, RunFailed, check_losses, explain
 from unipelt.runs.folder import CHECKPOINTS, LOGS, Progress
 from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
 from unipelt.runs.settings import SettingsError, TrainingSettings
-from unipelt.runs.trainer_options import check_trackers, step_options
+from unipelt.runs.trainer_options import check_joint, check_trackers, step_options
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
-Job = TypeVar("Job")
 MakeTrainer = Callable[[list[TrainerCallback]], Trainer]
 
 
@@ -80,6 +82,9 @@ class Training(Protocol):
         """The SHA-256 of everything that determines the outcome, including data and weights."""
 
 
+Job = TypeVar("Job", bound=Training)
+
+
 def run_in_folder(
     settings: TrainingSettings,
     load: Callable[[], Job],
@@ -103,10 +108,13 @@ def run_in_folder(
     """
     begun = time.monotonic()
     folder = Path(str(settings.output_dir))
-    record = place.find_finished(settings, folder)
+    processes.check_launcher(settings.precision, settings.trainer or {})
+    processes.check_batch_size(settings.batch_size)
+    processes.join(find_device(settings.device))
+    record = processes.on_first(lambda: place.find_finished(settings, folder))
     if record is not None:
         if not record["settings"]["keep_checkpoints"]:
-            place.clean(folder)  # the run may have been killed before this was done
+            processes.on_first(lambda: place.clean(folder))  # the run may have been killed before this was done
         log(summary(record, folder / RESULT))
         log("(this run had finished before; --overwrite runs it again)")
         return record
@@ -114,11 +122,15 @@ def run_in_folder(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:
-        job = load()
-        with place.locked(folder):
-            record = place.find_finished(settings, folder)  # another process may have finished the run
+        job = processes.first_then_others(load)
+        if len(set(processes.gather(job.digest))) > 1:
+            raise RunError("the processes have loaded different data or weights; give every machine the same files")
+        with contextlib.ExitStack() as stack:
+            processes.on_first(lambda: stack.enter_context(place.locked(folder)))
+            # another process may have finished the run
+            record = processes.on_first(lambda: place.find_finished(settings, folder))
             if record is None:
-                progress = place.begin(settings, folder)
+                progress = processes.on_first(lambda: place.begin(settings, folder))
                 try:
                     record = execute(job, folder, progress, begun)
                 except Exception as error:
@@ -162,6 +174,9 @@ class _Marker(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.spend()
+        processes.wait()  # each process has a file in the checkpoint
+        if not processes.is_first():
+            return
         self.progress.write(self.folder)
         place.mark(self.folder, state.global_step, self.digest, finished=control.should_training_stop)
         steps = (state.global_step, state.best_global_step)
@@ -187,8 +202,9 @@ class _Reporter(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # disable=None shows no bar in a log file
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
+        disable = None if processes.is_first() else True  # None shows no bar in a log file
+        steps, done = state.max_steps, state.global_step
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=disable, dynamic_ncols=True)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update()
@@ -230,6 +246,7 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
     """
     settings = job.settings
     chosen = dict(settings.trainer or {})
+    check_joint(chosen, processes.world_size())
     known = {item.name for item in fields(kind)}
     if settings.gradient_checkpointing:
         # Transformers 5.x renamed the option
@@ -262,6 +279,8 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if processes.world_size() > 1:
+        values["average_tokens_across_devices"] = False  # JointTrainer weights the losses itself
     try:
         arguments = kind(**{**values, **step_options(chosen), **options, **chosen})
         if chosen:
@@ -394,13 +413,14 @@ def common_record(job: Training, state: TrainerState, metrics: Sequence[str], pr
         "packages": describe_packages(),
         "code": describe_code(),
         "attempts": progress.attempts,
+        **({"world_size": processes.world_size()} if processes.world_size() > 1 else {}),
     }
 
 
 def _train(trainer: Trainer, digest: str, folder: Path, log: Callable[[str], None]) -> Path:
     """Train, or continue training, and return the final checkpoint."""
-    last = place.newest_checkpoint(folder, digest)
-    place.remove_checkpoints(folder, digest=digest)
+    last = processes.on_first(lambda: place.newest_checkpoint(folder, digest))
+    processes.on_first(lambda: place.remove_checkpoints(folder, digest=digest))
     if last is not None:
         log(f"going on from {last}")
     # Trainer takes at least one step when it resumes, so a training that has ended must not be resumed
@@ -410,7 +430,7 @@ def _train(trainer: Trainer, digest: str, folder: Path, log: Callable[[str], Non
         except Diverged as error:
             now = trainer.state
             raise error.at(now.epoch or 0.0, now.global_step, trainer.args.learning_rate) from error
-        last = place.newest_checkpoint(folder, digest)
+        last = processes.on_first(lambda: place.newest_checkpoint(folder, digest))
     assert last is not None, "training ends with a marked checkpoint"
     return last
 

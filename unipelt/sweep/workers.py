@@ -18,6 +18,7 @@ from unipelt.files.messages import say
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import RESULT, summary
 from unipelt.runs.folder import CHECKPOINTS, clean
+from unipelt.runs.processes import need_one_process
 from unipelt.sweep.folder import (
     LOG,
     SETTINGS,
@@ -56,7 +57,11 @@ def carry_out(
 
     Returns:
         The error of each failed run in one line, by folder.
+
+    Raises:
+        RunError: this process is one of several.
     """
+    need_one_process("a sweep")
     start = start or in_process(state.workers)
     earlier, state.failures = state.failures, {}
     for settings in state.sweep.runs:
