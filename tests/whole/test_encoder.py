@@ -45,15 +45,17 @@ def test_inject_says_which_model_is_inside() -> None:
     with pytest.raises(InjectionError, match=r"or call its method add_adapter\(unipelt.PeftConfig\(...\)\), which"):
         unipelt.inject(WithAdapters())  # type: ignore[arg-type]
     unipelt.inject(inner)  # as it was told
-    with pytest.raises(InjectionError, match="not Linear$"):
+    with pytest.raises(InjectionError, match=r"not Linear$"):
         unipelt.inject(nn.Linear(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(InjectionError, match="not str$"):
+    with pytest.raises(InjectionError, match=r"not str$"):
         unipelt.inject("bert-base-uncased")  # type: ignore[arg-type]
 
 
 def test_the_socket_says_which_model_is_inside() -> None:
     peft = pytest.importorskip("peft", minversion="0.21")
-    with pytest.raises(InjectionError, match=r"inject the BertModel in it, model.get_submodule\('encoder.auto_model'\)"):
+    with pytest.raises(
+        InjectionError, match=r"inject the BertModel in it, model.get_submodule\('encoder.auto_model'\)"
+    ):
         peft.inject_adapter_in_model(unipelt.PeftConfig("unipelt-apl"), Pooling())
 
 
@@ -90,7 +92,10 @@ def test_pairs_of_glue_and_of_a_file(tmp_path: Path) -> None:
         ((None, None, None), "give --data, a folder with GLUE's data, or --train_file and --dev_file"),
         (("glue", "a.csv", "a.csv"), "but not both"),
         ((None, "a.csv", None), "or --train_file and --dev_file"),
-        ((None, "one.csv", "one.csv"), "a pair has two texts, and the data have only sentence; give --text_columns A B"),
+        (
+            (None, "one.csv", "one.csv"),
+            "a pair has two texts, and the data have only sentence; give --text_columns A B",
+        ),
         ((None, "absent.csv", "absent.csv"), "absent.csv"),
     ],
 )
@@ -100,7 +105,7 @@ def test_data_that_are_no_pairs(
     monkeypatch.chdir(tmp_path)
     Path("one.csv").write_text("sentence,score\none,0.5\ntwo,1.5\n")
     with pytest.raises((ValueError, OSError), match=message):
-        encoder.load_pairs(*named)
+        encoder.load_pairs(named[0], named[1], named[2])
 
 
 def test_spearman_of_cosines() -> None:

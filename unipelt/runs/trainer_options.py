@@ -39,7 +39,7 @@ _BEST = "a run keeps the checkpoint with the best dev score of its task"
 _ALIKE = "a run that goes on after a stop must end as one that was not stopped"
 _SCORES = "a run computes its scores over the whole dev set"
 _COLUMNS = "a run makes the columns of its data itself"
-_ONE = "a run is one process with one device"
+_ONE = "a run shares its batches among its processes itself"
 FIXED = {
     **dict.fromkeys(("do_train", "do_eval"), "a run always trains and evaluates"),
     "resume_from_checkpoint": "a run goes on from its last checkpoint when the same command is given again",

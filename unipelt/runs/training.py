@@ -290,6 +290,11 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
             raise
         said = str(error) if isinstance(error, ConfigError) else f"trainer: {shorten(error)}"
         raise SettingsError(said) from error
+    if arguments.world_size != processes.world_size():
+        raise RunError(
+            f"Transformers sees {arguments.world_size} processes, and WORLD_SIZE is {processes.world_size()}; start "
+            "the run by torchrun"
+        )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # batch_size is for a whole step, so DataParallel must not multiply it
     return arguments
