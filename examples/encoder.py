@@ -94,7 +94,7 @@ def spearman(encoder: Any, pairs: Any, batch_size: int) -> float:
 
 def tune(package: Any, encoder: Any, pairs: Any, options: argparse.Namespace, folder: Path) -> None:
     """Train the adapter of the encoder on these pairs. Files of the trainer go to the folder."""
-    from sentence_transformers.losses import CoSENTLoss
+    from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
     arguments = package.SentenceTransformerTrainingArguments(
         output_dir=str(folder),

@@ -126,6 +126,8 @@ def join(device: str) -> None:
         torch.cuda.set_device(local)
     if distributed.is_initialized():
         return
+    # accelerate calls the CPU of a process cpu:0 and so on, and Transformers 5.0 loads the optimizer to that device
+    torch.serialization.register_package(1999, lambda storage: None, _restore_numbered_cpu)
     _store, *_ = next(distributed.rendezvous("env://", timeout=_WAIT))
     # objects travel by gloo on every device, and gradients by NCCL on a GPU
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
@@ -229,6 +231,11 @@ def leave(code: int) -> None:
     if not _reports:
         time.sleep(_GRACE)  # a launcher that sees this process end would end the reporting one
     os._exit(code)
+
+
+def _restore_numbered_cpu(storage: Any, location: str) -> Any:
+    """Return a storage that is to be on a CPU with a number, and None for another device."""
+    return storage if location.startswith("cpu:") else None
 
 
 def _portable(error: Exception | None) -> Exception | None:
