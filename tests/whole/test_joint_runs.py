@@ -69,15 +69,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def classification(home: Path) -> dict[str, Any]:
-    """A run with gates, whose last batch of an epoch has one row: the second process has none."""
-    return quick(home, train_samples=49, eval_tokens=60, max_length=12)
+    """A run with gates, whose last batch of an epoch has three rows: one process has one, the other has two."""
+    return quick(home, train_samples=51, eval_tokens=60, max_length=12)
 
 
 def scores(home: Path) -> dict[str, Any]:
-    """A run with scores, batches in parts, several batches in a step, and predictions."""
+    """A run with scores, batches in parts, several in a step, one of a single row, and predictions."""
     return quick(
         home,
-        **{"task": "stsb", "glue_dir": str(home / "glue"), "train_file": None, "dev_file": None, "train_samples": 27},
+        **{"task": "stsb", "glue_dir": str(home / "glue"), "train_file": None, "dev_file": None, "train_samples": 25},
         **{"dev_samples": 17, "max_length": 32, "eval_tokens": 60, "train_tokens": 60, "do_predict": True},
         **{"batch_size": 6, "trainer": {"gradient_accumulation_steps": 2}, "method": "adapter"},
     )
