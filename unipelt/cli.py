@@ -210,8 +210,10 @@ def _add_sweep(commands: Any) -> None:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from unipelt.packaged import find
+    from unipelt.runs.processes import need_one_process
     from unipelt.sweep import carry_out, read_sweep, split_list, status, write_request
 
+    need_one_process("a sweep")
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
     if arguments.cpus < 0 or arguments.gpus < 0 or arguments.cpus + arguments.gpus == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
@@ -11,6 +12,7 @@ from typing import Any
 from unipelt.files.messages import complain, show
 from unipelt.glue.settings import RunSettings
 from unipelt.packaged import find
+from unipelt.runs import processes
 from unipelt.runs.aliases import own_names
 from unipelt.runs.options import parse, read_config
 from unipelt.runs.settings import SettingsError, TrainingSettings
@@ -67,12 +69,22 @@ def launch(program: str, argv: Sequence[str], kind: str | None = None) -> int:
             what = f"{KINDS[kind][1]}{_NAMES_AND_KINDS}"
         settings = parse(words, KINDS[kind][0], what, program)
     except (ValueError, OSError) as error:
-        complain(program, error)
+        if processes.has_to_report():
+            complain(program, error)
+        processes.leave(2)
         return 2
 
     from unipelt.runs.errors import exit_code
 
-    return exit_code(program, lambda: _start(settings))
+    try:
+        code = exit_code(program, lambda: _start(settings), processes.has_to_report)
+    except Exception:
+        if processes.world_size() == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    processes.leave(code)
+    return code
 
 
 def find_kind(argv: Sequence[str]) -> tuple[list[str], str]:

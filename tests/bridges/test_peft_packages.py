@@ -290,6 +290,43 @@ def test_training_of_a_sentence_encoder_is_resumed(sentences: Any, minilm: str, 
     assert abs(encode(again) - want).max() < 1e-6
 
 
+def test_the_example_tunes_an_encoder_on_pairs(sentences: Any, minilm: str, tmp_path: Path) -> None:
+    """Texts with a word in common get the smaller score, against what the base has learnt."""
+    import encoder
+
+    words = ("cat", "dog", "sky", "rain", "roof", "car", "tree", "river")
+    rows = [(one, f"the {other}", 0.0 if one == other else 1.0) for one in words for other in words]
+    file = tmp_path / "pairs.csv"
+    file.write_text("sentence1,sentence2,score\n" + "".join(f"{a},{b},{score}\n" for a, b, score in rows))
+    out = tmp_path / "out"
+    given = ["--train_file", str(file), "--dev_file", str(file), "--model", minilm, "--out", str(out)]
+    options = encoder.parse([*given, "--epochs", "3", "--batch_size", "16", "--device", "cpu", "--threads", "1"])
+    options.learning_rate = 5e-3
+    before, after = encoder.run(options)
+    again = sentences.SentenceTransformer(str(out), device="cpu")
+    assert (out / "adapter_model.safetensors").is_file()
+    _, dev = encoder.load_pairs(None, str(file), str(file))
+    assert encoder.spearman(again, dev, 16) == pytest.approx(after, abs=1e-6)
+    assert after > before + 0.1
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.csv", "out"}, "no draft is left"
+
+
+def test_a_set_of_inject_is_loaded_by_a_sentence_encoder(sentences: Any, minilm: str, tmp_path: Path) -> None:
+    model = sentences.SentenceTransformer(minilm, device="cpu")
+    with pytest.raises(unipelt.InjectionError) as caught:
+        unipelt.inject(model)
+    path = str(caught.value).split("get_submodule('")[1].split("'")[0]
+    inner = unipelt.inject(model.get_submodule(path), METHOD)
+    shake(inner)
+    inner.eval()
+    want = encode(model)
+    unipelt.save(inner, tmp_path / "set", peft=True)
+    again = sentences.SentenceTransformer(minilm, device="cpu")
+    assert abs(encode(again) - want).max() > 1e-3
+    again.load_adapter(str(tmp_path / "set"))
+    assert abs(encode(again) - want).max() < 1e-6
+
+
 def test_a_cross_encoder_comes_back(sentences: Any, minilm: str, tmp_path: Path) -> None:
     texts = [("a cat", "cats"), ("rain", "a car")]
     torch.manual_seed(0)

@@ -512,12 +512,6 @@ def test_pickled_weights_are_not_loaded(home: Path, tmp_path: Path) -> None:
         run(settings(home, tmp_path / "run", model=str(model)))
 
 
-def test_several_processes_are_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is above 1; start it with python"):
-        run(settings(home, tmp_path / "run"))
-
-
 def test_divergence_is_an_error_and_no_result(home: Path, tmp_path: Path) -> None:
     chosen = settings(home, tmp_path / "run", method="fine-tuning", learning_rate=1e20, max_grad_norm=0)
     with pytest.raises(RuntimeError, match="training has diverged"):

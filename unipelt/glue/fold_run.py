@@ -35,6 +35,7 @@ from unipelt.runs.device import precision_of
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import FOLDED, MODEL
 from unipelt.runs.machine import describe_code, describe_hardware, describe_packages
+from unipelt.runs.processes import need_one_process
 
 RECORD = "fold.json"
 FORMAT = 1
@@ -78,11 +79,12 @@ def fold_run(
 
     Raises:
         FileNotFoundError: there is no finished run.
-        RunError: `out` exists already, or the data are not the data of the run.
+        RunError: this process is one of several, `out` exists already, or the data are not the data of the run.
         ValueError, OSError: an argument is invalid, or the model cannot be folded. Nothing was written.
     """
     folder = Path(folder)
     out = folder / FOLDED if out is None else Path(out)
+    need_one_process("folding a run")
     if rounds < 1:
         raise RunError(f"rounds must be 1 or more, not {rounds}")
     if out.exists():

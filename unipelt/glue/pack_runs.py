@@ -27,6 +27,7 @@ from unipelt.runs.batches import default_tokens, pack_rows, pack_tokens
 from unipelt.runs.cache import SharedCache
 from unipelt.runs.device import precision_of
 from unipelt.runs.errors import RunError, RunFailed, memory_named
+from unipelt.runs.processes import need_one_process
 
 CHECKPOINT_SECONDS = 60.0
 """The least time between two checkpoints of a run. A checkpoint takes longer than an epoch of a few-shot run."""
@@ -91,7 +92,11 @@ def train(
         done: function that takes the settings of a run, and its record or its error.
         places: the number of runs that train at once.
         voice: function of the settings of a run. It returns the function that takes the lines of this run.
+
+    Raises:
+        RunError: this process is one of several.
     """
+    need_one_process("a pack of runs")
     pack: Pack | None = None
     seats: list[PackedRun] = []
     kept = SharedCache()

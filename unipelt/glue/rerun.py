@@ -34,6 +34,7 @@ from unipelt.runs.compare import compare, format_report, model_pairs, sha256_of,
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import MODEL
 from unipelt.runs.pretrained import tokenizer_sha256
+from unipelt.runs.processes import need_one_process
 from unipelt.runs.settings import FILES, clean_name
 from unipelt.runs.trainer_options import PUBLISHING
 from unipelt.version import __version__
@@ -75,6 +76,7 @@ def rerun(
             The message gives the reason.
         ValueError, OSError: as `unipelt.glue.run.run`.
     """
+    need_one_process("a rerun")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise RunError(f"tolerance must be a number, 0 or above, not {tolerance}")
     path = Path(path)
@@ -160,6 +162,11 @@ def settings_of(record: Mapping[str, Any], changes: Mapping[str, Any] | None = N
     if sent := [name for name in options if name in PUBLISHING]:
         given["trainer"] = {name: value for name, value in options.items() if name not in sent}
         notes.append(f"a rerun reports and uploads nothing: trainer.{', trainer.'.join(sent)} left out")
+    if record.get("world_size", 1) != 1:
+        notes.append(
+            f"it was trained in {record['world_size']!r:.60} processes and is done in one now: without dropout the "
+            "numbers agree to rounding, with dropout in distribution only"
+        )
     if record.get("packed") is not None:
         notes.append(
             f"it was one of a pack ({record['packed']!r:.60}) and is done by itself now: without dropout the numbers "

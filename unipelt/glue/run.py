@@ -38,8 +38,10 @@ from unipelt.records.record import (
     write_result,
 )
 from unipelt.runs import folder as place
+from unipelt.runs import processes
 from unipelt.runs.batches import Batches, default_tokens, materialize, pack_rows, pack_tokens, text_lengths
 from unipelt.runs.folder import MODEL, PICTURE, PREDICTIONS, Progress
+from unipelt.runs.joint_trainer import join_rows
 from unipelt.runs.pretrained import tokenizer_sha256
 from unipelt.runs.settings import SettingsError
 from unipelt.runs.trainer import BatchTrainer
@@ -66,6 +68,7 @@ def run(
         RunFailed: the run failed after its start, for example because training diverged or the disk is full. Its
             checkpoints are kept. (Errors of other kinds are mistakes in the code.)
     """
+    log = processes.only_first(log)
 
     def load() -> Job:
         job = prepare(settings)
@@ -166,43 +169,54 @@ def finish(
     test, gates = _test(trainer, job)
     spend("evaluation")
 
-    files: dict[str, Any] = {"model": MODEL, "gates": None, "predictions": []}
-    save(job.model, folder / MODEL)
-    if gates:
-        files["gates"] = _draw(gates, folder, job, log)
-    for name in [name for name in job.splits if name.startswith("predict:")]:
-        path = _predict(trainer, job, name, folder / PREDICTIONS)
-        files["predictions"].append(str(path.relative_to(folder)))
-    spend()
+    predicted = {name: _predict(trainer, job, name) for name in job.splits if name.startswith("predict:")}
 
-    record = _record(job, state, test, gates, progress, files, folder) | notes
-    write_result(record, folder)
-    if not settings.keep_checkpoints:
-        place.clean(folder)
-    return read_result(folder)
+    def write() -> dict[str, Any]:
+        files: dict[str, Any] = {"model": MODEL, "gates": None, "predictions": []}
+        save(job.model, folder / MODEL)
+        if gates:
+            files["gates"] = _draw(gates, folder, job, log)
+        for name, values in predicted.items():
+            path = _write_predictions(job, name, values, folder / PREDICTIONS)
+            files["predictions"].append(str(path.relative_to(folder)))
+        spend()
+
+        record = _record(job, state, test, gates, progress, files, folder) | notes
+        write_result(record, folder)
+        if not settings.keep_checkpoints:
+            place.clean(folder)
+        return read_result(folder)
+
+    return processes.on_first(write)
 
 
 def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Evaluate the test set once. Return loss and metrics, and the values of every gate (examples, layers)."""
     has_gates = any(isinstance(module, Gates) for module in job.model.modules())
     recording: Any = record_gates(job.model) if has_gates else contextlib.nullcontext({})
+    batches = evaluated(job, "test")
     with recording as gates:
-        output = trainer.predict(evaluated(job, "test"))
+        output = trainer.predict(batches)
     metrics = output.metrics or {}
     test = {
         "loss": metrics["test_loss"],
         "metrics": {name: metrics[f"test_{name}"] for name in job.task.metrics},
     }
-    return test, {name: values.float().cpu() for name, values in gates.items()}
+    return test, {name: join_rows(values.float().cpu(), batches.sizes) for name, values in gates.items()}
 
 
-def _predict(trainer: Trainer, job: Job, name: str, folder: Path) -> Path:
-    """Predict one split and write the predictions in the order of the rows."""
+def _predict(trainer: Trainer, job: Job, name: str) -> np.ndarray:
+    """Return the prediction for each row of a split, in the order of the rows, (rows,)."""
     output = trainer.predict(evaluated(job, name))
     logits = np.asarray(output.predictions)
     values = logits.squeeze(-1) if job.task.is_regression else logits.argmax(-1)
     in_order = np.empty_like(values)
     in_order[job.order[name]] = values
+    return in_order
+
+
+def _write_predictions(job: Job, name: str, in_order: np.ndarray, folder: Path) -> Path:
+    """Write the predictions for a split, and return the path of the file."""
     split = name.removeprefix("predict:")
     if job.settings.task is not None:
         return write_predictions(job.task, in_order, folder, split)

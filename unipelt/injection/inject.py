@@ -43,7 +43,9 @@ def inject_as(
         InjectionError: the model cannot take the submodules, and has not changed.
     """
     if not isinstance(model, PreTrainedModel):
-        raise InjectionError(f"inject takes a PreTrainedModel of transformers, not {type(model).__name__}")
+        raise InjectionError(
+            f"inject takes a PreTrainedModel of transformers, not {type(model).__name__}{model_inside(model)}"
+        )
     if getattr(model, "unipelt_injection", None) is not None or any(True for _ in rooms(model)):
         raise InjectionError("this model carries submodules already; call unipelt.remove(model) first")
     check_names(model)
@@ -94,6 +96,23 @@ def inject_as(
             parameter.requires_grad_(injection.required_grad[name])
         raise
     return model
+
+
+def model_inside(model: Any) -> str:
+    """Return what to inject instead of a module that is no PreTrainedModel but holds one, for the end of a sentence."""
+    if not isinstance(model, nn.Module) or hasattr(model, "peft_config"):  # a PeftModel holds a set already
+        return ""
+    held = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    if not held:
+        return ""
+    name, inner = held[0]  # outer modules come first
+    adapter = ""
+    if callable(getattr(model, "add_adapter", None)):
+        adapter = (
+            ", or call its method add_adapter(unipelt.PeftConfig(...)), which makes a folder that "
+            f"{type(model).__name__} opens"
+        )
+    return f"; inject the {type(inner).__name__} in it, model.get_submodule({name!r}){adapter}"
 
 
 def remove(model: PreTrainedModel) -> PreTrainedModel:

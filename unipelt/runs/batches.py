@@ -128,6 +128,11 @@ class Batches(TorchDataset[Batch]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of rows of each batch."""
+        return [len(rows) for rows in self._rows]
+
     def __getitem__(self, index: int) -> Batch:
         columns = self._split[list(self._rows[index])]
         return dict(

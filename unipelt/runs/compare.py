@@ -74,6 +74,7 @@ def surroundings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[s
     `what`, `then` and `now`.
     """
     pairs = [("packed", then.get("packed"), now.get("packed"))]
+    pairs += [("world_size", then.get("world_size", 1), now.get("world_size", 1))]
     pairs += [(name, then["hardware"].get(name), now["hardware"].get(name)) for name in _HARDWARE]
     pairs += [("eval_tokens", then["settings"].get("eval_tokens"), now["settings"]["eval_tokens"])]
     pairs += [(name, then["packages"].get(name), version) for name, version in now["packages"].items()]

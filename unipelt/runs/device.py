@@ -18,13 +18,12 @@ def find_device(wanted: str) -> str:
         wanted: `auto`, `cpu` or `cuda`.
 
     Raises:
-        RunError: the device is not available, or this process is one of several.
+        RunError: the device is not available.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            "a run trains in one process, and WORLD_SIZE is above 1; start it with python, and several runs side by "
-            "side with one GPU each (CUDA_VISIBLE_DEVICES)"
-        )
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):  # Trainer then computes on the CPU
+        if wanted == "cuda":
+            raise RunError("device is cuda, and accelerate's configuration asks for the CPU; change one of the two")
+        return "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RunError("device is cuda, and PyTorch finds no GPU; use --device cpu")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"

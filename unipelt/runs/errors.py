@@ -92,25 +92,30 @@ def _because(error: Exception) -> str:
     return f" ({lines[0]})" if lines else ""
 
 
-def exit_code(program: str, do: Callable[[], object]) -> int:
+def exit_code(program: str, do: Callable[[], object], has_to_report: Callable[[], bool] = lambda: True) -> int:
     """Call `do`, and print one line if the input is wrong or a run failed.
 
     Args:
         program: the name of the program, for the message.
         do: the function to call.
+        has_to_report: function that returns whether this process reports a failure. Of several processes that fail,
+            only one reports.
 
     Returns:
         The exit code: 0 for success, 1 for a failed run, 2 for bad input, 130 for an interrupt.
     """
     try:
         do()
-    except (ValueError, OSError) as error:
-        complain(program, error)
-        return 2
-    except RunFailed as error:
-        complain(program, error)
-        return 1
+    except (ValueError, OSError, RunFailed) as error:
+        if has_to_report():
+            complain(program, error)
+        return 1 if isinstance(error, RunFailed) else 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        if has_to_report():
+            print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)
         return 130
+    except Exception:
+        if has_to_report():
+            raise
+        return 1  # another process has failed, and this one lost its connection
     return 0

@@ -22,6 +22,7 @@ from unipelt.files.atomic import write_whole
 from unipelt.files.messages import show_path
 from unipelt.files.strict import PlainError, read_plain
 from unipelt.records.record import RESULT, ResultError, mismatch, read_result
+from unipelt.runs import processes
 from unipelt.runs.errors import RunError
 from unipelt.runs.settings import LATER, TrainingSettings
 
@@ -61,12 +62,14 @@ class Progress:
         attempts: the number of times that the run was started.
         seconds: the seconds of `train`, of `evaluation`, and in `total`.
         emptied: whether an earlier attempt had begun, and its folder of checkpoints is gone. This is not written.
+        world_size: the number of processes of the run.
     """
 
     settings: str
     attempts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluation": 0.0, "total": 0.0})
     emptied: bool = False
+    world_size: int = field(default_factory=processes.world_size)
 
     def write(self, folder: Path) -> None:
         """Write the progress into the folder of the run."""
@@ -156,6 +159,13 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
             f"{folder} holds an unfinished run of other settings; choose another output_dir, or --overwrite it"
         )
     again = progress is None or progress.settings != settings.digest() or finished
+    if progress is not None and not again and progress.world_size != processes.world_size():
+        if not settings.overwrite:
+            raise RunError(
+                f"{folder} holds an unfinished run of {progress.world_size} processes, and here are "
+                f"{processes.world_size()}; start as many, choose another output_dir, or --overwrite it"
+            )
+        again = True
     if progress is None or again:
         progress = Progress(settings.digest())
     progress.attempts += 1
@@ -315,7 +325,10 @@ def _read_progress(path: Path) -> Progress | None:
         return None
     if problem := mismatch(values, _PROGRESS_SHAPE, ""):
         raise PlainError(problem)
-    return Progress(**{name: values[name] for name in _PROGRESS_SHAPE})
+    world_size = values.get("world_size", 1)  # absent in the progress of an older version
+    if type(world_size) is not int:
+        raise PlainError(f"world_size is {world_size!r:.60}")
+    return Progress(**{name: values[name] for name in _PROGRESS_SHAPE}, world_size=world_size)
 
 
 def _read_begun(settings: TrainingSettings, folder: Path) -> Progress | None:

@@ -20,6 +20,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -29,6 +30,7 @@ from unipelt.files.atomic import write_whole
 from unipelt.files.messages import say
 from unipelt.records.record import read_result, write_result
 from unipelt.runs import folder as place
+from unipelt.runs import processes
 from unipelt.runs.folder import MODEL, PREDICTIONS, Progress
 from unipelt.runs.pretrained import tokenizer_sha256
 from unipelt.runs.settings import TrainingSettings
@@ -133,6 +135,7 @@ def run(settings: Settings, prepare: Callable[[Settings], TaskJob], log: Callabl
         ValueError, OSError: the input is bad. Nothing was trained, and no file of an earlier run was changed.
         RunFailed: the run failed after its start. Its checkpoints are kept.
     """
+    log = processes.only_first(log)
 
     def load() -> TaskJob:
         job = prepare(settings)
@@ -162,6 +165,19 @@ def _execute(
     spend("evaluation")
     for line in test.lines:
         log(line)
+    return processes.on_first(lambda: _write(job, folder, progress, state, test, final, spend))
+
+
+def _write(
+    job: TaskJob,
+    folder: Path,
+    progress: Progress,
+    state: TrainerState,
+    test: Outcome,
+    final: Mapping[str, Any],
+    spend: Callable[..., None],
+) -> dict[str, Any]:
+    """Write the model, the predictions and the record, which has the entries of `final` too. Return the record."""
     described = job.save(folder / MODEL)
     (folder / PREDICTIONS).mkdir(exist_ok=True)
     for name, content in test.files.items():

@@ -39,7 +39,7 @@ _BEST = "a run keeps the checkpoint with the best dev score of its task"
 _ALIKE = "a run that goes on after a stop must end as one that was not stopped"
 _SCORES = "a run computes its scores over the whole dev set"
 _COLUMNS = "a run makes the columns of its data itself"
-_ONE = "a run is one process with one device"
+_ONE = "a run shares its batches among its processes itself"
 FIXED = {
     **dict.fromkeys(("do_train", "do_eval"), "a run always trains and evaluates"),
     "resume_from_checkpoint": "a run goes on from its last checkpoint when the same command is given again",
@@ -128,6 +128,25 @@ def step_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if log == "steps" and "logging_steps" not in options:
             found["logging_steps"] = options["eval_steps"]
     return found
+
+
+def check_joint(options: Mapping[str, Any], processes: int) -> None:
+    """Check that a run of this number of processes can do what the options say.
+
+    Raises:
+        ConfigError: an option makes each process draw other batches.
+    """
+    if processes == 1:
+        return
+    strategy = str(options.get("train_sampling_strategy") or "random")
+    refused = [name for name in ("group_by_length", "accelerator_config") if options.get(name)]
+    if strategy not in ("random", "sequential"):
+        refused.append("train_sampling_strategy")
+    if refused:
+        raise ConfigError(
+            f"trainer.{refused[0]} is for a run of one process, and here are {processes}, which all draw the same "
+            "batches; leave it out"
+        )
 
 
 def check_trackers(names: list[str]) -> None:

@@ -6,6 +6,7 @@ as if it had not been killed. A checkpoint is complete if it holds a marker, whi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -39,17 +40,18 @@ from unipelt.injection.parameter_groups import parameter_groups
 from unipelt.injection.parameters import parameter_counts
 from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
+from unipelt.runs import processes
 from unipelt.runs.averages import AverageCallback, WeightAverage, read_average
-from unipelt.runs.errors import Diverged, RunFailed, check_losses, explain
+from unipelt.runs.device import find_device
+from unipelt.runs.errors import Diverged, RunError, RunFailed, check_losses, explain
 from unipelt.runs.final import finalize
 from unipelt.runs.folder import CHECKPOINTS, LOGS, Progress
 from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
 from unipelt.runs.moment import TrainingProgress
 from unipelt.runs.settings import SettingsError, TrainingSettings
-from unipelt.runs.trainer_options import check_trackers, step_options
+from unipelt.runs.trainer_options import check_joint, check_trackers, step_options
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
-Job = TypeVar("Job")
 MakeTrainer = Callable[[list[TrainerCallback]], Trainer]
 
 
@@ -89,6 +91,9 @@ class Training(Protocol):
         """The SHA-256 of everything that determines the outcome, including data and weights."""
 
 
+Job = TypeVar("Job", bound=Training)
+
+
 def run_in_folder(
     settings: TrainingSettings,
     load: Callable[[], Job],
@@ -112,10 +117,13 @@ def run_in_folder(
     """
     begun = time.monotonic()
     folder = Path(str(settings.output_dir))
-    record = place.find_finished(settings, folder)
+    processes.check_launcher(settings.precision, settings.trainer or {})
+    processes.check_batch_size(settings.batch_size)
+    processes.join(find_device(settings.device))
+    record = processes.on_first(lambda: place.find_finished(settings, folder))
     if record is not None:
         if not record["settings"]["keep_checkpoints"]:
-            place.clean(folder)  # the run may have been killed before this was done
+            processes.on_first(lambda: place.clean(folder))  # the run may have been killed before this was done
         log(summary(record, folder / RESULT))
         log("(this run had finished before; --overwrite runs it again)")
         return record
@@ -123,11 +131,15 @@ def run_in_folder(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:
-        job = load()
-        with place.locked(folder):
-            record = place.find_finished(settings, folder)  # another process may have finished the run
+        job = processes.first_then_others(load)
+        if len(set(processes.gather(job.digest))) > 1:
+            raise RunError("the processes have loaded different data or weights; give every machine the same files")
+        with contextlib.ExitStack() as stack:
+            processes.on_first(lambda: stack.enter_context(place.locked(folder)))
+            # another process may have finished the run
+            record = processes.on_first(lambda: place.find_finished(settings, folder))
             if record is None:
-                progress = place.begin(settings, folder)
+                progress = processes.on_first(lambda: place.begin(settings, folder))
                 try:
                     record = execute(job, folder, progress, begun)
                 except Exception as error:
@@ -171,6 +183,9 @@ class _Marker(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.spend()
+        processes.wait()  # each process has a file in the checkpoint
+        if not processes.is_first():
+            return
         self.progress.write(self.folder)
         place.mark(self.folder, state.global_step, self.digest, finished=control.should_training_stop)
         steps = (state.global_step, state.best_global_step)
@@ -198,15 +213,17 @@ class _Reporter(TrainerCallback):
         self.evaluation: Shown | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.training = TrainingProgress(
-            self.folder, state.global_step, state.max_steps, state.num_train_epochs, self._say
-        )
+        if processes.is_first():
+            steps, epochs = state.max_steps, state.num_train_epochs
+            self.training = TrainingProgress(self.folder, state.global_step, steps, epochs, self._say)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.training is not None:
             self.training.update(state.epoch or 0.0)
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        if not processes.is_first():
+            return
         if self.evaluation is None:
             loader = event.get("eval_dataloader")
             total = len(loader) if has_length(loader) else None
@@ -263,6 +280,10 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
     """
     settings = job.settings
     chosen = dict(settings.trainer or {})
+    check_joint(chosen, processes.world_size())
+    if processes.world_size() > 1 and (settings.average or settings.select):
+        name = "average" if settings.average else "select"
+        raise SettingsError(f"{name} is for a run of one process, and here are {processes.world_size()}; leave it out")
     known = {item.name for item in fields(kind)}
     if settings.gradient_checkpointing:
         # Transformers 5.x renamed the option
@@ -295,6 +316,8 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if processes.world_size() > 1:
+        values["average_tokens_across_devices"] = False  # JointTrainer weights the losses itself
     try:
         arguments = kind(**{**values, **step_options(chosen), **options, **chosen})
         if chosen:
@@ -304,6 +327,11 @@ def training_arguments(job: Training, folder: Path, kind: type[Arguments], **opt
             raise
         said = str(error) if isinstance(error, ConfigError) else f"trainer: {shorten(error)}"
         raise SettingsError(said) from error
+    if arguments.world_size != processes.world_size():
+        raise RunError(
+            f"Transformers sees {arguments.world_size} processes, and WORLD_SIZE is {processes.world_size()}; start "
+            "the run by torchrun"
+        )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # batch_size is for a whole step, so DataParallel must not multiply it
     return arguments
@@ -437,15 +465,16 @@ def common_record(job: Training, state: TrainerState, metrics: Sequence[str], pr
         "packages": describe_packages(),
         "code": describe_code(),
         "attempts": progress.attempts,
+        **({"world_size": processes.world_size()} if processes.world_size() > 1 else {}),
     }
 
 
 def _train(trainer: Trainer, digest: str, folder: Path, progress: Progress, log: Callable[[str], None]) -> Path:
     """Train, or continue training, and return the final checkpoint."""
-    last = place.newest_checkpoint(folder, digest)
-    if reason := place.reason_to_start_over(folder, progress, digest):
+    last = processes.on_first(lambda: place.newest_checkpoint(folder, digest))
+    if reason := processes.on_first(lambda: place.reason_to_start_over(folder, progress, digest)):
         log(f"starting over: {reason}")
-    place.remove_checkpoints(folder, digest=digest)
+    processes.on_first(lambda: place.remove_checkpoints(folder, digest=digest))
     if last is not None:
         log(f"going on from {last}")
     # Trainer takes at least one step when it resumes, so a training that has ended must not be resumed
@@ -455,7 +484,7 @@ def _train(trainer: Trainer, digest: str, folder: Path, progress: Progress, log:
         except Diverged as error:
             now = trainer.state
             raise error.at(now.epoch or 0.0, now.global_step, trainer.args.learning_rate) from error
-        last = place.newest_checkpoint(folder, digest)
+        last = processes.on_first(lambda: place.newest_checkpoint(folder, digest))
     assert last is not None, "training ends with a marked checkpoint"
     return last
 

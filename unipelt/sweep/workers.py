@@ -15,6 +15,7 @@ from unipelt.files.progress import Progress, above_bars, duration
 from unipelt.glue.settings import RunSettings
 from unipelt.records.record import RESULT, summary
 from unipelt.runs.folder import CHECKPOINTS, clean
+from unipelt.runs.processes import need_one_process
 from unipelt.sweep.folder import (
     CLAIM,
     LOG,
@@ -53,7 +54,11 @@ def carry_out(
 
     Returns:
         The error of each failed run in one line, by folder.
+
+    Raises:
+        RunError: this process is one of several.
     """
+    need_one_process("a sweep")
     earlier, state.failures = state.failures, {}
     for settings in state.sweep.runs:
         if folder_of(settings) in state.seconds:

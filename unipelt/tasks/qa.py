@@ -26,6 +26,7 @@ from unipelt.runs.cache import SharedCache
 from unipelt.runs.device import find_device
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import check_folder
+from unipelt.runs.joint_trainer import JointTrainer
 from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
 from unipelt.runs.run import Outcome, TaskJob
 from unipelt.runs.sampling import fixed_rows
@@ -72,7 +73,7 @@ class QAJob(TaskJob):
 
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
         """Return the trainer, which evaluates on the dev set."""
-        return Trainer(
+        return JointTrainer(
             model=self.model,
             args=self.arguments(folder),
             # a bound method, because Trainer saves the tokenizer of a collator with every checkpoint

@@ -34,6 +34,7 @@ from unipelt.runs.cache import SharedCache
 from unipelt.runs.device import find_device
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import check_folder
+from unipelt.runs.joint_trainer import JointTrainer
 from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
 from unipelt.runs.run import Outcome, TaskJob
 from unipelt.runs.sampling import few_shot_rows, fixed_rows
@@ -48,6 +49,12 @@ _HEAD = 32
 """Width of an attention head in a model that starts at random."""
 
 Pair = tuple[str, str]
+
+
+class TranslationTrainer(JointTrainer, Seq2SeqTrainer):  # type: ignore[misc]
+    """Trainer whose processes train and translate together."""
+
+    repeats_losses = True
 
 
 @dataclass
@@ -80,7 +87,7 @@ class TranslationJob(TaskJob):
 
     def make_trainer(self, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
         """Return the trainer, which evaluates by translating the dev set."""
-        return Seq2SeqTrainer(
+        return TranslationTrainer(
             model=self.model,
             args=self.arguments(folder),
             # a bound method, because Trainer saves the tokenizer of a collator with every checkpoint

@@ -29,7 +29,7 @@ from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.hosts.quantised import find_obstacle
 from unipelt.injection.attach import build, build_prompt, install, install_prompt
 from unipelt.injection.hooks import take_off
-from unipelt.injection.inject import REPLACED
+from unipelt.injection.inject import REPLACED, model_inside
 from unipelt.injection.parameters import head_names
 from unipelt.injection.precision import widen, widen_input
 from unipelt.injection.state import Injection, injection_inside, is_injected
@@ -71,7 +71,9 @@ class UniPELTModel(BaseTuner):
         chosen: Any = self.peft_config[adapter_name]
         config: UniPELTConfig = chosen.unipelt
         if not isinstance(model, PreTrainedModel):
-            raise InjectionError(f"unipelt takes a PreTrainedModel of transformers, not {type(model).__name__}")
+            raise InjectionError(
+                f"unipelt takes a PreTrainedModel of transformers, not {type(model).__name__}{model_inside(model)}"
+            )
         if problem := find_uncarried(config):
             raise ValueError(problem)
         first = not any(isinstance(room, PeftRoom) for _, room in rooms(model))
