@@ -16,6 +16,7 @@ from unipelt.config.methods import (
     SubmoduleConfig,
     UniPELTConfig,
 )
+from unipelt.config.peft import PeftTermConfig
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError
 
@@ -30,6 +31,7 @@ __all__ = [
     "IA3Config",
     "LoRAConfig",
     "ParallelConfig",
+    "PeftTermConfig",
     "Place",
     "PrefixConfig",
     "PromptConfig",

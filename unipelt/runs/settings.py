@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
-from unipelt.config.methods import SUBMODULES, UniPELTConfig
+from unipelt.config.methods import UniPELTConfig
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
 from unipelt.files.messages import show
@@ -197,7 +197,7 @@ class TrainingSettings:
         if not rates:
             return
         config = self.config
-        parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
+        parts = config.submodule_names
         known = dict.fromkeys(parts)
         if any(getattr(config.part(name), "gate", False) for name in parts):
             known["gate"] = None
@@ -298,7 +298,7 @@ def paper_learning_rate(config: UniPELTConfig) -> float:
     """
     if config.train_base:
         return 2e-5
-    parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
+    parts = config.submodule_names
     if parts in ([], ["adapter"]):
         return 1e-4
     return 2e-4 if parts == ["prefix"] else 5e-4
