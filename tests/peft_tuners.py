@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import unipelt
-from unipelt.submodules.peft_types import DEFAULTS, REFUSED, find_tuner
+from unipelt.config.peft_types import DEFAULTS, REFUSED, find_tuner
+from unipelt.injection.state import injection_of
 from unipelt.submodules.room import placed_terms
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -104,7 +105,7 @@ def peft_model(kind: str, family: str, ours: PreTrainedModel, gate: float = 1.0,
     base = theirs.base_model.model
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            if name in ours.unipelt_injection.head:
+            if name in injection_of(ours).head:
                 base.get_parameter(name).copy_(parameter)
         for placed in placed_terms(ours):
             layer = base.get_submodule(placed.path)

@@ -101,3 +101,15 @@ def test_constant_gates_are_folded(kind: str, tmp_path: Path) -> None:
     unipelt.remove(model)
     fresh = build("bert").state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("kind", sample(working_types()))
+def test_peft_reads_it(kind: str, family: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = injected(kind, family)
+    unipelt.save_peft(model, tmp_path)
+    theirs = PeftModel.from_pretrained(build(family), str(tmp_path)).eval()
+    gap = (theirs(**batch_of(family)).logits - model(**batch_of(family)).logits).abs().max()
+    assert gap <= 1e-6

@@ -104,6 +104,14 @@ def write_tuners(parts: Sequence[Any]) -> dict[str, Any]:
     return {part.label: part.to_dict() for part in parts}
 
 
+def tuner_names(values: Any) -> set[str]:
+    """Return the names of the submodules under the key `peft` of a record, which is not checked."""
+    if not isinstance(values, Mapping):
+        return set()
+    labels = [values["type"].lower()] if isinstance(values.get("type"), str) else values
+    return {f"{KEY}_{label}" for label in labels}
+
+
 def _read_tuner(values: Mapping[str, Any], label: str, where: str) -> PeftTermConfig:
     given = {name: values[name] for name in PeftTermConfig.own if name in values}
     options = Options({name: value for name, value in values.items() if name not in PeftTermConfig.own})

@@ -8,6 +8,7 @@ model itself does not change.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from transformers import PreTrainedModel
 
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.peft import PeftTermConfig
+from unipelt.config.peft_types import find_tuner, peft_config
 from unipelt.config.schema import ConfigError
 from unipelt.files.messages import shorten
 from unipelt.hosts.locate import InjectionError, StackTargets, TermTarget
 from unipelt.hosts.quantised import describe_numbers, is_quantised, template_for
-from unipelt.submodules.outputs import matrix_of, own_rows
+from unipelt.submodules.outputs import OutputSlice, matrix_of, own_rows
 from unipelt.submodules.peft_term import HostProjection, PeftTerm
-from unipelt.submodules.peft_types import find_tuner, peft_config
 
 ADAPTER = "default"
 """PEFT's name of the adapter in its layers."""
@@ -63,13 +64,13 @@ def build_peft_terms(
         if not targets:
             continue
         terms = {}
-        for target, layer in _layers_of(part, targets):
+        for target, layer in _layers_of(part, targets, widens=config.dtype == "float32"):
             projection = target.projection
             host = HostProjection(projection.module, projection.rows, projection.inputs)
             term = PeftTerm(target.name, part.name, layer, host, part.type)
             like = template_for(projection.module.weight, model.dtype, config.dtype)
-            for parameter in term.parameters():
-                parameter.data = parameter.data.to(like.dtype)
+            for tensor in (*term.parameters(), *term.buffers()):
+                tensor.data = tensor.data.to(like.dtype) if tensor.is_floating_point() else tensor.data
             terms[projection.module, target.name] = term
         writes = _probe(part, next(iter(terms.values())))
         for key, term in terms.items():
@@ -89,26 +90,37 @@ def _probe(part: PeftTermConfig, term: PeftTerm) -> bool:
         ) from error
 
 
-def _layers_of(part: PeftTermConfig, targets: list[tuple[str, str, TermTarget]]) -> list[tuple[TermTarget, Any]]:
-    """Return PEFT's layer for each target: (path of the host, path of its layer, target)."""
-    skeleton, stand_ins = nn.Module(), {}
-    names: dict[Any, set[str]] = {}
+def _layers_of(
+    part: PeftTermConfig, targets: list[tuple[str, str, TermTarget]], widens: bool
+) -> list[tuple[TermTarget, Any]]:
+    """Build PEFT's layer for each target.
+
+    Args:
+        part: the configuration of the tuner.
+        targets: path of the host, path of its layer, and target.
+        widens: whether PEFT keeps its numbers in float32 beside a weight of half precision.
+
+    Returns:
+        Each target with its layer.
+    """
     shared = [path for path, _, _ in targets]
+    hosts = {}
     for path, layer_path, target in targets:
+        _check_host(part, path, target.projection.module)
         # several projections may be slices of one module
         name = path if shared.count(path) == 1 else f"{path}.{target.place}"
-        stand_ins[name] = _stand_in(part, path, target)
-        _place(skeleton, name, stand_ins[name])
-        names.setdefault(target.place, set()).add(name.removeprefix(f"{layer_path}."))
+        hosts[name] = Place(layer_path, target.place, target.projection.module, target.projection.rows)
+    skeleton, stand_ins = make_skeleton(hosts)
     before = {name: stand_in.weight.data_ptr() for name, stand_in in stand_ins.items()}
     try:
-        wanted = peft_config(part, names)
+        wanted = peft_config(part, ends_by_place(hosts))
         _, tuner = find_tuner(part.type)
     except (ConfigError, ImportError) as error:
         raise InjectionError(str(error)) from error
     try:
         with torch.no_grad():
-            tuner(skeleton, wanted, ADAPTER)
+            built = tuner(skeleton, wanted, ADAPTER)
+            built._cast_adapter_dtype(ADAPTER, autocast_adapter_dtype=widens)
     except Exception as error:  # PEFT's tuners raise errors of every kind
         raise InjectionError(f"{part.name}: PEFT cannot build its {part.type} here: {shorten(error)}") from error
     found = []
@@ -126,10 +138,8 @@ def _layers_of(part: PeftTermConfig, targets: list[tuple[str, str, TermTarget]])
     return found
 
 
-def _stand_in(part: PeftTermConfig, path: str, target: TermTarget) -> nn.Linear:
-    """Return a Linear with the numbers of a projection, in the same memory where possible."""
-    projection = target.projection
-    host = projection.module
+def _check_host(part: PeftTermConfig, path: str, host: Any) -> None:
+    """Raise `InjectionError` for a projection whose weight has no numbers to build a layer from."""
     if is_quantised(host.weight):
         raise InjectionError(
             f"{path} is quantised ({describe_numbers(host.weight)}), and a layer of PEFT's ({part.name}) is built from "
@@ -140,13 +150,49 @@ def _stand_in(part: PeftTermConfig, path: str, target: TermTarget) -> nn.Linear:
             f"{path} is on the device meta, and a layer of PEFT's ({part.name}) is built from the numbers of the "
             "weight; load the model without offloading"
         )
-    weight = matrix_of(host, projection.rows).detach()
-    outputs, inputs = weight.shape
-    stand_in = nn.Linear(inputs, outputs, bias=host.bias is not None, device="meta")
-    stand_in.weight = nn.Parameter(weight, requires_grad=False)
-    if host.bias is not None:
-        stand_in.bias = nn.Parameter(own_rows(host.bias, projection.rows).detach(), requires_grad=False)
-    return stand_in
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of one of PEFT's layers.
+
+    Attributes:
+        layer: path of the layer, from the model.
+        place: name of the place.
+        host: the module of the projection.
+        rows: the outputs of the host that belong to the projection.
+    """
+
+    layer: str
+    place: Any
+    host: Any
+    rows: OutputSlice
+
+
+def make_skeleton(places: Mapping[str, Place]) -> tuple[nn.Module, dict[str, nn.Linear]]:
+    """Return a module that holds a Linear for each place at its name, and these by name.
+
+    Each Linear has the numbers of its projection, in the same memory where possible.
+    """
+    skeleton, stand_ins = nn.Module(), {}
+    for name, place in places.items():
+        weight = matrix_of(place.host, place.rows).detach()
+        outputs, inputs = weight.shape
+        stand_in = nn.Linear(inputs, outputs, bias=place.host.bias is not None, device="meta")
+        stand_in.weight = nn.Parameter(weight, requires_grad=False)
+        if place.host.bias is not None:
+            stand_in.bias = nn.Parameter(own_rows(place.host.bias, place.rows).detach(), requires_grad=False)
+        stand_ins[name] = stand_in
+        _place(skeleton, name, stand_in)
+    return skeleton, stand_ins
+
+
+def ends_by_place(places: Mapping[str, Place]) -> dict[Any, set[str]]:
+    """Return the names of projections without the path of the layer, by place: the names that PEFT matches."""
+    ends: dict[Any, set[str]] = {}
+    for name, place in places.items():
+        ends.setdefault(place.place, set()).add(name.removeprefix(f"{place.layer}."))
+    return ends
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

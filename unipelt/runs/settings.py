@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from unipelt.config.methods import UniPELTConfig
+from unipelt.config.peft import PeftTermConfig
+from unipelt.config.peft_types import check_tuner
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
 from unipelt.files.messages import show
@@ -159,6 +161,7 @@ class TrainingSettings:
         self._check_trainer()
         self._check_data()
         object.__setattr__(self, "method", expand_method(self.method))
+        self._check_tuners()
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", paper_learning_rate(self.config))
         self._check_rates()
@@ -186,6 +189,15 @@ class TrainingSettings:
             raise SettingsError("precision bf16 and trainer.fp16 exclude each other; leave one of them out")
         if options.get("fp16") and self.device == "cpu":
             raise SettingsError("trainer.fp16 needs a GPU, and device is cpu; leave it out, or take precision bf16")
+
+    def _check_tuners(self) -> None:
+        """Check the types and the options of PEFT's tuners, which needs PEFT."""
+        for part in self.config.more:
+            if isinstance(part, PeftTermConfig):
+                try:
+                    check_tuner(part)
+                except (ConfigError, ImportError) as error:
+                    raise SettingsError(f"method: {error}") from error
 
     def _check_rates(self) -> None:
         """Check that the method has the parts in `rates`, and that each rate is a valid learning rate."""

@@ -48,6 +48,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {"FROD": {"progressbar": False}, "IA
 """Options by type that have another default here than in PEFT."""
 
 
+MIXES_ROWS: Mapping[str, str] = {"LILY": "averages its router over all tokens of a batch, padding and other texts too"}
+"""Types whose output for a text depends on the rest of its batch, with the reason."""
+
+
 def import_peft() -> Any:
     """Import PEFT. Raise `ImportError` if PEFT is not installed."""
     try:
