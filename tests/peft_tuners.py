@@ -73,9 +73,11 @@ def method_of(kind: str, *, gated: bool = False, **more: Any) -> dict[str, Any]:
     return {"preset": "lora", "lora": None, "peft": {"type": kind, "gate": gated, **OPTIONS.get(kind, {})}, **more}
 
 
-def injected(kind: str, family: str, *, gate: float | None = None, **more: Any) -> PreTrainedModel:
+def injected(
+    kind: str, family: str, *, gate: float | None = None, dtype_of_base: torch.dtype = torch.float32, **more: Any
+) -> PreTrainedModel:
     """A tiny model with one tuner, moved away from its start; with a number for `gate`, all gates have this value."""
-    model = build(family)
+    model = build(family).to(dtype_of_base)  # type: ignore[arg-type]
     if gate is not None:
         more = {"gate": {"pooling": "static"}, **more}
     unipelt.inject(model, method_of(kind, gated=gate is not None, **more))
@@ -101,7 +103,9 @@ def peft_model(kind: str, family: str, ours: PreTrainedModel, gate: float = 1.0,
 
     config, _ = find_tuner(kind)
     settings = {**DEFAULTS.get(kind, {}), **OPTIONS.get(kind, {}), **options}
-    theirs = peft.get_peft_model(build(family), config(target_modules=PROJECTIONS[family], **settings)).eval()
+    theirs = peft.get_peft_model(
+        build(family).to(ours.dtype), config(target_modules=PROJECTIONS[family], **settings)
+    ).eval()
     base = theirs.base_model.model
     with torch.no_grad():
         for name, parameter in ours.named_parameters():

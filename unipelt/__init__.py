@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SubmoduleConfig,
         UniPELTConfig,
     )
+    from unipelt.config.peft import PeftTermConfig
     from unipelt.config.presets import PRESETS, resolve
     from unipelt.config.schema import ConfigError
     from unipelt.files.hub import HubError
@@ -87,6 +88,7 @@ else:
             "ParallelConfig": "unipelt.config.methods",
             "ParameterCounts": "unipelt.injection.parameters",
             "PeftConfig": "unipelt.bridges.peft_socket.config",
+            "PeftTermConfig": "unipelt.config.peft",
             "PrefixConfig": "unipelt.config.methods",
             "Prompt": "unipelt.submodules.prompt",
             "PromptConfig": "unipelt.config.methods",
@@ -158,6 +160,7 @@ __all__ = [
     "ParallelConfig",
     "ParameterCounts",
     "PeftConfig",
+    "PeftTermConfig",
     "PrefixConfig",
     "Prompt",
     "PromptConfig",

@@ -77,8 +77,13 @@ class PeftTermConfig(SubmoduleConfig):
         return f"{KEY}_{self.label}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the tuner as plain types, as it stands in a method."""
-        return {"type": self.type, "gate": self.gate, "places": list(self.places), **self.options}
+        """Return the tuner as plain types, as a method holds it. `gate` and `places` are left out at their default."""
+        own: dict[str, Any] = {"type": self.type}
+        if not self.gate:
+            own["gate"] = False
+        if self.places != type(self).places:
+            own["places"] = list(self.places)
+        return own | self.options
 
 
 def read_tuners(values: Any) -> tuple[PeftTermConfig, ...]:

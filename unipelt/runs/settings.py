@@ -18,6 +18,7 @@ from unipelt.config.peft_types import check_tuner
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError, convert, flatten, read_mapping
 from unipelt.files.messages import show
+from unipelt.files.strict import PlainError, parse_yaml
 from unipelt.runs.trainer_options import check_options
 
 INCIDENTAL = ("output_dir", "overwrite", "keep_checkpoints", "device", "num_workers", "threads", "eval_tokens")
@@ -107,7 +108,7 @@ class TrainingSettings:
     seed: int = option(1, "Seed of initialisation, dropout and the order of examples")
     method: str | Mapping[str, Any] = option(
         "unipelt-apl",
-        "Method: the name of a preset, or the path of a JSON or YAML file. In CONFIG it may be a mapping. "
+        "Method: the name of a preset, the path of a JSON or YAML file, or a mapping, on the command line as JSON. "
         "--method.lora.rank 4 sets a field of it, and --method.prefix null leaves the prefix out",
     )
     learning_rate: float | None = option(
@@ -317,7 +318,7 @@ def paper_learning_rate(config: UniPELTConfig) -> float:
 
 
 def expand_method(method: Any) -> str | dict[str, Any]:
-    """Return a method as the name of a preset or as a mapping. A path is read.
+    """Return a method as the name of a preset or as a mapping. A path, and a text that holds a mapping, are read.
 
     Raises:
         SettingsError, ConfigError: the method is invalid.
@@ -325,6 +326,11 @@ def expand_method(method: Any) -> str | dict[str, Any]:
     """
     if isinstance(method, (str, Path)) and str(method).endswith((".json", ".yaml", ".yml")):
         method = read_mapping(method)
+    elif isinstance(method, str) and method.lstrip().startswith("{"):
+        try:
+            method = parse_yaml(method)
+        except PlainError as error:
+            raise SettingsError(f"method: cannot read the mapping {show(method)}: {error}") from error
     if isinstance(method, Mapping):
         method = with_numbers(method)
     elif not isinstance(method, str):

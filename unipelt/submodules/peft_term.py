@@ -89,6 +89,9 @@ class PeftTerm(Term):
             if isinstance(module, nn.Module):  # shared by all layers of the tuner, and no child of this layer
                 self.add_module(f"shared_{hidden}", module)
         frozen = {path for path, parameter in self.named_parameters() if id(parameter) not in trained}
+        for path in self.saved_buffers:  # a state dict holds what a checkpoint holds
+            owner, _, last = path.rpartition(".")
+            self.get_submodule(owner)._non_persistent_buffers_set.discard(last)
         self._parts = tuple(
             Part(f"{name}.{path}", kind, path, frozen=path in frozen) for path, _ in self.named_parameters()
         )
