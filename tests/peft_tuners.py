@@ -77,7 +77,8 @@ def injected(
     kind: str, family: str, *, gate: float | None = None, dtype_of_base: torch.dtype = torch.float32, **more: Any
 ) -> PreTrainedModel:
     """A tiny model with one tuner, moved away from its start; with a number for `gate`, all gates have this value."""
-    model = build(family).to(dtype_of_base)  # type: ignore[arg-type]
+    model: Any = build(family)
+    model = model.to(dtype_of_base)
     if gate is not None:
         more = {"gate": {"pooling": "static"}, **more}
     unipelt.inject(model, method_of(kind, gated=gate is not None, **more))
@@ -103,10 +104,9 @@ def peft_model(kind: str, family: str, ours: PreTrainedModel, gate: float = 1.0,
 
     config, _ = find_tuner(kind)
     settings = {**DEFAULTS.get(kind, {}), **OPTIONS.get(kind, {}), **options}
-    theirs = peft.get_peft_model(
-        build(family).to(ours.dtype), config(target_modules=PROJECTIONS[family], **settings)
-    ).eval()
-    base = theirs.base_model.model
+    plain: Any = build(family)
+    theirs: Any = peft.get_peft_model(plain.to(ours.dtype), config(target_modules=PROJECTIONS[family], **settings))
+    base = theirs.eval().base_model.model
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if name in injection_of(ours).head:

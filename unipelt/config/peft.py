@@ -44,7 +44,7 @@ class PeftTermConfig(SubmoduleConfig):
     places: tuple[Place, ...] = ("query", "value")
     type: str = ""
     label: str = ""
-    options: Options = field(default_factory=Options)
+    options: Mapping[str, Any] = field(default_factory=Options)
 
     own: ClassVar[tuple[str, ...]] = ("gate", "places", "type")
     """The keys of this package; all other keys are options of the tuner."""
@@ -83,7 +83,7 @@ class PeftTermConfig(SubmoduleConfig):
             own["gate"] = False
         if self.places != type(self).places:
             own["places"] = list(self.places)
-        return own | self.options
+        return {**own, **self.options}
 
 
 def read_tuners(values: Any) -> tuple[PeftTermConfig, ...]:
