@@ -71,7 +71,8 @@ def build_peft_terms(
             like = template_for(projection.module.weight, model.dtype, config.dtype)
             for tensor in (*term.parameters(), *term.buffers()):
                 tensor.data = tensor.data.to(like.dtype) if tensor.is_floating_point() else tensor.data
-            terms[projection.module, target.name] = term
+            # the tuner leaves some of its buffers on the CPU
+            terms[projection.module, target.name] = term.to(projection.module.weight.device)
         writes = _probe(part, next(iter(terms.values())))
         for key, term in terms.items():
             term.layer.base_layer.copies = writes
