@@ -64,7 +64,7 @@ def build_peft_terms(
         if not targets:
             continue
         terms = {}
-        for target, layer in _layers_of(part, targets, widens=config.dtype == "float32"):
+        for target, layer in _layers_of(part, targets):
             projection = target.projection
             host = HostProjection(projection.module, projection.rows, projection.inputs)
             term = PeftTerm(target.name, part.name, layer, host, part.type)
@@ -91,15 +91,12 @@ def _probe(part: PeftTermConfig, term: PeftTerm) -> bool:
         ) from error
 
 
-def _layers_of(
-    part: PeftTermConfig, targets: list[tuple[str, str, TermTarget]], widens: bool
-) -> list[tuple[TermTarget, Any]]:
+def _layers_of(part: PeftTermConfig, targets: list[tuple[str, str, TermTarget]]) -> list[tuple[TermTarget, Any]]:
     """Build PEFT's layer for each target.
 
     Args:
         part: the configuration of the tuner.
         targets: path of the host, path of its layer, and target.
-        widens: whether PEFT keeps its numbers in float32 beside a weight of half precision.
 
     Returns:
         Each target with its layer.
@@ -120,8 +117,7 @@ def _layers_of(
         raise InjectionError(str(error)) from error
     try:
         with torch.no_grad():
-            built = tuner(skeleton, wanted, ADAPTER)
-            built._cast_adapter_dtype(ADAPTER, autocast_adapter_dtype=widens)
+            tuner(skeleton, wanted, ADAPTER)
     except Exception as error:  # PEFT's tuners raise errors of every kind
         raise InjectionError(f"{part.name}: PEFT cannot build its {part.type} here: {shorten(error)}") from error
     found = []
