@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         UniPELTConfig,
     )
     from unipelt.config.mixture import MixtureConfig
+    from unipelt.config.peft import PeftTermConfig
     from unipelt.config.presets import PRESETS, resolve
     from unipelt.config.schema import ConfigError
     from unipelt.files.hub import HubError
@@ -103,6 +104,7 @@ else:
             "ParallelConfig": "unipelt.config.methods",
             "ParameterCounts": "unipelt.injection.parameters",
             "PeftConfig": "unipelt.bridges.peft_socket.config",
+            "PeftTermConfig": "unipelt.config.peft",
             "PrefixConfig": "unipelt.config.methods",
             "Prompt": "unipelt.submodules.prompt",
             "PromptConfig": "unipelt.config.methods",
@@ -189,6 +191,7 @@ __all__ = [
     "ParallelConfig",
     "ParameterCounts",
     "PeftConfig",
+    "PeftTermConfig",
     "PrefixConfig",
     "Prompt",
     "PromptConfig",

@@ -21,6 +21,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from unipelt.config.peft import PeftTermConfig
+from unipelt.config.peft_types import MIXES_ROWS
 from unipelt.hosts.attention_interface import BACK_ENDS
 from unipelt.hosts.families import FAMILIES
 from unipelt.injection.balance_hooks import balances
@@ -327,11 +329,19 @@ def _check(model: PreTrainedModel) -> None:
             "a pack computes losses by itself, without the load-balancing loss of a mixture (balance); take balance 0, "
             "or train the runs one by one"
         )
-    parts = [getattr(config, part) for part in ("adapter", "prefix", "lora")]
-    if config.gate.pooling == "mean" and any(part is not None and part.gate for part in parts):
+    if config.gate.pooling == "mean" and any(config.part(part).gate for part in config.submodule_names):
         raise PackError(
             "gates with pooling 'mean' average over padding too, of which a pack has more than its replicas by "
             "themselves; take pooling 'masked_mean', or train the runs one by one"
+        )
+    for part in config.more:
+        if isinstance(part, PeftTermConfig) and part.type in MIXES_ROWS:
+            raise PackError(
+                f"PEFT's {part.type} {MIXES_ROWS[part.type]}, and a pack has other batches; train its runs one by one"
+            )
+    if hooked := [name for name, parameter in model.named_parameters() if parameter._backward_hooks]:
+        raise PackError(
+            f"the gradient of {hooked[0]} has a hook, which a pack does not call; train its runs one by one"
         )
     if other := [name for name, values in kept_values(model).items() if values.dtype != torch.float32]:
         raise PackError(f"replicas are kept in float32, and {other[0]} is not; use autocast for half precision")

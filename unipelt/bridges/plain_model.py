@@ -19,6 +19,7 @@ from unipelt.injection.state import injection_of
 from unipelt.submodules.lora import LoRA, low_rank_factors
 from unipelt.submodules.mixture import MixtureTerm
 from unipelt.submodules.outputs import OutputSlice
+from unipelt.submodules.peft_term import PeftTerm
 from unipelt.submodules.room import PlacedTerm, layer_sets, own_parts, placed_terms
 from unipelt.submodules.token_rows import TokenRows
 
@@ -33,10 +34,10 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         plain = unipelt.merge(model)
         plain.save_pretrained("plain")  # AutoModel, pipelines and converters read it
 
-    LoRA of every kind (DoRA, PiSSA), IA3 and RED are merged if they have no gate; `unipelt.fold` replaces gates that
-    hardly vary by constants, and merges their LoRA. Trained tokens become rows of the vocabulary. Trained biases and
-    the head are already in the model; a head that trained in float32 gets the dtype of its base again. Sums are
-    computed in float32 and rounded once to the type of the weight.
+    LoRA of every kind (DoRA, PiSSA), IA3 and RED are merged if they have no gate, and so are tuners of PEFT's that PEFT
+    can merge. `unipelt.fold` replaces gates that hardly vary by constants, and merges their LoRA. Trained tokens become
+    rows of the vocabulary. Trained biases and the head are already in the model; a head that trained in float32 gets
+    the dtype of its base again. Sums are computed in float32 and rounded once to the type of the weight.
 
     Merging cannot be undone: to keep the submodules, save the model with `unipelt.save` first.
 
@@ -93,7 +94,9 @@ def _obstacle(model: PreTrainedModel, terms: dict[str, list[PlacedTerm]]) -> str
                 )
             if isinstance(term, MixtureTerm) and term.function.config.router == "random":
                 return f"{term.name} at {path} is a mixture of experts; call unipelt.merge_experts(model) first"
-            if not isinstance(term, LoRA) and not hasattr(getattr(term, "function", None), "merged"):
+            if isinstance(term, PeftTerm) and not term.can_merge:
+                return f"PEFT cannot merge its {term.tuner} ({term.name} at {path}); train a method without it"
+            if not isinstance(term, (LoRA, PeftTerm)) and not hasattr(getattr(term, "function", None), "merged"):
                 return f"{term.name} at {path} is no linear function of a projection; train a method without it"
         weight = group[0].host._parameters.get("weight")
         if weight is None or weight.is_meta or is_quantised(weight):
@@ -114,6 +117,7 @@ def _merged(group: list[PlacedTerm]) -> tuple[Tensor, Tensor | None]:
     weight: Tensor = host.weight.detach().to(kind, copy=True)
     weight = weight.t().contiguous() if is_conv else weight
     bias = None if getattr(host, "bias", None) is None else host.bias.detach().to(kind, copy=True)
+    before, bias_before = weight.clone(), None if bias is None else bias.clone()
     for placed in group:
         term, own = placed.term, placed.term.outputs
         if term.name.endswith("_activation"):
@@ -123,6 +127,10 @@ def _merged(group: list[PlacedTerm]) -> tuple[Tensor, Tensor | None]:
         if isinstance(term, LoRA):
             low, high = (side.to(weight) for side in low_rank_factors(placed.factors()))
             changed, changed_bias = rows + term.scale * high @ low, None
+        elif isinstance(term, PeftTerm):  # its layer reads the weight of the host, without the other terms
+            update, shift = term.update(_rows(before, own), None if bias_before is None else _rows(bias_before, own))
+            changed = rows + update
+            changed_bias = None if row_bias is None or shift is None else row_bias + shift
         else:
             changed, changed_bias = term.function.merged(rows, row_bias)
         _write(weight, own, changed)

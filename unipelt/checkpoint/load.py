@@ -32,6 +32,7 @@ from unipelt.injection.draft import draft, shapes
 from unipelt.injection.inject import inject_as, remove
 from unipelt.injection.parameters import kept_names
 from unipelt.injection.state import injection_of, is_injected
+from unipelt.submodules.room import own_buffers
 
 
 def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
@@ -78,7 +79,8 @@ def load(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     held = {*kept_names(model), *changed}
     if manifest["head"] is None:  # without a head in the checkpoint, the base's head is kept
         held -= injection.head
-    places = {name: parameter for name, parameter in model.named_parameters() if name in held}
+    places: dict[str, Tensor] = {name: parameter for name, parameter in model.named_parameters() if name in held}
+    places |= own_buffers(model)
     if problem := mismatch(places, tensors):
         remove(model)
         raise CheckpointError(f"the checkpoint in {folder} does not fit this {type(model).__name__}: {problem}")
@@ -167,6 +169,7 @@ def mismatch(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], also: 
         tensor = tensors[name]
         if tensor.shape != place.shape:
             return f"{name} is {show(tuple(tensor.shape))} there and {tuple(place.shape)} here"
-        if not tensor.is_floating_point():
-            return f"{name} holds {tensor.dtype}, not floating-point numbers"
+        if tensor.is_floating_point() != place.is_floating_point():
+            kind = "floating-point" if place.is_floating_point() else "whole"
+            return f"{name} holds {tensor.dtype}, not {kind} numbers"
     return None

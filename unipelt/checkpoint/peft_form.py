@@ -30,6 +30,7 @@ from unipelt.checkpoint.manifest import (
     read_checkpoint,
 )
 from unipelt.config.methods import UniPELTConfig
+from unipelt.config.peft import PeftTermConfig
 from unipelt.config.schema import ConfigError, read_mapping
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import shorten, show, show_path
@@ -203,6 +204,11 @@ def find_uncarried(config: UniPELTConfig) -> str | None:
         return (
             "a mixture with balance adds to the loss of the model, and PEFT has no place for that; take balance 0, or "
             "unipelt.inject and unipelt.save"
+        )
+    if tuners := [part for part in config.more if isinstance(part, PeftTermConfig)]:
+        return (
+            f"{tuners[0].name} is a tuner of PEFT's itself, which PEFT cannot hold inside the type {TYPE}; train it "
+            "alone and write it with unipelt.save_peft, or keep the model whole with unipelt.save"
         )
     return None if config.has_submodules else "this method adds nothing to a model, so PEFT has nothing to carry"
 

@@ -39,7 +39,7 @@ from unipelt.injection.parameters import is_sharded, kept_names, parameter_count
 from unipelt.injection.state import injection_of
 from unipelt.submodules.entry import Entry, join_rows
 from unipelt.submodules.prefix import Prefix, PrefixNetwork
-from unipelt.submodules.room import own_parameters
+from unipelt.submodules.room import own_buffers, own_parameters
 
 CARD = "README.md"
 
@@ -152,4 +152,5 @@ def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, dep
     for path, module in model.named_modules():
         if isinstance(module, Entry):
             join_rows(module, tensors, f"{path}.", None)
+    tensors |= own_buffers(model)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

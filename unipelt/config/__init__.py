@@ -19,6 +19,7 @@ from unipelt.config.methods import (
     TokensConfig,
     UniPELTConfig,
 )
+from unipelt.config.peft import PeftTermConfig
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError
 
@@ -34,6 +35,7 @@ __all__ = [
     "LNTuningConfig",
     "LoRAConfig",
     "ParallelConfig",
+    "PeftTermConfig",
     "Place",
     "PrefixConfig",
     "PromptConfig",

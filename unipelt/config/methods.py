@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
+from unipelt.config.groups import GROUPS
 from unipelt.config.mixture import MixtureConfig
 from unipelt.config.schema import ConfigError, build, check_fields, omitted_if_default, overlay, to_plain
 from unipelt.files.messages import show
@@ -446,7 +447,8 @@ class UniPELTConfig:
         dtype: the type of the added parameters. `float32` keeps them in at least float32, also if the base model has
             half precision, where rounding would remove small steps. `base` is the type of the base model.
         more: further submodules, at most one of each kind. In a dict or a file each has its own key, its name:
-            `{"preset": "lora", "ia3": {"gate": false}}`. The value null omits a submodule.
+            `{"preset": "lora", "ia3": {"gate": false}}`. The value null omits a submodule. The key `peft` holds tuners
+            of PEFT, one or several (`unipelt.config.PeftTermConfig`).
     """
 
     adapter: AdapterConfig | None = AdapterConfig()
@@ -494,6 +496,12 @@ class UniPELTConfig:
         """Whether the configuration adds submodules, and does not only train existing parameters."""
         return any(part is not None for part in (self.adapter, self.prefix, self.lora, self.prompt, *self.more))
 
+    @property
+    def submodule_names(self) -> list[str]:
+        """The names of the submodules that the configuration adds."""
+        fixed = [name for name in ("adapter", "prefix", "lora", "prompt") if getattr(self, name) is not None]
+        return fixed + [part.name for part in self.more]
+
     def part(self, name: str) -> Any:
         """Return the configuration of the submodule of this name, or None without such a submodule."""
         if name in ("adapter", "prefix", "lora", "prompt", "tokens"):
@@ -504,7 +512,11 @@ class UniPELTConfig:
         """Return all fields as plain types for JSON. Each further submodule has its name as its key."""
         values = to_plain(self)
         del values["more"]
-        return values | {part.name: to_plain(part) for part in self.more}
+        grouped = tuple(group.part for group in GROUPS.values())
+        for key, group in GROUPS.items():
+            if found := [part for part in self.more if isinstance(part, group.part)]:
+                values[key] = group.write(found)
+        return values | {part.name: to_plain(part) for part in self.more if not isinstance(part, grouped)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UniPELTConfig:
@@ -513,8 +525,10 @@ class UniPELTConfig:
             raise ConfigError(f"a configuration must be a mapping, not {show(values)}")
         given = {name: values[name] for name in values if name in SUBMODULES}
         more = tuple(build(SUBMODULES[name], value, name) for name, value in given.items() if value is not None)
-        rest = {name: values[name] for name in values if name not in given}
-        built: UniPELTConfig = build(cls, rest, "", {"more": more}, also=tuple(SUBMODULES))
+        for key, group in GROUPS.items():
+            more += group.read(values[key]) if values.get(key) is not None else ()
+        rest = {name: values[name] for name in values if name not in given and name not in GROUPS}
+        built: UniPELTConfig = build(cls, rest, "", {"more": more}, also=(*SUBMODULES, *GROUPS))
         return built
 
     def updated(self, changes: Mapping[str, Any]) -> UniPELTConfig:
@@ -544,7 +558,7 @@ def _checked_more(more: Any) -> tuple[SubmoduleConfig, ...]:
     if not isinstance(more, (list, tuple)):
         raise ConfigError(f"more must be a list of submodules' configurations, not {show(more)}")
     for part in more:
-        if type(part) not in SUBMODULES.values():
+        if type(part) not in (*SUBMODULES.values(), *(group.part for group in GROUPS.values())):
             raise ConfigError(
                 f"more holds configurations of submodules ({', '.join(SUBMODULES)}; unipelt.register_submodule), not "
                 f"{show(part)}"

@@ -10,12 +10,6 @@ from unipelt.config.methods import UniPELTConfig
 _OF_LAYERS = ("adapter", "prefix", "lora")
 
 
-def submodule_names(config: UniPELTConfig) -> tuple[str, ...]:
-    """Return the names of the submodules of a configuration: adapter, prefix, lora, prompt and the further ones."""
-    names = (*_OF_LAYERS, "prompt", *(part.name for part in config.more))
-    return tuple(name for name in names if config.part(name) is not None)
-
-
 def narrowed(config: UniPELTConfig, names: Sequence[str]) -> UniPELTConfig:
     """Return the configuration with only the submodules of these names."""
     more = tuple(part for part in config.more if part.name in names)
@@ -34,7 +28,7 @@ def narrowed(config: UniPELTConfig, names: Sequence[str]) -> UniPELTConfig:
 
 def refusal_of_select(config: UniPELTConfig) -> str | None:
     """Return why `unipelt.select` cannot choose between the submodules of a configuration, or None if it can."""
-    names = submodule_names(config)
+    names = config.submodule_names
     if len(names) < 2:
         return f"select chooses between two submodules or more, and this method has {', '.join(names) or 'none'}"
     if config.gate.activation == "softmax":

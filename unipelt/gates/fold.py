@@ -15,7 +15,6 @@ from unipelt.gates.measure import FoldError, GateTarget, find_gates, measure_gat
 from unipelt.gates.merge import check_gates, fold_constants
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
 from unipelt.injection.state import host_of, injection_inside
-from unipelt.submodules.lora import LoRA
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.room import DEFAULT, rooms
 
@@ -104,6 +103,8 @@ def fold(
 
     - a low-rank term is merged: `W += c B A`, computed in float32 and rounded once to the weight's type. A term
       without a gate is merged too, with `c = alpha / r`;
+    - a tuner of PEFT's is merged in the same way, `W += c (W' - W)`, if PEFT can merge it into a weight W' and no other
+      term is at its outputs. LoRA beside a tuner of PEFT's is kept;
     - an adapter's `up` is multiplied by c. An adapter with a closed gate is removed, with its second pass through the
       norm;
     - a prefix under `scale` gating is multiplied by c. Under `mass` gating (all causal attention) `log c` becomes a
@@ -154,7 +155,9 @@ def fold(
         raise FoldError("this model is folded already; to fold it otherwise, start from the model before folding")
     check_gates(model)
     gates = find_gates(model)
-    if not gates and not any(isinstance(module, (LoRA, PrefixNetwork)) for module in model.modules()):
+    if not gates and not any(
+        isinstance(module, PrefixNetwork) or getattr(module, "folds_to", "") == "merged" for module in model.modules()
+    ):
         raise FoldError(f"this {type(model).__name__} has nothing to fold: no gate, no LoRA, no prefix network")
     values, examples = measure_gates(model, gates, batches) if gates else ({}, 0)
     constants: dict[str, dict[str, float | None]] = {}

@@ -23,9 +23,19 @@ from unipelt.injection.state import Folded, Injection, injection_inside
 from unipelt.injection.wire import rewire_layer, rewire_stacks
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.lora import LoRA, low_rank_factors
+from unipelt.submodules.outputs import OutputSlice
+from unipelt.submodules.peft_term import PeftTerm
 from unipelt.submodules.prefix import NETWORK_NAMES, Prefix, PrefixNetwork
 from unipelt.submodules.prompt import Prompt
-from unipelt.submodules.room import PlacedTerm, SubmoduleSet, layer_sets, own_parameters, placed_terms, rooms
+from unipelt.submodules.room import (
+    PlacedTerm,
+    SubmoduleSet,
+    layer_sets,
+    own_buffers,
+    own_parameters,
+    placed_terms,
+    rooms,
+)
 
 Constants = Mapping[str, Mapping[str, float | None]]
 """Path of an `Entry` -> name of one of its gates -> the gate's constant, or None where its submodule is dropped."""
@@ -116,7 +126,10 @@ def _settle(model: nn.Module, gates: list[GateTarget], constants: Constants) -> 
                 raise FoldError(f"the model has no gate {show(name)} at {show(path)}")
             target = known[path, name]
             if not target.folds_to:
-                raise FoldError(f"{name!r} at {path!r}: only adapters, prefixes, prompts and LoRA are folded")
+                raise FoldError(
+                    f"{name!r} at {path!r}: only adapters, prefixes, prompts, LoRA, and tuners that PEFT can merge are "
+                    "folded, and the last two only where no tuner of PEFT's is beside another term"
+                )
             if constant is None and target.takes_attention:
                 what = "a prompt" if isinstance(target, Prompt) else "a prefix under scale gating"
                 raise FoldError(f"{name!r} at {path!r}: {what} takes attention and is not dropped")
@@ -127,8 +140,8 @@ def _settle(model: nn.Module, gates: list[GateTarget], constants: Constants) -> 
             scale = target.gated_scale if isinstance(target, LoRA) else 1.0
             settled[target] = None if constant is None else constant * scale
     for placed in placed_terms(model):
-        if isinstance(placed.term, LoRA) and not placed.term.gate_name:
-            settled[placed.term] = placed.term.scale
+        if placed.term.folds_to == "merged" and not placed.term.gate_name:
+            settled[placed.term] = placed.term.scale if isinstance(placed.term, LoRA) else 1.0
     return settled
 
 
@@ -154,11 +167,11 @@ def _check_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) 
 def _merged_terms(
     model: nn.Module, settled: Mapping[nn.Module, float | None]
 ) -> dict[str, list[tuple[PlacedTerm, float]]]:
-    """Return the low-rank terms to merge, each with its constant, by the path of their projection."""
+    """Return the terms to merge into weights, each with its constant, by the path of their projection."""
     found: dict[str, list[tuple[PlacedTerm, float]]] = {}
     for placed in placed_terms(model):
         constant = settled.get(placed.term)
-        if isinstance(placed.term, LoRA) and constant is not None:
+        if placed.term.folds_to == "merged" and constant is not None:
             found.setdefault(placed.path, []).append((placed, constant))
     return found
 
@@ -166,24 +179,38 @@ def _merged_terms(
 def _merged_weights(model: nn.Module, settled: Mapping[nn.Module, float | None]) -> tuple[dict[str, Tensor], int]:
     """Return `W + sum of c B A` by the weight's name, and the number of terms.
 
-    All sums are computed on the CPU, so that every machine rounds alike.
+    The biases that a tuner of PEFT's changes are returned too. All sums are computed on the CPU, so that every machine
+    rounds alike.
     """
     merged = {}
     count = 0
     for path, terms in _merged_terms(model, settled).items():
-        leaf = terms[0][0].host
-        old: Any = leaf.weight
-        kind = torch.promote_types(old.dtype, torch.float32)
-        weight = old.detach().to("cpu", kind, copy=True)
+        host = terms[0][0].host
+        kind = torch.promote_types(host.weight.dtype, torch.float32)
+        weight = host.weight.detach().to("cpu", kind, copy=True)
+        bias = None if host.bias is None else host.bias.detach().to("cpu", kind, copy=True)
+        outputs = weight.t() if isinstance(host, Conv1D) else weight
         for placed, constant in terms:
-            low, high = (side.detach().to("cpu", kind) for side in low_rank_factors(placed.factors()))
-            update = constant * (high @ low)
-            outputs, meant = weight.t() if isinstance(leaf, Conv1D) else weight, placed.term.outputs
-            rows = outputs.unflatten(0, (meant.groups, -1)).narrow(1, meant.start, meant.size)
-            rows += update.unflatten(0, (meant.groups, meant.size))
-        merged[f"{path}.weight"] = weight.to(old.dtype)
+            rows = _rows(outputs, placed.term.outputs)
+            if isinstance(placed.term, PeftTerm):
+                shifts = None if bias is None else _rows(bias, placed.term.outputs)
+                update, shift = placed.term.update(rows.flatten(0, 1), None if shifts is None else shifts.flatten())
+                rows += constant * update.view_as(rows)
+                if shifts is not None and shift is not None:
+                    shifts += constant * shift.view_as(shifts)
+            else:
+                low, high = (side.detach().to("cpu", kind) for side in low_rank_factors(placed.factors()))
+                rows += (constant * (high @ low)).view_as(rows)
+        merged[f"{path}.weight"] = weight.to(host.weight.dtype)
+        if bias is not None and any(isinstance(placed.term, PeftTerm) for placed, _ in terms):
+            merged[f"{path}.bias"] = bias.to(host.bias.dtype)
         count += len(terms)
     return merged, count
+
+
+def _rows(outputs: Tensor, meant: OutputSlice) -> Tensor:
+    """Return a view of the rows of a projection among those of its module, (groups, size, ...)."""
+    return outputs.unflatten(0, (meant.groups, -1)).narrow(1, meant.start, meant.size)
 
 
 def _deployed_prefixes(model: nn.Module) -> dict[str, Tensor]:
@@ -209,9 +236,10 @@ def _remember(
     trained = merged.keys() & set(kept_names(model))
     tensors = {name: weight for name, weight in model.named_parameters() if name in ours or name in trained}
     tensors |= {f"{path}.keys_values": nn.Parameter(both) for path, both in prefixes.items()}
+    kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     return Folded(
         constants={path: dict(named) for path, named in constants.items()},
-        tensors={name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
+        tensors=kept | {name: buffer.to("cpu", copy=True) for name, buffer in own_buffers(model).items()},
         weights={name: model.get_parameter(name).detach().to("cpu", copy=True) for name in merged},
         unfrozen=frozenset(unfrozen_names(model)),
     )

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from transformers import PreTrainedModel
 
-from unipelt.config.subsets import narrowed, refusal_of_select, submodule_names
+from unipelt.config.subsets import narrowed, refusal_of_select
 from unipelt.files.messages import show
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
 from unipelt.injection.reinject import own_values, reinject
@@ -107,7 +107,8 @@ def select(model: PreTrainedModel, evaluate: Callable[[PreTrainedModel], float])
     if problem := refusal_of_select(injection.config):
         raise SelectError(problem)
     _check_model(model)
-    names, config = submodule_names(injection.config), injection.config
+    config = injection.config
+    names = tuple(config.submodule_names)
     values, before, training = own_values(model), parameter_counts(model), model.training
     scored: dict[tuple[str, ...], float] = {}
 

@@ -45,6 +45,7 @@ from unipelt.runs.errors import Diverged, RunError, check_losses
 from unipelt.runs.final import finalize
 from unipelt.runs.folder import Progress
 from unipelt.runs.moment import TrainingProgress
+from unipelt.submodules.room import own_buffers
 
 _FORMAT = 1  # format of the checkpoints here, which Trainer's runs do not read
 _WEIGHTS, _STATE = "pack.safetensors", "pack.json"
@@ -348,6 +349,10 @@ def share_base(model: PreTrainedModel, host: PreTrainedModel, equal: dict[str, T
                     raise RunError(f"the bases of runs in one pack must be the same, and {name} differs")
                 equal[name] = parameter.data
             parameter.data = base
+    buffers = own_buffers(host)
+    for name, buffer in own_buffers(model).items():
+        if not torch.equal(buffer.to(buffers[name].device), buffers[name]):
+            raise RunError(f"the fixed numbers of tuners of runs in one pack must be the same, and {name} differs")
 
 
 def _decayed(model: PreTrainedModel) -> list[str]:

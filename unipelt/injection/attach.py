@@ -25,6 +25,7 @@ from unipelt.hosts.locate import AttentionTargets, InjectionError, LayerTargets,
 from unipelt.hosts.quantised import is_quantised, template_for
 from unipelt.injection.attach_terms import Plan, build_adapter, build_entry_low_rank, build_low_rank, build_term
 from unipelt.injection.hooks import put
+from unipelt.injection.peft_layers import build_peft_terms
 from unipelt.injection.prompt_hooks import end_prompt, enter_prompt, leave_prompt
 from unipelt.injection.token_hooks import wire_tokens
 from unipelt.injection.wire import wire_layer, wire_stack
@@ -32,6 +33,7 @@ from unipelt.submodules.drop import SubmoduleDropout, submodule_dropout
 from unipelt.submodules.entry import Entry, Rows
 from unipelt.submodules.forward_pass import Passes
 from unipelt.submodules.lora import LoRA
+from unipelt.submodules.peft_term import stand_together
 from unipelt.submodules.prefix import NETWORK_NAMES, Prefix, PrefixNetwork
 from unipelt.submodules.prompt import Prompt, embeds_text
 from unipelt.submodules.room import DEFAULT, ROOM, ForwardArgument, Room, StackSet, SubmoduleSet, Wiring
@@ -77,7 +79,7 @@ def build(
     cross = [layer.cross for layer in found.layers.values() if layer.cross is not None]
     shared = {part.name: SharedParameters(part.name) for part in config.more}
     networks: dict[str, PrefixNetwork] = {}
-    plan = Plan(found, config, model.dtype, networks, shared, device)
+    plan = Plan(found, config, model.dtype, networks, shared, build_peft_terms(model, found, config, device), device)
     for source, attentions in zip(NETWORK_NAMES, (own, cross), strict=True):
         if config.prefix is None or not attentions:
             continue
@@ -201,6 +203,7 @@ def _fill(
         (inputs if where.place == "activation" else outputs).setdefault(where.projection.path, []).append(term.name)
         if where.reader:
             handed.setdefault(where.reader, []).append(term.name)
+    stand_together([built.terms[name] for name in names] for names in outputs.values())
     norm = ""
     if has_adapter:
         built.add_module("adapter", build_adapter(layer, plan))

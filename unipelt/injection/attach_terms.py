@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from unipelt.config.methods import LoRAConfig, UniPELTConfig
+from unipelt.config.peft import PeftTermConfig
 from unipelt.hosts.locate import AttentionTargets, InjectionError, LayerTargets, Projection, StackTargets, TermTarget
 from unipelt.hosts.quantised import is_quantised, template_for
+from unipelt.injection.peft_layers import PeftTerms
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.entry import Entry, Rows, shares_product
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.mixture import Mixture, MixtureTerm
 from unipelt.submodules.outputs import OutputSlice
+from unipelt.submodules.peft_term import PeftTerm
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.register import MODULES, TargetInfo
 from unipelt.submodules.term import FunctionTerm, SharedParameters, Term
@@ -34,6 +37,7 @@ class Plan:
         dtype: the dtype that the model computes in.
         networks: the prefix networks by name; none in the deployed form.
         shared: the parameters that all terms of one submodule share, by the submodule's name.
+        peft: the terms of PEFT's tuners, by host and name.
         device: device of the parameters; None for the device of the projections.
     """
 
@@ -42,6 +46,7 @@ class Plan:
     dtype: torch.dtype
     networks: Mapping[str, PrefixNetwork]
     shared: Mapping[str, SharedParameters]
+    peft: PeftTerms
     device: torch.device | str | int | None = None
 
     def like(self, projection: Projection) -> Tensor:
@@ -54,9 +59,11 @@ class Plan:
         return like if device is None else torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
-def build_term(target: TermTarget, plan: Plan) -> FunctionTerm:
+def build_term(target: TermTarget, plan: Plan) -> FunctionTerm | PeftTerm:
     """Build the term of a further submodule, of decomposed LoRA (DoRA), or of a mixture of LoRA."""
     part, projection = target.config, target.projection
+    if isinstance(part, PeftTermConfig):
+        return _settle(plan.peft[projection.module, target.name], target, plan, _own_entry(target, plan))
     info = TargetInfo(
         target.place,
         target.inputs,
@@ -86,7 +93,7 @@ def _function_term(name: str, kind: str, part: Any, info: TargetInfo, causal: bo
     return MixtureTerm(name, kind, info.rows, mixture)
 
 
-def build_low_rank(target: TermTarget, plan: Plan) -> LoRA | FunctionTerm:
+def build_low_rank(target: TermTarget, plan: Plan) -> Term:
     """Build a LoRA term, except the plain ones of queries and values. Raises `InjectionError`."""
     lora, projection = target.config, target.projection
     assert isinstance(lora, LoRAConfig)

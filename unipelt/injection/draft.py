@@ -59,6 +59,9 @@ def shapes(drafts: Sequence[Draft]) -> dict[str, Tensor]:
 
 
 def _named(drafts: Sequence[Draft]) -> Iterator[tuple[str, Tensor]]:
+    seen = set()  # layers may share a parameter, which then has the name of the first
     for one in drafts:
         for name, parameter in one.added.named_parameters():
-            yield one.name(name), parameter
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield one.name(name), parameter

@@ -22,7 +22,7 @@ from unipelt.injection.token_hooks import build_tokens, with_token_ids
 from unipelt.injection.wire import check_names, detach
 from unipelt.submodules.lora import LoRA
 from unipelt.submodules.outputs import matrix_of
-from unipelt.submodules.room import own_parameters, placed_terms, rooms
+from unipelt.submodules.room import own_buffers, own_parameters, placed_terms, rooms
 
 
 def inject_as(
@@ -86,7 +86,7 @@ def inject_as(
         }
         widen(model, widened)
         # Transformers does not save these names, and Trainer expects exactly these to be missing when it loads
-        kept = set(kept_names(model))
+        kept = {*kept_names(model), *own_buffers(model)}
         record._keys_to_ignore_on_save = {name for name in model.state_dict() if name not in kept}
         if getattr(model, "is_quantized", False):
             record._hf_peft_config_loaded = True  # otherwise Trainer refuses to train a quantised model

@@ -37,6 +37,7 @@ from unipelt.multitask.generate import check_generation, generate, generate_rows
 from unipelt.multitask.heads import Answer, capture_base_inputs, fit_labels, relabel, saved_labels
 from unipelt.multitask.mixed_batch import find_unmixable, furnish, route_own
 from unipelt.submodules.forward_pass import Passes, SetRows
+from unipelt.submodules.room import own_buffers
 
 
 class Tasks(nn.Module):
@@ -378,9 +379,9 @@ _PREFIX = "task_"  # keeps tasks' names apart from the children `model` and `sha
 
 
 def _own_names(tasks: nn.Module) -> set[str]:
-    """Return the names of a state dict's entries: the tasks' own parameters, without the base."""
+    """Return the names of a state dict's entries: the tasks' own parameters and buffers, without the base."""
     assert isinstance(tasks, Tasks)
-    return {f"{_PREFIX}{name}.{own}" for name in tasks for own in kept_names(tasks[name])}
+    return {f"{_PREFIX}{name}.{own}" for name in tasks for own in (*kept_names(tasks[name]), *own_buffers(tasks[name]))}
 
 
 def _drop_base(tasks: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
+from unipelt.config.peft import KEY, tuner_names
 from unipelt.report.paper import Printed, paper
 from unipelt.report.significance import mean_effect
 from unipelt.runs.settings import FILES, INCIDENTAL, INNER, LATER
@@ -209,14 +210,18 @@ def kinds(config: Mapping[str, Any]) -> list[str]:
     """Return the parts that a method adds: the submodules of its configuration, and BitFit. Fine-tuning adds none.
 
     A configuration holds each submodule as a mapping under its name. So submodules that another program registered
-    count as well. A mixture of a submodule is another part: `lora-mixture`, not `lora`. The paper's submodules come
-    first.
+    count as well. A mixture of a submodule is another part: `lora-mixture`, not `lora`. Each tuner of PEFT has the name
+    of its submodule, such as `peft_oft`. The paper's submodules come first.
     """
     if config.get("train_base"):
         return []
-    parts = {name for name, value in config.items() if isinstance(value, Mapping) and name not in _NO_PARTS}
+    parts = {name for name, value in config.items() if isinstance(value, Mapping) and name not in (*_NO_PARTS, KEY)}
+    parts |= tuner_names(config.get(KEY))
     known = [part for part in PARTS if part in parts]
-    named = [f"{part}-mixture" if config[part].get("mixture") else part for part in (*known, *sorted(parts - {*PARTS}))]
+    named = [
+        f"{part}-mixture" if config.get(part, {}).get("mixture") else part
+        for part in (*known, *sorted(parts - {*PARTS}))
+    ]
     return [*named, *(["bitfit"] if config.get("bitfit") else [])]
 
 

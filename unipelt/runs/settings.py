@@ -12,11 +12,14 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from unipelt.config.methods import SUBMODULES, UniPELTConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.peft import PeftTermConfig
+from unipelt.config.peft_types import check_tuner
 from unipelt.config.presets import PRESETS, resolve
 from unipelt.config.schema import ConfigError, convert, flatten, read_mapping, type_hints
 from unipelt.config.subsets import refusal_of_select
 from unipelt.files.messages import show
+from unipelt.files.strict import PlainError, parse_yaml
 from unipelt.runs.average_options import check_average
 from unipelt.runs.trainer_options import check_options
 
@@ -107,7 +110,7 @@ class TrainingSettings:
     seed: int = option(1, "Seed of initialisation, dropout and the order of examples")
     method: str | Mapping[str, Any] = option(
         "unipelt-apl",
-        "Method: the name of a preset, or the path of a JSON or YAML file. In CONFIG it may be a mapping. "
+        "Method: the name of a preset, the path of a JSON or YAML file, or a mapping, on the command line as JSON. "
         "--method.lora.rank 4 sets a field of it, and --method.prefix null leaves the prefix out",
     )
     learning_rate: float | None = option(
@@ -172,6 +175,7 @@ class TrainingSettings:
         self._check_trainer()
         self._check_data()
         object.__setattr__(self, "method", expand_method(self.method))
+        self._check_tuners()
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", paper_learning_rate(self.config))
         self._check_rates()
@@ -206,6 +210,15 @@ class TrainingSettings:
         if options.get("fp16") and self.device == "cpu":
             raise SettingsError("trainer.fp16 needs a GPU, and device is cpu; leave it out, or take precision bf16")
 
+    def _check_tuners(self) -> None:
+        """Check the types and the options of PEFT's tuners, which needs PEFT."""
+        for part in self.config.more:
+            if isinstance(part, PeftTermConfig):
+                try:
+                    check_tuner(part)
+                except (ConfigError, ImportError) as error:
+                    raise SettingsError(f"method: {error}") from error
+
     def _check_rates(self) -> None:
         """Check that the method has the parts in `rates`, and that each rate is a valid learning rate."""
         rates = with_numbers(self.rates)
@@ -216,11 +229,7 @@ class TrainingSettings:
         if not rates:
             return
         config = self.config
-        parts = [
-            name
-            for name in ("adapter", "prefix", "lora", "prompt", "tokens", *SUBMODULES)
-            if config.part(name) is not None
-        ]
+        parts = [*config.submodule_names, *(["tokens"] if config.tokens is not None else [])]
         known = dict.fromkeys(parts)
         if any(getattr(config.part(name), "gate", False) for name in parts):
             known["gate"] = None
@@ -321,14 +330,14 @@ def paper_learning_rate(config: UniPELTConfig) -> float:
     """
     if config.train_base:
         return 2e-5
-    parts = [name for name in ("adapter", "prefix", "lora", "prompt", *SUBMODULES) if config.part(name) is not None]
+    parts = config.submodule_names
     if parts in ([], ["adapter"]):
         return 1e-4
     return 2e-4 if parts == ["prefix"] else 5e-4
 
 
 def expand_method(method: Any) -> str | dict[str, Any]:
-    """Return a method as the name of a preset or as a mapping. A path is read.
+    """Return a method as the name of a preset or as a mapping. A path, and a text that holds a mapping, are read.
 
     Raises:
         SettingsError, ConfigError: the method is invalid.
@@ -336,6 +345,11 @@ def expand_method(method: Any) -> str | dict[str, Any]:
     """
     if isinstance(method, (str, Path)) and str(method).endswith((".json", ".yaml", ".yml")):
         method = read_mapping(method)
+    elif isinstance(method, str) and method.lstrip().startswith("{"):
+        try:
+            method = parse_yaml(method)
+        except PlainError as error:
+            raise SettingsError(f"method: cannot read the mapping {show(method)}: {error}") from error
     if isinstance(method, Mapping):
         method = with_numbers(method)
     elif not isinstance(method, str):

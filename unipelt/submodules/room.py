@@ -302,14 +302,22 @@ class OwnPart:
 
 
 def own_parts(model: nn.Module) -> Iterator[OwnPart]:
-    """Yield every named part of the parameters that were added to a model, in the order of the model's modules."""
+    """Yield every named part of the parameters that were added to a model, in the order of the model's modules.
+
+    A part of a parameter that several modules share is yielded once.
+    """
+    seen = set()
     for room_path, room in rooms(model):
         for set_name in room:
             for path, module in room[set_name].named_modules():
                 for part in getattr(module, "parts", ()):
+                    parameter = module.get_parameter(part.parameter)
+                    if (id(parameter), part.start, part.count) in seen:
+                        continue
+                    seen.add((id(parameter), part.start, part.count))
                     where = ".".join(name for name in (room_path, set_name, path) if name)
                     cross = path.split(".")[0] == "cross"
-                    yield OwnPart(where, part, module.get_parameter(part.parameter), room_path, set_name, cross)
+                    yield OwnPart(where, part, parameter, room_path, set_name, cross)
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -317,6 +325,16 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for path, room in rooms(model):
         found.update({f"{path}.{name}" if path else name: one for name, one in room.named_parameters()})
+    return found
+
+
+def own_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of submodules that a checkpoint holds, by name in the model. Shared buffers come once."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, buffer in getattr(module, "saved_buffers", {}).items():
+            if not any(buffer is other for other in found.values()):
+                found[f"{path}.{name}"] = buffer
     return found
 
 

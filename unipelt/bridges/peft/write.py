@@ -1,4 +1,4 @@
-"""Write LoRA, DoRA, (IA)3, LayerNorm tuning and prompts into a folder of PEFT.
+"""Write LoRA, DoRA, (IA)3, LayerNorm tuning, prompts and tuners of PEFT into a folder of PEFT.
 
 Shapes: r rank, I inputs and O outputs of a module.
 """
@@ -21,15 +21,18 @@ from unipelt.bridges.peft.files import CONFIG, PREFIX, WEIGHTS, join, name_modul
 from unipelt.bridges.peft.ia3 import write_factors
 from unipelt.bridges.peft.norms import write_norms
 from unipelt.bridges.peft.prompts import write_prompt
+from unipelt.bridges.peft.tuner import write_tuner
 from unipelt.checkpoint.manifest import CheckpointError
 from unipelt.config.methods import UniPELTConfig
+from unipelt.config.peft import PeftTermConfig
+from unipelt.config.presets import PRESETS
 from unipelt.files.atomic import write_whole
 from unipelt.gates.measure import find_gates
 from unipelt.hosts.locate import ENTRY_PLACES
 from unipelt.injection.inject import inject_as
 from unipelt.injection.parameters import is_sharded, kept_names
 from unipelt.injection.state import Folded, Injection, injection_of
-from unipelt.submodules.lora import low_rank_factors
+from unipelt.submodules.lora import LoRA, low_rank_factors
 from unipelt.submodules.mixture import MixtureTerm
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.room import PlacedTerm, layer_sets, own_parameters, own_parts, placed_terms
@@ -43,7 +46,7 @@ _ALSO_SAVED = {
 
 
 def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = None) -> Path:
-    """Write a model's LoRA, DoRA, (IA)3, LayerNorm tuning or prompt as a folder of PEFT.
+    """Write a model's LoRA, DoRA, (IA)3, LayerNorm tuning, prompt or PEFT tuner as a folder of PEFT.
 
     `PeftModel.from_pretrained` and other programs read it. Terms without a gate are written unchanged; LoRA that does
     not start at zero is written as a pair of twice the rank. If `unipelt.fold` replaced a gate by a constant c, then c
@@ -71,9 +74,12 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
             f"each process holds only a part of {sharded[0]!r}; save it with unipelt.save, load that in one process, "
             "and save_peft there"
         )
-    method = _method(injection.config)
-    _check_travels(model, injection, method)
-    if method == "LORA":
+    method, called, kept = _method(injection.config)
+    _check_travels(model, injection, called, kept)
+    part = injection.config.part(kept)
+    if isinstance(part, PeftTermConfig):
+        fields, tensors = write_tuner(model, part)
+    elif method == "LORA":
         fields, tensors = _pairs(model, _terms(model, injection))
         assert injection.config.lora is not None
         fields["lora_dropout"] = injection.config.lora.dropout
@@ -84,12 +90,12 @@ def save_peft(model: PreTrainedModel, folder: str | Path, *, base: str | None = 
     for path in saved:
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in model.get_submodule(path).state_dict().items()}
     config = {
+        **fields,
         "peft_type": method,
         "task_type": task,
         "base_model_name_or_path": base if base is not None else model.config._name_or_path or None,
         "revision": None if base is not None else getattr(model.config, "_commit_hash", None),
         "inference_mode": True,
-        **fields,
         "modules_to_save": saved or None,
     }
     folder = Path(folder)
@@ -120,19 +126,20 @@ class _Term:
     magnitude: Tensor | None = None
 
 
-def _method(config: UniPELTConfig) -> str:
-    """Return PEFT's name of the method to write. Raises `CheckpointError` if the model carries none."""
-    if config.lora is not None:
-        return "LORA"
-    if config.part("ia3") is not None:
-        return "IA3"
-    if config.prompt is not None:
-        return "PROMPT_TUNING"
-    if config.part("ln_tuning") is not None:
-        return "LN_TUNING"
+def _method(config: UniPELTConfig) -> tuple[str, str, str]:
+    """Return PEFT's name of the method to write, its name in messages, and its kind of submodule here.
+
+    Raises `CheckpointError` if the model carries none.
+    """
+    for method, (called, kept) in _METHODS.items():
+        if config.part(kept) is not None:
+            return method, called, kept
+    for part in config.more:
+        if isinstance(part, PeftTermConfig):
+            return part.type, f"PEFT's {part.type}", part.name
     raise CheckpointError(
-        "this model carries no LoRA, no (IA)3, no LayerNorm tuning and no prompt, which is what a PEFT folder "
-        "holds; see unipelt.save"
+        "this model carries no LoRA, no (IA)3, no LayerNorm tuning, no prompt and no tuner of PEFT's, which is what a "
+        "PEFT folder holds; see unipelt.save"
     )
 
 
@@ -147,14 +154,21 @@ _OTHERS = {"adapter": "an adapter", "prefix": "a prefix", "prompt": "a prompt", 
 """Names in messages of the other kinds; a kind that is not listed keeps its name."""
 
 
-def _check_travels(model: PreTrainedModel, injection: Injection, method: str) -> None:
-    """Raise `CheckpointError` for the first part of a model that a folder of this method cannot hold."""
-    called, kept = _METHODS[method]
+def _check_travels(model: PreTrainedModel, injection: Injection, called: str, kept: str) -> None:
+    """Raise `CheckpointError` for the first part of a model that a folder of this method cannot hold.
+
+    Args:
+        model: an injected model.
+        injection: its record.
+        called: the name of the method in messages.
+        kept: the kind of submodule that the folder holds.
+    """
     for path, kind, module in _added(model):
         if kind != kept:
             raise CheckpointError(
                 f"{path} is {_OTHERS.get(kind, kind)}, which a PEFT folder of {called} cannot hold; train without it "
-                f"(the preset {kept!r}), or keep the model whole with unipelt.save"
+                + (f"(the preset {kept!r}), " if kept in PRESETS else "(the tuner alone), ")
+                + "or keep the model whole with unipelt.save"
             )
         if isinstance(module, MixtureTerm):
             raise CheckpointError(
@@ -168,7 +182,7 @@ def _check_travels(model: PreTrainedModel, injection: Injection, method: str) ->
                 f"{path} has a gate, and PEFT has none; unipelt.fold(model, batches) makes it a constant, which can "
                 "travel, or keep the model whole with unipelt.save"
             )
-        if module.folds_to == "merged":
+        if isinstance(module, LoRA):
             advice = (
                 "unipelt.fold(model, batches) makes gates that hardly vary constants, which can travel"
                 if injection.folded is None
@@ -211,7 +225,7 @@ def _placed(model: PreTrainedModel) -> list[PlacedTerm]:
     In a folder, the ranks of keys stand before those of queries and values, and this order must not change.
     """
     last = [f"lora_{place}" for place in ENTRY_PLACES]
-    return sorted(placed_terms(model), key=lambda placed: placed.term.folds_to == "merged" and placed.term.name in last)
+    return sorted(placed_terms(model), key=lambda placed: isinstance(placed.term, LoRA) and placed.term.name in last)
 
 
 def _terms(model: PreTrainedModel, injection: Injection) -> list[_Term]:
