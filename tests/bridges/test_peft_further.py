@@ -279,7 +279,7 @@ def test_a_dropout_that_is_no_probability_is_refused(value: Any, tmp_path: Path)
         ),
         ({"preset": "ia3", "red": {"gate": False}}, "is red, which a PEFT folder"),
         ({"preset": "ia3", "bitfit": True}, "trains parameters of its base too"),
-        ("red", r"no LoRA, no \(IA\)3 and no prompt"),
+        ("red", r"no LoRA, no \(IA\)3, no LayerNorm tuning"),
         ({"preset": "ia3", "prompt": {}}, r"bert\.prompt is a prompt, which a PEFT folder of \(IA\)3 cannot hold"),
         ({"preset": "prompt", "adapter": {"gate": False}}, "is an adapter, which a PEFT folder of a prompt cannot"),
         ("prompt", "BertForSequenceClassification read a prompt's states too, and here they read the text's"),
