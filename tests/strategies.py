@@ -37,7 +37,7 @@ from tiny import (
 from torch import Tensor
 
 import unipelt
-from unipelt.config.methods import LINEAR, PROJECTIONS, Place
+from unipelt.config.parts import LINEAR, PROJECTIONS, Place
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 AS_DECODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text", "ernie")

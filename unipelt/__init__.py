@@ -19,26 +19,23 @@ if TYPE_CHECKING:
     from unipelt.checkpoint.push import load_tokenizer, push_to_hub
     from unipelt.checkpoint.save import save
     from unipelt.checkpoint.swap import swap
-    from unipelt.config.further import LNTuningConfig, ReFTConfig
-    from unipelt.config.methods import (
-        AdapterConfig,
+    from unipelt.config.further import (
         CompacterConfig,
-        GateConfig,
         HoulsbyConfig,
         IA3Config,
-        LoRAConfig,
+        LNTuningConfig,
         ParallelConfig,
-        PrefixConfig,
-        PromptConfig,
         REDConfig,
-        SubmoduleConfig,
-        TokensConfig,
-        UniPELTConfig,
+        ReFTConfig,
     )
+    from unipelt.config.gate import GateConfig
+    from unipelt.config.methods import UniPELTConfig
     from unipelt.config.mixture import MixtureConfig
+    from unipelt.config.parts import AdapterConfig, LoRAConfig, PrefixConfig, PromptConfig, TokensConfig
     from unipelt.config.peft import PeftTermConfig
     from unipelt.config.presets import PRESETS, resolve
     from unipelt.config.schema import ConfigError
+    from unipelt.config.submodule import SubmoduleConfig
     from unipelt.files.hub import HubError
     from unipelt.gates.fold import FoldedGate, FoldReport, fold
     from unipelt.gates.measure import FoldError
@@ -71,11 +68,11 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "AdapterConfig": "unipelt.config.methods",
+            "AdapterConfig": "unipelt.config.parts",
             "Attention": "unipelt.hosts.description",
             "CheckpointError": "unipelt.checkpoint.manifest",
             "Compacter": "unipelt.submodules.compacter",
-            "CompacterConfig": "unipelt.config.methods",
+            "CompacterConfig": "unipelt.config.further",
             "ConfigError": "unipelt.config.schema",
             "DescribeError": "unipelt.hosts.describe",
             "DiReFT": "unipelt.submodules.reft",
@@ -84,39 +81,39 @@ else:
             "FoldError": "unipelt.gates.measure",
             "FoldReport": "unipelt.gates.fold",
             "FoldedGate": "unipelt.gates.fold",
-            "GateConfig": "unipelt.config.methods",
+            "GateConfig": "unipelt.config.gate",
             "GateRecord": "unipelt.gates.record",
             "Houlsby": "unipelt.submodules.bottleneck",
-            "HoulsbyConfig": "unipelt.config.methods",
+            "HoulsbyConfig": "unipelt.config.further",
             "HubError": "unipelt.files.hub",
             "IA3": "unipelt.submodules.ia3",
-            "IA3Config": "unipelt.config.methods",
+            "IA3Config": "unipelt.config.further",
             "InjectionError": "unipelt.hosts.locate",
             "LNTuning": "unipelt.submodules.ln_tuning",
             "LNTuningConfig": "unipelt.config.further",
-            "LoRAConfig": "unipelt.config.methods",
+            "LoRAConfig": "unipelt.config.parts",
             "LoReFT": "unipelt.submodules.reft",
             "MergeError": "unipelt.bridges.plain_model",
             "MixedOutput": "unipelt.multitask.batch_rows",
             "MixtureConfig": "unipelt.config.mixture",
             "PRESETS": "unipelt.config.presets",
             "Parallel": "unipelt.submodules.bottleneck",
-            "ParallelConfig": "unipelt.config.methods",
+            "ParallelConfig": "unipelt.config.further",
             "ParameterCounts": "unipelt.injection.parameters",
             "PeftConfig": "unipelt.bridges.peft_socket.config",
             "PeftTermConfig": "unipelt.config.peft",
-            "PrefixConfig": "unipelt.config.methods",
+            "PrefixConfig": "unipelt.config.parts",
             "Prompt": "unipelt.submodules.prompt",
-            "PromptConfig": "unipelt.config.methods",
+            "PromptConfig": "unipelt.config.parts",
             "RED": "unipelt.submodules.red",
-            "REDConfig": "unipelt.config.methods",
+            "REDConfig": "unipelt.config.further",
             "ReFTConfig": "unipelt.config.further",
             "Spot": "unipelt.submodules.register",
             "SelectError": "unipelt.gates.select",
             "SelectReport": "unipelt.gates.select",
             "Stack": "unipelt.hosts.description",
-            "SubmoduleConfig": "unipelt.config.methods",
-            "TokensConfig": "unipelt.config.methods",
+            "SubmoduleConfig": "unipelt.config.submodule",
+            "TokensConfig": "unipelt.config.parts",
             "TargetInfo": "unipelt.submodules.register",
             "Tasks": "unipelt.multitask.tasks",
             "UniPELTConfig": "unipelt.config.methods",

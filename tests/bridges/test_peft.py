@@ -18,7 +18,7 @@ from transformers import BertForSequenceClassification, BertModel, GPT2Config, G
 
 import unipelt
 from unipelt.cli import main
-from unipelt.config.methods import PROJECTIONS
+from unipelt.config.parts import PROJECTIONS
 from unipelt.injection.state import injection_of
 from unipelt.submodules.entry import Entry
 from unipelt.submodules.room import placed_terms

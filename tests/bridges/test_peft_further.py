@@ -16,7 +16,7 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 
 import unipelt
-from unipelt.config.methods import PROJECTIONS
+from unipelt.config.parts import PROJECTIONS
 from unipelt.injection.state import injection_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")

@@ -13,8 +13,8 @@ import pytest
 from faults.spoilt import BAD_FAILURES, BAD_REQUESTS
 from report_records import by_row, make_record, plan, results_of, save, spoil
 
-from unipelt.config.methods import SUBMODULES
 from unipelt.config.presets import resolve
+from unipelt.config.submodule import SUBMODULES
 from unipelt.records.record import Floor, write_result
 from unipelt.report import read_results, write_report
 from unipelt.report.cells import kinds

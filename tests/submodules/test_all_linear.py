@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import unipelt
-from unipelt.config.methods import LINEAR
+from unipelt.config.parts import LINEAR
 from unipelt.config.schema import ConfigError
 from unipelt.hosts.families import layers_at
 from unipelt.submodules.lora import LoRA

@@ -14,7 +14,7 @@ import torch
 from inside import is_idle
 from torch import Tensor, nn
 
-from unipelt.config.methods import GateConfig
+from unipelt.config.gate import GateConfig
 from unipelt.config.schema import ConfigError
 from unipelt.submodules.entry import Entry, Rows, shares_product
 from unipelt.submodules.forward_pass import UNSEEN, AttentionPass, ForwardPass, Passes, PassFacts, SetRows

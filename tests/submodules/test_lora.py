@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import GateConfig, LoRAConfig
+from unipelt.config.gate import GateConfig
+from unipelt.config.parts import LoRAConfig
 from unipelt.injection.hooks import add_terms, put
 from unipelt.submodules.entry import Entry, Rows
 from unipelt.submodules.forward_pass import AttentionPass, Passes

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import unipelt
-from unipelt.config.methods import PROJECTIONS
+from unipelt.config.parts import PROJECTIONS
 from unipelt.config.schema import ConfigError
 from unipelt.submodules.entry import Entry
 from unipelt.submodules.lora import LoRA

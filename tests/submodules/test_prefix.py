@@ -12,7 +12,7 @@ import torch
 from inside import is_idle
 from torch import Tensor, nn
 
-from unipelt.config.methods import PrefixConfig
+from unipelt.config.parts import PrefixConfig
 from unipelt.hosts.attention_interface import is_causal
 from unipelt.injection.hooks import enter_layer, enter_stack, leave_layer, leave_stack
 from unipelt.submodules.forward_pass import ForwardPass, Passes, PassFacts, SetRows, split_heads

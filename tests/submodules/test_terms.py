@@ -20,8 +20,9 @@ from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 
 import unipelt
-from unipelt.config.methods import SUBMODULES, Place
+from unipelt.config.parts import Place
 from unipelt.config.schema import ConfigError
+from unipelt.config.submodule import SUBMODULES
 from unipelt.hosts.families import FAMILIES
 from unipelt.submodules.register import MODULES, register_submodule
 from unipelt.submodules.room import own_parameters, own_parts, placed_terms

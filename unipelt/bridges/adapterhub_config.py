@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.config.methods import AdapterConfig, GateConfig, LoRAConfig, PrefixConfig, UniPELTConfig
+from unipelt.config.gate import GateConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.parts import AdapterConfig, LoRAConfig, PrefixConfig
 from unipelt.config.schema import ConfigError
 from unipelt.files.messages import show
 

@@ -1,13 +1,94 @@
-"""Configurations of two further submodules: LayerNorm tuning and ReFT."""
+"""Configurations of the further submodules."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from unipelt.config.methods import SUBMODULES, GateConfig, SubmoduleConfig
+from unipelt.config.gate import GateConfig
+from unipelt.config.parts import Place
 from unipelt.config.schema import ConfigError, check_fields
+from unipelt.config.submodule import SUBMODULES, SubmoduleConfig
 from unipelt.files.messages import show
+
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+
+
+@dataclass(frozen=True)
+class IA3Config(SubmoduleConfig):
+    """(IA)3: learned factors of keys, values and the activations of the feed-forward network (Liu et al., 2022)."""
+
+    places: tuple[Place, ...] = ("key", "value", "activation")
+
+
+@dataclass(frozen=True)
+class REDConfig(SubmoduleConfig):
+    """RED: learned factors and shifts of the feed-forward network's output (Wu et al., 2024)."""
+
+    places: tuple[Place, ...] = ("down",)
+
+
+@dataclass(frozen=True)
+class HoulsbyConfig(SubmoduleConfig):
+    """Two bottleneck adapters per layer: after the attention and after the feed-forward network (Houlsby et al., 2019).
+
+    Attributes:
+        bottleneck: width of each bottleneck, in units.
+        activation: the function between an adapter's two projections.
+    """
+
+    places: tuple[Place, ...] = ("attention", "down")
+    bottleneck: int = 48
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, "bottleneck")
+
+
+@dataclass(frozen=True)
+class ParallelConfig(SubmoduleConfig):
+    """A scaled bottleneck adapter parallel to the feed-forward network (He et al., 2022).
+
+    Attributes:
+        bottleneck: width of the bottleneck (r in that paper), in units.
+        scale: s, the factor of the adapter's output. The value 1 gives a parallel adapter without scale.
+        activation: the function between the two projections.
+    """
+
+    places: tuple[Place, ...] = ("feed_forward",)
+    bottleneck: int = 512
+    scale: float = 4.0
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, "bottleneck", "scale")
+
+
+@dataclass(frozen=True)
+class CompacterConfig(SubmoduleConfig):
+    """Adapters whose weights are sums of Kronecker products (Karimi Mahabadi et al., 2021).
+
+    Attributes:
+        bottleneck: width of each bottleneck, in units.
+        terms: n, the number of Kronecker products per weight. It must divide the bottleneck and the width of the place.
+            All adapters of a stack share the n left factors, each (n, n).
+        rank: rank of the right factors.
+        activation: the function between an adapter's two projections.
+    """
+
+    places: tuple[Place, ...] = ("attention", "down")
+    bottleneck: int = 24
+    terms: int = 4
+    rank: int = 1
+    activation: Activation = "gelu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, "bottleneck", "terms", "rank")
+        if self.bottleneck % self.terms:
+            raise ConfigError(f"terms must divide the bottleneck, {self.bottleneck}: {self.terms} does not")
 
 
 @dataclass(frozen=True)
@@ -84,4 +165,12 @@ class ReFTConfig(SubmoduleConfig):
         return ""
 
 
-SUBMODULES.update({"ln_tuning": LNTuningConfig, "reft": ReFTConfig})
+SUBMODULES |= {
+    "ia3": IA3Config,
+    "houlsby": HoulsbyConfig,
+    "parallel": ParallelConfig,
+    "compacter": CompacterConfig,
+    "red": REDConfig,
+    "ln_tuning": LNTuningConfig,
+    "reft": ReFTConfig,
+}

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from unipelt.config.groups import GROUPS, Group
-from unipelt.config.methods import LINEAR, Place, SubmoduleConfig
+from unipelt.config.parts import LINEAR, Place
 from unipelt.config.schema import ConfigError, check_fields
+from unipelt.config.submodule import SubmoduleConfig
 from unipelt.files.messages import show
 
 KEY = "peft"
@@ -35,7 +36,7 @@ class PeftTermConfig(SubmoduleConfig):
 
     Attributes:
         gate: whether a gate scales the term.
-        places: the projections with a layer of the tuner (`unipelt.config.methods.LINEAR`).
+        places: the projections with a layer of the tuner (`unipelt.config.parts.LINEAR`).
         type: PEFT's name of the tuner, such as `OFT`.
         label: the tuner's name in the method; by default `type` in lower case. The submodule is called `peft_LABEL`.
         options: the other options of the tuner, by the names in PEFT's configuration. PEFT checks them.

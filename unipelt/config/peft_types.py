@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from unipelt.config.methods import Place
+from unipelt.config.parts import Place
 from unipelt.config.peft import PeftTermConfig
 from unipelt.config.schema import ConfigError
 from unipelt.files.messages import shorten, show, suggest

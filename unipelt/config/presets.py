@@ -8,16 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unipelt.config.methods import (
-    SUBMODULES,
-    AdapterConfig,
-    LoRAConfig,
-    ParallelConfig,
-    PrefixConfig,
-    PromptConfig,
-    UniPELTConfig,
-)
+from unipelt.config.further import ParallelConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.parts import AdapterConfig, LoRAConfig, PrefixConfig, PromptConfig
 from unipelt.config.schema import ConfigError, read_mapping
+from unipelt.config.submodule import SUBMODULES
 from unipelt.files.messages import show, suggest
 
 

@@ -45,7 +45,8 @@ from unipelt.runs.joint_trainer import join_rows
 from unipelt.runs.pretrained import tokenizer_sha256
 from unipelt.runs.settings import SettingsError
 from unipelt.runs.trainer import BatchTrainer
-from unipelt.runs.training import common_record, header, run_in_folder, train, training_arguments
+from unipelt.runs.trainer_arguments import training_arguments
+from unipelt.runs.training import common_record, header, run_in_folder, train
 from unipelt.submodules.gate import Gates
 
 

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from unipelt.config.methods import AnyPlace, LoRAConfig, Place, SubmoduleConfig, UniPELTConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.parts import AnyPlace, LoRAConfig, Place
+from unipelt.config.submodule import SubmoduleConfig
 from unipelt.hosts.attention_interface import check_back_end, uses_interface
 from unipelt.hosts.check import check_description
 from unipelt.hosts.describe import DescribeError

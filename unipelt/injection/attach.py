@@ -13,14 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from unipelt.config.methods import (
-    AdapterConfig,
-    GateConfig,
-    LoRAConfig,
-    PromptConfig,
-    SubmoduleConfig,
-    UniPELTConfig,
-)
+from unipelt.config.gate import GateConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.parts import AdapterConfig, LoRAConfig, PromptConfig
+from unipelt.config.submodule import SubmoduleConfig
 from unipelt.hosts.locate import AttentionTargets, InjectionError, LayerTargets, StackTargets
 from unipelt.hosts.quantised import is_quantised, template_for
 from unipelt.injection.attach_terms import Plan, build_adapter, build_entry_low_rank, build_low_rank, build_term

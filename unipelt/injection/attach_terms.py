@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unipelt.config.methods import LoRAConfig, UniPELTConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.parts import LoRAConfig
 from unipelt.config.peft import PeftTermConfig
 from unipelt.hosts.locate import AttentionTargets, InjectionError, LayerTargets, Projection, StackTargets, TermTarget
 from unipelt.hosts.quantised import is_quantised, template_for

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from unipelt.config.methods import LoRAConfig, UniPELTConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.parts import LoRAConfig
 from unipelt.files.messages import show
 from unipelt.hosts.locate import InjectionError, find_stacks
 from unipelt.hosts.quantised import find_obstacle

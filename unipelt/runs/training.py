@@ -9,49 +9,32 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import has_length
 
 from unipelt.checkpoint.manifest import WEIGHTS
-from unipelt.config.schema import ConfigError
 from unipelt.files.atomic import failed_write
-from unipelt.files.messages import shorten
-from unipelt.files.progress import Progress as Shown
-from unipelt.files.progress import above_bars
 from unipelt.injection.parameter_groups import parameter_groups
 from unipelt.injection.parameters import parameter_counts
 from unipelt.records.record import FORMAT, RESULT, summary
 from unipelt.runs import folder as place
 from unipelt.runs import processes
 from unipelt.runs.averages import AverageCallback, WeightAverage, read_average
+from unipelt.runs.callbacks import Marker, Reporter, Watch, evaluations_of
 from unipelt.runs.device import find_device
-from unipelt.runs.errors import Diverged, RunError, RunFailed, check_losses, explain
+from unipelt.runs.errors import Diverged, RunError, RunFailed, explain
 from unipelt.runs.final import finalize
-from unipelt.runs.folder import CHECKPOINTS, LOGS, Progress
+from unipelt.runs.folder import LOGS, Progress
 from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
-from unipelt.runs.moment import TrainingProgress
-from unipelt.runs.settings import SettingsError, TrainingSettings
-from unipelt.runs.trainer_options import check_joint, check_trackers, step_options
+from unipelt.runs.settings import TrainingSettings
 
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
 MakeTrainer = Callable[[list[TrainerCallback]], Trainer]
 
 
@@ -152,207 +135,6 @@ def run_in_folder(
     return record
 
 
-class _Marker(TrainerCallback):
-    """Callback that marks complete checkpoints, removes those that are no longer needed, and measures time."""
-
-    def __init__(self, folder: Path, digest: str, progress: Progress, begun: float) -> None:
-        self.folder = folder
-        self.digest = digest
-        self.progress = progress
-        self.clock = begun
-
-    def spend(self, *kinds: str) -> None:
-        """Add the seconds since the last call to `kinds` and to the total."""
-        now = time.monotonic()
-        for kind in (*kinds, "total"):
-            self.progress.seconds[kind] += now - self.clock
-        self.clock = now
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.best_global_step:  # the folder may have moved since the checkpoint was written
-            state.best_model_checkpoint = str(place.checkpoint_at(self.folder, state.best_global_step))
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.spend()
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.spend("train")
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.spend("evaluation")
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.spend()
-        processes.wait()  # each process has a file in the checkpoint
-        if not processes.is_first():
-            return
-        self.progress.write(self.folder)
-        place.mark(self.folder, state.global_step, self.digest, finished=control.should_training_stop)
-        steps = (state.global_step, state.best_global_step)
-        place.remove_checkpoints(self.folder, keep=tuple(place.checkpoint_at(self.folder, step) for step in steps))
-
-
-class _Watch(TrainerCallback):
-    """Callback that stops training if a loss is not finite, before a checkpoint is written."""
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        check_losses(train=event["logs"].get("loss", 0.0))
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        check_losses(dev=event["metrics"].get("eval_loss", 0.0))
-
-
-class _Reporter(TrainerCallback):
-    """Callback that shows the progress of training and of each evaluation, and logs one line for each evaluation."""
-
-    def __init__(self, folder: Path, primary: str, log: Callable[[str], None]) -> None:
-        self.folder = folder
-        self.primary = primary
-        self.log = log
-        self.training: TrainingProgress | None = None
-        self.evaluation: Shown | None = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if processes.is_first():
-            steps, epochs = state.max_steps, state.num_train_epochs
-            self.training = TrainingProgress(self.folder, state.global_step, steps, epochs, self._say)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.training is not None:
-            self.training.update(state.epoch or 0.0)
-
-    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        if not processes.is_first():
-            return
-        if self.evaluation is None:
-            loader = event.get("eval_dataloader")
-            total = len(loader) if has_length(loader) else None
-            self.evaluation = Shown("evaluation", total, "batch", log=self._say)
-        self.evaluation.update()
-
-    def on_predict(self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any) -> None:
-        self._end_evaluation()
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        self._end_evaluation()
-        metrics = event["metrics"]
-        loss = _evaluations(state, ())[-1]["train_loss"]
-        value = metrics[f"eval_{self.primary}"]
-        better = state.best_metric is None or value > state.best_metric
-        trained = "" if loss is None else f"train loss {loss:.4f}  "
-        line = (
-            f"{self._moment(args, state)}  {trained}dev loss {metrics['eval_loss']:.4f}  "
-            f"{self.primary} {value:.3f}{'  best so far' if better else ''}"
-        )
-        self._say(line)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.training is not None:
-            self.training.close()
-
-    def _end_evaluation(self) -> None:
-        if self.evaluation is not None:
-            self.evaluation.close()
-        self.evaluation = None
-
-    def _say(self, line: str) -> None:
-        with above_bars():
-            self.log(line)
-
-    def _moment(self, args: Any, state: TrainerState) -> str:
-        """Return the moment of an evaluation in words: its step or its epoch."""
-        return f"step {state.global_step:>6}" if args.eval_strategy == "steps" else f"epoch {state.epoch:>3.0f}"
-
-
-def training_arguments(job: Training, folder: Path, kind: type[Arguments], **options: Any) -> Arguments:
-    """Return Trainer's arguments for a run.
-
-    They come from the settings, from the options for Trainer in the settings, and from the needs of every run.
-
-    Args:
-        job: the loaded run.
-        folder: the folder of the run.
-        kind: the class of Trainer's arguments.
-        options: further arguments.
-
-    Raises:
-        SettingsError: Trainer rejects its options, together or on this machine. Nothing was written.
-    """
-    settings = job.settings
-    chosen = dict(settings.trainer or {})
-    check_joint(chosen, processes.world_size())
-    if processes.world_size() > 1 and (settings.average or settings.select):
-        name = "average" if settings.average else "select"
-        raise SettingsError(f"{name} is for a run of one process, and here are {processes.world_size()}; leave it out")
-    known = {item.name for item in fields(kind)}
-    if settings.gradient_checkpointing:
-        # Transformers 5.x renamed the option
-        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-        options |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    if chosen.get("fp16") and job.device == "cpu":
-        raise SettingsError("trainer.fp16 needs a GPU, and there is none here; leave it out, or take precision bf16")
-    values: dict[str, Any] = {
-        "output_dir": str(folder / CHECKPOINTS),
-        "run_name": folder.name,
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,
-        "learning_rate": float(settings.learning_rate or 0.0),
-        "lr_scheduler_type": "linear",
-        "warmup_steps": settings.warmup_ratio,  # a value below 1 is a fraction of all steps
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "optim": "adamw_torch",  # the default depends on PyTorch's version
-        "seed": settings.seed,
-        "logging_nan_inf_filter": False,  # the filter replaces a NaN loss by the mean of the others
-        "save_total_limit": None,  # _Marker removes a checkpoint only after the next one is complete
-        "load_best_model_at_end": True,
-        "metric_for_best_model": job.primary,
-        "greater_is_better": True,
-        "restore_callback_states_from_checkpoint": True,
-        "bf16": settings.precision == "bf16",
-        "use_cpu": job.device == "cpu",
-        "dataloader_num_workers": settings.num_workers,
-        "dataloader_pin_memory": job.device == "cuda",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    if processes.world_size() > 1:
-        values["average_tokens_across_devices"] = False  # JointTrainer weights the losses itself
-    try:
-        arguments = kind(**{**values, **step_options(chosen), **options, **chosen})
-        if chosen:
-            _check_made(arguments, job.model)
-    except (ValueError, TypeError, ImportError) as error:
-        if not chosen:
-            raise
-        said = str(error) if isinstance(error, ConfigError) else f"trainer: {shorten(error)}"
-        raise SettingsError(said) from error
-    if arguments.world_size != processes.world_size():
-        raise RunError(
-            f"Transformers sees {arguments.world_size} processes, and WORLD_SIZE is {processes.world_size()}; start "
-            "the run by torchrun"
-        )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # batch_size is for a whole step, so DataParallel must not multiply it
-    return arguments
-
-
-def _check_made(arguments: TrainingArguments, model: PreTrainedModel) -> None:
-    """Make Trainer's optimizer class and scheduler before a run starts, so that Trainer's errors are raised early."""
-    check_trackers(arguments.report_to)  # type: ignore[arg-type]
-    Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        get_scheduler(
-            arguments.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=arguments.get_warmup_steps(2),
-            num_training_steps=2,
-            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
-        )
-
-
 def train(
     job: Training, folder: Path, progress: Progress, begun: float, log: Callable[[str], None], make: MakeTrainer
 ) -> tuple[Trainer, TrainerState, Callable[..., None], dict[str, Any]]:
@@ -380,9 +162,9 @@ def train(
         torch.cuda.reset_peak_memory_stats()
     if settings.num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise every forked worker prints a warning
-    marker = _Marker(folder, job.digest, progress, begun)
+    marker = Marker(folder, job.digest, progress, begun)
     average = WeightAverage(settings.average) if settings.average else None
-    callbacks: list[TrainerCallback] = [_Watch(), marker, _Reporter(folder, job.primary, log)]
+    callbacks: list[TrainerCallback] = [Watch(), marker, Reporter(folder, job.primary, log)]
     if average is not None:
         callbacks.insert(0, AverageCallback(average, job.model, folder))  # before the checkpoint is marked as complete
     if settings.patience is not None:
@@ -442,7 +224,7 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
 def common_record(job: Training, state: TrainerState, metrics: Sequence[str], progress: Progress) -> dict[str, Any]:
     """Return the entries that the record of every task has."""
     settings = job.settings
-    evaluations = _evaluations(state, metrics)
+    evaluations = evaluations_of(state, metrics)
     best = next(item for item in evaluations if item["step"] == state.best_global_step)
     return {
         "format": FORMAT,
@@ -493,33 +275,3 @@ def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Load the weights of a checkpoint of this run into the model."""
     found = model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)
     assert not found.unexpected_keys, f"{checkpoint} is of another model"
-
-
-def _evaluations(state: TrainerState, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Return every evaluation on the dev set, in order.
-
-    `train_loss` is the mean of the losses that were logged since the previous evaluation, weighted by steps. It is None
-    if no loss was logged.
-    """
-    found: list[dict[str, Any]] = []
-    losses: list[tuple[float, float]] = []  # number of steps, their mean loss
-    logged = 0.0
-    for entry in state.log_history:
-        if "loss" in entry:
-            losses.append((entry["step"] - logged, entry["loss"]))
-            logged = entry["step"]
-        elif "eval_loss" in entry:
-            train = losses[0][1] if len(losses) == 1 else None
-            if len(losses) > 1:
-                train = sum(steps * loss for steps, loss in losses) / sum(steps for steps, _ in losses)
-            found.append(
-                {
-                    "epoch": entry["epoch"],
-                    "step": entry["step"],
-                    "loss": entry["eval_loss"],
-                    "train_loss": train,
-                    "metrics": {name: entry[f"eval_{name}"] for name in metrics},
-                }
-            )
-            losses = []
-    return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import AdapterConfig
+from unipelt.config.parts import AdapterConfig
 from unipelt.submodules.gate import INITIAL_STD
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.term import Term, add_scaled

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import HoulsbyConfig, ParallelConfig
+from unipelt.config.further import HoulsbyConfig, ParallelConfig
 from unipelt.submodules.gate import INITIAL_STD
 from unipelt.submodules.register import TargetInfo, register_submodule
 

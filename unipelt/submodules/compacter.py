@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import CompacterConfig
+from unipelt.config.further import CompacterConfig
 from unipelt.config.schema import ConfigError
 from unipelt.submodules.bottleneck import ACTIVATIONS
 from unipelt.submodules.register import TargetInfo, register_submodule

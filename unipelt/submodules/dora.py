@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import LoRAConfig
+from unipelt.config.parts import LoRAConfig
 from unipelt.submodules.register import TargetInfo
 
 

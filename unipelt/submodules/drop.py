@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unipelt.config.methods import GateConfig
+from unipelt.config.gate import GateConfig
 from unipelt.submodules.forward_pass import AttentionPass
 
 

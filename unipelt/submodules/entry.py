@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import GateConfig
+from unipelt.config.gate import GateConfig
 from unipelt.submodules.gate import INITIAL_STD, Gates, start_logit
 from unipelt.submodules.gate_networks import NETWORKS
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import AdapterConfig, LoRAConfig
+from unipelt.config.parts import AdapterConfig, LoRAConfig
 from unipelt.submodules.dora import DoRA
 from unipelt.submodules.gate import INITIAL_STD
 from unipelt.submodules.register import MODULES, TargetInfo

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import GateConfig
+from unipelt.config.gate import GateConfig
 from unipelt.config.schema import ConfigError
 
 INITIAL_STD = 0.02

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from unipelt.config.methods import IA3Config
+from unipelt.config.further import IA3Config
 from unipelt.submodules.register import TargetInfo, register_submodule
 
 

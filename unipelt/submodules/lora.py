@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import LoRAConfig
+from unipelt.config.parts import LoRAConfig
 from unipelt.submodules.entry import Part
 from unipelt.submodules.forward_pass import AttentionPass
 from unipelt.submodules.outputs import OutputSlice

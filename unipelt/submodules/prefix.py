@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import PrefixConfig
+from unipelt.config.parts import PrefixConfig
 from unipelt.submodules.drop import SubmoduleDropout
 from unipelt.submodules.entry import Part
 from unipelt.submodules.forward_pass import AttentionPass, PassFacts, new_key, split_heads

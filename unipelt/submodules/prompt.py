@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt.config.methods import PromptConfig
+from unipelt.config.parts import PromptConfig
 from unipelt.submodules.entry import Entry, Part
 from unipelt.submodules.forward_pass import Passes
 from unipelt.submodules.tokens import token_weights

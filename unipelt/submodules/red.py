@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from unipelt.config.methods import REDConfig
+from unipelt.config.further import REDConfig
 from unipelt.submodules.register import TargetInfo, register_submodule
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from unipelt.config.groups import GROUPS
-from unipelt.config.methods import SUBMODULES, SubmoduleConfig, UniPELTConfig
+from unipelt.config.methods import UniPELTConfig
 from unipelt.config.schema import ConfigError
+from unipelt.config.submodule import SUBMODULES, SubmoduleConfig
 from unipelt.submodules.outputs import OutputSlice, matrix_of, own_rows
 from unipelt.submodules.term import SharedParameters
 

@@ -32,7 +32,7 @@ from unipelt.runs.run import Outcome, TaskJob
 from unipelt.runs.sampling import fixed_rows
 from unipelt.runs.settings import locate_model
 from unipelt.runs.tables import DataError
-from unipelt.runs.training import training_arguments
+from unipelt.runs.trainer_arguments import training_arguments
 from unipelt.tasks.settings import QASettings
 from unipelt.tasks.squad import (
     Answer,

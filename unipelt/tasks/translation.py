@@ -40,7 +40,7 @@ from unipelt.runs.run import Outcome, TaskJob
 from unipelt.runs.sampling import few_shot_rows, fixed_rows
 from unipelt.runs.settings import SettingsError, locate_model
 from unipelt.runs.tables import DataError, read_lines
-from unipelt.runs.training import training_arguments
+from unipelt.runs.trainer_arguments import training_arguments
 from unipelt.tasks.settings import TranslationSettings
 
 _MULTI30K = {"train": "multi30k/train", "dev": "multi30k/val", "test": "multi30k/test_2016_flickr"}

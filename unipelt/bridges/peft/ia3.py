@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from unipelt.bridges.peft.files import PREFIX, name_modules, outputs_of
 from unipelt.bridges.peft.plan import IGNORED, Plan, Slot, check_saved, check_tensor, place_exactly, possible_slots
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.config.methods import IA3Config, Place
+from unipelt.config.further import IA3Config
+from unipelt.config.parts import Place
 from unipelt.files.messages import show
 from unipelt.submodules.outputs import own_rows
 from unipelt.submodules.room import placed_terms

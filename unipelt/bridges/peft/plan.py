@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from unipelt.bridges.peft.files import join
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.config.further import LNTuningConfig
-from unipelt.config.methods import IA3Config, LoRAConfig, Place, UniPELTConfig
+from unipelt.config.further import IA3Config, LNTuningConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.parts import LoRAConfig, Place
 from unipelt.files.messages import show
 from unipelt.hosts.locate import ENTRY_PLACES, InjectionError, Projection, find_stacks
 from unipelt.submodules.room import own_parts, placed_terms

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from unipelt.bridges.peft.files import task_of
 from unipelt.bridges.peft.plan import IGNORED, Plan, check_tensor
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.config.methods import PromptConfig, UniPELTConfig
+from unipelt.config.methods import UniPELTConfig
+from unipelt.config.parts import PromptConfig
 from unipelt.config.schema import ConfigError
 from unipelt.files.messages import show
 from unipelt.hosts.locate import find_stacks

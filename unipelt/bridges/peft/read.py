@@ -34,7 +34,7 @@ from unipelt.bridges.peft.plan import (
 from unipelt.bridges.peft.prompts import plan_prompt
 from unipelt.checkpoint.bind import bind
 from unipelt.checkpoint.manifest import CheckpointError
-from unipelt.config.methods import LINEAR, LoRAConfig
+from unipelt.config.parts import LINEAR, LoRAConfig
 from unipelt.config.schema import LARGEST, ConfigError, read_mapping
 from unipelt.files.messages import shorten, show, show_path
 from unipelt.files.strict import read_bytes
