@@ -387,8 +387,8 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
         unipelt.inject(torch.nn.Linear(2, 2), "adapter")  # type: ignore[arg-type]
     model: Any = tiny_bert()
     before = state(model)
-    with pytest.raises(unipelt.ConfigError, match="there is no preset 'nothing'; the presets are fine-tuning"):
-        unipelt.inject(model, "nothing")
+    with pytest.raises(unipelt.ConfigError, match="there is no preset 'xyz'; the presets are fine-tuning"):
+        unipelt.inject(model, "xyz")
     with pytest.raises(unipelt.InjectionError, match="layers names 3, but the model's 3 layers are 0 to 2"):
         unipelt.inject(model, {"preset": "adapter", "layers": [0, 3]})
     with pytest.raises(ValueError, match="carries no submodules"):

@@ -17,8 +17,9 @@ from unipelt.config.gate import GateConfig
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.parts import AdapterConfig, LoRAConfig, PromptConfig
 from unipelt.config.submodule import SubmoduleConfig
-from unipelt.hosts.locate import AttentionTargets, InjectionError, LayerTargets, StackTargets
+from unipelt.hosts.locate import InjectionError
 from unipelt.hosts.quantised import is_quantised, template_for
+from unipelt.hosts.targets import AttentionTargets, LayerTargets, StackTargets
 from unipelt.injection.attach_terms import Plan, build_adapter, build_entry_low_rank, build_low_rank, build_term
 from unipelt.injection.hooks import put
 from unipelt.injection.peft_layers import build_peft_terms

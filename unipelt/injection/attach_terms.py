@@ -12,8 +12,9 @@ from torch import Tensor
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.parts import LoRAConfig
 from unipelt.config.peft import PeftTermConfig
-from unipelt.hosts.locate import AttentionTargets, InjectionError, LayerTargets, Projection, StackTargets, TermTarget
+from unipelt.hosts.locate import InjectionError
 from unipelt.hosts.quantised import is_quantised, template_for
+from unipelt.hosts.targets import AttentionTargets, LayerTargets, Projection, StackTargets, TermTarget
 from unipelt.injection.peft_layers import PeftTerms
 from unipelt.submodules.adapter import Adapter
 from unipelt.submodules.entry import Entry, Rows, shares_product

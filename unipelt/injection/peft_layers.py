@@ -20,8 +20,9 @@ from unipelt.config.peft import PeftTermConfig
 from unipelt.config.peft_types import find_tuner, peft_config
 from unipelt.config.schema import ConfigError
 from unipelt.files.messages import shorten
-from unipelt.hosts.locate import InjectionError, StackTargets, TermTarget
+from unipelt.hosts.locate import InjectionError
 from unipelt.hosts.quantised import describe_numbers, is_quantised, template_for
+from unipelt.hosts.targets import StackTargets, TermTarget
 from unipelt.submodules.outputs import OutputSlice, matrix_of, own_rows
 from unipelt.submodules.peft_term import HostProjection, PeftTerm
 

@@ -15,7 +15,8 @@ from unipelt.config.further import IA3Config, LNTuningConfig
 from unipelt.config.methods import UniPELTConfig
 from unipelt.config.parts import LoRAConfig, Place
 from unipelt.files.messages import show
-from unipelt.hosts.locate import ENTRY_PLACES, InjectionError, Projection, find_stacks
+from unipelt.hosts.locate import InjectionError, find_stacks
+from unipelt.hosts.targets import ENTRY_PLACES, Projection
 from unipelt.submodules.room import own_parts, placed_terms
 
 IGNORED = frozenset(

@@ -38,8 +38,9 @@ from unipelt.config.parts import LINEAR, LoRAConfig
 from unipelt.config.schema import LARGEST, ConfigError, read_mapping
 from unipelt.files.messages import shorten, show, show_path
 from unipelt.files.strict import read_bytes
-from unipelt.hosts.locate import InjectionError, Projection
+from unipelt.hosts.locate import InjectionError
 from unipelt.hosts.quantised import is_quantised
+from unipelt.hosts.targets import Projection
 from unipelt.injection.inject import inject_as, remove
 from unipelt.injection.parameters import head_names
 from unipelt.injection.state import injection_of

@@ -28,7 +28,7 @@ from unipelt.config.peft import PeftTermConfig
 from unipelt.config.presets import PRESETS
 from unipelt.files.atomic import write_whole
 from unipelt.gates.measure import find_gates
-from unipelt.hosts.locate import ENTRY_PLACES
+from unipelt.hosts.targets import ENTRY_PLACES
 from unipelt.injection.inject import inject_as
 from unipelt.injection.parameters import is_sharded, kept_names
 from unipelt.injection.state import Folded, Injection, injection_of
