@@ -214,8 +214,9 @@ def make_batch(config: Any, settings: argparse.Namespace) -> dict[str, Tensor]:
     shortest = max(1.0, settings.tokens * (1 - 2 * settings.padding))
     lengths = torch.linspace(shortest, settings.tokens, settings.batch_size).round().long()[:, None]
     places = torch.arange(settings.tokens)
-    if isinstance(config.eos_token_id, int):
-        ids = torch.where(ids == config.eos_token_id, 4, ids).masked_fill(places == lengths - 1, config.eos_token_id)
+    end = getattr(config, "eos_token_id", None)  # in Transformers 5.0 some configurations have no such field
+    if isinstance(end, int):
+        ids = torch.where(ids == end, 4, ids).masked_fill(places == lengths - 1, end)
     mask = places < lengths
     labels = torch.randint(0, 2, shape[:1], generator=generator)
     return {"input_ids": ids.masked_fill(~mask, config.pad_token_id), "attention_mask": mask.long(), "labels": labels}

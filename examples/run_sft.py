@@ -161,7 +161,9 @@ def build(settings: Settings, train: Any, held_out: Any, tokenizer: Any) -> Any:
             raise ConfigError(f"unknown option {show(f'trainer.{name}')}; {suggest(str(name), known)}")
     options = {**DEFAULTS, "use_cpu": not torch.cuda.is_available(), **settings.trainer}
     arguments = trl.SFTConfig(output_dir=settings.output_dir, seed=settings.seed, **options)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     torch.manual_seed(settings.seed)
     return trl.SFTTrainer(
         model,
@@ -180,7 +182,7 @@ def train(settings: Settings) -> dict[str, Any]:
     from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
 
     rows, kept = read_rows(settings.data, settings.held_out)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     chat = bool(tokenizer.chat_template)

@@ -341,7 +341,7 @@ def test_learning_rates_of_the_paper() -> None:
     assert rates.pop("fine-tuning") == 2e-5
     assert (rates.pop("adapter"), rates.pop("bitfit"), rates.pop("prefix")) == (1e-4, 1e-4, 2e-4)
     assert set(rates.values()) == {5e-4}, "UniPELT's, which what is not in the paper has too"
-    assert len(rates) == 18
+    assert len(rates) == 20
     assert parse(["--task", "rte", "--method", "prefix"], RunSettings).learning_rate == 2e-4
     assert parse(["--task", "rte", "--method", "prefix", "--learning_rate", "1e-3"], RunSettings).learning_rate == 1e-3
 

@@ -269,7 +269,7 @@ def test_the_papers_numbers_stand_beside_its_methods_only() -> None:
         (["--hidden", "33"], "hidden is 33, which 2 heads do not divide"),
         (["--tokens", "600"], "tokens is 600, and the model takes 512 at most"),
         (["--random", "null"], "layers goes with random"),
-        (["--random", "mobilebert"], "mobilebert"),
+        (["--random", "fnet"], "fnet"),
         (["--random", "deberta", "--methods", "prefix"], "prefix: 'deberta' models cannot take a prefix"),
         (["--adapters_python", "/nowhere/python"], "adapters_python: /nowhere/python cannot be started"),
         (["there-is-none.yaml"], "there is no configuration file at there-is-none.yaml"),

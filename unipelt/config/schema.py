@@ -19,6 +19,8 @@ LARGEST = 1_000_000
 """The largest size or scale that is accepted. A larger one is a mistake or would fill the memory."""
 
 _HINTS: dict[type, dict[str, Any]] = {}
+_MOST_INDICES = 10_000
+"""The largest number of integers that a range in a file may stand for."""
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
 
 
@@ -109,7 +111,10 @@ def _indices(value: range | str, where: str) -> list[int]:
     match = re.fullmatch(r"(\d{1,6})-(\d{1,6})", value)
     if match is None:
         raise ConfigError(f'{where} must be a list of integers or text such as "0-5", not {show(value)}')
-    return list(range(int(match[1]), int(match[2]) + 1))
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    if len(numbers) > _MOST_INDICES:
+        raise ConfigError(f"{where} has {len(numbers):,} numbers, and a range may have {_MOST_INDICES:,}")
+    return list(numbers)
 
 
 def build(

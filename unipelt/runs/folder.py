@@ -147,7 +147,8 @@ def begin(settings: TrainingSettings, folder: Path) -> Progress:
             ) from error
         progress = Progress("")  # no settings have this digest, so the old files are removed
     finished = (folder / RESULT).exists()
-    if progress is None and not finished:
+    there = folder / CHECKPOINTS
+    if progress is None and not finished and (not there.exists() or _is_bare(there)):
         progress = _read_begun(settings, folder)
     if progress is None and not finished:
         for name in (MODEL, PREDICTIONS, CHECKPOINTS, LOGS, PICTURE):
