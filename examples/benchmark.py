@@ -240,8 +240,20 @@ def _sized(settings: argparse.Namespace) -> Any:
     sizes |= dict.fromkeys(names, heads)
     sizes |= dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 4 * hidden)
     sizes |= {"hidden_size": hidden, "num_labels": 2}
-    return AutoConfig.for_model(
-        settings.random, **{name: size for name, size in sizes.items() if hasattr(default, name)}
+    try:
+        return AutoConfig.for_model(
+            settings.random, **{name: size for name, size in sizes.items() if hasattr(default, name)}
+        )
+    except Exception as error:  # each model type checks its sizes in its own way
+        raise _not_made(settings, error) from error
+
+
+def _not_made(settings: argparse.Namespace, error: Exception) -> ValueError:
+    from unipelt.files.messages import shorten
+
+    return ValueError(
+        f"Transformers cannot make a {settings.random!r} of this size: {shorten(error)}; choose other layers, hidden or "
+        "heads"
     )
 
 
@@ -253,7 +265,10 @@ def load_model(config: Any, settings: argparse.Namespace) -> Any:
 
     choice = {} if settings.attention is None else {"attn_implementation": settings.attention}
     if settings.random is not None:
-        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **choice)
+        try:
+            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **choice)
+        except Exception as error:  # as above
+            raise _not_made(settings, error) from error
     place = locate_model(settings.model)
     return AutoModelForSequenceClassification.from_pretrained(
         place, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **choice

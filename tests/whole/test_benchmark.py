@@ -270,6 +270,8 @@ def test_the_papers_numbers_stand_beside_its_methods_only() -> None:
         (["--tokens", "600"], "tokens is 600, and the model takes 512 at most"),
         (["--random", "null"], "layers goes with random"),
         (["--random", "fnet"], "fnet"),
+        (["--random", "funnel"], "Transformers cannot make a 'funnel' of this size: "),
+        (["--random", "squeezebert"], "Transformers cannot make a 'squeezebert' of this size: "),
         (["--random", "deberta", "--methods", "prefix"], "prefix: 'deberta' models cannot take a prefix"),
         (["--adapters_python", "/nowhere/python"], "adapters_python: /nowhere/python cannot be started"),
         (["there-is-none.yaml"], "there is no configuration file at there-is-none.yaml"),
