@@ -252,8 +252,8 @@ def _not_made(settings: argparse.Namespace, error: Exception) -> ValueError:
     from unipelt.files.messages import shorten
 
     return ValueError(
-        f"Transformers cannot make a {settings.random!r} of this size: {shorten(error)}; choose other layers, hidden or "
-        "heads"
+        f"Transformers cannot make a {settings.random!r} of this size: {shorten(error)}; choose other layers, hidden "
+        "or heads"
     )
 
 
