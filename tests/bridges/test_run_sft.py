@@ -90,6 +90,7 @@ def test_bad_data_are_refused(text: str, said: str, tmp_path: Path) -> None:
         run_sft.read_rows(str(tmp_path / "rows.jsonl"), 8)
 
 
+@pytest.mark.slow
 def test_without_trl_the_message_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['trl'] = None; sys.path.insert(0, 'examples'); import run_sft; "

@@ -212,7 +212,7 @@ def stop_after(steps: int, owner: Any, name: str, monkeypatch: pytest.MonkeyPatc
     [
         pytest.param({"last": 2}, "unipelt-apl", 9, marks=pytest.mark.slow),
         pytest.param({"ema": 0.8}, "fine-tuning", 9, marks=pytest.mark.slow),
-        ({"ema": 0.8}, "unipelt-al-nogate", "save"),
+        pytest.param({"ema": 0.8}, "unipelt-al-nogate", "save", marks=pytest.mark.slow),
         pytest.param({"last": 2}, "unipelt-al-nogate", "end", marks=pytest.mark.slow),
     ],
     ids=str,

@@ -168,6 +168,7 @@ def quick_runs(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder, do_in_two(folder, runs)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(
     home: Path, quick_runs: tuple[Path, list[dict[str, str | None]]]
 ) -> None:
@@ -182,6 +183,7 @@ def test_two_processes_give_the_numbers_of_one(
     assert not lines[1].exists(), "only the first process speaks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
