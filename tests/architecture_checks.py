@@ -10,6 +10,7 @@ import tempfile
 from typing import Any
 
 import torch
+from tiny import CACHE
 from torch import Tensor
 
 import unipelt
@@ -196,8 +197,9 @@ def is_cached(model: Any, head: str, batch: Batch) -> bool:
     if name == "input_ids" and "attention_mask" in whole:
         first["attention_mask"] = whole["attention_mask"][:, :_CACHED]
     with torch.no_grad():
-        cache = model(**first, use_cache=True)["past_key_values"]
-        got = _first(model, {**second, "past_key_values": cache, "use_cache": True})
+        found = model(**first, use_cache=True)
+        cache = found["past_key_values" if "past_key_values" in found else "cache"]
+        got = _first(model, {**second, CACHE: cache, "use_cache": True})
     return cache is not None and _close(got, want)
 
 

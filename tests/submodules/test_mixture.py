@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import logits, shake, small, tiny_batch, tiny_bert
 from inside import parts
-from tiny import DECODERS, tiny_model
+from tiny import CACHE, DECODERS, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
@@ -111,7 +111,7 @@ def test_a_causal_layer_sees_no_later_token(family: str, kind: str, router: str)
         rest = model(
             input_ids=batch["input_ids"][:, 5:],
             attention_mask=batch["attention_mask"],
-            past_key_values=first.past_key_values,
+            **{CACHE: first.past_key_values},
         ).logits
     torch.testing.assert_close(rest, logits(model, batch)[:, 5:], atol=1e-4, rtol=1e-4)
 

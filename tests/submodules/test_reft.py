@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import assert_near, assert_same, edit, logits, refused, shake, tiny_batch, tiny_bert, what_is_there
 from inside import entries
-from tiny import DECODERS, FAMILIES, KINDS, tiny_model
+from tiny import CACHE, DECODERS, FAMILIES, KINDS, tiny_model
 from tiny import tiny_batch as batch_of
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -180,7 +180,7 @@ def test_a_text_in_two_passes_is_the_text_in_one(cut: int) -> None:
                     input_ids=ids[:, part],
                     attention_mask=mask[:, : part.stop],
                     position_ids=positions[:, part],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                     use_cache=True,
                 ).logits
                 for part in (slice(0, cut), slice(cut, 9))
@@ -201,12 +201,12 @@ def test_passes_whose_tokens_are_not_known_are_refused() -> None:
     classifier = unipelt.inject(tiny_model("gpt2", "SequenceClassification"), method(gate=False))
     cache = DynamicCache(config=classifier.config)
     with torch.no_grad():
-        classifier(input_ids=ids, past_key_values=cache, use_cache=True)
+        classifier(input_ids=ids, **{CACHE: cache}, use_cache=True)
         with pytest.raises(ValueError, match="the last 1 tokens of a text are edited, and with a cache"):
-            classifier(input_ids=ids, past_key_values=cache, use_cache=True)
+            classifier(input_ids=ids, **{CACHE: cache}, use_cache=True)
     model = unipelt.inject(tiny_model("llama"), method(last=0))
     with pytest.raises(ValueError, match="a static cache does not tell how many tokens it holds"):
-        model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=8))
+        model(input_ids=ids, **{CACHE: StaticCache(config=model.config, max_cache_len=8)})
     window: Any = unipelt.inject(tiny_model("mistral"), method(first=7, last=0))
     with pytest.raises(ValueError, match=r"take a smaller reft\.first"):
         window.generate(**batch_of("mistral", left=True), max_new_tokens=3, eos_token_id=None, pad_token_id=1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from unipelt.hosts.attention_interface import ATTENTION, attention_function, check_back_end, is_causal
-from unipelt.injection.caches import find_cache
+from unipelt.injection.caches import check_paged, find_cache
 from unipelt.injection.hooks import hook, note_mask, open_entry, parts_at, split_mask
 from unipelt.submodules.forward_pass import AttentionPass, ForwardPass
 from unipelt.submodules.room import Port, SubmoduleSet
@@ -128,6 +128,7 @@ def _attend(
         return _add_prefix(part, now, output, query, key.shape[1], **kwargs), weights
     prefix: Any = part._modules["prefix"]
     find_cache(kwargs)  # refuses an unknown cache, in which an attention function would store the prefix as text
+    check_paged(now.facts.paged)  # since Transformers 5.24 the attention function does not get this cache
     gate, both = _gate_of_prefix(part, prefix, now), prefix.by_head(now.facts, key.shape[1])
     keep = prefix.keep(now.attention(part.key), len(query), query)
     bias: Tensor | None = kwargs.get("position_bias")

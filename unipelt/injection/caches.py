@@ -31,12 +31,7 @@ def find_cache(given: Mapping[str, Any]) -> Cache | None:
             )
     for name in CACHE_NAMES:
         cache = given.get(name)
-        if type(cache).__name__ == "PagedAttentionCache":
-            raise ValueError(
-                "continuous batching (generate_batch) puts all texts into one row, so it takes no prompt, and no "
-                "prefix in the softmax of the text; give the prefix a softmax of its own (prefix.softmax: own), or "
-                "call model.generate"
-            )
+        check_paged(is_paged(cache))
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(
                 f"{name} is a {type(cache).__name__}, and not a Cache of Transformers, so its length is not known; "
@@ -45,6 +40,21 @@ def find_cache(given: Mapping[str, Any]) -> Cache | None:
         if cache is not None:
             return cache
     return None
+
+
+def is_paged(cache: Any) -> bool:
+    """Return whether a cache is that of continuous batching."""
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
+def check_paged(paged: bool) -> None:
+    """Raise `ValueError` for what continuous batching cannot do, if the pass is one of it (`paged`)."""
+    if paged:
+        raise ValueError(
+            "continuous batching (generate_batch) puts all texts into one row, so it takes no prompt, and no prefix in "
+            "the softmax of the text; give the prefix a softmax of its own (prefix.softmax: own), or call "
+            "model.generate"
+        )
 
 
 def cached_tokens(cache: Any) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unipelt.injection.caches import CACHE_NAMES, cached_tokens, prefixes_beside
+from unipelt.injection.caches import CACHE_NAMES, cached_tokens, is_paged, prefixes_beside
 from unipelt.submodules.forward_pass import AttentionPass, ForwardPass, PassFacts
 from unipelt.submodules.prefix import NETWORK_NAMES
 from unipelt.submodules.room import ROOM, Port, Room, SubmoduleSet
@@ -75,6 +75,7 @@ def enter_stack(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     room: Room = owner._modules[ROOM]
     facts = PassFacts(room.passes.given_rows(), room.passes.losses())
     cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    facts.paged = is_paged(cache)
     for name in (room.active,) if facts.rows is None else facts.rows.names:
         stack_set = room.present(name)
         if stack_set is not None and stack_set.chooses_tokens:

@@ -58,18 +58,20 @@ class PassFacts:
         rows: the sets of the rows; None if the whole batch belongs to the active set.
         cached: the number of tokens in the cache at the start of the pass; None for a static cache, whose number would
             have to be read from the device. Only counted for terms that edit chosen tokens.
+        paged: whether the cache is that of continuous batching.
         prefixes: keys and values of the prefixes of all N attentions of a prefix network, (N, 2, L, W), by the key of
             the network. They are computed once per pass.
         hooks: the hooks for saved tensors at the start of the pass.
         losses: the losses of routers, if the model's call collects them; else None.
     """
 
-    __slots__ = ("_by_head", "_derived", "cached", "hooks", "losses", "prefixes", "rows")
+    __slots__ = ("_by_head", "_derived", "cached", "hooks", "losses", "paged", "prefixes", "rows")
 
     def __init__(self, rows: SetRows | None = None, losses: list[Tensor] | None = None) -> None:
         self.rows = rows
         self.losses = losses
         self.cached: int | None = 0
+        self.paged = False
         self.prefixes: dict[int, Tensor] = {}
         self.hooks = saved_tensor_hooks()
         self._derived: dict[Hashable, tuple[Any, Any]] = {}
