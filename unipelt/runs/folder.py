@@ -73,7 +73,8 @@ class Progress:
 
     def write(self, folder: Path) -> None:
         """Write the progress into the folder of the run."""
-        _write_json(folder / CHECKPOINTS / _PROGRESS, {name: getattr(self, name) for name in _PROGRESS_SHAPE})
+        values = {name: getattr(self, name) for name in (*_PROGRESS_SHAPE, "world_size")}
+        _write_json(folder / CHECKPOINTS / _PROGRESS, values)
 
 
 def find_finished(settings: TrainingSettings, folder: Path) -> dict[str, Any] | None:
