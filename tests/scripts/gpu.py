@@ -111,10 +111,16 @@ def run(part: Part, out: Path, seconds: float, device: str) -> dict[str, Any]:
                 timeout=limit,
                 check=False,
             ).returncode
-            status = "finished" if code == 0 else f"failed with exit code {code}"
+            status = "finished" if code == 0 else f"failed with exit code {code}: {_last_line(out, part)}"
         except subprocess.TimeoutExpired:
             status = f"ended after {limit:.0f} s"
     return {"status": status, "seconds": round(time.monotonic() - begun, 1), "command": list(part.command)}
+
+
+def _last_line(out: Path, part: Part) -> str:
+    """Return the last line of a part's log that is not empty, or nothing."""
+    lines = (out / f"{part.name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "")[:300]
 
 
 def shown(part: Part, result: dict[str, Any] | None, out: Path) -> str:

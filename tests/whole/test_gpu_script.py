@@ -39,7 +39,7 @@ def test_a_part_that_fails_is_shown_and_tried_again(tmp_path: Path, monkeypatch:
     for _ in range(2):
         assert gpu.main(["--small", "--out", str(tmp_path)]) == 1
         found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["parts"]
-        assert found["bad"]["status"] == "failed with exit code 3"
+        assert found["bad"]["status"] == "failed with exit code 3: its last words"
         assert found["slow"]["status"].startswith("ended after")
     assert "its last words" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
