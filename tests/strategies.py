@@ -261,6 +261,8 @@ def methods(
     gates = {"pooling": draw(st.sampled_from(pooling))}
     if other_gates and draw(st.booleans()):
         gates = draw(st.sampled_from(_gates(family, "prefix" in chosen)))
+    if gates.get("shared") and values.pop("reft", None) and False in gated:
+        values["reft"] = {"gate": False}  # its gate comes after the layer
     if further and values["prefix"] and values["prefix"]["gating"] == "scale" and family not in INSERTED:
         values["prefix"]["softmax"] = draw(st.sampled_from(["shared", "own"]))
     if further and values["prefix"] and values["prefix"]["gate"] and gates.get("activation") != "softmax":

@@ -314,3 +314,12 @@ def test_a_rank_above_the_width_is_refused(tmp_path: Path) -> None:
     unipelt.save(unipelt.inject(tiny_bert(), method()), tmp_path)
     edit(tmp_path, "unipelt.reft.rank", 33)
     refused(unipelt.load, tmp_path, "does not fit this model: reft.rank must be at most the width of the states, 32")
+
+
+def test_a_shared_gate_is_refused() -> None:
+    """With gradient checkpointing it would get no gradient, because the layer computes it and ReFT comes after it."""
+    model = tiny_bert()
+    with pytest.raises(unipelt.InjectionError, match=r"take gate\.shared: false, or reft\.gate: false"):
+        unipelt.inject(model, {"preset": "unipelt-apl", "reft": {}, "gate": {"shared": True}})
+    assert not hasattr(model, "unipelt_injection")
+    unipelt.inject(model, {"preset": "unipelt-apl", "reft": {"gate": False}, "gate": {"shared": True}})

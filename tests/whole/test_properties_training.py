@@ -105,12 +105,12 @@ def test_gradients_reach_just_what_is_declared(case: Case, described: Texts) -> 
         gradient = found[name]
         assert gradient is not None
         assert gradient.isfinite().all(), name
-        # all units of a narrow bottleneck may be dead
-        assert gradient.any() or ".adapter." in name, name
+        # all units of a narrow bottleneck may be dead; a head that reads the last token sees no edit of the first ones
+        assert gradient.any() or ".adapter." in name or "reft_layer" in name, name
     for name, gradient in gradients_of_parts(model).items():
         started_at = name.endswith((".A0", ".B0"))
         assert (gradient is None) == started_at, name
-        assert gradient is None or gradient.any() or ".adapter." in name, name
+        assert gradient is None or gradient.any() or ".adapter." in name or "reft_layer" in name, name
 
 
 @holds(10, cases(heads=True, decoders_too=True, least=0), texts(READ))

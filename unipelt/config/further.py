@@ -155,7 +155,12 @@ class ReFTConfig(SubmoduleConfig):
             raise ConfigError("first and last are both 0, so no token is edited; raise one, or take positions: all")
 
     def misfit(self, gates: GateConfig, *, causal: bool, generates: bool, norm_first: bool) -> str:
-        """Refuse the last tokens of a text that grows."""
+        """Refuse the last tokens of a text that grows, and a gate from inside of the layer."""
+        if self.gate and gates.shared:
+            return (
+                "gate.shared: true computes the gates inside of a layer, which gradient checkpointing computes again, "
+                "and reft comes after the layer; take gate.shared: false, or reft.gate: false"
+            )
         if causal and generates and self.positions == "ends" and self.last:
             return (
                 f"reft.last: {self.last} edits the last tokens of a text, and the text of a model that generates still "
