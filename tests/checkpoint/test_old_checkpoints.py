@@ -151,7 +151,10 @@ def spoil(name: str, folder: Path, change: Callable[[dict[str, Tensor]], None]) 
     return folder
 
 
-@pytest.mark.parametrize("name", SPOILT)
+SPOILT_QUICKLY = [pytest.param(name, marks=[pytest.mark.slow] if name == "bart-apl" else []) for name in SPOILT]
+
+
+@pytest.mark.parametrize("name", SPOILT_QUICKLY)
 def test_a_missing_tensor_of_any_name_is_found_out(name: str, tmp_path: Path) -> None:
     model = base_of(name)
     for number, key in enumerate(sorted(load_file(FOLDER / name / WEIGHTS))):
@@ -159,7 +162,7 @@ def test_a_missing_tensor_of_any_name_is_found_out(name: str, tmp_path: Path) ->
         refused(unipelt.load, folder, "does not fit", "it lacks '", model=model)
 
 
-@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("name", SPOILT_QUICKLY)
 def test_a_tensor_of_another_shape_under_any_name_is_found_out(name: str, tmp_path: Path) -> None:
     shapes: dict[str, Callable[[Tensor], Tensor]] = {
         "a row more": lambda tensor: torch.cat([tensor, tensor[:1]]),

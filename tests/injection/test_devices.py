@@ -510,7 +510,7 @@ def test_a_pass_that_failed_does_not_stop_what_follows() -> None:
 # Tools around a model
 
 
-@pytest.mark.parametrize("method", FULL, ids=str)
+@pytest.mark.parametrize("method", ["unipelt-apl", pytest.param(MASS, marks=pytest.mark.slow)], ids=str)
 def test_compiled_is_eager(method: Any) -> None:
     """One whole graph, forward and backward."""
     model = make_model(method).train()

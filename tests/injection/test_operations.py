@@ -289,7 +289,7 @@ def test_token_weights_of_one_mask_for_several_batches() -> None:
 # torch.compile
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_lengths_do_not_compile_for_ever(training: bool) -> None:
     """The second length makes the graph one for all lengths, forward and backward."""
     torch._dynamo.reset()

@@ -304,6 +304,7 @@ def test_a_run_with_options_goes_on_after_a_kill(home: Path, tmp_path: Path) -> 
         run(settings(home, tmp_path / "out", epochs=5), log=quiet)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_record(home: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     plain = run(settings(home, tmp_path / "plain", epochs=1), log=quiet)
     options = {"torch_compile": True, "torch_compile_backend": "eager"}

@@ -328,6 +328,7 @@ def test_the_cpu_of_accelerate(home: Path, tmp_path: Path, monkeypatch: pytest.M
         run_glue(replace(settings, device="cuda"))
 
 
+@pytest.mark.slow
 def test_a_record_of_several_processes_is_done_again_in_one(
     home: Path, quick_runs: tuple[Path, list[dict[str, str | None]]]
 ) -> None:

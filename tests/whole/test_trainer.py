@@ -255,6 +255,7 @@ GRADIENT_JOBS: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     """Each process has half of the batch; no parameter is unused, for any method."""
     launch_parallel("gradients", tmp_path, *map(json.dumps, GRADIENT_JOBS))
@@ -271,6 +272,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     assert steps()[0]["attention_mask"].sum() != steps()[1]["attention_mask"].sum()
 
 
+@pytest.mark.slow
 def test_trainer_runs_in_two_processes(tmp_path: Path) -> None:
     methods = ("unipelt-apl", "bitfit", "prefix")
     launch_parallel("trainer", tmp_path / "two", *methods)
