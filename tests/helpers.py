@@ -22,6 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 import unipelt
 from unipelt.checkpoint.manifest import MANIFEST, WEIGHTS, CheckpointError
+from unipelt.pack import Pack, kept_values
 
 SIZES = {
     "vocab_size": 60,
@@ -162,3 +163,17 @@ def refusing(model: PreTrainedModel, *said: str, error: type[Exception] = Checkp
     for words in said:
         assert words in str(caught.value), f"{words!r} is not in {str(caught.value)!r}"
     assert_same(what_is_there(model), before)
+
+
+def assert_pack_computes_as_single_models(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+    """Check that a pack gives each replica, with values and a batch of its own, the logits of the model alone."""
+    pack, values = Pack(model, tokens=9), []
+    for seed in range(1, len(batches) + 1):
+        shake(model, seed)
+        values.append({name: value.clone() for name, value in kept_values(model).items()})
+        pack.add(values[-1])
+    packed = pack({name: torch.stack([batch[name] for batch in batches]) for name in batches[0]})
+    for own, batch, got in zip(values, batches, packed, strict=True):
+        model.load_state_dict(own, strict=False)
+        with torch.no_grad():
+            assert_near(got.detach(), model(**batch).logits)

@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Terminal(io.StringIO):
-    """What a terminal shows."""
+    """A stream that says that it is a terminal, and keeps the text that it is given."""
 
     def isatty(self) -> bool:
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,11 +34,7 @@ RUNS: tuple[dict[str, Any], ...] = (
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.tsv, dev.tsv and a model without dropout."""
-    folder = make_quick(tmp_path_factory.mktemp("home"))
-    path = folder / "model" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
-    return folder
+    return make_quick(tmp_path_factory.mktemp("home"), dropout=False)
 
 
 def settings(home: Path, out: Path, **changes: Any) -> RunSettings:

@@ -36,7 +36,7 @@ GATE = 0.3
 
 @dataclass
 class Row:
-    """What one type does: `reason` is empty if it works."""
+    """The result for one type. The field `reason` is empty if the type works."""
 
     kind: str
     reason: str = ""

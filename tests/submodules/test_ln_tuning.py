@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, assert_same, bits, logits, shake, tiny_batch, tiny_bert, what_is_there
+from helpers import (
+    assert_near,
+    assert_pack_computes_as_single_models,
+    assert_same,
+    bits,
+    logits,
+    shake,
+    tiny_batch,
+    tiny_bert,
+    what_is_there,
+)
 from inside import entries, parts
 from tiny import FAMILIES, KINDS, tiny_model
 from tiny import tiny_batch as batch_of
@@ -17,7 +27,6 @@ from torch import Tensor, nn
 import unipelt
 from unipelt.config.schema import ConfigError
 from unipelt.hosts.norms import find_norms
-from unipelt.pack import Pack, kept_values
 from unipelt.submodules.room import own_parts, placed_terms
 
 EACH_FAMILY = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in FAMILIES]
@@ -170,17 +179,7 @@ def test_norms_do_not_decay_and_gates_do() -> None:
 @pytest.mark.parametrize("gate", [True, False])
 def test_a_pack_trains_norms_too(gate: bool) -> None:
     model = unipelt.inject(tiny_bert(), {**GATED, "ln_tuning": {"gate": gate}})
-    pack = Pack(model, tokens=9)
-    batches = [tiny_batch(seed) for seed in (0, 1)]
-    values = []
-    for seed in (1, 2):
-        shake(model, seed)
-        values.append({name: value.clone() for name, value in kept_values(model).items()})
-        pack.add(values[-1])
-    packed = pack({name: torch.stack([batch[name] for batch in batches]) for name in batches[0]})
-    for own, batch, got in zip(values, batches, packed, strict=True):
-        model.load_state_dict(own, strict=False)
-        assert_near(got.detach(), logits(model, batch))
+    assert_pack_computes_as_single_models(model, [tiny_batch(seed) for seed in (0, 1)])
 
 
 @pytest.mark.parametrize(

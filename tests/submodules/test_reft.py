@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, assert_same, edit, logits, refused, shake, tiny_batch, tiny_bert, what_is_there
+from helpers import (
+    assert_near,
+    assert_pack_computes_as_single_models,
+    assert_same,
+    edit,
+    logits,
+    refused,
+    shake,
+    tiny_batch,
+    tiny_bert,
+    what_is_there,
+)
 from inside import entries
 from tiny import CACHE, DECODERS, FAMILIES, KINDS, tiny_model
 from tiny import tiny_batch as batch_of
@@ -18,7 +29,6 @@ from transformers import DynamicCache, StaticCache
 
 import unipelt
 from unipelt.config.schema import ConfigError
-from unipelt.pack import Pack, kept_values
 from unipelt.submodules.reft import orthonormal_rows
 from unipelt.submodules.room import placed_terms
 
@@ -266,17 +276,7 @@ def test_a_training_step_with_gradient_checkpointing_is_one_without(reentrant: b
 
 def test_a_pack_edits_each_replicas_own_tokens() -> None:
     model = unipelt.inject(tiny_bert(), method())
-    pack = Pack(model, tokens=9)
-    batches = [tiny_batch(0), tiny_batch(1, lengths=(9, 2, 4))]
-    values = []
-    for seed in (1, 2):
-        shake(model, seed)
-        values.append({name: value.clone() for name, value in kept_values(model).items()})
-        pack.add(values[-1])
-    packed = pack({name: torch.stack([batch[name] for batch in batches]) for name in batches[0]})
-    for own, batch, got in zip(values, batches, packed, strict=True):
-        model.load_state_dict(own, strict=False)
-        assert_near(got.detach(), logits(model, batch))
+    assert_pack_computes_as_single_models(model, [tiny_batch(0), tiny_batch(1, lengths=(9, 2, 4))])
 
 
 @pytest.mark.parametrize("variant", ["loreft", "direft"])

@@ -21,7 +21,7 @@ from unipelt.hosts.locate import InjectionError
 
 
 class Pooling(nn.Module):
-    """What sentence-transformers makes: modules one after another, the first of which holds a model."""
+    """A stand-in for a `SentenceTransformer`: a sequence of modules, the first of which holds a model."""
 
     def __init__(self) -> None:
         super().__init__()

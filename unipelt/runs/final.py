@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,32 +12,12 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 
 from unipelt.gates.select import select
 from unipelt.runs.averages import WeightAverage
-from unipelt.runs.settings import TrainingSettings
-
-
-class Trained(Protocol):
-    """The parts of a run that the last choices need."""
-
-    @property
-    def settings(self) -> TrainingSettings:
-        """The settings of the run."""
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model, with the weights of the best epoch."""
-
-    @property
-    def primary(self) -> str:
-        """The metric that chooses. Larger is better."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The metrics of the task."""
+from unipelt.runs.job import Training
 
 
 def finalize(
     trainer: Trainer,
-    job: Trained,
+    job: Training,
     state: TrainerState,
     average: WeightAverage | None,
     log: Callable[[str], None],
@@ -50,7 +30,7 @@ def finalize(
 
     Args:
         trainer: the trainer of the run, which evaluates on the dev set.
-        job: the run.
+        job: the loaded run; its model has the weights of the best epoch.
         state: the state at the end of training.
         average: the average of the weights, or None without one.
         log: function that takes the lines for the reader.
@@ -70,7 +50,7 @@ def finalize(
 
 def _try_average(
     trainer: Trainer,
-    job: Trained,
+    job: Training,
     state: TrainerState,
     average: WeightAverage,
     mean: Mapping[str, Tensor],
@@ -92,7 +72,7 @@ def _try_average(
     return {"average": entry} | ({"dev": dev} if taken else {})
 
 
-def _select(trainer: Trainer, job: Trained, log: Callable[[str], None]) -> dict[str, Any]:
+def _select(trainer: Trainer, job: Training, log: Callable[[str], None]) -> dict[str, Any]:
     devs: list[dict[str, Any]] = []
 
     def score(model: PreTrainedModel) -> float:
@@ -123,7 +103,7 @@ def _copy(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
         own[name].copy_(tensor)
 
 
-def _evaluate(trainer: Trainer, job: Trained) -> dict[str, Any]:
+def _evaluate(trainer: Trainer, job: Training) -> dict[str, Any]:
     """Return loss and metrics of the present model on the dev set. Callbacks are not called: this is no epoch."""
     handler = trainer.callback_handler
     callbacks, handler.callbacks = handler.callbacks, []

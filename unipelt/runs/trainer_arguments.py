@@ -15,9 +15,9 @@ from unipelt.files.messages import shorten
 from unipelt.runs import processes
 from unipelt.runs.errors import RunError
 from unipelt.runs.folder import CHECKPOINTS
+from unipelt.runs.job import Training
 from unipelt.runs.settings import SettingsError
 from unipelt.runs.trainer_options import check_joint, check_trackers, step_options
-from unipelt.runs.training import Training
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -32,46 +32,11 @@ from unipelt.runs.device import find_device
 from unipelt.runs.errors import Diverged, RunError, RunFailed, explain
 from unipelt.runs.final import finalize
 from unipelt.runs.folder import LOGS, Progress
+from unipelt.runs.job import Training
 from unipelt.runs.machine import describe_code, describe_hardware, describe_packages, peak_memory
 from unipelt.runs.settings import TrainingSettings
 
 MakeTrainer = Callable[[list[TrainerCallback]], Trainer]
-
-
-class Training(Protocol):
-    """The parts of a loaded run that training needs."""
-
-    @property
-    def settings(self) -> TrainingSettings:
-        """The settings of the run."""
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model to train."""
-
-    @property
-    def primary(self) -> str:
-        """The metric that chooses the best checkpoint. Larger is better."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The metrics of the task."""
-
-    @property
-    def data(self) -> dict[str, dict[str, Any]]:
-        """The number of rows and the fingerprint of each dataset split."""
-
-    @property
-    def notes(self) -> list[str]:
-        """The notes that a reader of the score must know."""
-
-    @property
-    def device(self) -> str:
-        """The device, `cpu` or `cuda`."""
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of everything that determines the outcome, including data and weights."""
 
 
 Job = TypeVar("Job", bound=Training)
