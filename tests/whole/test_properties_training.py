@@ -101,16 +101,20 @@ def test_gradients_reach_just_what_is_declared(case: Case, described: Texts) -> 
     found = gradients(model, case, inputs)
     reached = {name for name, gradient in found.items() if gradient is not None}
     assert reached == want & (ours | used)
+    reft: Any = case.method.part("reft")
+    # after the last layer, no head need read the first tokens: a decoder's reads the last one, and a prompt is cut off
+    unseen = reft is not None and reft.positions == "ends"
+    may_be_zero = (".adapter.", *(["reft_layer"] if unseen else []))
     for name in want & (ours | head):
         gradient = found[name]
         assert gradient is not None
         assert gradient.isfinite().all(), name
-        # all units of a narrow bottleneck may be dead; a head that reads the last token sees no edit of the first ones
-        assert gradient.any() or ".adapter." in name or "reft_layer" in name, name
+        # all units of a narrow bottleneck may be dead
+        assert gradient.any() or any(part in name for part in may_be_zero), name
     for name, gradient in gradients_of_parts(model).items():
         started_at = name.endswith((".A0", ".B0"))
         assert (gradient is None) == started_at, name
-        assert gradient is None or gradient.any() or ".adapter." in name or "reft_layer" in name, name
+        assert gradient is None or gradient.any() or any(part in name for part in may_be_zero), name
 
 
 @holds(10, cases(heads=True, decoders_too=True, least=0), texts(READ))
