@@ -34,6 +34,16 @@ def _as_talkative_as_before() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Restore the environment variables. PEFT's BOFT sets compilers, which breaks a later test of `torch.compile`."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither data that happen to be there nor the network."""

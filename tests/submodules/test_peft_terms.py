@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import threading
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_it_is_saved_and_loaded_and_removed(kind: str, tmp_path: Path) -> None:
     unipelt.remove(base)
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_boft_leaves_the_environment_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its search for a compiler sets `CXX`, and libraries that `torch.compile` makes with it cannot be loaded."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CXX", "c++")
+    before = dict(os.environ)
+    unipelt.inject(build("bert"), method_of("BOFT"))
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("kind", WORKING)

@@ -7,7 +7,9 @@ model itself does not change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +119,7 @@ def _layers_of(part: PeftTermConfig, targets: list[tuple[str, str, TermTarget]])
     except (ConfigError, ImportError) as error:
         raise InjectionError(str(error)) from error
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _keep_environment():
             tuner(skeleton, wanted, ADAPTER)
     except Exception as error:  # PEFT's tuners raise errors of every kind
         raise InjectionError(f"{part.name}: PEFT cannot build its {part.type} here: {shorten(error)}") from error
@@ -134,6 +136,22 @@ def _layers_of(part: PeftTermConfig, targets: list[tuple[str, str, TermTarget]])
         _hold_tensors(layer)
         found.append((target, layer))
     return found
+
+
+@contextmanager
+def _keep_environment() -> Iterator[None]:
+    """Restore the environment variables at the end.
+
+    PEFT's BOFT sets `CC` and `CXX` to gcc, and keeps them so if it cannot compile its kernel. Then `torch.compile`
+    makes libraries that cannot be loaded.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _check_host(part: PeftTermConfig, path: str, host: Any) -> None:
