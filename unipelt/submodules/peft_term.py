@@ -90,8 +90,11 @@ class PeftTerm(Term):
                 self.add_module(f"shared_{hidden}", module)
         frozen = {path for path, parameter in self.named_parameters() if id(parameter) not in trained}
         for path in self.saved_buffers:  # a state dict holds what a checkpoint holds
-            owner, _, last = path.rpartition(".")
-            self.get_submodule(owner)._non_persistent_buffers_set.discard(last)
+            parent, _, last = path.rpartition(".")
+            owner: Any = self.get_submodule(parent)
+            owner._non_persistent_buffers_set.discard(last)
+            if hasattr(owner, "persistent"):  # PEFT's BufferDict, whose buffers some layers set again in each pass
+                owner.persistent = True
         self._parts = tuple(
             Part(f"{name}.{path}", kind, path, frozen=path in frozen) for path, _ in self.named_parameters()
         )
