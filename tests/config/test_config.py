@@ -193,6 +193,30 @@ def test_plain_types_become_the_fields_types() -> None:
     assert UniPELTConfig(adapter={"bottleneck": 3}).adapter == AdapterConfig(3)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        *(("gate", {"pooling": pooling}) for pooling in ("mean", "token", "static")),
+        ("gate", {"shared": True, "activation": "softmax"}),
+        ("gate", {"pooling": "token", "network": "mlp"}),
+        ("gate", {"network": "transformer"}),
+        ("gate", {"start": 0.01, "dropout": 0.99}),
+        ("gate", {"start": 0.99}),
+        ("gate", {"activation": "tanh", "start": -0.99}),
+        ("gate", {"activation": "tanh", "start": 0.99}),
+        ("lora", {"places": ("gate",), "dropout": 0.99}),
+        *(("lora", {"mixture": {"experts": experts}}) for experts in (2, 64)),
+        *(("lora", {"mixture": {"top_k": top_k}}) for top_k in (1, 4)),
+        ("lora", {"mixture": {"router": "example", "top_k": 3, "balance": 1000.0}}),
+        ("tokens", {"ids": (0, 7)}),
+    ],
+    ids=str,
+)
+def test_values_at_their_limits_are_allowed(part: str, values: dict[str, Any]) -> None:
+    written = resolve({"preset": "lora", part: values}).to_dict()[part]
+    assert flatten(values).items() <= flatten(written).items()
+
+
 def test_fields_by_position_are_those_of_the_class() -> None:
     """`mixture` came later, and takes no position."""
     config = HoulsbyConfig(False, ("down",), 5, "tanh")

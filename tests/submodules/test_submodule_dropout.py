@@ -73,7 +73,7 @@ def test_a_default_is_not_written_and_mistakes_are_named() -> None:
         unipelt.resolve({"preset": "lora", "gate": {"dropout_by": "token"}})
     with pytest.raises(ConfigError, match="this method has none"):
         unipelt.resolve({"preset": "bitfit", **HALF})
-    for alone in ("ia3", "reft", "ln_tuning", "parallel"):  # each is a submodule of layers
+    for alone in ("adapter", "prefix", "lora", "ia3", "reft", "ln_tuning", "parallel"):  # each is a submodule of layers
         assert unipelt.resolve({"preset": alone, "gate": {"dropout": 0.2}}).gate.dropout == 0.2
 
 
