@@ -130,10 +130,12 @@ def test_a_type_that_cannot_be_a_term_is_refused_with_the_reason(kind: str) -> N
 
 
 def test_pefts_configuration_of_a_tuner() -> None:
-    ia3 = PeftTermConfig(type="IA3", places=("value", "down", "key"), options={"feedforward_modules": "down"})
+    ia3 = PeftTermConfig(type="IA3", places=("value", "down", "key"), options={"feedforward_modules": ["down", "key"]})
     made = peft_config(ia3, {"value": ["v_proj", "v"], "down": ["down_proj"], "up": ["up_proj"]})
     assert set(made.target_modules) == {"v_proj", "v", "down_proj"}
     assert set(made.feedforward_modules) == {"down_proj"}
+    alone = PeftTermConfig(type="IA3", places=("value", "down"), options={"feedforward_modules": "down"})
+    assert set(peft_config(alone, {"down": ["down_proj"]}).feedforward_modules) == {"down_proj"}
     assert set(peft_config(PeftTermConfig(type="IA3"), {}).feedforward_modules) == set()
     assert not peft_config(PeftTermConfig(type="FROD"), {}).progressbar
     with pytest.raises(ConfigError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import unipelt
-from unipelt.config.parts import AdapterConfig, LoRAConfig
+from unipelt.config.parts import AdapterConfig, LoRAConfig, PrefixConfig
 from unipelt.submodules.adapter import Adapter
+from unipelt.submodules.lora import LoRA
 from unipelt.submodules.outputs import OutputSlice
+from unipelt.submodules.prefix import Prefix, PrefixNetwork
 from unipelt.submodules.reft import orthonormal_rows
 from unipelt.submodules.register import MODULES, TargetInfo
 from unipelt.submodules.term import SharedParameters
@@ -129,6 +132,33 @@ def test_an_adapter_starts_near_zero_or_at_zero(start: Any) -> None:
     assert not adapter.up.bias.any()
 
 
+@pytest.mark.parametrize("start", ["normal", "zero"])
+def test_a_prefix_starts_near_zero_or_with_values_of_zero(start: Any) -> None:
+    torch.manual_seed(0)
+    config = PrefixConfig(30, 100, softmax="own", start=start)
+    network: Any = PrefixNetwork(64, 16, 3, config, torch.empty(0))
+    for parameter in (network.embedding, network.w1.weight):
+        assert_start(parameter.detach(), NORMAL)
+    assert not network.w1.bias.any()
+    assert not network.w2.bias.any()
+    both = network()
+    assert both.shape == (3, 2, 30, 16)
+    flat = replace(config, reparameterize=False)
+    prefix = Prefix(0, "", 400, flat, None, torch.empty(0), by_query=False, gate_name="")
+    assert prefix.keys_values is not None
+    keys, values = prefix.keys_values.detach()
+    assert keys.shape == (30, 400)
+    assert_start(keys, NORMAL)
+    assert_start(values, NORMAL if start == "normal" else ZERO)
+    weight = network.w2.weight.detach().unflatten(0, (3, 2, 16))
+    assert_start(weight[:, 0], NORMAL)
+    assert_start(weight[:, 1], NORMAL if start == "normal" else ZERO)
+    assert both[:, 1].any() == (start == "normal")
+    deployed = Prefix(0, "", 400, config, None, torch.empty(0), by_query=False, gate_name="")
+    assert deployed.keys_values is not None
+    assert not deployed.keys_values.any(), "its values come from a checkpoint"
+
+
 @pytest.mark.parametrize(("device", "own"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("meta", torch.float16)])
 def test_parameters_have_the_type_and_the_device_that_are_asked_for(device: str, own: torch.dtype) -> None:
     configs = [config for config, _ in STARTS.values()] + [unipelt.CompacterConfig()]
@@ -142,6 +172,20 @@ def test_parameters_have_the_type_and_the_device_that_are_asked_for(device: str,
     config = unipelt.LNTuningConfig()
     made = MODULES[type(config)](config, TargetInfo("norm", 8, 8, spot.weight, spot.shared, norm, spot.rows))
     assert {(p.dtype, p.device.type) for p in made.parameters()} == {(own, device)}
-    adapter = Adapter("adapter", 8)
+    adapter, lora = Adapter("adapter", 8), LoRA("lora_query", OutputSlice(1, 0, 8), LoRAConfig())
     adapter.set_up(AdapterConfig(4), spot.weight)
-    assert {(p.dtype, p.device.type) for p in adapter.parameters()} == {(own, device)}
+    lora.set_up(LoRA.initial_down(8, LoRAConfig(), spot.weight), spot.weight, has_start=True, keep_down=True)
+    flat = PrefixConfig(reparameterize=False)
+    for added in (
+        adapter,
+        lora,
+        PrefixNetwork(8, 4, 2, PrefixConfig(2, 4), spot.weight),
+        Prefix(0, "", 8, flat, None, spot.weight, by_query=False, gate_name=""),
+    ):
+        assert {(p.dtype, p.device.type) for p in added.parameters()} == {(own, device)}
+    assert {name: p.requires_grad for name, p in lora.named_parameters()} == {
+        "A": True,
+        "B": True,
+        "A0": False,
+        "B0": False,
+    }
