@@ -560,6 +560,21 @@ def test_truth_values_of_four_dimensions(dtype: torch.dtype) -> None:
         torch.testing.assert_close(token_weights(mask, 2), want)
 
 
+def test_zeros_of_a_floating_point_mask_are_open_where_the_attention_adds_it() -> None:
+    """DeBERTa reads its mask of four dimensions as truth values, and Longformer adds its mask of two dimensions."""
+    mask = torch.tensor([[0.0, -200.0, 0.0]])
+    for dims, options, want in (
+        (2, {}, [[0.0, 1.0, 0.0]]),
+        (2, {"added": True}, [[0.5, 0.0, 0.5]]),
+        (2, {"added": True, "truth_values": True}, [[0.0, 1.0, 0.0]]),
+        (4, {}, [[0.5, 0.0, 0.5]]),
+        (4, {"truth_values": True}, [[0.0, 1.0, 0.0]]),
+    ):
+        shaped = mask if dims == 2 else mask[:, None, None]
+        assert token_weights(shaped, 1, **options).tolist() == want  # type: ignore[arg-type, union-attr]
+        assert token_weights(shaped, 3, **options).tolist() == 3 * want  # type: ignore[arg-type, union-attr]
+
+
 def test_a_block_mask_of_flex_attention_is_read() -> None:
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     ends = torch.tensor([3, 5])
