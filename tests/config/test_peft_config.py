@@ -81,7 +81,16 @@ def test_a_mistake_is_named(value: Any, message: str) -> None:
 
 
 def test_every_plain_value_is_an_option() -> None:
-    options = {"a": None, "b": False, "c": 0, "d": 0.5, "e": "", "f": [], "g": {}, "h": {"i": [1, {"j": None}]}}
+    options: dict[str, Any] = {
+        "a": None,
+        "b": False,
+        "c": 0,
+        "d": 0.5,
+        "e": "",
+        "f": [],
+        "g": {},
+        "h": {"i": [1, {"j": None}]},
+    }
     config = resolve({"preset": "lora", "peft": {"type": "OFT", **options}})
     assert config.to_dict()["peft"] == {"type": "OFT", **options}
 
@@ -89,7 +98,7 @@ def test_every_plain_value_is_an_option() -> None:
 PLACED = "places, layers and the parts of a method say where a term is"
 OBJECT = "it needs an object of PEFT's, and a method holds plain values"
 HEAD = "train_head says whether the head trains"
-NOT_SET = {
+NOT_SET: dict[str, str] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), PLACED),
     **dict.fromkeys(("target_parameters", "layer_replication", "ensure_weight_tying"), PLACED),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices"), HEAD),

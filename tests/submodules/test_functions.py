@@ -56,7 +56,7 @@ def test_a_merged_projection_adds_the_term(name: str, bias: bool) -> None:
 
 def test_factors_of_an_input_are_merged_into_the_columns() -> None:
     torch.manual_seed(0)
-    made = MODULES[unipelt.IA3Config](
+    made: Any = MODULES[unipelt.IA3Config](
         unipelt.IA3Config(),
         TargetInfo("activation", 5, 5, torch.empty(0), SharedParameters("one"), None, OutputSlice(1, 0, 5)),
     )

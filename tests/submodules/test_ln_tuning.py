@@ -221,6 +221,8 @@ def test_only_a_mean_needs_the_mask_of_an_attention_that_comes_later(pooling: An
 class Shifted(nn.LayerNorm):
     """A norm with buffers."""
 
+    shift: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.register_buffer("shift", torch.randn(width))
@@ -237,7 +239,8 @@ def test_the_copy_of_a_norm_has_its_own_values_and_nothing_else_of_the_host() ->
     for name, value in {**kept, "forward": lambda x: x, "eps": norm.eps, "own": "kept"}.items():
         setattr(norm, name, value)
     spot = unipelt.TargetInfo("norm1", 8, 8, like, SharedParameters("ln_tuning"), norm, OutputSlice(1, 0, 8))
-    copied: Any = LNTuning(unipelt.LNTuningConfig(), spot).norm
+    tuned: Any = LNTuning(unipelt.LNTuningConfig(), spot)
+    copied = tuned.norm
     assert torch.equal(copied(x), want)
     assert copied.own == "kept"
     assert not any(name in vars(copied) for name in (*kept, "forward"))

@@ -245,8 +245,12 @@ def test_a_checkpoint_holds_what_was_drawn_and_not_what_the_configuration_says()
 
 
 def test_a_tuner_trains_in_a_model_that_trains() -> None:
-    model = unipelt.inject(build("bert").train(), method_of("OFT"))
-    assert all(module.training for module in model.modules())
+    for kind, in_place in {"OFT": False, "C3A": True}.items():
+        model = unipelt.inject(build("bert").train(), method_of(kind))
+        assert all(module.training for module in model.modules())
+        term = next(placed_terms(model)).term
+        assert term.writes_in_place(torch.empty(0)) is in_place
+        assert all(module.training for module in term.modules()), "the question changes no mode"
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
