@@ -441,6 +441,16 @@ def test_gates_behind_a_network_and_without_input_share_no_product() -> None:
     torch.testing.assert_close(network(x, None)[0], each.mean(dim=1, keepdim=True))
 
 
+@pytest.mark.parametrize("network", ["recurrent", "transformer"])
+def test_a_network_reads_a_text_without_a_mask_as_one_without_padding(network: str) -> None:
+    entry, x = make_entry(network=network, hidden=4), torch.randn(2, 3, 5)
+    values = entry(x, None)[0]
+    assert values.shape == (2, 1, 3)
+    torch.testing.assert_close(values, entry(x, torch.full((2, 3), 1 / 3))[0])
+    padded, weights = torch.cat([x, torch.randn(2, 2, 5)], dim=1), torch.tensor([[1 / 3] * 3 + [0.0] * 2] * 2)
+    torch.testing.assert_close(values, entry(padded, weights)[0])
+
+
 def test_gates_start_where_they_are_said_to() -> None:
     for gate in ({}, {"temperature": 2.0}, {"activation": "tanh"}):
         config = GateConfig(**gate)

@@ -249,7 +249,8 @@ def test_a_tuner_trains_in_a_model_that_trains() -> None:
         model = unipelt.inject(build("bert").train(), method_of(kind))
         assert all(module.training for module in model.modules())
         term = next(placed_terms(model)).term
-        assert term.writes_in_place(torch.empty(0)) is in_place
+        assert term.layer.base_layer.copies is in_place
+        assert not term.writes_in_place(torch.empty(0)), "it gets a copy"
         assert all(module.training for module in term.modules()), "the question changes no mode"
 
 
