@@ -72,7 +72,7 @@ def test_methods_without_tuners_are_written_as_before() -> None:
         ({**OFT, "act": object()}, "act must be a plain value"),
         ({**OFT, "act": {"inner": [1, object()]}}, "act must be a plain value"),
         ({**OFT, "act": {1: "a number as a name"}}, "act must be a plain value"),
-        ({**OFT, 3: 4}, "options of OFT cannot name 3"),
+        ({**dict[Any, Any](OFT), 3: 4}, "options of OFT cannot name 3"),
     ],
 )
 def test_a_mistake_is_named(value: Any, message: str) -> None:

@@ -38,7 +38,7 @@ def test_projections_overlap_if_they_have_an_output_in_common() -> None:
 
 @pytest.mark.parametrize("rows", SLICES[::7], ids=str)
 def test_the_outputs_and_the_weight_of_a_projection(rows: OutputSlice) -> None:
-    out = torch.randn(2, COUNT, COUNT)  # as many tokens as outputs, to tell the two apart
+    out = torch.randn(2, rows.count, COUNT)  # as many tokens as the projection has outputs, to tell the two apart
     assert torch.equal(own_outputs(out, rows), out[..., places(rows)])
     linear, transposed = nn.Linear(5, COUNT), Conv1D(COUNT, 5)
     assert torch.equal(own_rows(linear.bias, rows), linear.bias[places(rows)])
