@@ -20,6 +20,7 @@ from unipelt import (
     AdapterConfig,
     ConfigError,
     GateConfig,
+    HoulsbyConfig,
     LoRAConfig,
     PrefixConfig,
     UniPELTConfig,
@@ -190,6 +191,38 @@ def test_plain_types_become_the_fields_types() -> None:
         assert UniPELTConfig(layers=layers).layers == meant  # type: ignore[arg-type]
     assert type(LoRAConfig(alpha=5).alpha) is float
     assert UniPELTConfig(adapter={"bottleneck": 3}).adapter == AdapterConfig(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        *(("gate", {"pooling": pooling}) for pooling in ("mean", "token", "static")),
+        ("gate", {"shared": True, "activation": "softmax"}),
+        ("gate", {"pooling": "token", "network": "mlp"}),
+        ("gate", {"network": "transformer"}),
+        ("gate", {"start": 0.01, "dropout": 0.99}),
+        ("gate", {"start": 0.99}),
+        ("gate", {"activation": "tanh", "start": -0.99}),
+        ("gate", {"activation": "tanh", "start": 0.99}),
+        ("lora", {"places": ("gate",), "dropout": 0.99}),
+        *(("lora", {"mixture": {"experts": experts}}) for experts in (2, 64)),
+        *(("lora", {"mixture": {"top_k": top_k}}) for top_k in (1, 4)),
+        ("lora", {"mixture": {"router": "example", "top_k": 3, "balance": 1000.0}}),
+        ("tokens", {"ids": (0, 7)}),
+    ],
+    ids=str,
+)
+def test_values_at_their_limits_are_allowed(part: str, values: dict[str, Any]) -> None:
+    written = resolve({"preset": "lora", part: values}).to_dict()[part]
+    assert flatten(values).items() <= flatten(written).items()
+
+
+def test_fields_by_position_are_those_of_the_class() -> None:
+    """`mixture` came later, and takes no position."""
+    config = HoulsbyConfig(False, ("down",), 5, "tanh")
+    assert config == HoulsbyConfig(gate=False, places=("down",), bottleneck=5, activation="tanh")
+    assert config.mixture is None
+    assert config.bottleneck == 5
 
 
 def test_one_text_stands_for_a_tuple_of_texts() -> None:
@@ -400,6 +433,12 @@ def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", str(tmp_path / "none.yml"), tmp_path / "none", tmp_path, "lora.yaml"):
         with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
             resolve(path)
+
+
+def test_a_file_that_cannot_be_opened_is_refused_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / f"{'a' * 300}.json"
+    with pytest.raises(ConfigError, match=r"cannot be read: File name too long$"):
+        resolve(path)
 
 
 def test_a_bad_configuration_stops_injection_before_it_starts() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
 import pytest
 
 from unipelt import ConfigError, PeftTermConfig, UniPELTConfig, resolve
+from unipelt.config import peft_types
+from unipelt.config.peft_types import check_tuner, peft_config
 from unipelt.glue.settings import RunSettings
 from unipelt.report import kinds
 from unipelt.runs.settings import SettingsError
@@ -67,11 +70,86 @@ def test_methods_without_tuners_are_written_as_before() -> None:
         ({**OFT, "options": {}}, "options of OFT cannot name 'options'"),
         ({**OFT, "label": "x"}, "options of OFT cannot name 'label'"),
         ({**OFT, "act": object()}, "act must be a plain value"),
+        ({**OFT, "act": {"inner": [1, object()]}}, "act must be a plain value"),
+        ({**OFT, "act": {1: "a number as a name"}}, "act must be a plain value"),
+        ({**dict[Any, Any](OFT), 3: 4}, "options of OFT cannot name 3"),
     ],
 )
 def test_a_mistake_is_named(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve({"preset": "lora", "peft": value})
+
+
+def test_every_plain_value_is_an_option() -> None:
+    options: dict[str, Any] = {
+        "a": None,
+        "b": False,
+        "c": 0,
+        "d": 0.5,
+        "e": "",
+        "f": [],
+        "g": {},
+        "h": {"i": [1, {"j": None}]},
+    }
+    config = resolve({"preset": "lora", "peft": {"type": "OFT", **options}})
+    assert config.to_dict()["peft"] == {"type": "OFT", **options}
+
+
+PLACED = "places, layers and the parts of a method say where a term is"
+OBJECT = "it needs an object of PEFT's, and a method holds plain values"
+HEAD = "train_head says whether the head trains"
+NOT_SET: dict[str, str] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), PLACED),
+    **dict.fromkeys(("target_parameters", "layer_replication", "ensure_weight_tying"), PLACED),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices"), HEAD),
+    **dict.fromkeys(("use_bdlora", "megatron_core", "megatron_config", "loftq_config", "corda_config"), OBJECT),
+    "alora_invocation_tokens": "the term would have to read the tokens of the text",
+    "fan_in_fan_out": "it is set by the projection",
+}
+"""Options of PEFT's LoRA that a method cannot set."""
+
+
+@pytest.mark.parametrize("option", NOT_SET)
+def test_an_option_that_a_method_cannot_set_is_refused_with_the_reason(option: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_tuner(PeftTermConfig(type="LORA", options={option: None}))
+    assert str(caught.value) == f"peft_lora: a method cannot set {option} of PEFT's LORA: {NOT_SET[option]}"
+
+
+def test_every_refused_name_is_one_of_pefts() -> None:
+    """A name with a mistake would refuse nothing."""
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    options = {item.name for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() for item in dataclasses.fields(cls)}
+    assert set(NOT_SET) <= options
+    assert set(peft_types._RESERVED) <= options
+    types = {kind.value for kind in PeftType}
+    assert set(peft_types.REFUSED) - {"UNIPELT"} <= types, "this package itself adds UNIPELT"
+    for kind, defaults in peft_types.DEFAULTS.items():
+        cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+        assert set(defaults) <= {item.name for item in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize("kind", peft_types.REFUSED)
+def test_a_type_that_cannot_be_a_term_is_refused_with_the_reason(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"PEFT's {kind} cannot be a submodule: ") as caught:
+        check_tuner(PeftTermConfig(type=kind))
+    assert peft_types.REFUSED[kind] in str(caught.value)
+
+
+def test_pefts_configuration_of_a_tuner() -> None:
+    ia3 = PeftTermConfig(type="IA3", places=("value", "down", "key"), options={"feedforward_modules": ["down", "key"]})
+    made = peft_config(ia3, {"value": ["v_proj", "v"], "down": ["down_proj"], "up": ["up_proj"]})
+    assert set(made.target_modules) == {"v_proj", "v", "down_proj"}
+    assert set(made.feedforward_modules) == {"down_proj"}
+    alone = PeftTermConfig(type="IA3", places=("value", "down"), options={"feedforward_modules": "down"})
+    assert set(peft_config(alone, {"down": ["down_proj"]}).feedforward_modules) == {"down_proj"}
+    assert set(peft_config(PeftTermConfig(type="IA3"), {}).feedforward_modules) == set()
+    assert not peft_config(PeftTermConfig(type="FROD"), {}).progressbar
+    with pytest.raises(ConfigError) as caught:
+        check_tuner(PeftTermConfig(type="IA3", options={"feedforward_modules": ["value", "down"]}))
+    assert str(caught.value) == ("peft_ia3: feedforward_modules names places here, out of query, value, not 'down'")
 
 
 def run_settings(**method: Any) -> RunSettings:

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from unipelt.config.gate import GateConfig
 from unipelt.config.schema import ConfigError
 from unipelt.submodules.entry import Entry, Rows, shares_product
-from unipelt.submodules.forward_pass import UNSEEN, AttentionPass, ForwardPass, Passes, PassFacts, SetRows
+from unipelt.submodules.forward_pass import (
+    UNSEEN,
+    AttentionPass,
+    ForwardPass,
+    Passes,
+    PassFacts,
+    SetRows,
+    replace_arguments,
+)
 from unipelt.submodules.gate import Gates
 from unipelt.submodules.tokens import CLOSED, token_weights
 
@@ -99,6 +107,64 @@ def test_a_pass_that_its_call_no_longer_holds_is_gone() -> None:
     assert passes.current() is None
     passes.leave()
     assert is_idle(passes)
+
+
+def test_other_arguments_of_a_call_hold_its_pass_too() -> None:
+    passes = Passes()
+    args = passes.enter(PassFacts(), (1, 2))
+    other = replace_arguments(args, (3,))
+    assert other == (3,)
+    del args
+    assert passes.current() is not None
+    del other
+    assert passes.current() is None
+    assert replace_arguments((1, 2), (3,)) == (3,), "a call outside of a pass"
+
+
+def test_losses_are_collected_from_one_call_to_the_other_in_their_thread() -> None:
+    passes, loss, seen = Passes(), torch.ones(()), []
+    assert passes.losses() is None
+    passes.collect_losses()
+    found = passes.losses()
+    assert found == []
+    found.append(loss)
+    thread = Thread(target=lambda: seen.extend([passes.losses(), passes.take_losses()]))
+    thread.start()
+    thread.join()
+    assert seen == [None, []]
+    assert passes.take_losses() == [loss]
+    assert passes.losses() is None
+    assert passes.take_losses() == []
+
+
+def test_facts_are_computed_once_unless_they_are_part_of_a_graph() -> None:
+    facts, source = PassFacts(), torch.ones(2)
+    first = facts.once(source, "name", lambda: [1])
+    assert facts.once(source, "name", lambda: [2]) is first
+    assert facts.once(source, "other", lambda: [2]) == [2]
+    source.requires_grad_(True)
+    assert facts.once(source, "name", lambda: [3]) == [3], "each layer that is checkpointed has a graph of its own"
+
+
+def test_a_prefix_of_all_layers_is_not_for_a_checkpointed_layer() -> None:
+    """Such a layer computes its own, in both of its computations, so that both have the same operations."""
+    both = torch.randn(3, 2, 4, 6)
+    facts = PassFacts()
+    assert facts.prefix(7, 1, 2) is None
+    facts.prefixes[7] = both
+    found = facts.prefix(7, 1, 2)
+    assert found is not None
+    assert torch.equal(found, both[1].unflatten(-1, (2, 3)).transpose(1, 2))
+    assert facts.prefix(7, 1, 3).shape == (2, 3, 4, 2), "heads of another number"  # type: ignore[union-attr]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert facts.prefix(7, 1, 2) is None, "a layer under checkpointing without reentrance"
+        inside = PassFacts()
+        inside.prefixes[7] = both
+        assert inside.prefix(7, 1, 2) is not None, "the whole pass is under the same hooks"
+    both.requires_grad_(True)
+    assert facts.prefix(7, 1, 2) is not None
+    with torch.no_grad():
+        assert facts.prefix(7, 1, 2) is None, "the first computation of a layer under reentrant checkpointing"
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -375,6 +441,16 @@ def test_gates_behind_a_network_and_without_input_share_no_product() -> None:
     torch.testing.assert_close(network(x, None)[0], each.mean(dim=1, keepdim=True))
 
 
+@pytest.mark.parametrize("network", ["recurrent", "transformer"])
+def test_a_network_reads_a_text_without_a_mask_as_one_without_padding(network: str) -> None:
+    entry, x = make_entry(network=network, hidden=4), torch.randn(2, 3, 5)
+    values = entry(x, None)[0]
+    assert values.shape == (2, 1, 3)
+    torch.testing.assert_close(values, entry(x, torch.full((2, 3), 1 / 3))[0])
+    padded, weights = torch.cat([x, torch.randn(2, 2, 5)], dim=1), torch.tensor([[1 / 3] * 3 + [0.0] * 2] * 2)
+    torch.testing.assert_close(values, entry(padded, weights)[0])
+
+
 def test_gates_start_where_they_are_said_to() -> None:
     for gate in ({}, {"temperature": 2.0}, {"activation": "tanh"}):
         config = GateConfig(**gate)
@@ -411,6 +487,43 @@ def test_what_is_kept_of_an_entry_computes_as_before(biased: bool) -> None:
     assert (linear.bias is not None) is biased
     linear.weight.data.zero_()
     torch.testing.assert_close(entry(x, None)[1], low)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_entry_with_separate_parameters_computes_and_is_stored_as_before(biased: bool) -> None:
+    entry, x = make_entry(rows_of((4, 1, 6), biased)), torch.randn(2, 4, 5)
+    entry.weight.requires_grad_(False)
+    apart = copy.deepcopy(entry)
+    apart.separate()
+    biases = {"gate_bias", "row_bias"} if biased else {"bias"}
+    own = dict(apart.named_parameters())
+    assert own.keys() == {"gate_weight", "row_weight", *biases}
+    assert {name for name, parameter in own.items() if parameter.requires_grad} == biases
+    apart.separate()
+    assert all(parameter is own[name] for name, parameter in apart.named_parameters()), "nothing is left to separate"
+    assert [part.name for part in apart.parts] == [part.name for part in entry.parts]
+    for part, former in zip(apart.parts, entry.parts, strict=True):
+        assert torch.equal(part.of(own[part.parameter]), former.of(entry.get_parameter(former.parameter)))
+    state = entry.state_dict()
+    assert apart.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in apart.state_dict().items())
+    other = make_entry(rows_of((4, 1, 6), biased))
+    other.separate()
+    other.load_state_dict(state)
+    for made in (apart, other):
+        for got, want in zip(made(x, None), entry(x, None), strict=True):
+            torch.testing.assert_close(got, want)
+    with pytest.raises(RuntimeError, match="size mismatch for row_weight"):
+        other.load_state_dict({**state, "weight": state["weight"][:-1]})
+    apart.keep(NAMES)
+    assert {name: tuple(p.shape) for name, p in apart.named_parameters()} == {
+        name: tuple(p.shape) for name, p in entry.named_parameters()
+    }
+    for got, want in zip(apart(x, None), entry(x, None), strict=True):
+        torch.testing.assert_close(got, want)
+    alone = make_entry()
+    alone.separate()
+    assert alone.state_dict().keys() == dict(alone.named_parameters()).keys() == {"weight", "bias"}
 
 
 # Real tokens
@@ -457,6 +570,21 @@ def test_truth_values_of_four_dimensions(dtype: torch.dtype) -> None:
         torch.testing.assert_close(token_weights(mask, 2), want)
 
 
+def test_zeros_of_a_floating_point_mask_are_open_where_the_attention_adds_it() -> None:
+    """DeBERTa reads its mask of four dimensions as truth values, and Longformer adds its mask of two dimensions."""
+    mask = torch.tensor([[0.0, -200.0, 0.0]])
+    for dims, options, want in (
+        (2, {}, [[0.0, 1.0, 0.0]]),
+        (2, {"added": True}, [[0.5, 0.0, 0.5]]),
+        (2, {"added": True, "truth_values": True}, [[0.0, 1.0, 0.0]]),
+        (4, {}, [[0.5, 0.0, 0.5]]),
+        (4, {"truth_values": True}, [[0.0, 1.0, 0.0]]),
+    ):
+        shaped = mask if dims == 2 else mask[:, None, None]
+        assert token_weights(shaped, 1, **options).tolist() == want  # type: ignore[arg-type, union-attr]
+        assert token_weights(shaped, 3, **options).tolist() == 3 * want  # type: ignore[arg-type, union-attr]
+
+
 def test_a_block_mask_of_flex_attention_is_read() -> None:
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     ends = torch.tensor([3, 5])
@@ -481,3 +609,6 @@ def test_a_mask_that_is_no_tensor_is_refused() -> None:
 def test_gates_say_what_they_are() -> None:
     assert repr(make("mean")) == "Gates(one, two, three; pooling=mean)"
     assert repr(make(causal=True)) == "Gates(one, two, three; pooling=token)"
+    assert repr(make_entry(rows_of((2, 3), True))).startswith(
+        "Entry(\n  rows: one, two, three, one.A.weight, two.A.weight\n"
+    )

@@ -27,7 +27,10 @@ from torch import Tensor, nn
 import unipelt
 from unipelt.config.schema import ConfigError
 from unipelt.hosts.norms import find_norms
+from unipelt.submodules.ln_tuning import LNTuning
+from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.room import own_parts, placed_terms
+from unipelt.submodules.term import SharedParameters
 
 EACH_FAMILY = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 GATED: dict[str, Any] = {"preset": "ln_tuning", "ln_tuning": {"gate": True}}
@@ -196,6 +199,57 @@ def test_gates_that_a_norm_before_the_attention_cannot_have(family: str, gate: d
         unipelt.inject(model, {**GATED, "gate": gate})
     assert_same(what_is_there(model), before)
     unipelt.inject(tiny_model(family), {**GATED, "gate": {"pooling": "static"}})
+
+
+@pytest.mark.parametrize("pooling", ["masked_mean", "mean", "token", "static"])
+def test_only_a_mean_needs_the_mask_of_an_attention_that_comes_later(pooling: Any) -> None:
+    def misfit(gate: bool = True, causal: bool = False, norm_first: bool = True, **gates: Any) -> str:
+        config = unipelt.LNTuningConfig(gate=gate)
+        return config.misfit(
+            unipelt.GateConfig(pooling=pooling, **gates), causal=causal, generates=False, norm_first=norm_first
+        )
+
+    assert f"gate.pooling: {pooling} reads the mask" in misfit() if "mean" in pooling else not misfit()
+    assert not misfit(gate=False)
+    assert not misfit(norm_first=False)
+    assert not misfit(causal=True)
+    if pooling != "static":
+        assert "gate.shared: true computes the gates at the entry" in misfit(causal=True, shared=True)
+        assert not misfit(norm_first=False, shared=True)
+
+
+class Shifted(nn.LayerNorm):
+    """A norm with buffers."""
+
+    shift: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("shift", torch.randn(width))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shift
+
+
+def test_the_copy_of_a_norm_has_its_own_values_and_nothing_else_of_the_host() -> None:
+    norm, like = Shifted(8), torch.empty(0)
+    x, kept = torch.randn(2, 8), {"_hf_hook": object(), "_old_forward": norm.forward, "unipelt_port": object()}
+    want = norm(x)
+    for name, value in {**kept, "forward": lambda x: x, "eps": norm.eps, "own": "kept"}.items():
+        setattr(norm, name, value)
+    spot = unipelt.TargetInfo("norm1", 8, 8, like, SharedParameters("ln_tuning"), norm, OutputSlice(1, 0, 8))
+    tuned: Any = LNTuning(unipelt.LNTuningConfig(), spot)
+    copied = tuned.norm
+    assert torch.equal(copied(x), want)
+    assert copied.own == "kept"
+    assert not any(name in vars(copied) for name in (*kept, "forward"))
+    assert copied.nothing is None
+    for own, host in ((copied.shift, norm.shift), (copied.weight.data, norm.weight.data)):
+        before = host.clone()
+        own.add_(1)
+        assert torch.equal(host, before)
+    assert [name for name, parameter in copied.named_parameters() if parameter.requires_grad] == ["weight", "bias"]
 
 
 def test_it_has_one_place() -> None:

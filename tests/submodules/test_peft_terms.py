@@ -243,6 +243,30 @@ def test_drawn_indices_come_from_the_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(unipelt.load(build("bert"), tmp_path)(**tiny_batch()).logits, expected)
 
 
+def test_a_checkpoint_holds_what_was_drawn_and_not_what_the_configuration_says() -> None:
+    for kind, held in {"OFT": False, "BOFT": False, "VERA": True}.items():
+        model = injected(kind, "bert")
+        term = next(placed_terms(model)).term
+        assert bool(term.saved_buffers) is held
+        assert bool(own_buffers(model)) is held
+        assert [name for name in model.state_dict() if "buffer" in name or name in own_buffers(model)] == [
+            *own_buffers(model)
+        ]
+        assert term.extra_repr() == kind
+    gated = next(placed_terms(injected("OFT", "bert", gate=0.3))).term
+    assert gated.extra_repr() == "OFT, gate=peft_oft_query"
+
+
+def test_a_tuner_trains_in_a_model_that_trains() -> None:
+    for kind, in_place in {"OFT": False, "C3A": True}.items():
+        model = unipelt.inject(build("bert").train(), method_of(kind))
+        assert all(module.training for module in model.modules())
+        term = next(placed_terms(model)).term
+        assert term.layer.base_layer.copies is in_place
+        assert not term.writes_in_place(torch.empty(0)), "it gets a copy"
+        assert all(module.training for module in term.modules()), "the question changes no mode"
+
+
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"type": "OTF"}, "has no type 'OTF'; did you mean 'OFT'"),
     ({"type": "ADALORA"}, "PEFT's ADALORA cannot be a submodule: its budget of ranks"),

@@ -29,6 +29,8 @@ from transformers import DynamicCache, StaticCache
 
 import unipelt
 from unipelt.config.schema import ConfigError
+from unipelt.submodules.chosen_tokens import ChosenTokens
+from unipelt.submodules.forward_pass import AttentionPass
 from unipelt.submodules.reft import orthonormal_rows
 from unipelt.submodules.room import placed_terms
 
@@ -323,3 +325,22 @@ def test_a_shared_gate_is_refused() -> None:
         unipelt.inject(model, {"preset": "unipelt-apl", "reft": {}, "gate": {"shared": True}})
     assert not hasattr(model, "unipelt_injection")
     unipelt.inject(model, {"preset": "unipelt-apl", "reft": {"gate": False}, "gate": {"shared": True}})
+
+
+def test_tokens_are_chosen_by_their_place_in_the_text() -> None:
+    """Beside a cache, too: `cached` tokens came before, and the mask may show fewer of them (a window)."""
+    x, two = torch.zeros(2, 3, 4), ChosenTokens(2, 0)
+    found = two.mask(AttentionPass(mask=None), x)
+    assert found.dtype == x.dtype
+    assert found.tolist() == [[[1], [1], [0]]] * 2
+    assert ChosenTokens(0, 1).mask(AttentionPass(mask=None), x.double()).tolist() == [[[0], [0], [1]]] * 2
+    assert two.mask(AttentionPass(mask=None, cached=1), x).flatten(1).tolist() == [[1, 0, 0]] * 2
+    seen = torch.tensor([[0.0, 0.0, 0.0, 0.5, 0.5], [0.25, 0.25, 0.0, 0.25, 0.25]])  # two of them are in the cache
+    for cached, want in ((2, [[0, 1, 1], [0, 0, 0]]), (7, [[0, 1, 1], [0, 0, 0]])):
+        assert two.mask(AttentionPass(mask=None, weights=seen, cached=cached), x).flatten(1).tolist() == want
+    with pytest.raises(ValueError, match="this attention sees 2 of 7 tokens in the cache, fewer than the first 3"):
+        ChosenTokens(3, 0).mask(AttentionPass(mask=None, weights=seen, cached=7), x)
+    with pytest.raises(RuntimeError, match="a term edits chosen tokens, and the layer's attention was not called"):
+        two.mask(AttentionPass(), x)
+    with pytest.raises(ValueError, match="a static cache does not tell how many tokens it holds"):
+        two.mask(AttentionPass(mask=None, cached=None), x)

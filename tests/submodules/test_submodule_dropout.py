@@ -21,6 +21,7 @@ from unipelt.hosts.locate import InjectionError
 from unipelt.injection.attach import room_of
 from unipelt.pack import Pack, kept_values
 from unipelt.submodules.drop import SubmoduleDropout
+from unipelt.submodules.forward_pass import AttentionPass
 from unipelt.submodules.room import own_parts
 
 HALF: dict[str, Any] = {"gate": {"dropout": 0.5}}
@@ -73,7 +74,7 @@ def test_a_default_is_not_written_and_mistakes_are_named() -> None:
         unipelt.resolve({"preset": "lora", "gate": {"dropout_by": "token"}})
     with pytest.raises(ConfigError, match="this method has none"):
         unipelt.resolve({"preset": "bitfit", **HALF})
-    for alone in ("ia3", "reft", "ln_tuning", "parallel"):  # each is a submodule of layers
+    for alone in ("adapter", "prefix", "lora", "ia3", "reft", "ln_tuning", "parallel"):  # each is a submodule of layers
         assert unipelt.resolve({"preset": alone, "gate": {"dropout": 0.2}}).gate.dropout == 0.2
 
 
@@ -217,6 +218,23 @@ def test_the_draws_of_submodules_layers_and_passes_are_independent_and_have_the_
     assert ((draws.mean(dim=1) - 0.75).abs() < 0.05).all()
     between = torch.corrcoef(draws) - torch.eye(9)
     assert between.abs().max() < 0.12
+
+
+def test_a_draw_is_for_all_tokens_of_its_example() -> None:
+    """Also where a layer has put the tokens of all texts in one dimension."""
+    x, now = torch.randn(3, 4, 5), AttentionPass(batch=3)
+    torch.manual_seed(1)
+    by_example, by_batch = SubmoduleDropout(0.5, True), SubmoduleDropout(0.5, False)
+    drawn = by_example.keep(now, "lora", x.device)
+    assert drawn.shape == (3, 1, 1)
+    assert len(drawn.unique()) == 2
+    assert by_example.keep(now, "lora", x.device) is drawn, "one draw a pass"
+    assert torch.equal(by_example.keep_for(now, "lora", x), drawn)
+    flat = by_example.keep_for(now, "lora", x.flatten(0, 1))
+    assert torch.equal(flat, drawn.expand(3, 4, 1).flatten(0, 1))
+    whole = by_batch.keep_for(now, "prefix", x)
+    assert whole.shape == (1, 1, 1)
+    assert torch.equal(by_batch.keep_for(now, "prefix", x.flatten(0, 1)), whole[0])
 
 
 def test_without_it_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -426,8 +426,8 @@ def test_a_checkpoint_with_an_unknown_submodule_names_it(shift: Any, tmp_path: P
 
 
 def test_names_and_classes_that_cannot_be_registered(shift: Any) -> None:
-    register_submodule("shift", ShiftConfig, Shift)
-    for name in ("lora", "gate", "layers", "two words", "ia3"):
+    assert register_submodule("shift", ShiftConfig, Shift) is ShiftConfig
+    for name in ("lora", "gate", "layers", "peft", "head", "two words", "ia3"):
         with pytest.raises(ValueError, match="name"):
             register_submodule(name, ShiftConfig, Shift)
     with pytest.raises(ValueError, match="inherits from SubmoduleConfig"):

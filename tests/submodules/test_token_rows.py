@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import bits
 from tiny import DECODERS, ENCODER_DECODERS, ENCODERS, tiny_batch, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
 import unipelt
 from unipelt.pack import Pack
+from unipelt.submodules.token_rows import TokenRows
 
 FAMILIES = (*ENCODERS, *DECODERS, *ENCODER_DECODERS)
 HEADS = {**dict.fromkeys(ENCODERS, "MaskedLM"), **dict.fromkeys(DECODERS, "CausalLM")}
@@ -53,6 +54,31 @@ def check(family: str) -> None:
     torch.testing.assert_close(rows.grad, table.grad[IDS], rtol=1e-4, atol=1e-4)
     assert model.get_input_embeddings().weight.grad is None
     assert unipelt.parameter_counts(model).submodules["tokens"] == rows.numel()
+
+
+def test_rows_stand_in_for_those_of_the_table() -> None:
+    table, like = torch.randn(9, 4), torch.empty(0, dtype=torch.float64)
+    rows = TokenRows(table, [7, 2], like)
+    assert rows.ids.tolist() == [2, 7]
+    assert torch.equal(rows.embedding, table[[2, 7]].double())
+    assert rows.embedding.dtype == torch.float64
+    assert list(rows.state_dict()) == ["embedding"], "the configuration names the tokens"
+    assert repr(rows) == "TokenRows(2 tokens)"
+    before = table.clone()
+    rows.embedding.data.add_(1)
+    assert torch.equal(table, before)
+    whole = before.clone()
+    whole[[2, 7]] = rows.embedding.detach().float()
+    tokens = torch.tensor([[2, 7], [8, 0], [7, 5]]).t()  # not contiguous
+    got = rows.embed(tokens, 3 * before[tokens], 3)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, 3 * whole[tokens])
+    states, bias = torch.randn(2, 3, 4), torch.randn(9)
+    for shift in (None, bias):
+        got = rows.logits(states, nn.functional.linear(states, before, shift), shift)
+        torch.testing.assert_close(got, nn.functional.linear(states, whole, shift))
+    empty = TokenRows(table, [1, 5, 6], torch.empty(0, device="meta"))
+    assert (empty.embedding.shape, empty.embedding.device.type) == ((3, 4), "meta")
 
 
 @pytest.mark.parametrize("family", QUICK)

@@ -59,7 +59,7 @@ class UniPELTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "more", _checked_more(self.more))
-        check_fields(self, skip=("more",))
+        check_fields(self)
         if self.gate.activation == "tanh" and self.prefix and self.prefix.gate and self.prefix.gating == "mass":
             raise ConfigError("gate.activation: tanh may be below 0, and a prefix's gating mass takes its logarithm")
         if self.prefix is not None:

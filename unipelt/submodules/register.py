@@ -96,7 +96,7 @@ def register_submodule(
         ValueError: the name is not an identifier, the name or the class is taken, or the class is not a valid
             configuration.
     """
-    taken = {"adapter", "prefix", "lora", "gate", "gates", "base", "head", *GROUPS, *UniPELTConfig.__dataclass_fields__}
+    taken = {"gates", "base", "head", *GROUPS, *UniPELTConfig.__dataclass_fields__}
     if not name.isidentifier() or name in taken:
         raise ValueError(f"a submodule's name is one in Python, and none of {', '.join(sorted(taken))}: not {name!r}")
     if not (isinstance(config, type) and issubclass(config, SubmoduleConfig)):

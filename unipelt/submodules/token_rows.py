@@ -33,7 +33,7 @@ class TokenRows(nn.Module):
         if like.is_meta:
             rows = like.new_empty(len(ids), table.shape[1])
         else:
-            rows = table.detach()[numbers.to(table.device)].to(like.device, like.dtype, copy=True)
+            rows = table.detach()[numbers.to(table.device)].to(like.device, like.dtype)  # a copy
         self.embedding = nn.Parameter(rows)
         self.register_buffer("ids", numbers, persistent=False)
 
