@@ -401,9 +401,15 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
     model = tiny_bert()
     unipelt.inject(model, "unipelt-apl")
     injected = state(model)
-    with pytest.raises(unipelt.InjectionError, match="carries submodules already"):
-        unipelt.inject(model, "lora")
+    for part in (model, model.bert):
+        with pytest.raises(unipelt.InjectionError, match="carries submodules already"):
+            unipelt.inject(part, "lora")
+        assert_same(model, injected)
+    model.peft_config = {}  # as PEFT marks the model that it holds
+    with pytest.raises(ValueError, match=r"PEFT holds the sets of this BertFor.*; call model = unipelt\.from_peft"):
+        unipelt.remove(model)
     assert_same(model, injected)
+    del model.peft_config
     unipelt.remove(model)
     assert_same(model, before)
 
@@ -419,6 +425,7 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
         ("encoder.layer.1.attention.self", "unipelt_port"),
         ("encoder.layer.1.attention.self.query", "unipelt_port"),
         ("encoder.layer.1.output.LayerNorm", "unipelt_port"),
+        ("embeddings.word_embeddings", "unipelt_tokens"),
         ("", "unipelt"),
         ("", "unipelt_prompt"),
     ],

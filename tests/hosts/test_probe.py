@@ -1,0 +1,129 @@
+"""Recorded passes of toy models: what is added to a residual, what is causal, what is recorded, and widths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unipelt.hosts.feed_forward import find_added
+from unipelt.hosts.probe import Call, is_causal, watch
+from unipelt.hosts.rows import width_of
+
+
+class Toy(nn.Module):
+    """A list of layers, with the parts of a `PreTrainedModel` that `watch` reads."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, states: Tensor) -> Tensor:
+        for layer in self.layers:
+            states = layer(states)
+        return states
+
+
+class Layer(nn.Module):
+    """A layer `way(self, x)` with two projections."""
+
+    def __init__(self, way: Any) -> None:
+        super().__init__()
+        self.way, self.inner, self.outer = way, nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, states: Tensor) -> Any:
+        return self.way(self, states)
+
+
+def calls_of(way: Any) -> list[Call]:
+    """Return the calls of a toy model with one layer: of the layer, and of its projections."""
+    torch.manual_seed(0)
+    return watch(Toy(Layer(way)), {"states": torch.randn(2, 9, 6, requires_grad=True)}).calls  # type: ignore[arg-type]
+
+
+def added_in(way: Any) -> str | None:
+    """Return the path of the module that a layer adds to its residual."""
+    layer, *inside = calls_of(way)
+    assert layer.output is not None
+    found = find_added(layer.output, inside)
+    return None if found is None else found.path
+
+
+def centred(states: Tensor) -> Tensor:
+    return states - states.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("way", "path"),
+    [
+        (lambda layer, x: x + layer.outer(layer.inner(x).relu()), "layers.0.outer"),
+        (lambda layer, x: x + 0.3 * layer.inner(x), "layers.0.inner"),
+        (lambda layer, x: layer.inner(x).detach() + x, None),
+        (lambda layer, x: x + layer.inner(x).relu(), None),
+        (lambda layer, x: layer.inner(x), None),  # all of the sum is no summand
+        # taken along the sum itself, the gradient would be the sum
+        (lambda layer, x: centred(x + layer.inner(x)), None),
+    ],
+)
+def test_the_module_that_is_added_to_a_residual(way: Any, path: str | None) -> None:
+    assert added_in(way) == path
+
+
+@pytest.mark.parametrize(
+    ("way", "causal"),
+    [
+        (lambda layer, x: layer.inner(x), True),
+        (lambda layer, x: layer.inner(x).cumsum(1), True),
+        (lambda layer, x: layer.inner(x).flip(1).cumsum(1).flip(1), False),
+        (lambda layer, x: layer.inner(x) + x.mean(1, keepdim=True), False),
+        (lambda layer, x: layer.inner(x.detach()), False),  # nothing is known of it
+        (lambda layer, x: {"states": x}["states"].detach(), False),
+    ],
+)
+def test_a_layer_is_causal_if_no_output_depends_on_a_later_input(way: Any, causal: bool) -> None:
+    assert is_causal(calls_of(way)[0]) is causal
+
+
+def test_a_layer_that_is_given_no_states_or_gives_none_is_not_causal() -> None:
+    layer = nn.Identity()
+    states = torch.randn(1, 4, 3, requires_grad=True)
+    assert is_causal(Call(layer, "", {"ids": torch.ones(1, 4)}, 0, states)) is False
+    assert is_causal(Call(layer, "", {"states": states}, 0)) is False
+
+
+def test_a_change_in_place_does_not_reach_the_record() -> None:
+    def way(layer: Any, x: Tensor) -> tuple[Tensor, str]:
+        return layer.inner(x).mul_(2), "more"
+
+    class First(Toy):
+        def forward(self, states: Tensor) -> Tensor:
+            first, more = self.layers[0](states)
+            assert more == "more"
+            return first.add_(1)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, given = First(Layer(way)), torch.randn(2, 9, 6, requires_grad=True)
+    layer, inner = watch(model, {"states": given}).calls  # type: ignore[arg-type]
+    want = model.layers[0].inner(given)  # type: ignore[union-attr,operator]
+    assert inner.output is not None
+    assert layer.output is not None
+    assert torch.equal(inner.output, want)
+    assert torch.equal(layer.output, 2 * want)
+    assert (inner.alone, layer.alone) == (True, False)
+    assert (layer.start, inner.start, inner.end, layer.end) == (2, 4, 6, 8)
+    assert layer.contains(inner)
+    assert not inner.contains(layer)
+    assert layer.inputs.keys() == {"states"}
+    assert inner.inputs.keys() == {"input"}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_widths_are_those_of_projections_and_norms_alone() -> None:
+    found = [width_of(one) for one in (nn.Linear(2, 3), nn.LayerNorm(4), nn.Embedding(5, 6), nn.Identity())]
+    assert found == [3, 4, None, None]
