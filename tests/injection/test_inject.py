@@ -168,7 +168,7 @@ def test_submodules_are_in_single_precision_over_half_or_of_their_hosts_kind(
 def test_a_draft_is_what_injecting_makes_without_memory(base: torch.dtype, deployed: bool) -> None:
     model: Any = tiny_bert()
     model.to(base)
-    config = unipelt.resolve({"preset": "unipelt-apl", "prompt": {"length": 2}})
+    config = unipelt.resolve({"preset": "unipelt-apl", "prompt": {"length": 2}, "tokens": {"ids": [3, 7]}})
     before, modules = state(model), list(model.modules())
     drawn = shapes(draft(model, config, deployed))
     assert_same(model, before)
