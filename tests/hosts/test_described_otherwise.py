@@ -105,3 +105,15 @@ def test_every_norm_of_a_layer_is_numbered_from_one() -> None:
     layer = model.model.layers[0]
     assert len(find_norms(layer, 32)) == 4
     assert list(added_to(layer).terms) == [f"ln_tuning_norm{number}" for number in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_keys_and_values_of_cross_attention_read_the_other_stack(decomposed: bool) -> None:
+    places = ["query", "key", "value", "attention"]
+    asked: dict[str, Any] = {"preset": "lora", "lora": {"places": places, "decomposed": decomposed, "rank": 2}}
+    model: Any = unipelt.inject(tiny_model("bart"), asked)
+    own = added_to(model.model.decoder.layers[0])
+    assert {name: term.crosses for name, term in own.cross.terms.items()} == {
+        f"lora_{place}": place in ("key", "value") for place in places
+    }
+    assert {name: term.crosses for name, term in own.terms.items()} == {f"lora_{place}": False for place in places}
