@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unipelt.hosts.describe import _layers
 from unipelt.hosts.feed_forward import find_added
+from unipelt.hosts.generate import small_of
+from unipelt.hosts.inputs import text_batch
 from unipelt.hosts.probe import Call, is_causal, watch
+from unipelt.hosts.projections import _as_given
 from unipelt.hosts.rows import width_of
 
 
@@ -122,6 +126,23 @@ def test_a_change_in_place_does_not_reach_the_record() -> None:
     assert layer.inputs.keys() == {"states"}
     assert inner.inputs.keys() == {"input"}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_attention_that_is_computed_in_parts_is_found_once() -> None:
+    model = small_of("diffllama", "CausalLM")
+    found = watch(model, text_batch(model))
+    layers = _layers(model, found)
+    assert len(found.attentions) >= len(layers)
+    assert [len(layer.attentions) for layer in layers] == [1] * len(layers)
+
+
+def test_a_projection_reads_an_argument_as_it_is_or_with_the_tokens_in_front() -> None:
+    states = torch.randn(2, 9, 6)
+    attention = Call(nn.Identity(), "attention", {"mask": torch.ones(2, 9), "states": states}, 0)
+    given = (states, states.transpose(0, 1), centred(states), centred(states).transpose(0, 1))
+    calls = [Call(nn.Linear(6, 6), "", {"input": tensor}, 2) for tensor in given]
+    found = [(read.argument, read.call, read.tokens_first) for read in _as_given(attention, calls)]
+    assert found == [("states", calls[0], False), ("states", calls[1], True)]
 
 
 def test_widths_are_those_of_projections_and_norms_alone() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, logits, shake, small
+from helpers import assert_near, shake, small
 from tiny import tiny_batch, tiny_model
 
 import unipelt
@@ -16,18 +16,21 @@ import unipelt
 def test_a_longer_text_takes_a_mask_of_any_shape_or_none(method: str) -> None:
     model: Any = unipelt.inject(tiny_model("mpnet"), small(method))
     shake(model)
-    batch = tiny_batch("mpnet")
-    tokens = batch["input_ids"].shape[1]
-    real = batch["attention_mask"].bool()[:, None, None].expand(-1, 1, tokens, -1)
-    square = torch.zeros(real.shape).masked_fill(~real, torch.finfo(torch.float32).min)
-    assert_near(logits(model, {**batch, "attention_mask": square}), logits(model, batch))
     encoder = model.mpnet.encoder
     states = torch.randn(2, 5, 32)
     bias = encoder.compute_position_bias(states)
+    padded = torch.zeros(2, 1, 1, 5)
+    padded[1, ..., 3:] = torch.finfo(torch.float32).min
     with torch.no_grad():
-        want = encoder.layer[0](states, torch.zeros(2, 1, 1, 5), bias)[0]
-        for mask in (torch.zeros(2, 1, 5, 5), None):
-            assert_near(encoder.layer[0](states, mask, bias)[0], want)
+        got, want = (encoder.layer[0](states, mask, bias)[0] for mask in (padded.expand(2, 1, 5, 5), padded))
+        assert_near(got, want)
+        none, zeros, short = (
+            encoder.layer[0](states[:, :3], mask, bias[..., :3, :3])[0]
+            for mask in (None, padded[..., :3], padded[:1, ..., :3])
+        )
+    assert_near(none, zeros)
+    assert_near(short, zeros)
+    assert_near(want[1, :3], zeros[1])
 
 
 def test_attentions_and_states_are_those_of_the_text() -> None:
