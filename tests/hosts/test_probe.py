@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from unipelt.hosts.describe import _layers
+from unipelt.hosts.description import NO_ATTENTION, WITHOUT_ATTENTION
 from unipelt.hosts.feed_forward import find_added
 from unipelt.hosts.generate import small_of
 from unipelt.hosts.inputs import text_batch
 from unipelt.hosts.probe import Call, is_causal, watch
 from unipelt.hosts.projections import _as_given
+from unipelt.hosts.roles import KEY, QUERY, VALUE, find_roles
 from unipelt.hosts.rows import width_of
+from unipelt.hosts.state_space import describe_state_space
+from unipelt.hosts.unrecorded import attentions_without_softmax
 
 
 class Toy(nn.Module):
@@ -143,6 +147,71 @@ def test_a_projection_reads_an_argument_as_it_is_or_with_the_tokens_in_front() -
     calls = [Call(nn.Linear(6, 6), "", {"input": tensor}, 2) for tensor in given]
     found = [(read.argument, read.call, read.tokens_first) for read in _as_given(attention, calls)]
     assert found == [("states", calls[0], False), ("states", calls[1], True)]
+
+
+class Mixer(nn.Module):
+    """A module with projections that mixes tokens, as a state-space layer does."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.inner, self.outer = causal, nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, states: Tensor) -> Tensor:
+        inner = self.inner(states)
+        mixed = inner.cumsum(1) if self.causal else inner + inner.mean(1, keepdim=True)
+        return self.outer(mixed.tanh())  # type: ignore[no-any-return]
+
+
+class WithMixer(nn.Module):
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.mixer = Mixer(causal)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states + self.mixer(states)  # type: ignore[no-any-return]
+
+
+def test_causal_layers_that_mix_tokens_without_attention_take_an_adapter_alone() -> None:
+    torch.manual_seed(0)
+    given = {"states": torch.randn(2, 9, 6, requires_grad=True)}
+    model = Toy(WithMixer(True), WithMixer(True))
+    family = describe_state_space(model, watch(model, given))  # type: ignore[arg-type]
+    assert family is not None
+    assert family.refused == {"prefix": NO_ATTENTION, "lora": NO_ATTENTION}
+    (stack,) = family.stacks
+    assert (stack.layers, stack.output, stack.width) == ("layers", "mixer", "mixer.outer")
+    assert (stack.attention, stack.causal, stack.adapted) == (WITHOUT_ATTENTION, True, "mixer")
+    both_ways = Toy(WithMixer(True), WithMixer(False))
+    assert describe_state_space(both_ways, watch(both_ways, given)) is None  # type: ignore[arg-type]
+
+
+class Linearised(nn.Module):
+    """An attention without a softmax, whose values come from `value`."""
+
+    def __init__(self, value: nn.Module) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(6, 6), nn.Linear(6, 6), value
+
+    def forward(self, states: Tensor) -> Tensor:
+        summed = (self.key(states).tanh() * self.value(states)).mean(1, keepdim=True)
+        return self.query(states).tanh() * summed  # type: ignore[no-any-return]
+
+
+def test_attention_without_a_softmax_has_three_projections() -> None:
+    torch.manual_seed(0)
+    given = {"states": torch.randn(2, 9, 6, requires_grad=True)}
+    for value, count in ((nn.Linear(6, 6), 1), (nn.LayerNorm(6), 0)):
+        model = Toy(Linearised(value))
+        found = watch(model, given)  # type: ignore[arg-type]
+        records = attentions_without_softmax(found)
+        assert [record.owner for record in records] == [model.layers[0]] * count
+        if records:
+            inside = found.calls[1:]
+            assert all(call.end < records[0].start for call in inside)
+            roles = find_roles(inside, records, found.calls[0])
+            kinds = [[kind for kind, flags in roles[id(call)].items() if flags.all()] for call in inside]
+            assert [inside[index].path for index in range(3)] == [f"layers.0.{n}" for n in ("key", "value", "query")]
+            assert kinds == [[KEY], [VALUE], [QUERY]]
 
 
 def test_widths_are_those_of_projections_and_norms_alone() -> None:
