@@ -168,7 +168,7 @@ def test_submodules_are_in_single_precision_over_half_or_of_their_hosts_kind(
 def test_a_draft_is_what_injecting_makes_without_memory(base: torch.dtype, deployed: bool) -> None:
     model: Any = tiny_bert()
     model.to(base)
-    config = unipelt.resolve({"preset": "unipelt-apl", "prompt": {"length": 2}})
+    config = unipelt.resolve({"preset": "unipelt-apl", "prompt": {"length": 2}, "tokens": {"ids": [3, 7]}})
     before, modules = state(model), list(model.modules())
     drawn = shapes(draft(model, config, deployed))
     assert_same(model, before)
@@ -401,9 +401,15 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
     model = tiny_bert()
     unipelt.inject(model, "unipelt-apl")
     injected = state(model)
-    with pytest.raises(unipelt.InjectionError, match="carries submodules already"):
-        unipelt.inject(model, "lora")
+    for part in (model, model.bert):
+        with pytest.raises(unipelt.InjectionError, match="carries submodules already"):
+            unipelt.inject(part, "lora")
+        assert_same(model, injected)
+    model.peft_config = {}  # as PEFT marks the model that it holds
+    with pytest.raises(ValueError, match=r"PEFT holds the sets of this BertFor.*; call model = unipelt\.from_peft"):
+        unipelt.remove(model)
     assert_same(model, injected)
+    del model.peft_config
     unipelt.remove(model)
     assert_same(model, before)
 
@@ -419,6 +425,7 @@ def test_bad_models_are_refused_and_untouched(monkeypatch: pytest.MonkeyPatch) -
         ("encoder.layer.1.attention.self", "unipelt_port"),
         ("encoder.layer.1.attention.self.query", "unipelt_port"),
         ("encoder.layer.1.output.LayerNorm", "unipelt_port"),
+        ("embeddings.word_embeddings", "unipelt_tokens"),
         ("", "unipelt"),
         ("", "unipelt_prompt"),
     ],

@@ -323,6 +323,14 @@ def test_what_a_caller_unfreezes_is_kept_too(preset: str) -> None:
     assert set(kept_names(model)) == {weight, *before}
 
 
+def test_what_was_added_is_kept_even_if_it_is_frozen() -> None:
+    model = unipelt.inject(tiny_bert(), "unipelt-apl")
+    model.requires_grad_(False)
+    head = {"classifier.weight", "classifier.bias"}
+    assert set(kept_names(model)) == own_parameters(model).keys() | head
+    assert not unfrozen_names(model)
+
+
 def test_an_encoder_of_an_encoder_decoder_has_no_head() -> None:
     """It holds one of the two parts of its base, and nothing beside."""
     assert head_names(T5EncoderModel(tiny_config("t5"))) == frozenset()  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 import threading
@@ -132,6 +133,9 @@ def test_peft_reads_it(kind: str, family: str, tmp_path: Path) -> None:
 
     model = injected(kind, family)
     unipelt.save_peft(model, tmp_path)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets
+    assert not any("layer" in name for name in targets), "names from the layer suit a model around the base too"
     theirs = PeftModel.from_pretrained(build(family), str(tmp_path)).eval()
     gap = (theirs(**batch_of(family)).logits - model(**batch_of(family)).logits).abs().max()
     assert gap <= 1e-6

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import unipelt
 from unipelt.config.schema import ConfigError
+from unipelt.injection.prefix_start import _flat_prefixes, _start
 from unipelt.pack import Pack, kept_values
 from unipelt.submodules.prefix import PrefixNetwork
 from unipelt.submodules.room import layer_sets
@@ -184,6 +185,25 @@ def test_what_cannot_start_from_a_text_is_refused_and_stays() -> None:
         )
     with pytest.raises(ValueError, match="carries no submodules"):
         unipelt.start_prefix_from(tiny_bert(), Letters(), TEXT)
+
+
+def test_a_prefix_of_cross_attention_alone_starts_from_the_states_of_the_text() -> None:
+    model: Any = unipelt.inject(tiny_model("bart"), {**method(), "encoder": False, "decoder": False, "cross": True})
+    unipelt.start_prefix_from(model, Letters(), TEXT)
+    found = parts(model, "prefix")
+    assert {name.rpartition("layer")[0] for name in found} == {"model.decoder."}
+    assert len(found) == 3
+    assert all("cross" in name and tensor.any() for name, tensor in found.items())
+
+
+def test_keys_of_another_shape_than_the_prefix_are_refused() -> None:
+    model: Any = unipelt.inject(tiny_bert(), method())
+    port, prefix, path = _flat_prefixes(model)[0]
+    port.seen = [(torch.ones(1, 4, 3, 8), torch.ones(1, 4, 3, 8))]
+    with pytest.raises(
+        ValueError, match=r"the keys of .*layer\.0 are \(3, 32\) for the text, and the prefix is \(4, 32\)"
+    ):
+        _start(port, prefix, path)
 
 
 def test_a_flat_prefix_folds_packs_and_stays_out_of_the_release() -> None:

@@ -164,6 +164,46 @@ def test_what_is_refused(tmp_path: Path) -> None:
         unipelt.save(model, tmp_path / "peft", peft=True)
 
 
+class Table(torch.nn.Module):
+    """A vocabulary that is no `nn.Embedding`."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(rows, width))
+
+
+class Doubled(torch.nn.Embedding):
+    """An embedding that gives twice its rows, and does not say so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (Table, "the vocabulary is in a Table, no nn.Embedding"),
+        (Doubled, "Doubled gives other values than the rows of its weight"),
+    ],
+)
+def test_vocabularies_that_are_no_plain_tables_are_refused(table: Any, message: str) -> None:
+    model = tiny_model("gpt2", "CausalLM")
+    model.set_input_embeddings(table(60, 32))
+    before = bits(model)
+    with pytest.raises(unipelt.InjectionError, match=f"tokens cannot train: {message}"):
+        unipelt.inject(model, TOKENS)
+    assert_same(bits(model), before)
+    assert not hasattr(model, "unipelt_injection")
+
+
+def test_a_vocabulary_without_memory_gets_rows_without_memory() -> None:
+    with torch.device("meta"):
+        model = unipelt.inject(tiny_model("gemma", "CausalLM"), TOKENS)
+    assert rows_of(model).is_meta
+    assert rows_of(model).shape == (3, 32)
+    assert model.get_input_embeddings().unipelt_tokens.scale is model.get_input_embeddings().embed_scale
+
+
 def test_a_vocabulary_resized_afterwards() -> None:
     model = unipelt.inject(tiny_model("gpt2", "CausalLM"), TOKENS)
     text = torch.tensor([[1, 3, 11, 4]])

@@ -223,7 +223,7 @@ def _find_projections(found: Joined, layer: Call, added: Call, calls: Sequence[C
     if not firsts:
         return
     plain = [call for call, linear in firsts if linear]
-    up = plain[0] if plain and len(firsts) > 1 else firsts[0][0]
+    up = plain[0] if plain else firsts[0][0]
     found.up = _below(up, layer)
     gates = [call for call, _ in firsts if call is not up]
     if len(gates) == 1:

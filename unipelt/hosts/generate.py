@@ -67,7 +67,7 @@ def describe_type(kind: str) -> dict[str, Family]:
         DescribeError: none of the type's classes could be described.
     """
     found: dict[str, Family] = {}
-    reasons: list[str] = []
+    errors: list[DescribeError] = []
     for head in ORDER:
         if kind not in HEADS[head]:
             continue
@@ -77,9 +77,9 @@ def describe_type(kind: str) -> dict[str, Family]:
             if own not in found:
                 found[own] = _with_cross(kind, describe_small(small))
         except DescribeError as error:
-            reasons.append(str(error))
+            errors.append(error)
     if not found:
-        raise DescribeError(reasons[0])
+        raise errors[0]
     return found
 
 

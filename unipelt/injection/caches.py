@@ -65,7 +65,7 @@ def cached_tokens(cache: Any) -> int | None:
     """
     if not isinstance(cache, Cache):
         return 0
-    if getattr(cache, "is_compileable", False):
+    if cache.is_compileable:
         return None
     length = cache.get_seq_length()
     return length if isinstance(length, int) else None

@@ -60,9 +60,9 @@ def parameter_groups(
         raise ValueError(f"this model has no submodule {unknown[0]!r}; it has {', '.join(sorted(kinds)) or 'none'}")
     named = {"lr": lr, "gate": gate, "head": head, "lora_b": lora_b, **rates}
     for name, rate in named.items():
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6):
+        if rate is not None and not (_is_number(rate) and 0 < rate < 1e6):
             raise ValueError(f"{name} must be a learning rate above 0, not {rate!r}")
-    if weight_decay < 0:
+    if not (_is_number(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be 0 or above, not {weight_decay!r}")
     of_gate = lr if gate is None else gate
     for entry in _entries(model):
@@ -84,6 +84,10 @@ def print_trainable_parameters(model: PreTrainedModel) -> None:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _entries(model: nn.Module) -> Iterator[Entry]:
