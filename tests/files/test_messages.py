@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unipelt.files.messages import complain, show, show_path, shorten, suggest
+from unipelt.files.messages import complain, shorten, show, show_path, suggest
 
 
 def test_a_value_is_cut_to_about_200_characters() -> None:
@@ -20,7 +20,7 @@ def test_long_containers_lose_their_end() -> None:
     assert show(list(range(12))) == repr(list(range(12)))
     assert show(list(range(13))) == f"{repr(list(range(12)))[:-1]}, ...]"
     assert show(tuple(range(13))) == f"{repr(tuple(range(12)))[:-1]}, ...)"
-    assert show({number: 0 for number in range(13)}).count(":") == 12
+    assert show(dict.fromkeys(range(13), 0)).count(":") == 12
     assert show("x" * 98) == repr("x" * 98)
     assert len(show("x" * 99)) == 100
     assert show([[[[["deep"]]]]]) == "[[[[[...]]]]]"
