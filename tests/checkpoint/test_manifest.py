@@ -1,8 +1,9 @@
-"""The manifest's entry on the base, and the first difference between tensors and their places."""
+"""A manifest's base and constants, and the first difference between tensors and their places."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from helpers import trained
 
 import unipelt
 from unipelt.checkpoint.load import mismatch
-from unipelt.checkpoint.manifest import MANIFEST
+from unipelt.checkpoint.manifest import MANIFEST, read_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,20 @@ def test_the_first_difference_is_told(tensors: dict[str, Any], message: str | No
     assert mismatch(places, given) == message
     if message is None or message.startswith("the model has no"):
         assert mismatch(places, given, also=False) is None
+
+
+def test_constants_of_gates_are_above_0_and_at_most_1(tmp_path: Path) -> None:
+    unipelt.save(trained("lora"), tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+
+    def read(constant: object) -> Any:
+        folded = {"bert.gates": {"adapter": constant}}
+        (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "folded": folded}))
+        return read_checkpoint(tmp_path)[0]["folded"]["bert.gates"]["adapter"]
+
+    for good in (1, 1.0, 0.001, None):
+        assert read(good) == good
+    for bad in (0, 1.001, 2, -0.5, True, "0.5", []):
+        said = f"folded: 'adapter' at 'bert.gates' must be above 0 and at most 1, or null, not {bad!r}"
+        with pytest.raises(unipelt.CheckpointError, match=re.escape(said)):
+            read(bad)
