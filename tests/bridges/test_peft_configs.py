@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import refusing, shake, tiny_bert
 from tiny import tiny_model
 from transformers import FNetConfig, FNetForSequenceClassification
@@ -116,3 +117,73 @@ def test_a_configuration_checks_and_copies_what_it_is_given() -> None:
     assert config.peft_type == "UNIPELT"
     with pytest.raises(ValueError, match="task type"):
         unipelt.PeftConfig("lora", task_type="SENTIMENT")
+
+
+@pytest.mark.parametrize(
+    ("asked", "heads", "names"),
+    [
+        (None, [], None),
+        (None, ["bert.pooler.dense", "classifier"], ["bert.pooler.dense", "classifier"]),
+        (["classifier"], ["classifier"], ["classifier"]),
+        (["pooler", "pooler"], ["bert.pooler.dense", "classifier"], ["pooler", "classifier"]),  # inside a named module
+        (["dense"], ["bert.pooler.dense"], ["dense"]),
+        (["bert"], ["bert.pooler.dense"], ["bert"]),
+        (["pool"], ["bert.pooler.dense"], ["pool", "bert.pooler.dense"]),
+    ],
+)
+def test_heads_are_saved_once(asked: list[str] | None, heads: list[str], names: list[str] | None) -> None:
+    from unipelt.bridges.peft_socket.heads import names_to_save
+
+    assert names_to_save(asked, heads) == names
+
+
+def test_a_set_without_a_head_has_no_copy_of_it() -> None:
+    from unipelt.bridges.peft_socket.heads import copies
+
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora"))
+    model.add_adapter("headless", unipelt.PeftConfig({"preset": "lora", "train_head": False}))
+    inner = model.get_base_model()
+    assert [path for path, _ in copies(inner, "default")] == ["classifier"]
+    assert not list(copies(inner, "headless"))
+
+
+def test_the_type_is_a_member_of_pefts_enumeration() -> None:
+    unipelt.register_with_peft()
+    member = peft.PeftType("UNIPELT")
+    assert (member.name, member.value, str.__str__(member)) == ("UNIPELT",) * 3
+    assert peft.PeftType.UNIPELT is peft.PeftType["UNIPELT"] is member
+    assert list(peft.PeftType).count(member) == 1
+
+
+def test_pefts_switch_of_training_takes_one_name_or_several() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora", task_type="SEQ_CLS"))
+    model.add_adapter("other", unipelt.PeftConfig("lora", task_type="SEQ_CLS"))
+
+    def training() -> set[str]:
+        found = (name.partition(".unipelt.")[2] for name, p in model.named_parameters() if p.requires_grad)
+        return {name.partition(".")[0] for name in found if name}
+
+    assert training() == {"default"}
+    model.set_requires_grad("default", requires_grad=False)
+    assert training() == set()
+    model.set_requires_grad(["default", "other"], requires_grad=True)
+    assert training() == {"default", "other"}
+
+
+def test_a_set_follows_its_host_to_another_device() -> None:
+    """PEFT calls this after it has loaded a set. The device meta stands for another one."""
+    from unipelt.submodules.room import rooms
+
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora")).get_base_model()
+    (_, first), (_, second), *_ = rooms(model)
+    for room in (first, second):
+        room._move_adapter_to_device_of_base_layer("default")
+        room._move_adapter_to_device_of_base_layer("no such set", "meta")
+        assert {parameter.device.type for parameter in room.parameters()} == {"cpu"}
+    first._move_adapter_to_device_of_base_layer("default", "meta")
+    second._device = torch.device("meta")
+    second._move_adapter_to_device_of_base_layer("default")
+    for room in (first, second):
+        assert {parameter.device.type for parameter in room.parameters()} == {"meta"}
+        room._move_adapter_to_device_of_base_layer("default", "cpu")  # what has no numbers yet stays
+        assert {parameter.device.type for parameter in room.parameters()} == {"meta"}
