@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import refusing, shake, tiny_bert
+from helpers import refusing, shake, tiny_batch, tiny_bert
 from tiny import tiny_model
 from transformers import FNetConfig, FNetForSequenceClassification
 
@@ -187,3 +187,30 @@ def test_a_set_follows_its_host_to_another_device() -> None:
         assert {parameter.device.type for parameter in room.parameters()} == {"meta"}
         room._move_adapter_to_device_of_base_layer("default", "cpu")  # what has no numbers yet stays
         assert {parameter.device.type for parameter in room.parameters()} == {"meta"}
+
+
+def test_rows_of_one_set_stand_together() -> None:
+    from unipelt.bridges.peft_socket.rows import row_by_row
+
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora")).eval()
+    model.add_adapter("other", unipelt.PeftConfig("lora"))
+    inner = model.get_base_model()
+    for names, order in (
+        (["other", "default", "other"], [0, 2, 1]),
+        (["__base__", "other", "default", "__base__", "default", "other"], [0, 3, 1, 5, 2, 4]),
+        (["other", "other", "default"], None),
+    ):
+        with row_by_row(inner, names, {}) as found:
+            assert (None if found is None else found.tolist()) == order
+
+
+def test_rows_that_cannot_be_in_one_batch_are_refused() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("prompt")).eval()
+    model.add_adapter("lora", unipelt.PeftConfig("lora"))
+    for names, said in (
+        (["lora", "default", "lora"], "the prompt of 'default' makes its texts longer, and a batch has texts of one"),
+        (["lora", "lora", "zzz"], "there is no set 'zzz'; there are default, lora$"),
+        (["lora", "lora", "loar"], "there is no set 'loar'; did you mean 'lora'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model(**tiny_batch(), adapter_names=names)
