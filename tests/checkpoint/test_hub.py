@@ -100,8 +100,9 @@ def test_the_training_form(hub: Hub, model: Any) -> None:
 
 def test_the_models_own_method(hub: Hub, model: Any) -> None:
     """What Transformers calls `push_to_hub` uploads ours too, and is Transformers' own again without submodules."""
-    model.push_to_hub(NAME, private=True)
+    assert model.push_to_hub(NAME, private=True).startswith(f"{hub.endpoint}/{NAME}/commit/")
     assert hub.repositories[NAME].private
+    assert f'model = unipelt.from_pretrained("{NAME}")' in published_card(hub)
     assert torch.equal(logits(unipelt.from_pretrained(NAME)), logits(model))
     unipelt.remove(model)
     assert "push_to_hub" not in vars(model)
