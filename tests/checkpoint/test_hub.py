@@ -100,8 +100,9 @@ def test_the_training_form(hub: Hub, model: Any) -> None:
 
 def test_the_models_own_method(hub: Hub, model: Any) -> None:
     """What Transformers calls `push_to_hub` uploads ours too, and is Transformers' own again without submodules."""
-    model.push_to_hub(NAME, private=True)
+    assert model.push_to_hub(NAME, private=True).startswith(f"{hub.endpoint}/{NAME}/commit/")
     assert hub.repositories[NAME].private
+    assert f'model = unipelt.from_pretrained("{NAME}")' in published_card(hub)
     assert torch.equal(logits(unipelt.from_pretrained(NAME)), logits(model))
     unipelt.remove(model)
     assert "push_to_hub" not in vars(model)
@@ -283,9 +284,11 @@ def test_a_base_of_a_folder_must_have_a_name(hub: Hub, base_files: dict[str, byt
         unipelt.push_to_hub(model, NAME, base=str(folder))
     assert hub.requests == before, "nothing was asked, still less uploaded"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    unipelt.push_to_hub(model, NAME, base=BASE, tokenizer=tokenizer)
+    unipelt.push_to_hub(model, NAME, base=BASE, base_revision="main", tokenizer=tokenizer)
     repository = hub.repositories[NAME]
     files = repository.commits[repository.branches["main"]]
+    described = json.loads(files["unipelt.json"])["base"]
+    assert (described["name_or_path"], described["revision"]) == (BASE, "main")
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content], "no path of this machine"
     assert torch.equal(logits(unipelt.from_pretrained(NAME)), logits(model))
     read: Any = unipelt.load_tokenizer(NAME)

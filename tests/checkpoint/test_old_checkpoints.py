@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import bits, refused
+from helpers import bits, refused, shake, tiny_bert
 from safetensors.torch import load_file, save_file
 from tiny import WITHOUT_INTERFACE
 from torch import Tensor
+from transformers import BertModel
 
 import unipelt
 from unipelt.checkpoint.manifest import FORMAT, MANIFEST, WEIGHTS
@@ -251,7 +252,28 @@ def test_constants_of_gates_that_are_not_there_are_found_out(tmp_path: Path) -> 
             manifest = read(folder)
             manifest["folded"][path] = {"prefix": 0.5}
             (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            refused(unipelt.load, folder, "cannot be folded again", model=base_of(name))
+            said = f"cannot be folded again: the model has no gate 'prefix' at {path!r}"
+            refused(unipelt.load, folder, said, model=base_of(name))
+
+
+def test_a_prompt_of_a_model_without_a_head(tmp_path: Path) -> None:
+    """Its entry is the model itself, so no path stands before the old name."""
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return BertModel(tiny_bert().config)
+
+    model = unipelt.inject(base(), {"preset": "prompt", "prompt": {"length": 3}})
+    shake(model)
+    unipelt.save(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({"prompt.embedding": tensors.pop("unipelt.default.prompt.embedding"), **tensors}, tmp_path / WEIGHTS)
+    manifest = {**read(tmp_path), "format": 1}
+    manifest["weights"]["sha256"] = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    before, after = bits(model), bits(unipelt.load(base(), tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_another_base_is_found_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,33 @@ def test_random_experts_are_one_term_after_training(kind: str, tmp_path: Path) -
     assert torch.equal(logits(unipelt.remove(model)), logits(tiny_bert())), "the head too is as it came"
     with pytest.raises(ValueError, match="carries no submodules"):
         unipelt.merge_experts(model)
+
+
+def test_merged_experts_keep_the_record_of_the_model(tmp_path: Path) -> None:
+    """What trained, what it was before, and how it is saved do not depend on the mixture."""
+    also = "bert.embeddings.LayerNorm.weight"
+    model = unipelt.inject(tiny_bert(), method("lora", experts=3, router="random"))
+    model.get_parameter(also).requires_grad_(True)
+    shake(model, std=0.3)
+    unipelt.save(model, tmp_path)
+    base = tiny_bert()
+    base.get_parameter("bert.pooler.dense.bias").requires_grad_(False)
+    model = unipelt.load(base, tmp_path)
+    before = logits(model)
+    head = model.get_parameter("classifier.weight")
+    head.grad = torch.ones_like(head)
+    model.get_parameter("classifier.bias").requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters() if ".unipelt." not in name}
+    unipelt.merge_experts(model)
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters() if ".unipelt." not in name}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "unipelt.json").read_text())["unfrozen"] == [also]
+    torch.testing.assert_close(logits(unipelt.load(tiny_bert(), tmp_path)), before, atol=1e-5, rtol=1e-5)
+    unipelt.remove(model)
+    came = dict(tiny_bert().named_parameters())
+    assert all(torch.equal(came[name], parameter) for name, parameter in model.named_parameters())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["bert.pooler.dense.bias"]
 
 
 def test_random_experts_change_from_call_to_call_while_training() -> None:

@@ -57,7 +57,7 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
     if injection.folded is not None:
         raise MergeError("this model is folded; merge the experts of the model before folding")
     values = _means(model, config, merged)
-    ours = own_parameters(model).keys()
+    ours = own_parameters(model)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters() if name not in ours}
     strip(model)
     inject_as(model, config, deployed=injection.deployed, head=injection.head)

@@ -79,10 +79,11 @@ def base_origin(model: PreTrainedModel) -> dict[str, Any]:
     name = model.config._name_or_path
     # FSDP2 replaces the model's class by a subclass from torch
     cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
-    on_hub = bool(name) and not os.path.isdir(name) and may_be_base(name)
+    is_folder = os.path.isdir(name)
+    on_hub = not is_folder and may_be_base(name)
     return {
         "class": cls.__name__,
-        "name_or_path": os.path.abspath(name) if name and os.path.isdir(name) else name,
+        "name_or_path": os.path.abspath(name) if is_folder else name,
         "revision": getattr(model.config, "_commit_hash", None) or (cached_commit(name) if on_hub else None),
     }
 

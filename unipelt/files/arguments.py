@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from unipelt.files.messages import show, suggest
@@ -51,7 +52,7 @@ class OneLineParser(argparse.ArgumentParser):
                     f"--{name}" for name in (bare.replace("-", "_"), bare.replace("_", "-")) if f"--{name}" in known
                 ]
                 if not found:
-                    self.error(self._unknown("option", option, list(known)))
+                    self.error(self._unknown("option", option, known))
                 word = f"{found[0]}{equals}{value}"
             spelt.append(word)
         return spelt
@@ -60,10 +61,10 @@ class OneLineParser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         if isinstance(action, argparse._SubParsersAction):
-            self.error(self._unknown("command", value, list(action.choices)))
+            self.error(self._unknown("command", value, action.choices))
         known = [str(choice) for choice in action.choices]
         raise argparse.ArgumentError(action, f"{show(value)} is not one of {', '.join(known)}")
 
-    def _unknown(self, kind: str, name: str, known: list[str]) -> str:
+    def _unknown(self, kind: str, name: str, known: Iterable[str]) -> str:
         guess, where = suggest(name, known), f"see {self.prog} --help"
         return f"unknown {kind} {show(name)}; {f'{guess} ({where})' if guess else where}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,7 @@ def possible_slots(
 
 
 def place_exactly(
-    model: PreTrainedModel, part: LoRAConfig | IA3Config | LNTuningConfig, terms: Collection[str], what: str
+    model: PreTrainedModel, part: LoRAConfig | IA3Config | LNTuningConfig, terms: Set[str], what: str
 ) -> UniPELTConfig:
     """Return the configuration with exactly these terms, given by path. Raises `CheckpointError` if there is none."""
     whole = alone(part)
@@ -153,7 +153,7 @@ def place_exactly(
         meant = {f"{slot.path}.{slot.name}" for slot in find_slots(model, config)}
     except InjectionError:
         meant = set()
-    if odd := sorted(meant ^ set(terms)):
+    if odd := sorted(meant ^ terms):
         raise CheckpointError(
             f"{what} goes to the same projections of all its layers here, and {show(odd[0])} stands out: it is one "
             "without the others, or in a layer that another part of the model leaves out"

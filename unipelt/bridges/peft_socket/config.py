@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ class PeftConfig(peft.PeftConfig):  # type: ignore[name-defined]
         head: paths of the head's modules; with None, they are found when the set is added.
     """
 
-    method: Any = field(default="unipelt-apl")
-    modules_to_save: list[str] | None = field(default=None)
-    trainable_token_indices: Any = field(default=None)
-    deployed: bool = field(default=False)
-    head: list[str] | None = field(default=None)
+    method: Any
+    modules_to_save: list[str] | None
+    trainable_token_indices: Any
+    deployed: bool
+    head: list[str] | None
 
     def __init__(
         self,

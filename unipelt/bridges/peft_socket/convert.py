@@ -21,7 +21,7 @@ def wrap(model: PreTrainedModel, task_type: str | None, adapter_name: str) -> An
     """Implement `to_peft`."""
     injection = injection_of(model)
     config = PeftConfig(injection.config, task_type=task_type, deployed=injection.deployed)
-    return require_peft().get_peft_model(model, config, adapter_name, autocast_adapter_dtype=False)
+    return require_peft().get_peft_model(model, config, adapter_name)
 
 
 def unwrap(peft_model: Any) -> PreTrainedModel:

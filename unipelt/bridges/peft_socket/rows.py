@@ -92,7 +92,7 @@ def sort_given(value: Any, size: int, order: Tensor) -> Any:
         return value.index_select(0, order.to(value.device)) if value.dim() and len(value) == size else value
     if isinstance(value, ModelOutput):
         return type(value)(**{name: sort_given(inner, size, order) for name, inner in value.items()})
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+    if type(value) in (tuple, list):
         return type(value)(sort_given(inner, size, order) for inner in value)
     return value
 
@@ -112,6 +112,6 @@ def put_back(value: Any, size: int, order: Tensor) -> Any:
         return restore(value)
     if isinstance(value, ModelOutput):
         return type(value)(**{name: put_back(inner, size, order) for name, inner in value.items()})
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+    if type(value) in (tuple, list):
         return type(value)(put_back(inner, size, order) for inner in value)
     return value
