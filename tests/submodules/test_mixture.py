@@ -477,7 +477,7 @@ def test_only_the_attention_and_the_head_train(gate: bool, tmp_path: Path) -> No
     assert trained == {"query", "key", "value", *(("weight", "bias") if gate else ())}
     model.train()(**tiny_batch(), labels=LABELS).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-    tasks.save("fused", tmp_path)
+    model.save_pretrained(tmp_path)
     loaded = unipelt.load(tiny_bert(), tmp_path)
     assert torch.equal(logits(loaded), logits(model.eval()))
     assert unipelt.parameter_counts(loaded) == counts
@@ -497,6 +497,9 @@ def test_tasks_that_cannot_be_fused() -> None:
     tasks.add("al2", "unipelt-al-nogate")
     tasks.add("g", {"preset": "adapter", "adapter": {"gate": True}})
     tasks.add("g2", {"preset": "adapter", "adapter": {"gate": True}})
+    for name in ("mixture", "mixture2"):
+        tasks.add(name, method("adapter", experts=3))
+        tasks.add(f"pissa-{name}", {"preset": "lora", "lora": {"start": "pissa"}})
     tasks.add("kronecker", "compacter")
     tasks.add("kronecker2", "compacter")
     names = list(tasks)
@@ -508,6 +511,8 @@ def test_tasks_that_cannot_be_fused() -> None:
         (["gated", "gated2"], "a prefix or a prompt"),
         (["al", "al2"], "several kinds of submodules, adapter, lora"),
         (["g", "g2"], "gates, which attention would have to repeat"),
+        (["mixture", "mixture2"], "a mixture; only a mixture with the router random"),
+        (["pissa-mixture", "pissa-mixture2"], "LoRA that starts at a part of the weight"),
         (["kronecker", "kronecker2"], "its layers share parameters"),
     ):
         with pytest.raises(ValueError, match=message):
