@@ -94,13 +94,14 @@ def test_one_task_and_the_current_task() -> None:
 
 def test_what_is_refused() -> None:
     tasks, batch = some_tasks("llama"), texts("llama")
-    for options, said in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"return_dict_in_generate": True}, "takes no return_dict_in_generate"),
         ({"cache_implementation": "static"}, "takes no cache_implementation='static'"),
         ({"generation_config": GenerationConfig(return_dict_in_generate=True)}, "takes no return_dict_in_generate"),
         *(({name: tasks.model}, f"takes no {name}; run one task at a time") for name in OF_ROWS),
         ({"tasks": ["apl"]}, "names 1 rows, and the batch has 5"),
-    ):
+    ]
+    for options, said in cases:
         given: dict[str, Any] = {"tasks": ORDER, **batch, **options}
         with pytest.raises(ValueError, match=said):
             tasks.generate(**given)
