@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from unipelt.multitask.batch_rows import count_rows, gather, merge, sort_rows, split_batch, split_output
+from unipelt.multitask.batch_rows import MixedOutput, count_rows, gather, merge, sort_rows, split_batch, split_output
 
 
 def test_rows_of_a_batch_are_those_of_its_texts() -> None:
@@ -85,6 +85,8 @@ def test_labels_that_a_task_does_not_have_are_infinitely_unlikely() -> None:
     assert found.logits.tolist() == [[1.0, 2.0, -torch.inf], [5.0, 6.0, 7.0], [3.0, 4.0, -torch.inf]]
     assert (found.loss, found.losses) == (loss, {"two": loss})
     assert (found.outputs, found.rows) == (outputs, {"two": [0, 2], "three": [1]})
+    copied = MixedOutput(**found)  # as a wrapper that gathers outputs makes one
+    assert (copied.outputs, copied.rows, copied.losses) == ({}, {}, {})
     outputs["scalar"] = SimpleNamespace(logits=torch.zeros(2), loss=torch.tensor(2.0))
     found = gather(outputs, {}, None)
     assert found.logits is None

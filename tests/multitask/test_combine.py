@@ -220,6 +220,12 @@ def test_combinations_that_are_refused_change_nothing(many: Tasks, options: dict
     assert list(many) == names
 
 
+def test_a_model_is_no_tasks() -> None:
+    for function in (combine_tasks, unipelt.fuse_tasks):
+        with pytest.raises(ValueError, match=f"{function.__name__} takes unipelt.Tasks, not BertForSequenceClassif"):
+            function(tiny_bert(), "both", ["one", "two"])  # type: ignore[operator]
+
+
 def test_a_task_that_is_not_there(many: Tasks) -> None:
     with pytest.raises(KeyError, match="no task 'nine'"):
         combine_tasks(many, "both", ["one", "nine"])

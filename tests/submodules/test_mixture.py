@@ -489,6 +489,15 @@ def test_only_the_attention_and_the_head_train(gate: bool, tmp_path: Path) -> No
     torch.testing.assert_close(mixed, logits(model))
 
 
+@pytest.mark.parametrize(("labels", "problem"), [(3, None), (None, "multi_label_classification"), (1, "regression")])
+def test_a_fused_task_has_labels_of_its_own(labels: int | None, problem: str | None) -> None:
+    tasks, _ = fused(count=2)
+    model = unipelt.fuse_tasks(tasks, "other", ["task0", "task1"], num_labels=labels, problem_type=problem)
+    assert logits(model).shape == (3, labels or 2)
+    assert (model.config.num_labels, model.config.problem_type) == (labels or 2, problem)
+    assert (tasks.model.config.num_labels, tasks.model.config.problem_type) == (2, None)
+
+
 def test_tasks_that_cannot_be_fused() -> None:
     tasks, _ = fused()
     tasks.add("gated", "unipelt-ap")
