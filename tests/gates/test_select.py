@@ -178,8 +178,15 @@ def test_a_score_that_is_no_number_leaves_the_model_as_it_was(score: Any) -> Non
     model = trained().train()
     before, want = what_is_there(model), logits(model)
     calls = iter([0.9, 0.1, score])
+
+    def evaluate(now: Any) -> float:
+        assert not any(module.training for module in now.modules())
+        found: float = next(calls)
+        return found
+
     with pytest.raises(unipelt.SelectError, match="evaluate must return a finite number, not"):
-        unipelt.select(model, lambda now: next(calls))
+        unipelt.select(model, evaluate)
+    assert all(module.training for module in model.modules())
     assert_same(what_is_there(model), before)
     assert torch.equal(logits(model), want)
 

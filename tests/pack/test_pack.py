@@ -304,6 +304,20 @@ def test_refuses_what_would_come_out_differently() -> None:
             Pack(unipelt.inject(tiny_model(family), "adapter"), tokens=9)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [("", "RuntimeError"), ("\n \nno rule\nfor this", "no rule")], ids=["without words", "lines"]
+)
+def test_refuses_a_model_whose_code_fails_in_a_map(words: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("unipelt.pack._forward", fail)
+    model = unipelt.inject(tiny_bert(), "lora").train()
+    with pytest.raises(PackError, match=f"cannot be packed, its runs must be trained one by one: {said}$"):
+        Pack(model, tokens=9)
+    assert model.training
+
+
 def test_refuses_what_it_cannot_do() -> None:
     model = unipelt.inject(tiny_bert(), "lora")
     for module in model.modules():

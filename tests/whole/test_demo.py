@@ -135,6 +135,7 @@ def test_without_the_model_s_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(demo, "find", None)  # nothing is read before
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
