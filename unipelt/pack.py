@@ -107,7 +107,7 @@ class Pack:
 
     def __init__(self, model: PreTrainedModel, tokens: int, decayed: Collection[str] = ()) -> None:
         _check(model)
-        kept = dict(kept_values(model))
+        kept = kept_values(model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.model = model
         self.replicas: list[Replica] = []
@@ -286,8 +286,9 @@ class _Folding(TorchFunctionMode):
 
 
 def _fold(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-    if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] != query.shape[0]:
-        attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
+    if attn_mask is not None:  # a mask for all texts, or for all heads, gets a row for each text
+        attn_mask = attn_mask[(None,) * (query.dim() - attn_mask.dim())]
+        attn_mask = attn_mask.expand(query.shape[0], *attn_mask.shape[1:])
     return _FoldAttention.apply(query, key, value, attn_mask, options)
 
 

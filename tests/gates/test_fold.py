@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import unipelt
 from unipelt import CheckpointError, FoldError, InjectionError
+from unipelt.gates.fold import FoldedGate, FoldReport
 from unipelt.gates.measure import find_gates
 from unipelt.gates.merge import fold_constants
 from unipelt.injection.state import injection_of
@@ -196,6 +198,38 @@ def test_a_closed_prefix_goes_and_gates_beside_it_stay(family: str) -> None:
     torch.testing.assert_close(outputs(model, family), expected, atol=1e-5, rtol=1e-5)
     assert "prefix" not in report.after.deployed_submodules
     assert_same(what_is_there(unipelt.remove(model)), what_is_there(base))
+
+
+def test_bounds_of_the_arguments_are_inside() -> None:
+    """Gates at exactly one half, which never vary, are constant at a tolerance of 0 and are not below one half."""
+    model = trained()
+    hold(model, lambda name: 0.5)
+    report = unipelt.fold(model, batches(), tolerance=0.0, closed=0.5)
+    assert {(gate.mean, gate.std) for gate in report.gates} == {(0.5, 0.0)}
+    assert report.outcomes == {"merged": 6, "constant": 6, "dropped": 0, "kept": 0}
+
+
+def test_gates_are_measured_in_evaluation_mode() -> None:
+    model = trained(dropout=0.5)
+    want = unipelt.fold(copy.deepcopy(model), batches(), tolerance=0.0)
+    torch.manual_seed(0)
+    assert unipelt.fold(model.train(), batches(), tolerance=0.0) == want
+
+
+def test_the_report_is_a_table() -> None:
+    counts = unipelt.parameter_counts(unipelt.inject(tiny_model("bert"), "lora"))
+    gates = (
+        FoldedGate("bert.encoder.layer.11.unipelt.default.entry", "lora_query", 0.5, 0.01234, 0.25, 0.75, "merged"),
+        FoldedGate("unipelt.default.prompt.entry", "prompt", 1 / 3, 0.25, 0.0, 1.0, "kept"),
+    )
+    report = FoldReport(gates, 1234, 0.05, 0.01, 3, replace(counts, deployed=5000), replace(counts, deployed=700))
+    assert str(report).splitlines() == [
+        "layer  gate          mean     std     min     max",
+        "   11  lora_query  0.5000  0.0123  0.2500  0.7500  merged",
+        "    -  prompt      0.3333  0.2500  0.0000  1.0000  kept",
+        "2 gates over 1,234 examples: 1 merged, 0 constant, 0 dropped, 1 kept",
+        "3 low-rank terms merged; beside the base 5,000 parameters before (deployed), 700 after",
+    ]
 
 
 def test_a_closed_prefix_that_takes_attention_stays() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
+from unipelt.gates import plot
 from unipelt.gates.plot import plot_gates
 
 GATES: dict[str, Any] = {
@@ -45,6 +46,37 @@ def test_cells_hold_the_means_on_a_fixed_scale(tmp_path: Path, monkeypatch: pyte
     plot_gates({**GATES, "decoder.lora_query": torch.full((1, 3), 0.25)}, tmp_path / "uneven.png")
     assert (2, 2, "0.25") in sorted(texts), "a longer stack has a cell for each of its layers"
     assert len(texts) == 2 + 2 + 3, "and a shorter one has none where it has no layers"
+
+
+def test_the_words_and_sizes_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    make = plot.new_figure
+
+    def keep(**size: float) -> Any:
+        figures.append(make(**size))
+        return figures[-1]
+
+    monkeypatch.setattr(plot, "new_figure", keep)
+    gates = {"adapter": [[0.1, 0.6], [0.3, 0.7]], "decoder.lora_query": [[0.5, 0.9]], "lora_value": [[0.5, 0.9]]}
+    plot_gates(gates, tmp_path / "gates.png", title="a run")
+    (figure,) = figures
+    axes, bar = figure.axes
+    assert figure.get_suptitle() == "a run"
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "adapter",
+        "decoder\nLoRA\nquery",
+        "LoRA\nvalue",
+    ]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
+    assert (axes.get_ylabel(), bar.get_ylabel()) == ("layer", "mean gate value")
+    colours = {(cell.get_text(), cell.get_color()) for cell in axes.texts}
+    assert colours == {("0.20", "white"), ("0.65", "black"), ("0.50", "white"), ("0.90", "black")}
+    header = (tmp_path / "gates.png").read_bytes()[16:24]  # the width and the height
+    inches = [int.from_bytes(part, "big") / 150 for part in (header[:4], header[4:])]
+    assert inches == pytest.approx([1.6 + 3 * 1.1, 1.4 + 2 * 0.42], abs=0.01), "150 dots an inch"
+    for empty in ("", None):
+        plot_gates(gates, tmp_path / "gates.png", title=empty)
+        assert figures[-1].get_suptitle() == ""
 
 
 @pytest.mark.parametrize(

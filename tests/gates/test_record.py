@@ -279,6 +279,23 @@ def test_a_deployed_model_has_the_same_gates(tmp_path: Any) -> None:
         assert torch.equal(records[1][name], values)
 
 
+def test_penalties_at_the_bounds_of_gates() -> None:
+    """Closed gates have no entropy; gates below 0 have none either, and are refused."""
+    for activation in ("sigmoid", "tanh"):
+        model = gated("unipelt-al", gate={"activation": activation})
+        for name, part in parts(model, "gate").items():
+            part.fill_(-200.0 if name.endswith("bias") else 0.0)
+        with unipelt.record_gates(model) as record, torch.no_grad():
+            model(**tiny_batch())
+        closed = activation == "sigmoid"
+        assert unipelt.gate_penalty(record, "sparsity") == (0.0 if closed else 1.0)
+        if closed:
+            assert 0 < unipelt.gate_penalty(record, "entropy") < 1e-4
+        else:
+            with pytest.raises(ValueError, match="entropy is of gates between 0 and 1, and these are tanh's"):
+                unipelt.gate_penalty(record, "entropy")
+
+
 def test_reading_what_is_not_there_is_told() -> None:
     model = gated("unipelt-ap")
     with unipelt.record_gates(model) as record:

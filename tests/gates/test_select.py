@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny import tiny_batch as batch_of
 from tiny import tiny_model
 
 import unipelt
-from unipelt.gates.select import best_subset
+from unipelt.gates.select import ScoredSubset, SelectReport, best_subset
 from unipelt.injection.state import injection_of
 from unipelt.submodules.room import own_parts
 
@@ -134,6 +135,34 @@ def test_of_four_submodules_one_leaves_at_a_time() -> None:
     assert len(seen) == 5
 
 
+def test_one_submodule_is_always_left() -> None:
+    asked: list[tuple[str, ...]] = []
+    four = (*ALL, "ia3")
+
+    def score(subset: tuple[str, ...]) -> float:
+        asked.append(subset)
+        return 0.0
+
+    assert best_subset(four, score) == ("adapter",)
+    assert {len(subset) for subset in asked} == {4, 3, 2, 1}
+    assert asked[0] == four
+
+
+def test_the_report_is_a_table() -> None:
+    counts = unipelt.parameter_counts(trained())
+    subsets = (ScoredSubset(("adapter", "lora"), 0.5), ScoredSubset(("adapter",), 2 / 3), ScoredSubset(("lora",), -1.0))
+    report = SelectReport(
+        subsets, ("adapter",), ("lora",), replace(counts, deployed=5000), replace(counts, deployed=700)
+    )
+    assert str(report).splitlines() == [
+        "adapter, lora  0.5000",
+        "adapter        0.6667  chosen",
+        "lora           -1.0000",
+        "3 passes; removed lora; beside the base 5,000 parameters before (deployed), 700 after",
+    ]
+    assert "; removed nothing; " in str(replace(report, chosen=("adapter", "lora"), removed=()))
+
+
 def test_of_a_prompt_and_further_submodules() -> None:
     model = trained("lora", prompt={"length": 3}, gate={"dropout": 0.5})
     want = unipelt.inject(tiny_bert(), {"preset": "prompt", "prompt": {"length": 3}})
@@ -149,8 +178,15 @@ def test_a_score_that_is_no_number_leaves_the_model_as_it_was(score: Any) -> Non
     model = trained().train()
     before, want = what_is_there(model), logits(model)
     calls = iter([0.9, 0.1, score])
+
+    def evaluate(now: Any) -> float:
+        assert not any(module.training for module in now.modules())
+        found: float = next(calls)
+        return found
+
     with pytest.raises(unipelt.SelectError, match="evaluate must return a finite number, not"):
-        unipelt.select(model, lambda now: next(calls))
+        unipelt.select(model, evaluate)
+    assert all(module.training for module in model.modules())
     assert_same(what_is_there(model), before)
     assert torch.equal(logits(model), want)
 
@@ -200,6 +236,7 @@ def test_what_has_nothing_to_choose_is_refused() -> None:
     cases.append((folded, "this model is folded"))
     tasks = unipelt.Tasks(tiny_bert())
     cases.append((tasks.add("one", small(), num_labels=2), "shares its base with other tasks"))
+    cases.append((trained().to("meta"), r"some parameters are not in memory \(offloaded\)"))
     for model, reason in cases:
         with pytest.raises(unipelt.SelectError, match=reason):
             unipelt.select(model, never)

@@ -48,3 +48,14 @@ def test_a_model_that_was_offloaded_first(family: str, tmp_path: Path) -> None:
         with torch.no_grad():
             logits.append(unipelt.inject(base, "unipelt-apl")(**batch).logits)
     assert torch.equal(*logits)
+
+
+def test_a_model_without_numbers_is_refused_and_left_alone() -> None:
+    model = tiny_model("bert").to("meta")
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(
+        unipelt.InjectionError, match=r"weight is on the device meta and has no numbers.*load the model"
+    ):
+        unipelt.inject(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert not hasattr(model, "unipelt_injection")

@@ -62,6 +62,8 @@ def test_dare_drops_by_its_seed_and_keeps_the_mean() -> None:
     assert not torch.equal(first, other)
     assert set(first.tolist()) == {0.0, 4.0}
     assert first.mean() == pytest.approx(1.0, abs=0.05)
+    kept = vector_merge("dare", 1, [1.0], 0.5, "total")([vector[:12]], torch.Generator().manual_seed(0)).nonzero()
+    assert kept.flatten().tolist() == [2, 6, 7, 9, 10, 11], "a seed drops the same numbers in every version"
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
@@ -151,8 +153,10 @@ def test_a_combined_task_is_a_task(tmp_path: Path) -> None:
     other = combine_tasks(tasks, "other", ["one", "two"], "dare_ties", density=0.5, seed=4)
     assert torch.equal(logits(model), logits(again))
     assert not torch.equal(logits(model), logits(other))
-    tasks.save("both", tmp_path)
-    assert torch.equal(logits(unipelt.load(tiny_bert(), tmp_path)), logits(model))
+    tasks.save("both", tmp_path / "task")
+    model.save_pretrained(tmp_path / "model")
+    for folder in (tmp_path / "task", tmp_path / "model"):
+        assert torch.equal(logits(unipelt.load(tiny_bert(), folder)), logits(model))
     mixed = logits(tasks, tasks=["one", "both", "two"])
     torch.testing.assert_close(mixed[1], logits(model)[1])
     model.train()
@@ -214,6 +218,12 @@ def test_combinations_that_are_refused_change_nothing(many: Tasks, options: dict
     with pytest.raises(ValueError, match=message):
         combine_tasks(many, **{"name": "both", "sources": ["one", "two"], **options})
     assert list(many) == names
+
+
+def test_a_model_is_no_tasks() -> None:
+    for function in (combine_tasks, unipelt.fuse_tasks):
+        with pytest.raises(ValueError, match=f"{function.__name__} takes unipelt.Tasks, not BertForSequenceClassif"):
+            function(tiny_bert(), "both", ["one", "two"])  # type: ignore[operator]
 
 
 def test_a_task_that_is_not_there(many: Tasks) -> None:

@@ -9,6 +9,7 @@ import torch
 from helpers import shake, tiny_bert
 from tiny import WITHOUT_INTERFACE, tiny_batch, tiny_model
 from torch import Tensor
+from transformers import GenerationConfig
 
 import unipelt
 from unipelt import InjectionError, Tasks
@@ -21,6 +22,7 @@ METHODS: dict[str, Any] = {
     "houlsby": "houlsby",
 }
 ORDER = ["lora", "apl", "houlsby", "own", "apl"]
+OF_ROWS = ("past_key_values", "cache", "encoder_outputs", "assistant_model", "prompt_lookup_num_tokens", "streamer")
 
 
 def some_tasks(family: str, methods: dict[str, Any] = METHODS) -> Tasks:
@@ -92,12 +94,14 @@ def test_one_task_and_the_current_task() -> None:
 
 def test_what_is_refused() -> None:
     tasks, batch = some_tasks("llama"), texts("llama")
-    for options, said in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"return_dict_in_generate": True}, "takes no return_dict_in_generate"),
         ({"cache_implementation": "static"}, "takes no cache_implementation='static'"),
-        ({"assistant_model": tasks.model}, "takes no assistant_model"),
+        ({"generation_config": GenerationConfig(return_dict_in_generate=True)}, "takes no return_dict_in_generate"),
+        *(({name: tasks.model}, f"takes no {name}; run one task at a time") for name in OF_ROWS),
         ({"tasks": ["apl"]}, "names 1 rows, and the batch has 5"),
-    ):
+    ]
+    for options, said in cases:
         given: dict[str, Any] = {"tasks": ORDER, **batch, **options}
         with pytest.raises(ValueError, match=said):
             tasks.generate(**given)

@@ -247,6 +247,17 @@ def test_heads_of_other_sizes() -> None:
     assert tasks(**batch, labels=scores, tasks=order).loss.isfinite()
 
 
+def test_several_labels_of_one_text_keep_their_type() -> None:
+    """Without a problem type, a model's loss for floating-point labels of every class is that of several labels."""
+    tasks = some_tasks(tiny_bert(), {"one": THREE["lora"], "two": THREE["apl"]})
+    batch = tiny_batch()
+    labels = torch.tensor([[1.0, 0.0], [0.25, 1.0], [1.0, 1.0]])
+    output = tasks(**batch, labels=labels, tasks=["one", "two", "one"])
+    for name, rows in output.rows.items():
+        want = torch.nn.functional.binary_cross_entropy_with_logits(output.logits[rows], labels[rows])
+        torch.testing.assert_close(output.losses[name], want)
+
+
 @pytest.mark.parametrize("family", ["bert", "bart"])
 def test_gradients_are_those_of_separate_models(family: str) -> None:
     """Each task's from its own rows; a task that is not in the batch, and the base, get none and do not move."""
@@ -396,7 +407,7 @@ def test_checkpoints_that_are_refused(tmp_path: Path) -> None:
         "base": "its weights differ",
         "bitfit": "bitfit changes parameters of the base",
         "unfrozen": "which trained",
-        "folded": "load what it was folded from",
+        "folded": "load what it was folded from$",
         "labels": "num_labels is 999",
     }.items():
         with pytest.raises(CheckpointError, match=part):
@@ -423,7 +434,7 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(InjectionError, match=f"{part}.*into a model of its own"):
             tasks.add("three", config)
-    with pytest.raises(InjectionError, match="adds no submodules"):
+    with pytest.raises(InjectionError, match=r": it adds no submodules; name some, or call the base model itself$"):
         tasks.add("three", {"preset": "lora", "lora": None})
     with pytest.raises(unipelt.ConfigError, match="no preset"):
         tasks.add("three", "lara")
@@ -455,15 +466,18 @@ def test_what_is_refused() -> None:
         tasks(**batch)
     with pytest.raises(ValueError, match="no tensor of texts"):
         tasks(tasks=["one"])
-    for option in ({"output_attentions": True}, {"use_cache": True}):
-        with pytest.raises(ValueError, match="run one task at a time"):
-            tasks(**batch, tasks=["one", "two", "one"], **option)
+    for option in ("output_attentions", "use_cache", "past_key_values", "encoder_outputs", "cache_position"):
+        with pytest.raises(ValueError, match=f"takes no {option}; run one task at a time"):
+            tasks(**batch, tasks=["one", "two", "one"], **{option: True})
+    with pytest.raises(ValueError, match="leave return_dict=False out"):
+        tasks(**batch, tasks=["one", "two", "one"], return_dict=False)
     with pytest.raises(unipelt.FoldError, match="shares its base"):
         unipelt.fold(tasks["one"])
     with pytest.raises(ValueError, match="several tasks on one base"):
         unipelt.remove(tasks["one"])
     one: Any = tasks["one"]
     one.bert.encoder.layer[0].gradient_checkpointing = True
+    assert tasks(**batch, tasks=["one", "two", "one"], use_cache=False, return_dict=True).logits.shape == (3, 2)
     with pytest.raises(ValueError, match="gradient checkpointing"):
         tasks.train()(**batch, tasks=["one", "two", "one"])
     unipelt.inject(tasks.model, "lora")

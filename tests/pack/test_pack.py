@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import unipelt
-from unipelt.pack import Pack, PackError, Replica, kept_values, losses
+from unipelt.pack import Pack, PackError, Replica, _Folding, kept_values, losses
 
 RATES = (1e-2, 3e-3, 1e-3)
 EPSILON = 1e-5  # or a step on a gradient that is nothing but rounding is as long as any
@@ -275,6 +275,19 @@ def test_attention_is_one_call_a_layer(dropout: float) -> None:
     assert calls["aten::native_layer_norm"] == 1 + 3 * model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("by_head", [False, True])
+def test_attention_in_a_map_takes_every_kind_of_mask(by_head: bool) -> None:
+    """A custom model may call attention without a mask, or with one mask for all heads and texts."""
+    query = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    attend = nn.functional.scaled_dot_product_attention
+    masks = [None, torch.randn(3 if by_head else 1, 1, 5, 5), torch.randn(5, 5)]
+    for mask in masks:
+        with _Folding():
+            found = torch.vmap(lambda each, mask=mask: attend(each, each, 2 * each, attn_mask=mask, scale=0.3))(query)
+        want = torch.stack([attend(each, each, 2 * each, attn_mask=mask, scale=0.3) for each in query])
+        torch.testing.assert_close(found, want)
+
+
 # What is refused
 
 
@@ -289,6 +302,20 @@ def test_refuses_what_would_come_out_differently() -> None:
     for family in ("deberta-v2", "modernbert"):
         with pytest.raises(PackError, match="cannot be packed"):
             Pack(unipelt.inject(tiny_model(family), "adapter"), tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [("", "RuntimeError"), ("\n \nno rule\nfor this", "no rule")], ids=["without words", "lines"]
+)
+def test_refuses_a_model_whose_code_fails_in_a_map(words: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("unipelt.pack._forward", fail)
+    model = unipelt.inject(tiny_bert(), "lora").train()
+    with pytest.raises(PackError, match=f"cannot be packed, its runs must be trained one by one: {said}$"):
+        Pack(model, tokens=9)
+    assert model.training
 
 
 def test_refuses_what_it_cannot_do() -> None:

@@ -128,6 +128,19 @@ def test_the_majority_of_a_record_in_its_summary() -> None:
     assert "accuracy 0.560 · dev" in summary(record, "x"), "a regression has none"
 
 
+@pytest.mark.parametrize(
+    ("further", "words"),
+    [
+        ({"average": {"taken": True}, "selected": {"removed": []}}, "with averaged weights of 3"),
+        ({"average": {"taken": False}, "selected": None}, "at epoch 2 of 3"),
+        ({"average": None, "selected": {"removed": ["lora", "prefix"]}}, "at epoch 2, without lora, prefix, of 3"),
+        ({"average": {"taken": True}, "selected": {"removed": ["ia3"]}}, "with averaged weights, without ia3, of 3"),
+    ],
+)
+def test_the_summary_says_which_weights_were_tested(further: dict[str, Any], words: str) -> None:
+    assert f" · dev 0.571 {words} · 81 s · " in summary(make_record() | further, "x")
+
+
 def parts(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every part that a record must have."""
     found = []

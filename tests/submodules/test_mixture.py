@@ -505,7 +505,7 @@ def test_only_the_attention_and_the_head_train(gate: bool, tmp_path: Path) -> No
     assert trained == {"query", "key", "value", *(("weight", "bias") if gate else ())}
     model.train()(**tiny_batch(), labels=LABELS).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-    tasks.save("fused", tmp_path)
+    model.save_pretrained(tmp_path)
     loaded = unipelt.load(tiny_bert(), tmp_path)
     assert torch.equal(logits(loaded), logits(model.eval()))
     assert unipelt.parameter_counts(loaded) == counts
@@ -517,6 +517,15 @@ def test_only_the_attention_and_the_head_train(gate: bool, tmp_path: Path) -> No
     torch.testing.assert_close(mixed, logits(model))
 
 
+@pytest.mark.parametrize(("labels", "problem"), [(3, None), (None, "multi_label_classification"), (1, "regression")])
+def test_a_fused_task_has_labels_of_its_own(labels: int | None, problem: str | None) -> None:
+    tasks, _ = fused(count=2)
+    model = unipelt.fuse_tasks(tasks, "other", ["task0", "task1"], num_labels=labels, problem_type=problem)
+    assert logits(model).shape == (3, labels or 2)
+    assert (model.config.num_labels, model.config.problem_type) == (labels or 2, problem)
+    assert (tasks.model.config.num_labels, tasks.model.config.problem_type) == (2, None)
+
+
 def test_tasks_that_cannot_be_fused() -> None:
     tasks, _ = fused()
     tasks.add("gated", "unipelt-ap")
@@ -525,6 +534,9 @@ def test_tasks_that_cannot_be_fused() -> None:
     tasks.add("al2", "unipelt-al-nogate")
     tasks.add("g", {"preset": "adapter", "adapter": {"gate": True}})
     tasks.add("g2", {"preset": "adapter", "adapter": {"gate": True}})
+    for name in ("mixture", "mixture2"):
+        tasks.add(name, method("adapter", experts=3))
+        tasks.add(f"pissa-{name}", {"preset": "lora", "lora": {"start": "pissa"}})
     tasks.add("kronecker", "compacter")
     tasks.add("kronecker2", "compacter")
     names = list(tasks)
@@ -536,6 +548,8 @@ def test_tasks_that_cannot_be_fused() -> None:
         (["gated", "gated2"], "a prefix or a prompt"),
         (["al", "al2"], "several kinds of submodules, adapter, lora"),
         (["g", "g2"], "gates, which attention would have to repeat"),
+        (["mixture", "mixture2"], "a mixture; only a mixture with the router random"),
+        (["pissa-mixture", "pissa-mixture2"], "LoRA that starts at a part of the weight"),
         (["kronecker", "kronecker2"], "its layers share parameters"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_task import save_model
@@ -14,6 +17,7 @@ from unipelt.cli import main
 from unipelt.demo import run as demo
 from unipelt.demo.sentences import ANIMALS, OBJECTS, ROWS, sentences
 from unipelt.demo.sentences import main as write_sentences
+from unipelt.gates import plot
 
 FOLDER = Path(demo.__file__).parent
 
@@ -67,14 +71,36 @@ def test_a_table_and_a_picture(
     small(tmp_path, monkeypatch)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = ["majority", "bag of words", "frozen model", "lora", "unipelt-apl"]
-    begin = next(index for index, line in enumerate(lines) if line.startswith("method "))
-    assert [line[:14].strip() for line in lines[begin + 1 : begin + 6]] == names
-    trained = [int(line.split()[-2].replace(",", "")) for line in lines[begin + 2 : begin + 6]]
-    assert trained[1] < trained[2] < trained[3]
+    first = [f"  {text} {'yes' if label else 'no'}" for text, label in rows("test")[:2]]
+    assert lines[1:3] == first
+    names = ["frozen model", "lora", "unipelt-apl"]
+    for place, name in enumerate(names, 1):
+        own = lines[3 * place : 3 * place + 3]
+        assert own[:2] == ["", f"{name}: 1 epochs of 16 sentences"]
+        assert own[2].split()[:2] == ["epoch", "1"]
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/result.json")}
-    assert sorted(path.parent.name for path in before) == ["frozen-model", "lora", "unipelt-apl"]
+    records = {path.parent.name: json.loads(content) for path, content in before.items()}
+    assert sorted(records) == ["frozen-model", "lora", "unipelt-apl"]
+    bag = demo.bag_of_words(rows("train")[:16], rows("test"))
+    words = {word for text, _ in rows("train")[:16] for word in re.findall(r"\w\w+", text.lower())}
+    assert bag.trained == len(words) + 1, "a weight for each word, and a bias"
+    expected = [
+        ("method", "accuracy", "trained parameters", "seconds"),
+        ("majority", f"{records['lora']['majority']:.3f}", "-", "-"),
+        ("bag of words", f"{bag.accuracy:.3f}", f"{bag.trained:,}"),
+    ]
+    for name in names:
+        record = records[name.replace(" ", "-")]
+        trained = record["parameters"]["trained"] + record["parameters"]["head"]
+        score, seconds = record["test"]["metrics"]["accuracy"], record["seconds"]["total"]
+        expected.append((name, f"{score:.3f}", f"{trained:,}", f"{seconds:.1f}"))
+    table = [tuple(re.split("  +", line)) for line in lines[13:19]]
+    assert lines[12] == lines[19] == ""
+    assert [row[: len(want)] for row, want in zip(table, expected, strict=True)] == expected
+    assert lines[20] == f"picture: {tmp_path / 'out' / 'accuracy.png'}"
+    assert re.fullmatch(rf"a run's record, model and gates: {tmp_path}/out/unipelt-apl \(\d+ s in all\)", lines[21])
+    assert len(lines) == 22
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0, "the runs have finished, and are only read"
@@ -82,10 +108,34 @@ def test_a_table_and_a_picture(
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_the_picture_has_a_bar_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    make = plot.new_figure
+
+    def keep(**size: float) -> Any:
+        figures.append(make(**size))
+        return figures[-1]
+
+    monkeypatch.setattr(plot, "new_figure", keep)
+    several = [demo.Row("bag of words", 0.5, 10, 1.0), demo.Row("lora", 0.9375, 20, 2.0)]
+    path = demo.draw(several, tmp_path / "new.png")
+    (axes,) = figures[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.9375]
+    assert [label.get_text() for label in axes.texts] == ["0.50", "0.94"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["bag of words", "lora"]
+    assert axes.get_xlabel() == "accuracy on sentences with other animals and objects"
+    assert (axes.get_xlim(), axes.yaxis_inverted()) == ((0, 1.1), True)
+    (guess,) = axes.lines
+    assert (*guess.get_xdata(), guess.get_linestyle()) == (0.5, 0.5, ":")
+    header = path.read_bytes()[16:24]  # the width and the height
+    assert [int.from_bytes(part, "big") for part in (header[:4], header[4:])] == [840, 390]
+
+
 def test_without_the_model_s_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(demo, "find", None)  # nothing is read before
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1

@@ -39,7 +39,10 @@ def test_every_one_begins_with_what_it_makes(name: str) -> None:
 def test_the_list_has_each_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split()[0] for line in lines if line.startswith("  ")) == NAMES
+    purposes = dict(line.strip().split("  ", 1) for line in lines if line.startswith("  "))
+    assert sorted(purposes) == NAMES
+    for name, purpose in purposes.items():
+        assert f"# {purpose.strip()}." == (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert [line for line in lines if not line.startswith("  ")] == [f"{use}:" for use in packaged.USES.values()]
     assert "  demo" in "\n".join(lines[: lines.index(f"{packaged.USES['sweep']}:")])
 
@@ -66,10 +69,12 @@ def test_a_copy_brings_its_bases(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_copy_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "minilm.yaml").write_text("epochs: 3\n", encoding="utf-8")
-    assert main(["configs", "rte-apl-minilm", "--to", str(tmp_path)]) == 2
-    assert "minilm.yaml is there, and differs; choose another folder" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["minilm.yaml"]
+    for place in (tmp_path / "minilm.yaml", tmp_path / "folder" / "rte-apl.yaml"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("epochs: 3\n", encoding="utf-8") if place.parent == tmp_path else place.mkdir()
+        assert main(["configs", "rte-apl-minilm", "--to", str(place.parent)]) == 2
+        assert f"{place.name} is there, and differs; choose another folder" in capsys.readouterr().err
+        assert list(place.parent.iterdir()) == [place]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +97,8 @@ def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "table1.yaml").write_text("epochs: 1\n", encoding="utf-8")
     assert packaged.find("table1.yaml") == "table1.yaml"
     assert packaged.find("table1") == str(CONFIGS / "table1.yaml")
+    (tmp_path / "no config").mkdir()
+    assert packaged.find("no config") == "no config", "its reader refuses a folder"
     with pytest.raises(FileNotFoundError, match=r"no configuration file at no/such\.yaml, and none of that name"):
         packaged.find("no/such.yaml")
 

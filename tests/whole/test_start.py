@@ -53,7 +53,7 @@ def test_every_name_is_there_when_it_is_asked_for(package: object) -> None:
     names = vars(package)["__all__"]
     assert set(names) <= set(dir(package))
     for name in names:
-        assert getattr(package, name) is getattr(package, name)
+        assert getattr(package, name) is vars(package)[name], "the second access finds the name itself"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         package.nothing  # type: ignore[attr-defined]  # noqa: B018
     assert unipelt.Spot is unipelt.TargetInfo

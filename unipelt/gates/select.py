@@ -15,7 +15,6 @@ from unipelt.files.messages import show
 from unipelt.injection.parameters import ParameterCounts, parameter_counts
 from unipelt.injection.reinject import own_values, reinject
 from unipelt.injection.state import injection_of
-from unipelt.submodules.room import DEFAULT, rooms
 
 MOST_EXHAUSTIVE = 3
 """The largest number of submodules of which all subsets are scored. With more, submodules leave one by one."""
@@ -172,7 +171,5 @@ def _check_model(model: PreTrainedModel) -> None:
             "this model shares its base with other tasks; save it, and choose the submodules of what "
             "unipelt.from_pretrained gives"
         )
-    if others := sorted({name for _, room in rooms(model) for name in room} - {DEFAULT}):
-        raise SelectError(f"select takes a model with one set, called {DEFAULT!r}, and this has {', '.join(others)}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise SelectError("some parameters are not in memory (offloaded); load the model without offloading")
