@@ -114,6 +114,7 @@ def test_the_moving_average_is_the_equation() -> None:
         ({"last": 1.5}, "average.last must be a whole number"),
         ({"last": True}, "average.last must be a whole number"),
         ({"ema": 1}, "average.ema must be above 0 and below 1, not 1"),
+        ({"ema": "much"}, "average.ema must be above 0 and below 1, not 'much'"),
         ({"ema": 1.5}, "average.ema must be above 0 and below 1"),
     ],
 )
