@@ -90,6 +90,7 @@ def test_a_batch_is_its_rows_padded_to_the_longest(home: Path) -> None:
     row = 0
     for index, size in enumerate(sizes):
         batch, ids = made[index], split["input_ids"][row : row + size]
+        assert type(batch) is dict
         assert batch["input_ids"].shape == (size, len(ids[0]))
         assert batch["input_ids"].numel() <= 40
         assert [list(given[: len(own)]) for given, own in zip(batch["input_ids"], ids, strict=True)] == ids
