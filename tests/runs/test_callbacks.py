@@ -30,17 +30,17 @@ def test_the_losses_of_evaluations_are_means_over_steps() -> None:
     found = evaluations_of(
         state(
             evaluated(0, 0.9, 0.1),
-            {"step": 2, "loss": 6.0},
-            evaluated(2, 0.8, 0.2),
-            {"step": 3, "loss": 4.0},
-            {"step": 6, "loss": 2.0},
-            {"step": 6, "train_runtime": 1.0},
+            {"step": 3, "loss": 0.1},
+            evaluated(3, 0.8, 0.2),
+            {"step": 4, "loss": 4.0},
+            {"step": 7, "loss": 2.0},
+            {"step": 7, "train_runtime": 1.0},
             evaluated(7, 0.7, 0.3),
             {"step": 10, "loss": 1.0},
         ),
         ["accuracy"],
     )
-    assert [item["train_loss"] for item in found] == [None, 6.0, (1 * 4.0 + 3 * 2.0) / 4]
+    assert [item["train_loss"] for item in found] == [None, 0.1, (1 * 4.0 + 3 * 2.0) / 4]
     assert found[2] == {"epoch": 0.7, "step": 7, "loss": 0.7, "train_loss": 2.5, "metrics": {"accuracy": 0.3}}
     assert [item["loss"] for item in found] == [0.9, 0.8, 0.7]
 
@@ -79,7 +79,7 @@ def test_the_progress_of_a_training_and_of_its_evaluations(tmp_path: Path, monke
     monkeypatch.setattr("unipelt.files.progress.LINE_SECONDS", -1.0)
     args, lines = SimpleNamespace(eval_strategy="epoch"), list[str]()
     reporter = Reporter(tmp_path, "accuracy", lines.append)
-    here = state(evaluated(3, 0.8, 0.5), global_step=3, max_steps=8, num_train_epochs=2)
+    here = state(evaluated(3, 0.8, 0.5), epoch=1.0, global_step=3, max_steps=8, num_train_epochs=2)
     reporter.on_train_begin(args, here, CONTROL)
     reporter.on_step_end(args, here, CONTROL)
     reporter.on_prediction_step(args, here, CONTROL, eval_dataloader=[1, 2, 3])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -389,10 +390,17 @@ def test_an_evaluation_together_is_that_of_one(
     in_two: InTwo, tmp_path: Path, kind: type[JointTrainer], count: int
 ) -> None:
     rows: Any = make_rows(count) if kind is JointTrainer else in_batches(make_rows(count))
-    alone = make_trainer(tmp_path, kind, 6, rows).predict(rows)
-    both = iter([make_trainer(tmp_path, kind, 6, rows) for _ in range(2)])
-    for found in in_two(lambda: next(both).predict(rows)):
-        assert not isinstance(found, Exception), found
+
+    def both(trainer: Any) -> tuple[Any, dict[str, float]]:
+        return trainer.predict(rows), trainer.evaluate()
+
+    alone, dev = both(make_trainer(tmp_path, kind, 6, rows))
+    trainers = iter([make_trainer(tmp_path, kind, 6, rows) for _ in range(2)])
+    for result in in_two(lambda: both(next(trainers))):
+        assert not isinstance(result, Exception), result
+        found, own = result
+        assert own["eval_loss"] == pytest.approx(dev["eval_loss"], rel=1e-5)
+        assert own["eval_count"] == dev["eval_count"] == count
         torch.testing.assert_close(torch.tensor(found.predictions), torch.tensor(alone.predictions))
         assert found.label_ids.tolist() == alone.label_ids.tolist() == [row % 2 for row in range(count)]
         assert found.metrics["test_loss"] == pytest.approx(alone.metrics["test_loss"], rel=1e-5)
@@ -406,14 +414,17 @@ def test_processes_draw_the_same_rows_and_dropout_of_their_own(monkeypatch: pyte
         monkeypatch.setattr(processes, "world_size", lambda: 3)
         monkeypatch.setattr(processes, "rank", lambda: rank)
         trainer = make_trainer(tmp_path, JointTrainer, 20, None)  # sets the seed
-        rows = [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
-        return rows, torch.rand(1).item()
+        loader = trainer.get_train_dataloader()
+        number = torch.rand(1).item()
+        return [batch["input_ids"].tolist() for batch in loader], number
 
     found = [drawn(rank) for rank in (0, 1, 2, 1)]
     assert all(rows == found[0][0] for rows, _ in found)
     assert [len(rows) for rows in found[0][0]] == [6, 6, 6, 2], "the last batch is not filled"
     assert len({number for _, number in found}) == 3
     assert found[1] == found[3]
+    torch.manual_seed(42 + 2 * 1000003)
+    assert found[2][1] == torch.rand(1).item(), "a run that was begun by an older version draws the same dropout"
 
 
 @pytest.mark.parametrize("rows", [6, 5, 1])
@@ -437,6 +448,25 @@ def test_a_step_together_is_that_of_one(in_two: InTwo, tmp_path: Path, rows: int
     assert one.keys() == other.keys() == alone.keys()
     for name, gradient in alone.items():
         torch.testing.assert_close((one[name] + other[name]) / 2, gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_rows_that_do_not_count_are_left_out_of_all_outputs(in_two: InTwo, tmp_path: Path) -> None:
+    """The second process has computed a row more than it has."""
+    trainers = [make_trainer(tmp_path, JointTrainer, 6, None) for _ in range(2)]
+
+    def gathered() -> Any:
+        rank = processes.rank()
+        trainers[rank]._rows = 2 - rank
+        return trainers[rank]._gather_rows((torch.full((2, 1), rank), {"more": torch.full((2,), 10 * rank)}))
+
+    for first, more in in_two(gathered):
+        assert first.tolist() == [[0], [0], [1]]
+        assert more["more"].tolist() == [0, 0, 10]
+
+
+def test_outputs_are_sent_from_the_cpu() -> None:
+    on_gpu = SimpleNamespace(cpu=lambda: "on the CPU")
+    assert joint_trainer._to_cpu((on_gpu, {"more": [on_gpu]})) == ("on the CPU", {"more": ["on the CPU"]})
 
 
 def test_a_mean_over_tokens_is_weighted_by_tokens(in_two: InTwo) -> None:
