@@ -27,8 +27,14 @@ def make(kind: type[TrainingArguments] = TrainingArguments, device: str = "cpu",
 
 
 def test_settings_become_arguments() -> None:
-    values = {"epochs": 7, "batch_size": 3, "learning_rate": 0.5, "warmup_ratio": 0.25, "weight_decay": 0.1}
-    more = {"max_grad_norm": 2.0, "seed": 9, "precision": "bf16", "num_workers": 2}
+    values: dict[str, Any] = {
+        "epochs": 7,
+        "batch_size": 3,
+        "learning_rate": 0.5,
+        "warmup_ratio": 0.25,
+        "weight_decay": 0.1,
+    }
+    more: dict[str, Any] = {"max_grad_norm": 2.0, "seed": 9, "precision": "bf16", "num_workers": 2}
     made = make(**values, **more)
     wanted: dict[str, Any] = {
         "output_dir": str(FOLDER / "checkpoints"),
