@@ -36,6 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([2, 1], 1, [(0, 1), (1, 2)]),
         ([1, 1, 6, 1], 6, [(0, 2), (2, 3), (3, 4)]),  # not sorted: the longest row counts, wherever it is
         ([3, 3], 100, [(0, 2)]),
+        ([0, 0, 0], 2, [(0, 3)]),  # a text may be empty
         ([], 10, []),
     ],
 )
