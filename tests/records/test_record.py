@@ -234,6 +234,7 @@ def test_code_is_described_by_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
     git(tmp_path, "add", "unipelt")
     git(tmp_path, "commit", "-q", "-m", "two")
     commit = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "untracked").write_text("")
     assert machine.describe_code() == {"commit": commit, "dirty": False}
     init.write_text("changed")
     assert machine.describe_code() == {"commit": commit, "dirty": True}
@@ -306,6 +307,12 @@ def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     hardware = machine.describe_hardware("cpu")
     assert hardware["memory_bytes"] is None
     assert hardware["cpu"] == platform.machine()
+
+
+def test_the_name_of_a_processor_need_not_be_utf8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_bytes(b"processor : 0\nmodel name\t: One\xae: 2 GHz \nmodel name\t: Two\n")
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "cpuinfo")
+    assert machine.describe_hardware("cpu")["cpu"] == "One\ufffd: 2 GHz"
 
 
 def _unknown(name: str) -> int:

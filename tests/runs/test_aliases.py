@@ -81,6 +81,7 @@ def test_names_in_files() -> None:
         ("--num_train_epochs three", "epochs must be a whole number, not 'three'"),
         ("--max_eval_samples 20", "max_eval_samples is dev_samples here, which has no effect without train_samples"),
         ("--trust_remote_code", "trust_remote_code is not taken: code from the hub is never run"),
+        ("--cache-dir x", "cache_dir is not taken: set the variable HF_HOME"),
         ("--save_steps=500", "save_steps is not taken: a checkpoint is written at every evaluation"),
         ("--lr_scheduler_type cosin", "trainer.lr_scheduler_type is 'cosin'; did you mean 'cosine'?"),
     ],

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_task import make_quick, quick
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
 
 import unipelt
 from unipelt.glue import pack_runs as packed
@@ -26,6 +26,7 @@ from unipelt.records.record import read_result, summary
 from unipelt.report import write_report
 from unipelt.runs import final
 from unipelt.runs.averages import AverageCallback, WeightAverage
+from unipelt.runs.folder import checkpoint_at
 from unipelt.runs.options import parse
 from unipelt.runs.settings import SettingsError
 from unipelt.sweep import read_sweep
@@ -101,6 +102,33 @@ def test_the_moving_average_is_the_equation() -> None:
     assert torch.equal(again.mean()["a.b"], average.mean()["a.b"])
 
 
+@pytest.mark.parametrize("kind", [{"ema": 0.5}, {"last": 2}], ids=str)
+def test_an_average_goes_on_from_a_checkpoint(tmp_path: Path, kind: dict[str, float]) -> None:
+    model: Any = torch.nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    control, checkpoint = TrainerControl(), checkpoint_at(tmp_path, 4)
+    checkpoint.mkdir(parents=True)
+
+    def pass_step(*callbacks: AverageCallback) -> None:
+        model.weight.data += torch.rand(1, 2)
+        for each in callbacks:
+            each.on_step_end(None, TrainerState(), control)
+
+    first, second = (AverageCallback(WeightAverage(kind), model, tmp_path) for _ in range(2))
+    first.on_train_begin(None, TrainerState(), control)
+    pass_step(first)
+    pass_step(first)
+    first.on_save(None, TrainerState(global_step=4), control)
+    second.on_train_begin(None, TrainerState(global_step=4), control)
+    assert second.average.mean().keys() == {"weight"}, "what trains"
+    pass_step(first, second)
+    for each in (first, second):
+        each.average.after_evaluation(8, {"weight": model.weight})
+    assert second.average.steps == first.average.steps == ([4, 8] if "last" in kind else [])
+    assert torch.equal(second.average.mean()["weight"], first.average.mean()["weight"])
+    assert not torch.equal(second.average.mean()["weight"], model.weight)
+
+
 # Settings
 
 
@@ -114,6 +142,7 @@ def test_the_moving_average_is_the_equation() -> None:
         ({"last": 1.5}, "average.last must be a whole number"),
         ({"last": True}, "average.last must be a whole number"),
         ({"ema": 1}, "average.ema must be above 0 and below 1, not 1"),
+        ({"ema": "much"}, "average.ema must be above 0 and below 1, not 'much'"),
         ({"ema": 1.5}, "average.ema must be above 0 and below 1"),
     ],
 )

@@ -36,6 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([2, 1], 1, [(0, 1), (1, 2)]),
         ([1, 1, 6, 1], 6, [(0, 2), (2, 3), (3, 4)]),  # not sorted: the longest row counts, wherever it is
         ([3, 3], 100, [(0, 2)]),
+        ([0, 0, 0], 2, [(0, 3)]),  # a text may be empty
         ([], 10, []),
     ],
 )
@@ -90,6 +91,7 @@ def test_a_batch_is_its_rows_padded_to_the_longest(home: Path) -> None:
     row = 0
     for index, size in enumerate(sizes):
         batch, ids = made[index], split["input_ids"][row : row + size]
+        assert type(batch) is dict
         assert batch["input_ids"].shape == (size, len(ids[0]))
         assert batch["input_ids"].numel() <= 40
         assert [list(given[: len(own)]) for given, own in zip(batch["input_ids"], ids, strict=True)] == ids

@@ -25,7 +25,7 @@ from unipelt.glue.settings import RunSettings
 from unipelt.injection.parameters import kept_names
 from unipelt.injection.state import injection_of
 from unipelt.runs import cache as keep
-from unipelt.runs.cache import SharedCache, same_memory
+from unipelt.runs.cache import SharedCache, files_in, same_memory, state_of
 from unipelt.runs.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -298,6 +298,21 @@ def test_only_the_last_used_are_kept(home: Path, monkeypatch: pytest.MonkeyPatch
     for key in "abacab":
         kept.data(key, [], lambda key=key: read(key))  # type: ignore[misc]
     assert "".join(reads) == "abcb"
+    loads: list[str] = []
+    for key in "abacab":
+        kept.tokenizer(key, [], lambda key=key: loads.append(key))  # type: ignore[misc, arg-type]
+    assert "".join(loads) == "abcb"
+
+
+def test_the_state_of_files_names_those_that_are_absent(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("text")
+    (tmp_path / "folder").mkdir()
+    there, absent = (str(tmp_path / name) for name in ("there", "absent"))
+    found = state_of([there, absent])
+    assert found[0] == (absent, -1, -1, -1)
+    assert (found[1][0], found[1][2]) == (there, 4)
+    assert found == state_of([absent, there])
+    assert files_in(tmp_path) == [there], "no folders"
 
 
 def test_what_is_absent_is_reported_as_ever(home: Path) -> None:

@@ -274,6 +274,12 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over(settings: RunS
     assert place.begin(settings, tmp_path).attempts == 1, "a finished run leaves no trace of its attempts"
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"attempts": 3}', '{"settings": 3, "attempts": 3}'])
+def test_a_damaged_note_of_a_beginning_is_of_no_run(settings: RunSettings, tmp_path: Path, text: str) -> None:
+    (tmp_path / ".begun.json").write_text(text)
+    assert place.begin(settings, tmp_path).attempts == 1
+
+
 def test_what_an_attempt_left_is_of_this_run_without_its_checkpoints(settings: RunSettings, tmp_path: Path) -> None:
     place.begin(settings, tmp_path)
     fill(tmp_path, f"{MODEL}/weights")

@@ -88,8 +88,17 @@ def test_files_options_and_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len({plain.digest(), taken.digest(), parse(["mine.yaml"], RunSettings).digest()}) == 3
 
 
-def test_each_part_has_its_rate(home: Path, tmp_path: Path, made: list[Trainer]) -> None:
+def test_each_part_has_its_rate(
+    home: Path, tmp_path: Path, made: list[Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines: list[str] = []
+    choose: Callable[..., Any] = Trainer.get_optimizer_cls_and_kwargs
+
+    def choose_for(args: Any, model: Any = None) -> Any:
+        assert model is not None, "some optimizers look at the model's layers"
+        return choose(args, model)
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(choose_for))
     record = run(settings(home, tmp_path / "run", weight_decay=0.1), log=lines.append)
     assert record["settings"]["rates"] == RATES
     groups = made[0].optimizer.param_groups  # type: ignore[union-attr]

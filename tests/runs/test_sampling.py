@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from unipelt.runs.sampling import few_shot
+from unipelt.runs.sampling import few_shot, fixed_rows
 
 
 @pytest.fixture
@@ -43,6 +43,14 @@ def test_a_smaller_sample_is_the_beginning_of_a_larger_one(train: Dataset) -> No
     small, _ = few_shot(train, 5, 5, 4)
     large, _ = few_shot(train, 20, 5, 4)
     assert large["label"][:5] == small["label"][:]
+
+
+def test_a_smaller_test_set_is_the_same_rows_in_their_order() -> None:
+    small, large = fixed_rows(50, 10).tolist(), fixed_rows(50, 20).tolist()
+    assert small == fixed_rows(50, 10).tolist() == sorted(set(small))
+    assert set(small) < set(large)
+    assert small != list(range(10))
+    assert (len(small), len(large), fixed_rows(5, 10).tolist()) == (10, 20, [0, 1, 2, 3, 4])
 
 
 def test_too_many_rows_are_refused_with_the_numbers() -> None:

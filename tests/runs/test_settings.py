@@ -11,8 +11,9 @@ import pytest
 
 from unipelt.config.presets import PRESETS
 from unipelt.glue.settings import RunSettings
-from unipelt.runs.options import parse, read_config
+from unipelt.runs.options import GROUPS, parse, read_config
 from unipelt.runs.settings import SettingsError, clean_name, locate_model, paper_learning_rate
+from unipelt.tasks.settings import QASettings, TranslationSettings
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,14 @@ def test_every_field_is_an_option_with_help(capsys: pytest.CaptureFixture[str]) 
         assert f"--{item.name}" in shown
         assert len(item.metadata["help"]) > 10
     assert "unipelt-apl-nogate" in shown
+    assert "further options" not in shown
+
+
+def test_the_groups_of_options_are_those_of_the_fields() -> None:
+    """Each field of each kind of task is in one group."""
+    kinds = (RunSettings, QASettings, TranslationSettings)
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted({item.name for kind in kinds for item in dataclasses.fields(kind)})
 
 
 def test_options_of_every_kind() -> None:
@@ -373,6 +382,18 @@ def test_digest_is_of_what_determines_the_outcome() -> None:
     assert {settings.digest() for settings in same} == {plain.digest()}
     assert len({settings.digest() for settings in (plain, *other)}) == 1 + len(other)
     assert len(plain.digest()) == 64
+
+
+def test_a_new_field_at_its_default_changes_no_digest() -> None:
+    """A run that was begun or finished by an older version is the same run."""
+    older = {
+        "e6c31669b440ee957d7aa0570604b45657929d3a6d93e37e8daf4c72ec091190": RunSettings(task="rte"),
+        "77ecd8bcda4872a81501aea0d19a5688a6a01be1404bb3abb85a2d8663e27e24": QASettings(train_file="/a"),
+        "e198f66fc8a298caf9ec86da20340f71ca58f355a54f54c5bb30ce63e5345a89": TranslationSettings(
+            train_file="/a", dev_file="/b"
+        ),
+    }
+    assert {settings.digest(): settings for settings in older.values()} == older
 
 
 def test_digest_does_not_depend_on_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tiny_task import make_quick, quick, write_glue
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from unipelt.cli import main
+from unipelt.config.schema import ConfigError
 from unipelt.glue.pack_runs import run_packed
 from unipelt.glue.rerun import rerun
 from unipelt.glue.run import run
@@ -26,7 +27,7 @@ from unipelt.report.group import group_runs
 from unipelt.runs.errors import RunError
 from unipelt.runs.options import parse
 from unipelt.runs.settings import SettingsError
-from unipelt.runs.trainer_options import FIXED, OURS
+from unipelt.runs.trainer_options import FIXED, OURS, check_joint
 from unipelt.sweep import read_sweep, status, write_request
 from unipelt.tasks.settings import QASettings, TranslationSettings
 
@@ -141,6 +142,29 @@ def test_the_lists_are_of_options_that_there_are() -> None:
     assert not OURS.keys() & FIXED.keys()
     own = {item.name for kind in (RunSettings, QASettings, TranslationSettings) for item in fields(kind)}
     assert set(OURS.values()) <= own
+    assert all(FIXED.values()), "each with its reason"
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({}, None),
+        ({"train_sampling_strategy": None}, None),
+        ({"train_sampling_strategy": "random"}, None),
+        ({"train_sampling_strategy": "sequential"}, None),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({"group_by_length": True}, "group_by_length"),
+        ({"group_by_length": False}, None),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config"),
+    ],
+)
+def test_several_processes_draw_the_same_batches(options: dict[str, Any], refused: str | None) -> None:
+    check_joint(options, 1)
+    if refused is None:
+        check_joint(options, 2)
+    else:
+        with pytest.raises(ConfigError, match=f"trainer.{refused} is for a run of one process, and here are 2"):
+            check_joint(options, 2)
 
 
 def test_other_tasks_take_options_too(tmp_path: Path) -> None:

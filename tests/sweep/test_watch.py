@@ -15,7 +15,7 @@ from unipelt.records.record import RESULT, write_result
 from unipelt.runs import folder as place
 from unipelt.runs import moment as moments
 from unipelt.runs.folder import CHECKPOINTS, NOW, checkpoint_at, locked
-from unipelt.runs.moment import Moment, TrainingProgress, read_moment
+from unipelt.runs.moment import Moment, TrainingProgress, of_checkpoint, read_moment
 from unipelt.sweep import State, SweepError, read_sweep, status, write_request
 from unipelt.sweep import watch as module
 from unipelt.sweep.folder import CLAIM, write_failure
@@ -92,6 +92,7 @@ def test_a_sweep_that_was_killed(state: State, tmp_path: Path) -> None:
     now = {"step": 25, "steps": 30, "epoch": 2.5, "epochs": 3, "left": 9.0, "time": 1.0}
     (folder_of(state, 0) / CHECKPOINTS / NOW).write_text(json.dumps(now))
     place.begin(state.sweep.runs[1], folder_of(state, 1))
+    assert of_checkpoint(folder_of(state, 0)) == Moment(20, 30, 2.0, 3.0, left=None, time=0.0)
     found = str(look(tmp_path / "out"))
     assert "runs      0 of 5 finished, 2 stopped, 3 waiting\nleft      unknown until a run has finished" in found
     assert f"stopped   {folder_of(state, 0).name}: goes on from epoch 2 of 3, step 20 of 30\n" in found

@@ -402,11 +402,14 @@ def test_the_folder_with_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 # Runs
 
 
-def test_a_run_leaves_a_record_a_model_and_predictions(home: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_a_record_a_model_and_predictions(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said: list[str] = []
     chosen = settings(home, output_dir=str(tmp_path / "out"))
     record = run(chosen, prepare, said.append)
     assert record["status"] == "finished"
+    assert capsys.readouterr().out == "", "the lines for the reader are all that a run says"
     assert record["task"]["metrics"] == ["f1", "exact_match"]
     assert 0 <= record["test"]["metrics"]["exact_match"] <= record["test"]["metrics"]["f1"] <= 1
     assert [item["epoch"] for item in record["evaluations"]] == [1, 2]

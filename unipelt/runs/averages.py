@@ -64,7 +64,7 @@ class WeightAverage:
     def mean(self) -> dict[str, Tensor]:
         """Return the average by name. At least one step and one evaluation must have been entered."""
         if self.kind == "ema":
-            return dict(self._ema)
+            return self._ema
         (_, first), *rest = self._last
         mean = {name: tensor.clone() for name, tensor in first.items()}
         enter: Any = get_swa_multi_avg_fn()

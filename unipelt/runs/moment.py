@@ -96,7 +96,7 @@ def of_checkpoint(folder: Path) -> Moment | None:
     state = newest_step(folder)
     if state is None:
         return None
-    return Moment(state["global_step"], state["max_steps"], float(state["epoch"]), float(state["num_train_epochs"]))
+    return Moment(state["global_step"], state["max_steps"], state["epoch"], state["num_train_epochs"])
 
 
 def _of_file(folder: Path) -> Moment | None:

@@ -7,6 +7,7 @@ here does its work at once, and nothing is sent.
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -242,8 +243,8 @@ def _portable(error: Exception | None) -> Exception | None:
     if error is None:
         return None
     try:
-        made = type(error)(*error.args)
-        whole = str(made) == str(error) and all(isinstance(one, (str, int, float)) for one in error.args)
-    except Exception:
+        made = pickle.loads(pickle.dumps(error))
+        whole = str(made) == str(error)
+    except Exception:  # its class cannot be made again from what is sent
         whole = False
     return made if whole else RuntimeError(f"{type(error).__name__}: {error}")
