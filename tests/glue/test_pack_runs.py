@@ -108,12 +108,13 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     update: Callable[..., None] = PackedRun.update
     count = 0
 
-    def counted(seat: Any, *args: Any) -> None:
+    def counted(seat: Any, loss: torch.Tensor, *args: Any) -> None:
         nonlocal count
+        assert not loss.requires_grad, "a loss that is kept holds nothing else of its step"
         count += 1
         if count > steps:
             raise Kill
-        update(seat, *args)
+        update(seat, loss, *args)
 
     monkeypatch.setattr(PackedRun, "update", counted)
 

@@ -451,6 +451,7 @@ def test_runs_are_done_once_so_many_at_a_time(home: Path, tmp_path: Path) -> Non
     assert len(set(pretend.starts)) == len(pretend.starts) == 8
     assert pretend.most == 3
     assert not state.left
+    assert str(state).endswith("\nleft      0, 3 at a time\ntime      none")
     assert [line.split("]")[0] for line in lines[:2]] == ["[1 of 8, 0 min 02 s left", "[2 of 8, 0 min 02 s left"]
     assert lines[-1].startswith("[8 of 8] ")
     assert lines[-1].endswith(RESULT)
@@ -460,9 +461,7 @@ def test_runs_are_done_once_so_many_at_a_time(home: Path, tmp_path: Path) -> Non
     assert tree(tmp_path) == before, "a sweep that has nothing to do changes no file"
 
 
-def test_a_long_run_leaves_a_line_of_progress(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_run_leaves_a_line_of_progress(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unipelt.sweep.workers._TICK", 0.02)
     monkeypatch.setattr("unipelt.files.progress.LINE_SECONDS", 0.05)
     sweep = read_sweep(home / "sweep.yaml", {"task": ["rte"], "method": ["lora"]})
