@@ -509,6 +509,8 @@ def test_a_run_that_leaves_no_result_or_a_damaged_one_has_failed(home: Path, tmp
     (run_folder(tmp_path, sweep.runs[1]) / RESULT).write_text("{")
     failures = carry_out(status(sweep, tmp_path), lambda settings, stop: None, silent)
     assert list(failures.values()) == ["it ended without a result"] * 2
+    told = [json.loads((Path(folder) / FAILURE).read_text()) for folder in failures]
+    assert [(one["error"], one["log"]) for one in told] == [("it ended without a result", "")] * 2
 
 
 def hold(folder: Path, then: Callable[[], None]) -> threading.Thread:
