@@ -13,6 +13,7 @@ import torch
 from tiny_task import make_quick, quick, save_model
 from transformers import AutoTokenizer
 
+from unipelt.files.progress import Progress
 from unipelt.glue.job import prepare
 from unipelt.glue.settings import RunSettings
 from unipelt.runs.errors import RunError
@@ -132,6 +133,22 @@ def test_token_ids_are_kept_in_memory_alone(home: Path) -> None:
     job = prepare(RunSettings(**quick(home)))
     assert all(not split.cache_files for split in job.splits.values())
     assert datasets.are_progress_bars_disabled() == before
+
+
+def test_the_progress_of_tokenizing_is_in_texts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Progress] = []
+
+    class Watched(Progress):
+        def close(self) -> None:
+            seen.append(self)
+            super().close()
+
+    monkeypatch.setattr("unipelt.glue.job.Progress", Watched)
+    job = prepare(RunSettings(**quick(home)))
+    assert [(one.done, one.total) for one in seen[:3]] == [(len(job.splits[name]),) * 2 for name in job.splits]
+    assert [str(one).partition(",")[0] for one in seen[:2]] == [
+        *("tokenizing: 48 of 48 texts", "tokenizing: 24 of 24 texts")
+    ]
 
 
 def test_the_majority_is_that_of_the_test_set(home: Path) -> None:

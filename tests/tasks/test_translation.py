@@ -143,6 +143,18 @@ def test_all_data(home: Path) -> None:
         load_pairs(TranslationSettings(**values(home, train_samples=5)))
 
 
+def test_the_known_task_is_english_to_german_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "multi30k").mkdir()
+    for name, count in (("train", 20), ("val", 7), ("test_2016_flickr", 5)):
+        write_pairs(tmp_path / "multi30k" / name, count, seed=count)
+    known = TranslationSettings(task="multi30k", tasks_dir=str(tmp_path))
+    found, notes = load_pairs(known)
+    assert ({name: len(part) for name, part in found.items()}, notes) == ({"train": 20, "dev": 7, "test": 5}, [])
+    assert found["test"] == read_pairs(tmp_path / "multi30k" / "test_2016_flickr", "en", "de")
+    few, _ = load_pairs(replace(known, train_samples=12, dev_samples=3))
+    assert {name: len(part) for name, part in few.items()} == {"train": 12, "dev": 3, "test": 5}
+
+
 # From nothing
 
 
