@@ -455,10 +455,19 @@ def test_runs_are_done_once_so_many_at_a_time(home: Path, tmp_path: Path) -> Non
     assert [line.split("]")[0] for line in lines[:2]] == ["[1 of 8, 0 min 02 s left", "[2 of 8, 0 min 02 s left"]
     assert lines[-1].startswith("[8 of 8] ")
     assert lines[-1].endswith(RESULT)
-    again, before = Pretend(home), tree(tmp_path)
+    again = Pretend(home)
     assert carry_out(status(read_sweep(home / "sweep.yaml"), tmp_path), again, silent) == {}
     assert again.starts == []
-    assert tree(tmp_path) == before, "a sweep that has nothing to do changes no file"
+
+
+def test_a_sweep_whose_runs_have_finished_changes_no_file(home: Path, tmp_path: Path) -> None:
+    sweep, pretend = read_sweep(home / "sweep.yaml"), Pretend(home)
+    for settings in status(sweep, tmp_path).sweep.runs:
+        finish(home, settings)
+    before = tree(tmp_path)
+    assert carry_out(status(sweep, tmp_path), pretend, silent) == {}
+    assert tree(tmp_path) == before, "the records may lie in a folder that is not to be written to"
+    assert not pretend.starts
 
 
 def test_a_long_run_leaves_a_line_of_progress(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
