@@ -96,8 +96,10 @@ def test_a_search_that_cannot_be_meant_is_an_error_before_anything_runs(
 
 
 def test_a_field_of_a_part_goes_with_the_methods_that_have_the_part() -> None:
-    names = ("epochs", "method.layers", "method.lora.rank", "method.gate.pooling", "rates.lora", "rates.lora_b")
-    names += ("rates.gate", "rates.head", "rates.adapter")
+    names = [
+        *("epochs", "method.layers", "method.lora.rank", "method.gate.pooling"),
+        *("rates.lora", "rates.lora_b", "rates.gate", "rates.head", "rates.adapter"),
+    ]
     search = read_search("grid.yaml", 1, {name: [1, 2] for name in names})
     of_both = ["epochs", "method.layers", "method.gate.pooling", "rates.gate", "rates.head"]
     for method, own in (
