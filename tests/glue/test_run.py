@@ -83,8 +83,10 @@ def done(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
 # What a run leaves
 
 
-def test_leaves_result_model_and_picture(done: tuple[Path, dict[str, Any], list[str]]) -> None:
+def test_leaves_result_model_and_picture(home: Path, done: tuple[Path, dict[str, Any], list[str]]) -> None:
     out, record, lines = done
+    assert lines[0] == f"model   {home / 'model'} (BertForSequenceClassification)"
+    assert lines[1] == "task    custom: train 48, dev 24, test 20 rows"
     assert {path.name for path in out.iterdir()} == {".lock", "result.json", "model", "gates.png"}
     assert (out / "gates.png").read_bytes().startswith(b"\x89PNG")
     assert read_result(out) == record

@@ -151,7 +151,11 @@ def test_the_end_of_its_pipe_is_the_end_of_a_process(settings: RunSettings, monk
         codes.append(code)
         ended.set()
 
-    monkeypatch.setattr(process, "os", SimpleNamespace(read=lambda descriptor, count: b"", _exit=leave))
+    def read(descriptor: int, count: int) -> bytes:
+        assert descriptor == 0, "standard input is the pipe"
+        return b""
+
+    monkeypatch.setattr(process, "os", SimpleNamespace(read=read, _exit=leave))
     monkeypatch.setattr("unipelt.glue.run.run", lambda found: ended.wait(20))
     process.main(Path(str(settings.output_dir)) / SETTINGS)
     assert codes == [1]
