@@ -99,7 +99,10 @@ def _add_demo(commands: Any) -> None:
         "sentences with other words. A bag of words cannot do this task. No hub and no GPU are needed.",
     )
     parser.add_argument(
-        "--out", default="unipelt-demo", metavar="DIR", help="folder of the runs and the picture [unipelt-demo]"
+        "--out",
+        default="unipelt-demo",
+        metavar="DIR",
+        help="Folder of the runs and of the picture. Default: unipelt-demo.",
     )
     parser.set_defaults(do=_demo)
 
@@ -119,8 +122,8 @@ def _add_configs(commands: Any) -> None:
         help="the configurations that come with the package",
         description="List the configurations that come with the package, or print one.",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
-    parser.add_argument("--to", metavar="FOLDER", help="copy it, and the files that it builds on, into this folder")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="Name of one, which is printed.")
+    parser.add_argument("--to", metavar="FOLDER", help="Folder to copy it to, with the files that it builds on.")
     parser.set_defaults(do=_configs)
 
 

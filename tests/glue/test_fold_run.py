@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_task import make_quick, quick, write_sentences
 
 import unipelt
@@ -17,6 +19,7 @@ from unipelt.cli import main
 from unipelt.glue import fold_run as folding
 from unipelt.glue.run import run
 from unipelt.glue.settings import RunSettings
+from unipelt.glue.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +59,45 @@ def test_a_run_is_folded_and_compared(home: Path, capsys: pytest.CaptureFixture[
     assert set(result["seconds"]) == set(result["ratios"]) == {"trained", "deployed", "folded", "base"}
     assert {len(values) for values in result["seconds"].values()} == {2}, "two rounds of one batch"
     assert result["ratios"]["trained"] == 1.0
+    known = {"format", "run", "tolerance", "closed", "examples", "gates", "outcomes", "merged", "parameters", "test"}
+    assert set(result) == known | {"changed", "seconds", "ratios", "hardware", "packages", "code"}
+    assert result["packages"]["torch"] == torch.__version__
     assert "8 gates over 24 examples: 4 merged" in printed
     assert printed.rstrip().endswith(str(home / "out" / "folded"))
     for form in ("trained", "deployed", "folded", "base"):
         assert f"\n{form} " in printed
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0], [0.5, 2.0, 1.0]])
+def test_forms_are_compared_by_the_rows_of_the_test_set(labels: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worked by hand: of three rows the folded form tells two otherwise, and the largest change is of the last."""
+    regression = isinstance(labels[0], float)
+    trained = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+    folded = torch.tensor([[0.0, 1.0], [0.0, 1.5], [2.0, 4.0]])
+    found = {"trained": trained, "deployed": trained + 0.25, "folded": folded, "base": trained}
+    if regression:
+        found = {name: values[:, :1] for name, values in found.items()}
+    moments = iter(range(100))
+
+    def clock() -> float:
+        return float(next(moments))
+
+    monkeypatch.setattr(folding, "_logits", lambda job, model, batches: found[model])
+    monkeypatch.setattr(folding, "_batches", lambda job, split: [{}])
+    monkeypatch.setattr(folding, "time", SimpleNamespace(perf_counter=clock))
+    rows = Dataset.from_dict({"label": labels})
+    job: Any = SimpleNamespace(task=TASKS["stsb" if regression else "rte"], splits={"test": rows})
+    models: Any = {name: name for name in found}
+    result = folding._compare(job, models, rounds=3)
+    assert result["changed"] == {
+        "deployed": {"largest": 0.25, "predictions": None if regression else 0},
+        "folded": {"largest": 1.0 if regression else 4.0, "predictions": None if regression else 2},
+    }
+    assert set(result["test"]) == {"trained", "deployed", "folded"}
+    if not regression:
+        assert [result["test"][name]["accuracy"] for name in ("trained", "folded")] == [1.0, pytest.approx(1 / 3)]
+    assert result["seconds"] == {name: [1.0] * 3 for name in found}
+    assert result["ratios"] == dict.fromkeys(found, 1.0)
 
 
 def test_what_is_written_is_the_folded_model(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

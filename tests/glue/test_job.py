@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from tiny_task import make_quick, quick, save_model
 from transformers import AutoTokenizer
 
+from unipelt.files.progress import Progress
 from unipelt.glue.job import prepare
 from unipelt.glue.settings import RunSettings
 from unipelt.runs.errors import RunError
@@ -99,6 +101,54 @@ def test_weights_that_nobody_asked_to_check_may_have_another_form(home: Path, mo
         assert not logging.is_progress_bar_enabled()
     finally:
         logging.enable_progress_bar()
+
+
+def test_a_base_of_another_kind_of_problem(home: Path) -> None:
+    """A base that was trained on several labels at once, whose configuration names the classes, too."""
+    edit(home / "model" / "config.json", problem_type="multi_label_classification", id2label={"0": "x", "1": "y"})
+    config = prepare(RunSettings(**quick(home))).model.config
+    assert config.problem_type == "single_label_classification"
+    assert (config.id2label, config.label2id, config.num_labels) == ({0: "0", 1: "1"}, {"0": 0, "1": 1}, 2)
+    for name in ("train", "dev"):
+        rows = [f"good cat {index}\t{index / 10}" for index in range(60)]
+        (home / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    config = prepare(RunSettings(**quick(home, train_samples=30))).model.config
+    assert config.problem_type == "regression"
+    assert (config.id2label, config.label2id, config.num_labels) == ({0: "score"}, {"score": 0}, 1)
+
+
+def test_a_lack_of_memory_is_told_with_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("unipelt.glue.job.load_model", lack)
+    with pytest.raises(
+        RunError, match=r"memory ran out while data and model were loaded; free some, or choose a smaller model$"
+    ):
+        prepare(RunSettings(**quick(home)))
+
+
+def test_token_ids_are_kept_in_memory_alone(home: Path) -> None:
+    before = datasets.are_progress_bars_disabled()
+    job = prepare(RunSettings(**quick(home)))
+    assert all(not split.cache_files for split in job.splits.values())
+    assert datasets.are_progress_bars_disabled() == before
+
+
+def test_the_progress_of_tokenizing_is_in_texts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Progress] = []
+
+    class Watched(Progress):
+        def close(self) -> None:
+            seen.append(self)
+            super().close()
+
+    monkeypatch.setattr("unipelt.glue.job.Progress", Watched)
+    job = prepare(RunSettings(**quick(home)))
+    assert [(one.done, one.total) for one in seen[:3]] == [(len(job.splits[name]),) * 2 for name in job.splits]
+    assert [str(one).partition(",")[0] for one in seen[:2]] == [
+        *("tokenizing: 48 of 48 texts", "tokenizing: 24 of 24 texts")
+    ]
 
 
 def test_the_majority_is_that_of_the_test_set(home: Path) -> None:

@@ -108,12 +108,13 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     update: Callable[..., None] = PackedRun.update
     count = 0
 
-    def counted(seat: Any, *args: Any) -> None:
+    def counted(seat: Any, loss: torch.Tensor, *args: Any) -> None:
         nonlocal count
+        assert not loss.requires_grad, "a loss that is kept holds nothing else of its step"
         count += 1
         if count > steps:
             raise Kill
-        update(seat, *args)
+        update(seat, loss, *args)
 
     monkeypatch.setattr(PackedRun, "update", counted)
 
@@ -168,6 +169,18 @@ def test_one_fails_and_the_others_go_on(home: Path, tmp_path: Path, alone: list[
     assert not (tmp_path / "diverges" / "result.json").exists()
     with locked(tmp_path / "diverges"):
         pass
+
+
+def test_dropout_is_drawn_from_the_seed_of_the_first_run(tmp_path: Path) -> None:
+    make_quick(tmp_path)
+    found = []
+    for turn in range(2):
+        torch.manual_seed(turn)
+        chosen = settings(tmp_path, tmp_path / str(turn), epochs=1, train_samples=24, method="lora")
+        [record] = run_packed([chosen], places=1, log=quiet).values()
+        assert isinstance(record, dict), record
+        found.append(record["evaluations"])
+    assert found[0] == found[1]
 
 
 def test_another_process_that_was_faster(

@@ -293,7 +293,12 @@ def test_surroundings_are_named(record: dict[str, Any], where: str, value: Any, 
         ("data.test.rows", 1, "the test data are not those of the record"),
         ("model.sha256", "0" * 64, "the SHA-256 of its model.safetensors was 000"),
         ("model.fingerprint", {"sha256": "0", "dtype": "float32"}, "their fingerprint was"),
-        ("model.class", "BertModel", "the model was a BertModel, and this is a BertForSequenceClassification"),
+        (
+            "model.class",
+            "BertModel",
+            r"the model was a BertModel, and this is a BertForSequenceClassification; give the model of the run "
+            r"\(--model\)$",
+        ),
         ("settings.epochs", 3, "the settings of the record are not those that were run"),
         ("settings.epoch", 3, r"hold 'epoch', which unipelt .* does not know: it is of a newer version \(unipelt "),
         ("settings.epochs", "many", "epochs must be a whole number"),

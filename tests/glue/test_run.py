@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 import unipelt
 from unipelt.glue import few_shot, fingerprint, load_files, load_task
 from unipelt.glue.job import prepare
-from unipelt.glue.run import run
+from unipelt.glue.run import _layers, run
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import get_task
 from unipelt.records.record import read_result, write_result
@@ -83,8 +83,10 @@ def done(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
 # What a run leaves
 
 
-def test_leaves_result_model_and_picture(done: tuple[Path, dict[str, Any], list[str]]) -> None:
+def test_leaves_result_model_and_picture(home: Path, done: tuple[Path, dict[str, Any], list[str]]) -> None:
     out, record, lines = done
+    assert lines[0] == f"model   {home / 'model'} (BertForSequenceClassification)"
+    assert lines[1] == "task    custom: train 48, dev 24, test 20 rows"
     assert {path.name for path in out.iterdir()} == {".lock", "result.json", "model", "gates.png"}
     assert (out / "gates.png").read_bytes().startswith(b"\x89PNG")
     assert read_result(out) == record
@@ -146,6 +148,16 @@ def test_records_data_parameters_and_gates(home: Path, done: tuple[Path, dict[st
     assert record["hardware"]["threads"] == 1
 
 
+@pytest.mark.parametrize(
+    ("chosen", "columns", "layers"), [([0, 2], 2, [0, 2]), ([0, 2], 4, [0, 1, 2, 3]), (None, 2, [0, 1])]
+)
+def test_a_column_of_gates_is_a_layer_or_a_pass_through_a_shared_one(
+    chosen: list[int] | None, columns: int, layers: list[int]
+) -> None:
+    job: Any = SimpleNamespace(settings=SimpleNamespace(config=SimpleNamespace(layers=chosen)))
+    assert _layers(job, {"lora": torch.zeros(5, 1), "adapter": torch.zeros(5, columns)}) == layers
+
+
 def test_seed_decides_the_outcome(home: Path, tmp_path: Path) -> None:
     one, same, other, data = (
         run(settings(home, tmp_path / name, epochs=1, **changes), log=lambda line: None)
@@ -162,8 +174,9 @@ def test_seed_decides_the_outcome(home: Path, tmp_path: Path) -> None:
     assert other["seeds"] == {"run": 2, "data": 1}
 
 
-def test_full_data_says_that_dev_is_test(home: Path, tmp_path: Path) -> None:
+def test_full_data_says_that_dev_is_test(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = run(settings(home, tmp_path / "run", train_samples=None, method="adapter"), log=lambda line: None)
+    assert capsys.readouterr().out == "", "lines go to the log alone"
     assert record["data"]["train"]["rows"] == 120
     assert record["data"]["dev"] == record["data"]["test"]
     assert record["dev"]["metrics"] == record["test"]["metrics"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from unipelt.config.presets import PRESETS
 from unipelt.glue.settings import RunSettings
 from unipelt.runs.options import GROUPS, parse, read_config
-from unipelt.runs.settings import SettingsError, clean_name, locate_model, paper_learning_rate
+from unipelt.runs.settings import SettingsError, TrainingSettings, clean_name, locate_model, paper_learning_rate
 from unipelt.tasks.settings import QASettings, TranslationSettings
 
 
@@ -48,6 +49,14 @@ def test_the_groups_of_options_are_those_of_the_fields() -> None:
     kinds = (RunSettings, QASettings, TranslationSettings)
     grouped = [name for names in GROUPS.values() for name in names]
     assert sorted(grouped) == sorted({item.name for kind in kinds for item in dataclasses.fields(kind)})
+
+
+@pytest.mark.parametrize("kind", [RunSettings, QASettings, TranslationSettings])
+def test_the_help_of_a_field_is_a_phrase_without_its_last_stop(kind: type[TrainingSettings]) -> None:
+    """The default and the stop are added to it."""
+    for item in dataclasses.fields(kind):
+        said = item.metadata["help"]
+        assert re.fullmatch(r"[A-Z].*[\w)\"]", said), f"{item.name}: {said}"
 
 
 def test_options_of_every_kind() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from unipelt.report import read_results
 from unipelt.report.chosen import without_chosen
 from unipelt.sweep import Sweep, SweepError, read_request, read_sweep
 from unipelt.sweep.optuna_search import JOURNAL, carry_out_search, plan
+from unipelt.sweep.space import read_search
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -75,6 +77,9 @@ def test_a_search_has_fields_that_its_methods_have(sweep: Sweep) -> None:
         (SEARCH + "  warmup_ratio: {low: 0, high: 0.5, log: true}\n", "with log needs a low above 0"),
         (SEARCH + "  epochs: {low: 1, high: x}\n", "space: epochs: high must be a number, not 'x'"),
         (SEARCH + "  epochs: []\n", "space: epochs must be a list of numbers or texts"),
+        (SEARCH + "  epochs: [1, null]\n", r"space: epochs must be a list of numbers or texts, not \[1, None\]"),
+        (SEARCH + "  epochs: {low: 1, high: 8, step: 0}\n", "space: epochs: step must be above 0, not 0"),
+        (SEARCH + "  epochs: {low: 1, high: 8, step: 2, log: true}\n", "with log needs a low above 0 and no step"),
         (SEARCH + "  batch_size: {low: 0, high: 16}\n", "space: batch_size must be 1 or more, not 0"),
         (SEARCH + "  method.lora.rang: [1, 2]\n", "space: .*lora.rang|space: method: .*rang"),
         (
@@ -88,6 +93,20 @@ def test_a_search_that_cannot_be_meant_is_an_error_before_anything_runs(
 ) -> None:
     with pytest.raises(SweepError, match=message):
         read_sweep(write(tmp_path, GRID + text))
+
+
+def test_a_field_of_a_part_goes_with_the_methods_that_have_the_part() -> None:
+    names = [
+        *("epochs", "method.layers", "method.lora.rank", "method.gate.pooling"),
+        *("rates.lora", "rates.lora_b", "rates.gate", "rates.head", "rates.adapter"),
+    ]
+    search = read_search("grid.yaml", 1, {name: [1, 2] for name in names})
+    of_both = ["epochs", "method.layers", "method.gate.pooling", "rates.gate", "rates.head"]
+    for method, own in (
+        ("lora", ["method.lora.rank", "rates.lora", "rates.lora_b"]),
+        ("adapter", ["rates.adapter"]),
+    ):
+        assert sorted(search.of(RunSettings(task="rte", method=method))) == sorted([*of_both, *own])
 
 
 def test_a_plan_needs_no_optuna(
@@ -150,7 +169,11 @@ def test_each_cell_gets_its_trials_and_the_report_keeps_the_best(sweep: Sweep, t
     pretend, lines = Pretend(), list[str]()
     assert carry_out_search(sweep, tmp_path / "out", 1, pretend, lines.append) == {}
     assert len(pretend.starts) <= 16
-    assert len([line for line in lines if line.startswith("trial ")]) == 8
+    told = [line for line in lines if line.startswith("trial ")]
+    assert len(told) == 8
+    for line in told:
+        values_of = r"(lora: learning_rate \d\S*, method\.lora\.rank [28]|adapter: learning_rate \d\S*)"
+        assert re.fullmatch(rf"trial [1-4] of 4, {values_of}: dev 0\.\d{{3}}", line), line
     for method in ("lora", "adapter"):
         [line] = [line for line in lines if line.startswith(f"best of 4 trials, {method}: learning_rate")]
         assert ("method.lora.rank" in line) == (method == "lora")

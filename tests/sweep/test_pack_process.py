@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from unipelt.sweep import LOG, SETTINGS, Busy
 from unipelt.sweep import pack_workers as packs
 from unipelt.sweep.folder import write_settings
 from unipelt.sweep.pack_workers import in_packs
+from unipelt.sweep.run_process import environment
 
 PROCESS = """
 import json, os, signal, sys, time
@@ -42,6 +44,8 @@ for line in sys.stdin:
     elif what == "killed":
         print("so far so good", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
+    elif what == "memory":
+        os.kill(os.getpid(), signal.SIGKILL)
     elif what == "words":
         sys.exit("its last words")
     elif what == "silent":
@@ -122,6 +126,7 @@ def test_answers_are_passed_on(opened: list[subprocess.Popen[str]], run: Run) ->
     ("name", "reason"),
     [
         ("killed", "the pack was killed by SIGTERM"),
+        ("memory", "the pack was killed by SIGKILL (for want of memory? --pack fewer)"),
         ("words", "the pack ended: its last words"),
         ("silent", "the pack ended: exit code 3"),
         ("half", "the pack ended: exit code 4"),
@@ -200,6 +205,23 @@ def test_a_process_that_has_ended_unheard(opened: list[subprocess.Popen[str]], r
     assert process.stdin is not None
     with pytest.raises(BrokenPipeError):
         process.stdin.close()
+
+
+def test_packs_are_programs_that_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, Any]]] = []
+
+    def popen(line: list[str], **options: Any) -> Any:
+        started.append((line, options))
+        return "a process"
+
+    monkeypatch.setattr(packs, "subprocess", SimpleNamespace(PIPE=subprocess.PIPE, Popen=popen))
+    with packs._open("a key", 3, 2).printed as printed:
+        [(line, options)] = started
+        assert line == [sys.executable, "-m", "unipelt.sweep.pack_workers", "3"]
+        assert options["env"] == environment(2)
+        assert (options["stdin"], options["stdout"], options["stderr"]) == (subprocess.PIPE, subprocess.PIPE, printed)
+        assert options["start_new_session"], "Ctrl-C is for the sweep alone"
+        assert options["text"]
 
 
 # The process itself

@@ -72,6 +72,7 @@ class Pretend:
         return end
 
     def cancel(self, task: Any, force: bool) -> None:
+        assert force, "a run does not listen to an interrupt"
         self.cancelled += 1
 
 
@@ -89,6 +90,13 @@ def test_a_run_whose_worker_was_lost_is_tried_again() -> None:
     assert cluster.ends == []
     assert cluster.options == {"num_cpus": 2, "num_gpus": 0.5, "max_retries": 0}
     assert start(Pretend(RayError(), RayError(), RayError())) == "its worker was lost 3 times, last by RayError"
+
+
+def test_by_default_a_run_takes_one_cpu_and_is_tried_four_times() -> None:
+    cluster = Pretend(*[RayError() for _ in range(5)])
+    settings = RunSettings(task="rte", output_dir="nowhere")
+    assert on_cluster(cluster)(settings, threading.Event()) == "its worker was lost 4 times, last by RayError"
+    assert cluster.options == {"num_cpus": 1.0, "num_gpus": 0.0, "max_retries": 0}
 
 
 def test_what_a_run_or_a_task_says_is_its_failure_and_is_not_tried_again() -> None:
@@ -133,7 +141,8 @@ def test_connects_once(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     ray = SimpleNamespace(is_initialized=lambda: there, init=lambda **options: calls.append(options))
     monkeypatch.setitem(sys.modules, "ray", ray)
     assert connect("auto") is ray
-    assert [call["address"] for call in calls] == ([] if there else ["auto"])
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    assert calls == ([] if there else [{"address": "auto", **quiet}])
 
 
 def test_waits_while_the_cluster_is_at_it() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +20,7 @@ from unipelt.runs.folder import CHECKPOINTS, LockedError
 from unipelt.sweep import LOG, SETTINGS, Busy
 from unipelt.sweep import run_process as work
 from unipelt.sweep.folder import alone, write_failure, write_settings
-from unipelt.sweep.run_process import BUSY, in_process
+from unipelt.sweep.run_process import BUSY, environment, in_process
 from unipelt.sweep.workers import _tidy
 
 
@@ -93,6 +96,20 @@ def test_what_a_finished_run_had_still_to_remove_is_removed(settings: RunSetting
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [LOG, SETTINGS]
 
 
+def test_processes_share_the_cores_unless_the_user_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    for name in ("OMP_NUM_THREADS", "HF_HUB_DISABLE_TELEMETRY", "PYTHONUNBUFFERED"):
+        monkeypatch.delenv(name, raising=False)
+    always = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+    given = dict(os.environ)
+    assert environment(1) == {**given, **always}
+    for workers, threads in ((2, "4"), (3, "3"), (10, "1")):
+        assert environment(workers) == {**given, **always, "OMP_NUM_THREADS": threads}
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    assert environment(2) == {**given, **always, "OMP_NUM_THREADS": "7", "HF_HUB_DISABLE_TELEMETRY": "0"}
+
+
 # The process itself
 
 
@@ -134,7 +151,23 @@ def test_the_end_of_its_pipe_is_the_end_of_a_process(settings: RunSettings, monk
         codes.append(code)
         ended.set()
 
-    monkeypatch.setattr(process, "os", SimpleNamespace(read=lambda descriptor, count: b"", _exit=leave))
+    def read(descriptor: int, count: int) -> bytes:
+        assert descriptor == 0, "standard input is the pipe"
+        return b""
+
+    monkeypatch.setattr(process, "os", SimpleNamespace(read=read, _exit=leave))
     monkeypatch.setattr("unipelt.glue.run.run", lambda found: ended.wait(20))
     process.main(Path(str(settings.output_dir)) / SETTINGS)
     assert codes == [1]
+
+
+def test_the_program_does_the_run_that_it_is_given(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[RunSettings] = []
+    monkeypatch.setattr("unipelt.glue.run.run", done.append)
+    monkeypatch.setattr(os, "read", lambda *_: threading.Event().wait())  # the pipe stays open
+    monkeypatch.delitem(sys.modules, "unipelt.sweep.__main__")  # as a program it is imported by that name alone
+    monkeypatch.setattr(sys, "argv", ["unipelt.sweep", str(Path(str(settings.output_dir)) / SETTINGS)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("unipelt.sweep", run_name="__main__")
+    assert ended.value.code == 0
+    assert done == [settings]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_task import make_quick, quick
 
@@ -186,9 +188,38 @@ def test_a_run_on_a_gpu_that_was_started_too_early_is_a_program(
     monkeypatch.setattr(serve_runs, "os", SimpleNamespace(**{**vars(os), **stand_ins}))
     monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)
     monkeypatch.setattr(serve_runs.run_process, "main", lambda path: 0)
+    states = random.getstate(), repr(np.random.get_state())
     with pytest.raises(InterruptedError):
         serve_runs._do(Path(str(settings.output_dir)) / SETTINGS, pipe)
+    assert random.getstate() != states[0], "the random numbers are not those of the server"
+    assert repr(np.random.get_state()) != states[1]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(pipe)
+    open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert str(Path(str(settings.output_dir)) / LOG) not in open_files
     assert given == [[sys.executable, "-m", "unipelt.sweep", str(Path(str(settings.output_dir)) / SETTINGS)]]
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_a_server_imports_without_a_gpu_and_leaves_the_environment_as_it_was(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unipelt.sweep import serve_runs
+
+    name, seen = "PYTORCH_NVML_BASED_CUDA_CHECK", list[tuple[str, str]]()
+    monkeypatch.setenv(name, "0")
+    if before is None:
+        monkeypatch.delenv(name)
+
+    def load(module: str) -> None:
+        seen.append((module, os.environ[name]))
+        raise ImportError(module)
+
+    monkeypatch.setattr(serve_runs, "importlib", SimpleNamespace(import_module=load))
+    monkeypatch.setattr(serve_runs, "gc", SimpleNamespace(collect=lambda: None, freeze=lambda: None))
+    serve_runs._preload()
+    assert seen == [(module, "1") for module in serve_runs.PRELOADED], "the run says what is missing"
+    assert os.environ.get(name) == before
 
 
 def execute(given: list[Any]) -> Callable[[str, list[str]], None]:

@@ -39,6 +39,7 @@ from unipelt.sweep import (
     status,
     write_request,
 )
+from unipelt.sweep.seeds import expand
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -234,6 +235,20 @@ def test_a_range_stands_for_its_seeds_and_new_seeds_extend_the_grid(home: Path, 
     assert seeds("6-7") == seeds(seed="6-7") == new
     assert seeds("8", "6-7")[:3] == [("rte", 8), ("rte", 6), ("rte", 7)]
     assert {one.data_seed for one in read_sweep(path, {"seed": ["6-7"]}).runs} == {6, 7}
+
+
+def test_a_grid_without_seeds_has_the_first_and_takes_others(tmp_path: Path) -> None:
+    path = write(tmp_path, "grid:\n  - {task: rte}\n")
+    assert [one.seed for one in read_sweep(path).runs] == [1]
+    for seed in ("1", "2"):
+        assert [one.seed for one in read_sweep(path, {"seed": [seed]}).runs] == [int(seed)]
+
+
+def test_a_range_has_ten_thousand_seeds_at_most() -> None:
+    assert expand(["0-9999", 7], "seed") == [*range(10_000), 7]
+    with pytest.raises(ValueError, match="seed: the range 0-10000 has more than 10,000 seeds; write a shorter one"):
+        expand(["0-10000"], "seed")
+    assert expand(["3-3", " 4 - 5 ", "x-1"], "seed") == [3, 4, 5, "x-1"]
 
 
 def test_an_extended_grid_keeps_what_is_there(home: Path, tmp_path: Path) -> None:
@@ -436,12 +451,42 @@ def test_runs_are_done_once_so_many_at_a_time(home: Path, tmp_path: Path) -> Non
     assert len(set(pretend.starts)) == len(pretend.starts) == 8
     assert pretend.most == 3
     assert not state.left
+    assert str(state).endswith("\nleft      0, 3 at a time\ntime      none")
     assert [line.split("]")[0] for line in lines[:2]] == ["[1 of 8, 0 min 02 s left", "[2 of 8, 0 min 02 s left"]
     assert lines[-1].startswith("[8 of 8] ")
     assert lines[-1].endswith(RESULT)
     again = Pretend(home)
     assert carry_out(status(read_sweep(home / "sweep.yaml"), tmp_path), again, silent) == {}
     assert again.starts == []
+
+
+def test_a_sweep_whose_runs_have_finished_changes_no_file(home: Path, tmp_path: Path) -> None:
+    sweep, pretend = read_sweep(home / "sweep.yaml"), Pretend(home)
+    for settings in status(sweep, tmp_path).sweep.runs:
+        finish(home, settings)
+    before = tree(tmp_path)
+    assert carry_out(status(sweep, tmp_path), pretend, silent) == {}
+    assert tree(tmp_path) == before, "the records may lie in a folder that is not to be written to"
+    assert not pretend.starts
+
+
+def test_a_long_run_leaves_a_line_of_progress(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unipelt.sweep.workers._TICK", 0.02)
+    monkeypatch.setattr("unipelt.files.progress.LINE_SECONDS", 0.05)
+    sweep = read_sweep(home / "sweep.yaml", {"task": ["rte"], "method": ["lora"]})
+    finish(home, status(sweep, tmp_path).sweep.runs[0])
+    said = threading.Event()
+
+    def log(line: str) -> None:
+        if line.startswith("sweep: 1 of 2 runs"):
+            said.set()
+
+    def start(settings: RunSettings, stop: threading.Event) -> str | None:
+        assert said.wait(10), "nothing was said while the run went on"
+        finish(home, settings)
+        return None
+
+    assert carry_out(status(sweep, tmp_path), start, log) == {}
 
 
 def test_a_failure_is_recorded_the_others_go_on_and_it_is_tried_again(home: Path, tmp_path: Path) -> None:
@@ -473,6 +518,8 @@ def test_a_run_that_leaves_no_result_or_a_damaged_one_has_failed(home: Path, tmp
     (run_folder(tmp_path, sweep.runs[1]) / RESULT).write_text("{")
     failures = carry_out(status(sweep, tmp_path), lambda settings, stop: None, silent)
     assert list(failures.values()) == ["it ended without a result"] * 2
+    told = [json.loads((Path(folder) / FAILURE).read_text()) for folder in failures]
+    assert [(one["error"], one["log"]) for one in told] == [("it ended without a result", "")] * 2
 
 
 def hold(folder: Path, then: Callable[[], None]) -> threading.Thread:

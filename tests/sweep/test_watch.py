@@ -86,6 +86,22 @@ def test_a_sweep_that_runs(state: State, tmp_path: Path) -> None:
     ]
 
 
+def test_the_time_left_is_that_of_runs_of_the_same_kind(tmp_path: Path) -> None:
+    """A method of which no run has finished takes the mean of all."""
+    path = tmp_path / "grid.yaml"
+    path.write_text("grid:\n  - {task: rte, method: [lora, bitfit, adapter], seed: [1, 2]}\n")
+    sweep = read_sweep(path)
+    write_request(sweep, tmp_path / "out")
+    state = status(sweep, tmp_path / "out")
+    for number, seconds in ((0, 100.0), (1, 100.0), (2, 400.0)):
+        finish(state, number, seconds)
+    found = look(tmp_path / "out")
+    assert found.seconds_left == pytest.approx(400 + 2 * 200)
+    assert state.seconds_left(state.left) is None, "it was asked before"
+    again = status(sweep, tmp_path / "out")
+    assert again.seconds_left(again.left) == pytest.approx(found.seconds_left)
+
+
 def test_a_sweep_that_was_killed(state: State, tmp_path: Path) -> None:
     reach(folder_of(state, 0), state.sweep.runs[0], 20)
     # of an attempt that went further than its last checkpoint
@@ -112,7 +128,10 @@ def test_one_run_and_a_folder_of_runs(tmp_path: Path) -> None:
         assert "running   one: epoch 1 of 3, step 10 of 30" in str(look(one))
     place.clean(one)
     write_result(make_record(), one)
-    assert str(look(one)) == f"of        {one}\nruns      1 of 1 finished"
+    (one.parent / "notes.txt").write_text("no run")
+    (one.parent / "empty").mkdir()
+    for folder in (one, one.parent):
+        assert str(look(folder)) == f"of        {folder}\nruns      1 of 1 finished"
     (one / RESULT).write_text("{")
     assert "failed    one: " in str(look(one))
 
@@ -148,15 +167,18 @@ def test_a_watch_ends_with_the_last_run(
     assert capsys.readouterr().out.endswith("runs      5 of 5 finished\n")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
 def test_a_watch_of_a_killed_sweep_ends(
-    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(module.time, "sleep", pauses.append)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     assert main(["status", str(tmp_path / "out"), "--watch"]) == 0
     assert pauses == [2.0], "a second look, as a worker does nothing for a moment between two runs"
-    assert capsys.readouterr().out.count("\x1b[H\x1b[J") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("\x1b[H\x1b[J") == (2 if terminal else 0)
+    assert printed.count("runs      0 of 5 finished, 5 waiting\n") == 2
 
 
 # What a run says of itself

@@ -252,6 +252,8 @@ def test_files_of_ones_own(home: Path) -> None:
     all_three, notes = load_questions(settings(home, dev_file=file, test_file=file, dev_samples=3, test_samples=7))
     assert (len(all_three["train"]), len(all_three["dev"]), len(all_three["test"])) == (40, 3, 7)
     assert "tested on 7 of 40" in notes[0]
+    whole, notes = load_questions(settings(home, dev_file=file, test_file=file, test_samples=99))
+    assert (len(whole["test"]), notes) == (40, []), "there are no more"
     with pytest.raises(RunError, match="test_samples"):
         load_questions(settings(home, dev_file=file, test_samples=7))
 
@@ -420,6 +422,8 @@ def test_a_run_leaves_a_record_a_model_and_predictions(
     # what was saved is what was tested: the same answers come out of it
     best = json.loads((tmp_path / "out" / "predictions" / "test.json").read_text(encoding="utf-8"))
     asked = load_questions(chosen)[0]["test"]
+    lines = (tmp_path / "out" / "predictions" / "test.json").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(asked) + 2, "an answer on each line"
     assert squad_score(asked, best) == record["test"]["metrics"]
     again = unipelt.load(AutoModelForQuestionAnswering.from_pretrained(home / "model"), tmp_path / "out" / "model")
     job = replace(prepare(chosen), model=again.eval())

@@ -134,11 +134,25 @@ def test_all_data(home: Path) -> None:
     found, notes = load_pairs(TranslationSettings(**values(home, dev_samples=5, test_samples=6, skip_samples=10)))
     assert (len(found["train"]), len(found["dev"]), len(found["test"])) == (50, 5, 6)
     assert notes[0].startswith("tested on 6 of 14 pairs")
+    whole, notes = load_pairs(TranslationSettings(**values(home, test_samples=99)))
+    assert (len(whole["dev"]), len(whole["test"]), notes) == (12, 14, []), "there are no more"
     same, notes = load_pairs(TranslationSettings(**values(home, test_file=None)))
     assert same["dev"] is same["test"]
     assert "dev = test" in notes[0]
     with pytest.raises(RunError, match="leave one out"):
         load_pairs(TranslationSettings(**values(home, train_samples=5)))
+
+
+def test_the_known_task_is_english_to_german_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "multi30k").mkdir()
+    for name, count in (("train", 20), ("val", 7), ("test_2016_flickr", 5)):
+        write_pairs(tmp_path / "multi30k" / name, count, seed=count)
+    known = TranslationSettings(task="multi30k", tasks_dir=str(tmp_path))
+    found, notes = load_pairs(known)
+    assert ({name: len(part) for name, part in found.items()}, notes) == ({"train": 20, "dev": 7, "test": 5}, [])
+    assert found["test"] == read_pairs(tmp_path / "multi30k" / "test_2016_flickr", "en", "de")
+    few, _ = load_pairs(replace(known, train_samples=12, dev_samples=3))
+    assert {name: len(part) for name, part in few.items()} == {"train": 12, "dev": 3, "test": 5}
 
 
 # From nothing
@@ -153,6 +167,10 @@ def test_the_same_texts_give_the_same_tokenizer() -> None:
     assert ids[-1] == first.eos_token_id
     assert first.decode(ids, skip_special_tokens=True) == "grüne cat"
     assert first.unk_token_id in first("ß")["input_ids"]
+    special = (first.pad_token, first.bos_token, first.eos_token, first.unk_token)
+    assert special == ("<pad>", "<s>", "</s>", "<unk>")
+    assert first.convert_tokens_to_ids(list(special)) == [0, 1, 2, 3]
+    assert len(first(" ".join(texts * 9), truncation=True)["input_ids"]) > 1000, "it has no length of its own"
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5"])
@@ -238,6 +256,8 @@ def test_first_from_nothing_then_submodules_on_what_that_left(home: Path, tmp_pa
     assert any("the model starts at random" in line for line in said)
     assert record["model"]["name"] == "random bart"
     assert any("at random" in note for note in record["task"]["notes"])
+    assert record["model"]["config"]["d_model"] == 32
+    assert "scale_embedding" not in record["model"]["config"], "only what differs from BART's defaults"
     assert record["test"]["metrics"]["bleu"] > 0.5 > 0.05 > record["majority"]
     assert record["dev"]["metrics"]["bleu"] == max(item["metrics"]["bleu"] for item in record["evaluations"])
     assert record["sacrebleu"]["score"] == pytest.approx(100 * record["test"]["metrics"]["bleu"])

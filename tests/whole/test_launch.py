@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,36 @@ def test_a_file_s_base_decides_too(started: list[Any], tmp_path: Path) -> None:
     assert cli.main(["run", "mine.yaml", "--seed", "2"]) == 0
     assert isinstance(started[0], QASettings)
     assert (started[0].epochs, started[0].seed, started[0].output_dir) == (3, 2, "runs/mine-seed=2")
+
+
+@pytest.mark.parametrize(
+    ("words", "prepare"),
+    [
+        (["demo"], None),
+        (["qa-xquad"], "unipelt.tasks.qa.prepare"),
+        (["translation-multi30k"], "unipelt.tasks.translation.prepare"),
+    ],
+)
+def test_each_kind_has_a_run_of_its_own(
+    words: list[str], prepare: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done: list[Any] = []
+    monkeypatch.setattr("unipelt.glue.run.run", lambda settings: done.append(None))
+    monkeypatch.setattr("unipelt.runs.run.run", lambda settings, prepare: done.append(prepare))
+    assert cli.main(["run", *words]) == 0
+    assert done == [prepare and pkgutil.resolve_name(prepare)]
+
+
+def test_the_libraries_send_no_telemetry_unless_the_user_wants_it(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    cli.main(["run", "demo"])
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    cli.main(["run", "demo"])
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
 def test_options_win_and_the_folder_is_named_by_the_configuration(started: list[Any]) -> None:

@@ -183,7 +183,7 @@ class PackedRun:
         for index, leaf in enumerate(self.replica.parameters):
             for name, tensor in self.optimizer.state.get(leaf, {}).items():
                 tensors[f"{index}.{name}"] = tensor
-        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         content |= {} if self.average is None else self.average.state()
         write_whole(checkpoint / _WEIGHTS, dump_tensors(content))
         self.state.save_to_json(str(checkpoint / "trainer_state.json"))

@@ -34,6 +34,7 @@ from unipelt.glue.packed_run import check_packable
 from unipelt.glue.settings import RunSettings
 from unipelt.runs.folder import LockedError
 from unipelt.sweep import LOG, SETTINGS, Busy, Sweep, read_settings
+from unipelt.sweep.run_process import environment
 
 IDLE_SECONDS = 5.0
 """The seconds that a pack without runs waits for the next run before it ends."""
@@ -159,15 +160,13 @@ def in_packs(places: int, packs: int = 1) -> Callable[[RunSettings, threading.Ev
 
 
 def _open(key: str, places: int, packs: int) -> _Pack:
-    defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
-    defaults |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // packs))} if packs > 1 else {}
     printed = tempfile.TemporaryFile()  # noqa: SIM115  (`listen` closes it after the process has ended)
     process = subprocess.Popen(
         [sys.executable, "-m", "unipelt.sweep.pack_workers", str(places)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=printed,
-        env={**defaults, **os.environ},
+        env=environment(packs),
         text=True,
         start_new_session=True,  # so that Ctrl-C does not reach the process
     )

@@ -50,7 +50,7 @@ def in_process(workers: int) -> Callable[[RunSettings, threading.Event], str | N
 
 
 def environment(workers: int) -> dict[str, str]:
-    """Return the environment of a run's process, if `workers` runs share the cores."""
+    """Return the environment of a process, if `workers` such processes share the cores."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
     defaults |= {"OMP_NUM_THREADS": threads} if workers > 1 else {}  # otherwise each process takes all cores

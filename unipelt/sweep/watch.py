@@ -128,7 +128,7 @@ def look(folder: str | Path) -> Look:
         return Look(request["sweep"], runs)
     if _is_run(folder):
         return Look(str(folder), [_see(folder)])
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _is_run(path)]
+    inside = [path for path in sorted(folder.iterdir()) if _is_run(path)]
     if not inside:
         raise SweepError(f"{show_path(folder)} holds no run and no {REQUEST}; give the folder of a sweep or of a run")
     return Look(str(folder), [_see(path) for path in inside])
