@@ -37,12 +37,12 @@ def paper() -> dict[tuple[int | None, str, str], Printed]:
 
 
 @cache
-def paper_upper_bound() -> dict[tuple[int, str], tuple[float, float]]:
+def paper_upper_bound() -> dict[tuple[int | None, str], tuple[float, float]]:
     """Return the paper's Table 2 by K and method, in percent.
 
     The two numbers are the mean of the best single submodules and the mean of the method.
     """
-    found: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
+    found: dict[tuple[int | None, str], dict[str, float]] = defaultdict(dict)
     for row in _paper_rows():
         if row["table"] == "2":
             found[int(row["k"]), row["method"]][row["metric"]] = float(row["mean"])

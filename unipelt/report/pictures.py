@@ -125,7 +125,8 @@ def _panels(results: Results) -> Iterator[Panel]:
         return
     every = np.concatenate([means[2][np.isfinite(means[2])] for _, means in gated])
     least, most = np.percentile(every, [5, 95])  # a few almost closed gates would give all others one colour
-    scale = (max(0.0, float(np.floor(20 * least)) / 20), min(1.0, float(np.ceil(20 * most)) / 20))
+    start = min(int(np.floor(20 * least)), 19)  # in steps of 0.05, of which the scale has at least one
+    scale = (start / 20, max(int(np.ceil(20 * most)), start + 1) / 20)
     for cell, means in gated:
         title = f"{cell.task}, {k_name(cell.k)}\n{cell.row}"
         values = "; ".join(
@@ -230,7 +231,7 @@ def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray
     axes.tick_params(length=0)
     for row, column in np.ndindex(values.shape):
         if np.isfinite(value := values[row, column]):
-            share = (value - scale[0]) / max(scale[1] - scale[0], 1e-9)
+            share = (value - scale[0]) / (scale[1] - scale[0])
             colour = "black" if share > 0.55 else "white"  # cividis is light above this value
             axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
     axes.figure.colorbar(image, ax=axes, extend="both")
