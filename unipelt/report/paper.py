@@ -32,7 +32,7 @@ def paper() -> dict[tuple[int | None, str, str], Printed]:
             int(row["table"]), row["metric"], float(row["mean"]), float(row["std"]) if row["std"] else None
         )
         for row in _paper_rows()
-        if row["table"] in "13"
+        if row["table"] in ("1", "3")
     }
 
 
