@@ -193,6 +193,10 @@ def test_many_methods_have_a_taller_picture_and_short_names(drawn: Any) -> None:
     assert written[0] == long_name[:33] + "…"
     assert written[1:] == names
     assert 0.25 < figures["scores-rte-100"].get_figheight() / len(written) < 0.45
+    assert 3.5 < figures["learning-rte-100"].get_figheight() < 5, "six lines of names stand below the curves"
+    fewer, _ = drawn(results_of(make_record("rte", "adapter")))
+    assert 2 < fewer["learning-rte-100"].get_figheight() < 3
+    assert all(3 < figure.get_figwidth() < 4.5 for figure in (*figures.values(), *fewer.values()))
     looks = {(to_hex(line.get_color()), line.get_marker()) for line in axes.get_lines()[2::3]}
     assert len(looks) == 12, "no two rows look the same"
 
@@ -227,6 +231,22 @@ def test_the_range_of_a_learning_curve_is_that_of_the_seeds(drawn: Any) -> None:
     assert band.get_alpha() < 0.5, "the lines are seen through it"
 
 
+@pytest.mark.parametrize(
+    "names", [("unipelt-apl, lora.rank=16, x", "adapter, adapter.bottleneck"), ("x" * 40, "y" * 40)]
+)
+def test_the_names_below_learning_curves_are_whole(drawn: Any, names: Sequence[str]) -> None:
+    """Two of 28 letters fit side by side; longer ones stand one below the other."""
+    figures, _ = drawn(results_of(*(make_record("rte", "adapter", name=name) for name in names)))
+    figure = figures["learning-rte-100"]
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert 0 <= box.y0 < box.y1 < figure.axes[0].get_window_extent().y0, "below the curves"
+    tops = {round(text.get_window_extent().y0) for text in legend.get_texts()}
+    assert len(tops) == (1 if max(map(len, names)) <= 28 else 2)
+
+
 # Sizes and gates
 
 
@@ -247,7 +267,10 @@ def test_the_curve_of_a_size_has_the_means_and_a_deviation_each_way(drawn: Any) 
             )
         )
     )
-    [axes] = figures["sizes-adapter.bottleneck-rte-100"].axes
+    figure = figures["sizes-adapter.bottleneck-rte-100"]
+    [axes] = figure.axes
+    assert 3 < figure.get_figwidth() < 4.5
+    assert 2 < figure.get_figheight() < 4
     [bars] = axes.containers
     line, _, (spread,) = bars.lines
     assert points(line) == ([24, 48, 96], [40, 45, 60])

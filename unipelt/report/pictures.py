@@ -179,7 +179,8 @@ def _draw_learning(axes: Any, cells: Sequence[Cell], looks: Looks) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{cells[0].runs[0].primary.replace('_', ' ')}, dev (%)")
     axes.grid(alpha=0.3)
-    axes.figure.legend(fontsize=7, loc="outside lower center", ncols=2, frameon=False)
+    columns = 2 if max(len(cell.row) for cell in cells) <= 28 else 1  # two long names are wider than the picture
+    axes.figure.legend(fontsize=7, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _draw_sizes(axes: Any, found: Sequence[Curve]) -> None:
