@@ -17,7 +17,9 @@ from report_records import make_record, plan, results_of, save, spoil
 from unipelt.cli import main
 from unipelt.report import ReportError, read_results, write_report
 from unipelt.report.blocks import Fold, Items, Paragraph
+from unipelt.report.differences import compare_all
 from unipelt.report.latex import to_latex
+from unipelt.report.lead import lead_sentences
 from unipelt.report.page import PAPER, compose
 from unipelt.report.provenance import describe_provenance
 
@@ -315,6 +317,13 @@ def lead_of(folder: Path, *records: Mapping[str, Any]) -> list[str]:
     return [line[2:] for line in text.partition("finished run")[0].splitlines() if line.startswith("- ")]
 
 
+def sentences(*records: Mapping[str, Any]) -> list[str]:
+    """The same sentences, without a page."""
+    results = results_of(*records)
+    tables = [results.table(k) for k in results.ks]
+    return lead_sentences(tables, compare_all(tables))
+
+
 def test_the_page_begins_with_a_chart_and_three_sentences(tmp_path: Path) -> None:
     scores = {"fine-tuning": 0.9, "adapter": 0.7, "lora": 0.65, "unipelt-apl": 0.6}
     records = [
@@ -350,10 +359,11 @@ def test_the_sentences_where_there_is_little_to_say(tmp_path: Path) -> None:
         "At K = 100, no method has all 2 tasks, so there is no average to compare."
     )
     pair = [make_record("rte", "adapter", score=0.5), make_record("rte", "unipelt-ap", score=0.6)]
-    assert lead_of(tmp_path / "pair", *pair)[1] == "There is no pair of a combination and a single method to compare."
+    [_, words, _] = sentences(*pair)
+    assert words == "There is no pair of a combination and a single method to compare."
 
 
-def test_the_sentences_are_of_the_table_with_the_most_scores(tmp_path: Path) -> None:
+def test_the_sentences_are_of_the_table_with_the_most_scores() -> None:
     """Those of all data here, although K = 100 has the larger difference; chance may have made this one."""
     records = [
         make_record(task, method, seed, score + gain * (method == "unipelt-ap") + 0.01 * (seed == place), k=k)
@@ -364,7 +374,7 @@ def test_the_sentences_are_of_the_table_with_the_most_scores(tmp_path: Path) -> 
     ]
     for record in records[-2:]:
         record["test"]["metrics"]["accuracy"] -= 0.1 * record["settings"]["seed"]
-    assert lead_of(tmp_path, *records) == [
+    assert sentences(*records) == [
         "With all data, adapter has the best average over 3 tasks: 60.33 ± 0.00.",
         "unipelt-ap is 4.00 points below adapter (95 % interval −25.18 to +17.18): a difference that chance may have "  # noqa: RUF001
         "made among 2 comparisons. The task with the largest difference is rte, −14.00.",  # noqa: RUF001
