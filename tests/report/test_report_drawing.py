@@ -97,6 +97,7 @@ def test_a_row_of_the_chart_has_a_mark_a_thick_bar_over_seeds_and_a_thin_line_ov
         assert points(mark) == (percent([one.effect.mean]), [height])
         assert thick.get_linewidth() > 3 * thin.get_linewidth()
         assert mark.get_markersize() > thick.get_linewidth(), "the mark is seen on its bar"
+        assert mark.get_markeredgewidth() == 0, "its tip is not blunt"
         assert thick.get_alpha() < 1, "and the line through it"
         assert {to_hex(line.get_color()) for line in (thin, thick, mark)} == {looks[row][0]}
         assert mark.get_marker() == looks[row][1]
@@ -175,6 +176,7 @@ def test_boxes_are_quartiles_with_the_seeds_and_the_papers_mean(drawn: Any) -> N
     assert points(printed) == ([2.02, 13.31], [0, 1])
     assert (printed.get_marker(), printed.get_label()) == ("D", "paper")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["paper"]
+    assert not axes.get_legend().get_frame_on(), "a frame would hide what is behind it"
     assert axes.get_xlabel() == "matthews correlation, test (%)"
     assert 1 < figure.get_figheight() < 2.5
     assert found["scores-cola-100"].alt == (
@@ -279,6 +281,7 @@ def test_the_curve_of_a_size_has_the_means_and_a_deviation_each_way(drawn: Any) 
     assert list(axes.get_xticks()) == [24, 48, 96]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("adapter.bottleneck", "accuracy, test (%)")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["adapter"]
+    assert not axes.get_legend().get_frame_on(), "a frame would hide what is behind it"
     assert found["sizes-adapter.bottleneck-rte-100"].title == "rte, K = 100: adapter.bottleneck"
     assert found["sizes-adapter.bottleneck-rte-100"].alt == (
         "Test score by adapter.bottleneck, rte, K = 100. adapter: 24 40.00, 48 45.00, 96 60.00."
