@@ -168,8 +168,11 @@ def test_what_a_head_that_trains_gains_is_paired_by_task_and_seed(tmp_path: Path
         make_record("rte", frozen, 2, 0.62, name="lora, train_head=false"),
         make_record("mrpc", frozen, 1, 0.1, name="lora, train_head=false"),  # no pair
         make_record("rte", "adapter", 1, 0.9),  # another method
-        make_record("rte", {"preset": "prefix", "train_head": False}, 1, 0.2, name="prefix, train_head=false"),
-        make_record("rte", "prefix", 1, 0.9, learning_rate=2e-4),  # another learning rate
+        *(
+            make_record("rte", {"preset": "prefix", "train_head": False}, seed, 0.2, name="prefix, train_head=false")
+            for seed in (1, 2)
+        ),
+        *(make_record("rte", "prefix", seed, 0.9, learning_rate=2e-4) for seed in (1, 2)),  # another learning rate
     ]
     elsewhere = [make_record("rte", "lora", seed, 0.3, model="another") for seed in (1, 2)]
     [other] = against_frozen_heads(results_of(*records, *elsewhere).table(100))

@@ -115,17 +115,16 @@ def test_the_page_needs_nothing_else_and_escapes_what_comes_from_files(tmp_path:
     assert all(link.startswith(("data:image/svg+xml;base64,", "#")) or link == PAPER for link in reader.links)
     assert reader.links.count(PAPER) == 1
     assert reader.stray == [], "text stands in the page and in its title"
-    assert [tag for tag in reader.tags if tag in ("html", "head", "title", "style", "body", "nav")] == [
-        *("html", "head", "title", "style", "body", "nav")
-    ]
+    once = ["html", "head", "title", "style", "body", "nav"]
+    assert [tag for tag in reader.tags if tag in once] == once
     heads = {found["id"]: text for tag, found, text in reader.named if tag in ("h1", "h2", "h3")}
     assert len(heads) == sum(tag in ("h1", "h2", "h3") for tag in reader.tags), "each has a name of its own"
-    links = {
+    sections = {
         found["href"].removeprefix("#"): text
         for tag, found, text in reader.named
         if tag == "a" and "#" in found["href"]
     }
-    assert links == {found["id"]: text for tag, found, text in reader.named if tag == "h2"}
+    assert sections == {found["id"]: text for tag, found, text in reader.named if tag == "h2"}
     assert "url(" not in page
     assert "@import" not in page
     assert any("<script>alert(" in word for word in reader.words), "it is there, as text"
@@ -259,7 +258,7 @@ def note_of(folder: Path) -> str:
 
 def test_the_facts_of_the_runs_are_told_whole() -> None:
     """What they share, and what not."""
-    shared = {"max_length": 128, "warmup_ratio": 0.1, "trainer": None}
+    shared: dict[str, Any] = {"max_length": 128, "warmup_ratio": 0.1, "trainer": None}
     records = [make_record("rte", seed=seed, batch_size=size, **shared) for seed, size in ((1, 8), (2, 16), (3, 16))]
     spoil(
         records[0],
