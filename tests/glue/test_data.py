@@ -596,6 +596,7 @@ def test_csv_fields_may_hold_line_breaks_and_lines_are_still_counted(write: Writ
         ("a.csv", "text,label\nx,a\ny,\n", "line 3: 'label' is missing"),
         ("a.csv", "text,label\nx,a\ny,a\n", "single label 'a'"),
         ("a.csv", "text,label\nx,1.5\ny,nan\n", "line 3: the score is 'nan'"),
+        ("a.csv", "text,label\nx,1.5\ny,inf\n", "line 3: the score is 'inf', which is no finite number"),
         ("a.tsv", "text\tlabel\nx\n", "line 2: saw 1 tab-separated fields, expected 2"),
         ("a.tsv", "text\tlabel\nx\ta\n \tb\n", "line 3: 'text' is missing"),
         ("a.json", "[]", "no rows"),

@@ -33,6 +33,7 @@ def test_classes_with_their_rows() -> None:
 def test_many_classes() -> None:
     text = said(tuple(f"c{index}" for index in range(20)), list(range(20)))
     assert text.endswith("c11 1 and 8 more")
+    assert said(tuple(f"c{index}" for index in range(12)), list(range(12))).endswith("c11 1")
 
 
 @pytest.mark.parametrize("other", ["pos ", " pos", "Pos", "p os", "POS\u00a0"])

@@ -30,8 +30,8 @@ from unipelt.glue.tasks import TASKS, Task
 def test_every_file(
     tmp_path: Path, name: str, split: str, file: str, predictions: list[float], words: list[str]
 ) -> None:
-    path = write_predictions(TASKS[name], np.array(predictions), tmp_path / "new", split)
-    assert path == tmp_path / "new" / file
+    path = write_predictions(TASKS[name], np.array(predictions), tmp_path / "new" / "inner", split)
+    assert path == tmp_path / "new" / "inner" / file
     rows = "".join(f"{index}\t{word}\n" for index, word in enumerate(words))
     assert path.read_bytes().decode() == f"index\tprediction\n{rows}"
     assert [entry.name for entry in path.parent.iterdir()] == [file]
@@ -41,6 +41,7 @@ def test_a_subset_is_written_with_a_warning(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         write_predictions(TASKS["rte"], [0, 1], tmp_path)
     assert "rte test: a subset: 2 of 3,000 rows" in caplog.text
+    assert [record.name for record in caplog.records] == ["unipelt.glue.leaderboard"], "and not of the root logger"
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         write_predictions(TASKS["rte"], [0] * 3000, tmp_path)

@@ -122,6 +122,7 @@ def test_the_metric_object_of_every_task(name: str) -> None:
     result = metric.compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
     assert result == score(task, [0, 1, 1, 0], [0, 1, 0, 0])
     assert list(result) == list(task.metrics)
+    assert metric.inputs_description.rstrip().endswith("a fraction (not percent).")
 
 
 def test_batches_add_up_and_are_used_once() -> None:

@@ -89,6 +89,17 @@ def test_a_single_run(tmp_path: Path) -> None:
     assert [read_result(item)["settings"]["output_dir"] for item in written] == ["else"]
 
 
+def test_a_name_with_a_slash_is_no_path_of_the_machine(tmp_path: Path) -> None:
+    record = make_record(model="google/bert_uncased")
+    record["packages"]["torch"] = "/opt/wheels/torch-2.6.0.whl"
+    (path,) = save(tmp_path / "runs", record)
+    [copy], _ = collect(path.parent, tmp_path / "records")
+    assert copy.parent.name == "run", "a folder of one run has no name of its own"
+    again = read_result(copy)
+    assert (again["model"]["name"], again["settings"]["model"]) == ("google/bert_uncased",) * 2
+    assert again["packages"] == {"torch": "torch-2.6.0.whl"}
+
+
 def test_what_is_refused(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         collect(tmp_path / "none", tmp_path / "records")

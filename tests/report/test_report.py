@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.spoilt import BAD_FAILURES, BAD_REQUESTS
@@ -18,6 +19,7 @@ from unipelt.config.submodule import SUBMODULES
 from unipelt.records.record import Floor, write_result
 from unipelt.report import read_results, write_report
 from unipelt.report.cells import kinds
+from unipelt.report.chosen import without_chosen
 from unipelt.report.compare import marks, upper_bounds
 from unipelt.report.group import CANDIDATES, PICKED
 from unipelt.report.numbers import percent
@@ -80,6 +82,29 @@ def test_the_papers_number_is_for_the_same_metric_only() -> None:
         evaluation["metrics"]["accuracy"] = 0.7
     assert results_of(record).cells[0].paper is None
     assert results_of(make_record(k=200)).cells[0].paper is None
+
+
+def test_rows_and_tasks_have_the_order_of_the_papers_tables() -> None:
+    """Single methods, then other methods, then combinations; the paper's tasks, then other tasks by name."""
+    methods = ("fine-tuning", "bitfit", "adapter", "prefix", "lora", "ia3", "unipelt-ap-nogate", "unipelt-ap")
+    names = (*methods, "unipelt-apl", "unipelt-al", "prefix, prefix.length=50")
+    tasks = ("mnli", "another", "rte", "zoo", "sst2")
+    records = [
+        make_record(task, name.partition(",")[0], seed, name=name, max_length=length)
+        for task in tasks
+        for name in reversed(names)
+        for seed, length in ((1, 64), (2, 128))
+    ]
+    table = results_of(*records).table(100)
+    assert table.tasks == ["sst2", "rte", "mnli", "another", "zoo"]
+    assert table.rows == [
+        f"{name} [max_length={length}]"
+        for name in (
+            *("fine-tuning", "bitfit", "adapter", "prefix", "prefix, prefix.length=50", "lora", PICKED, "ia3"),
+            *("unipelt-ap-nogate", "unipelt-ap", "unipelt-apl", "unipelt-al"),
+        )
+        for length in (128, 64)
+    ]
 
 
 # What is averaged
@@ -156,6 +181,8 @@ def test_what_a_method_adds() -> None:
         ["prompt"],
     ]
     assert kinds(resolve({"preset": "lora", "ia3": {}, "bitfit": True}).to_dict()) == ["lora", "ia3", "bitfit"]
+    assert kinds({**resolve("lora").to_dict(), "peft": {"type": "OFT"}}) == ["lora", "peft_oft"]
+    assert kinds({"lora": {"mixture": {"experts": 2}}, "zed": {"mixture": None}, "gate": {}}) == ["lora-mixture", "zed"]
     assert kinds({**resolve("lora").to_dict(), "of_another_program": {"width": 3}}) == ["lora", "of_another_program"]
 
 
@@ -209,6 +236,10 @@ def test_best_and_second_best_on_the_page(tmp_path: Path) -> None:
     assert "| prefix | <u>60.00</u><br>n = 1 |" in text
 
 
+def gates_of(*means: Any) -> dict[str, Any]:
+    return {"layers": [0], "values": {"adapter": {"mean": list(means)}}}
+
+
 def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path: Path) -> None:
     good = make_record(score=0.6)
     moved = spoil(make_record(score=0.9), settings__glue_dir="/elsewhere")
@@ -232,6 +263,16 @@ def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path: Path) -> Non
         "seconds": (json.dumps(spoil(make_record(seed=2), seconds__total=float("inf"))), "seconds.total is inf"),
         "before": (json.dumps(spoil(make_record(seed=2), seconds__train=-1.0)), "its seconds are [-1.0"),
         "gates": (json.dumps(spoil(make_record(seed=2), gates={"layers": [0], "values": {"a": [1]}})), "its gates are"),
+        "open": (json.dumps(spoil(make_record(seed=2), gates=gates_of(0.5, 1.5))), "its gates are"),
+        "shut": (json.dumps(spoil(make_record(seed=2), gates=gates_of(-0.1))), "its gates are"),
+        "words": (json.dumps(spoil(make_record(seed=2), gates=gates_of("0.5"))), "its gates are"),
+        "empty": (json.dumps(spoil(make_record(seed=2), gates=gates_of())), "its gates are"),
+        "none": (json.dumps(spoil(make_record(seed=2), settings__train_samples=0)), "train_samples is 0"),
+        "true": (json.dumps(spoil(make_record(seed=2), settings__train_samples=True)), "train_samples is True"),
+        "early": (
+            json.dumps(spoil(make_record(seed=2), evaluations=[{"epoch": 1.0, "step": 7, "loss": 0.7, "metrics": {}}])),
+            "evaluations[0].metrics.accuracy is None",
+        ),
         "twin": (json.dumps({**make_record(seed=2, score=0.9), "digest": good["digest"]}), "the same run as a-good/"),
         "moved": (json.dumps(moved), "the same run as a-good/result.json"),
     }
@@ -337,6 +378,39 @@ def test_of_candidates_the_best_on_dev_is_kept(tmp_path: Path) -> None:
     assert len(results_of(*records).cells) == 3, "without a plan that says so nothing is chosen"
 
 
+def test_of_a_field_of_the_method_the_best_on_dev_is_kept() -> None:
+    """Candidates that differ in a chosen field are one row; those that differ in another field are other rows."""
+    records = [
+        make_record(
+            "rte",
+            {"preset": "lora", "lora": {"rank": rank, "alpha": alpha}},
+            seed,
+            score=rank / 100,
+            dev=rank / 20,
+            name=f"lora, lora.rank={rank}",
+        )
+        for rank in (2, 4)
+        for alpha in (8, 16)
+        for seed in (1, 2)
+    ]
+    results = results_of(*records, choose=("method.lora.rank",))
+    assert [cell.scores for cell in results.cells] == [{(1, 1): 0.04, (2, 2): 0.04}] * 2
+    assert all(re.fullmatch(r"lora \[method_config=[0-9a-f]{8}\]", cell.row) for cell in results.cells)
+    assert {cell.chosen for cell in results.cells} == {
+        "method.lora.rank=4 of 2 candidates by mean dev score over the 2 seeds that all have "
+        "(method.lora.rank=2: 10.00; method.lora.rank=4: 20.00)"
+    }
+    assert len(results_of(*records).cells) == 4
+
+
+def test_a_method_keeps_what_was_not_chosen_in_its_name() -> None:
+    name = "lora, lora.targets=['query', 'value'], lora.rank=4"
+    assert without_chosen(name, ("method.lora.rank", "learning_rate")) == "lora, lora.targets=['query', 'value']"
+    assert without_chosen(name, ("method.lora.targets",)) == "lora, lora.rank=4"
+    assert without_chosen(name, ("method.lora.ran", "lora.rank")) == name
+    assert without_chosen(name, ()) == name
+
+
 def test_planned_runs_on_files_of_ones_own_have_no_seeds_to_miss(tmp_path: Path) -> None:
     record = make_record()
     save(tmp_path, record)
@@ -351,6 +425,8 @@ def test_planned_runs_on_files_of_ones_own_have_no_seeds_to_miss(tmp_path: Path)
     [
         (("shop/reviews.csv", None), "reviews"),
         (("shop/train.csv", "shop/dev.csv"), "shop"),
+        (("shop/training.csv", None), "shop"),
+        (("shop/data.jsonl", None), "shop"),
         (("train.csv", None), "train"),
     ],
 )
@@ -448,6 +524,53 @@ def test_the_single_method_with_the_best_dev_score_is_picked_for_each_seed(tmp_p
     assert (line["mean"], line["trainings"], line["seconds"], line["learning_rate"]) == ("55.0000", "3", "180.0000", "")
     with open(tmp_path / "out" / "runs.csv", newline="") as file:
         assert PICKED not in {line["row"] for line in csv.DictReader(file)}, "a run keeps the row of its method"
+
+
+def test_each_setting_has_a_method_that_is_picked_of_its_own() -> None:
+    records = [
+        make_record("rte", method, seed, score, dev=score, model=model)
+        for model, scores in (("small", (0.5, 0.6, 0.7)), ("large", (0.8, 0.7, 0.6)))
+        for method, score in zip(CANDIDATES, scores, strict=True)
+        for seed in (1, 2)
+    ]
+    results = results_of(*records, make_record("rte", "unipelt-ap", score=0.9, model="small"))
+    assert {(cell.row, cell.method, cell.setting): cell.mean for cell in results.picked} == {
+        (f"{PICKED} [model=small]", PICKED, "model=small"): 0.7,
+        (f"{PICKED} [model=large]", PICKED, "model=large"): 0.8,
+    }
+    table = results.table(100)
+    assert table.picked("model=large") == [f"{PICKED} [model=large]"]
+    assert table.singles("model=small") == [f"{method} [model=small]" for method in ("bitfit", "adapter", "lora")]
+    assert table.named("lora", "model=large")["rte"].mean == 0.6
+    assert table.named("lora", "model=none") == {}
+
+
+# Lines of files
+
+
+def test_a_line_of_a_run_that_has_little_to_say(tmp_path: Path) -> None:
+    record = spoil(make_record("stsb", k=None, epochs=4), code={"commit": None, "dirty": None}, best__epoch=2.0)
+    record["seeds"] = {"run": 1, "data": 5}
+    save(tmp_path / "runs", spoil(record, method__name="=1+1"), make_record("rte", name="-1.5e3", seed=2))
+    write_report(tmp_path / "runs", tmp_path / "out")
+    with open(tmp_path / "out" / "runs.csv", newline="") as file:
+        lines = {line["task"]: line for line in csv.DictReader(file)}
+    wanted = {
+        "k": "all",
+        "seed": "1",
+        "data_seed": "5",
+        "commit": "",
+        "dirty": "",
+        "best_epoch": "2.0",
+        "epochs": "4.0",
+    }
+    assert {name: lines["stsb"][name] for name in wanted} == wanted
+    assert (lines["stsb"]["method"], lines["rte"]["method"]) == ("'=1+1", "-1.5e3"), "no formula for a spreadsheet"
+    assert (lines["rte"]["commit"], lines["rte"]["dirty"]) == ("c" * 40, "False")
+    with open(tmp_path / "out" / "report.csv", newline="") as file:
+        cells = {line["task"]: line for line in csv.DictReader(file)}
+    assert (cells["stsb"]["k"], cells["stsb"]["seeds"], cells["stsb"]["missing_seeds"]) == ("all", "1", "")
+    assert (cells["stsb"]["paper_mean"], cells["stsb"]["trainings"], cells["stsb"]["dev_mean"]) == ("", "1", "50.0000")
 
 
 # A table of pandas

@@ -168,9 +168,15 @@ def test_what_a_head_that_trains_gains_is_paired_by_task_and_seed(tmp_path: Path
         make_record("rte", frozen, 2, 0.62, name="lora, train_head=false"),
         make_record("mrpc", frozen, 1, 0.1, name="lora, train_head=false"),  # no pair
         make_record("rte", "adapter", 1, 0.9),  # another method
-        make_record("rte", {"preset": "prefix", "train_head": False}, 1, 0.2, name="prefix, train_head=false"),
-        make_record("rte", "prefix", 1, 0.9, learning_rate=2e-4),  # another learning rate
+        *(
+            make_record("rte", {"preset": "prefix", "train_head": False}, seed, 0.2, name="prefix, train_head=false")
+            for seed in (1, 2)
+        ),
+        *(make_record("rte", "prefix", seed, 0.9, learning_rate=2e-4) for seed in (1, 2)),  # another learning rate
     ]
+    elsewhere = [make_record("rte", "lora", seed, 0.3, model="another") for seed in (1, 2)]
+    [other] = against_frozen_heads(results_of(*records, *elsewhere).table(100))
+    assert other.row == "lora [model=bert-base-uncased]", "not a pair of another model"
     [effect] = against_frozen_heads(results_of(*records).table(100))
     assert (effect.row, effect.against) == ("lora", "lora, train_head=false")
     assert (effect.tasks, effect.pairs) == (("rte",), 2)
@@ -281,6 +287,15 @@ def test_times_are_relative_to_fine_tuning_on_the_same_tasks() -> None:
         assert line["inference"] is None, "how many examples were evaluated is not known"
 
 
+def test_the_evaluations_of_averages_and_of_selections_count_as_inference() -> None:
+    """Three epochs and so many more passes over 100 dev rows, and one over 200 test rows, took 20 seconds."""
+    base = spoil(make_record("rte", "fine-tuning"), seconds__evaluation=5.0)  # 500 rows in 5 seconds
+    for further, passes in (({}, 3), ({"average": {}}, 4), ({"selected": {"subsets": [{}, {}, {}]}}, 6)):
+        ours = spoil(make_record("rte", "lora"), seconds__evaluation=20.0) | further
+        [line] = [line for line in costs(results_of(base, ours).table(100)) if line["row"] == "lora"]
+        assert line["inference"] == pytest.approx(20 / (100 * passes + 200) * 100)
+
+
 # Statistics
 
 
@@ -326,7 +341,17 @@ def test_without_spread_there_is_no_p_value(values: list[float]) -> None:
 
 
 def test_of_one_difference_nothing_is_known_but_itself() -> None:
-    assert mean_effect([0.25]) == MeanEffect(0.25, None, None, None, 1)
+    effect = mean_effect([0.25])
+    assert effect == MeanEffect(0.25, None, None, None, 1)
+    assert not effect.differs
+
+
+@pytest.mark.parametrize(("middle", "differs"), [(0.03, True), (0.02, False), (-0.02, False), (-0.03, True)])
+def test_a_mean_differs_where_its_interval_is_on_one_side_of_zero(middle: float, differs: bool) -> None:
+    """Of middle - 0.01, middle, middle + 0.01 the interval reaches 4.303 * 0.01 / sqrt(3) = 0.0248 each way."""
+    effect = mean_effect([middle - 0.01, middle, middle + 0.01])
+    assert effect.differs is differs
+    assert mean_effect([middle, middle]).differs, "without spread the interval is the mean"
 
 
 def test_holms_correction_by_hand() -> None:

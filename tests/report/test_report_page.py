@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_records import make_record, save, spoil
+from report_records import make_record, plan, results_of, save, spoil
 
 from unipelt.cli import main
 from unipelt.report import ReportError, read_results, write_report
-from unipelt.report.page import PAPER
+from unipelt.report.blocks import Fold, Items, Paragraph
+from unipelt.report.differences import compare_all
+from unipelt.report.latex import to_latex
+from unipelt.report.lead import lead_sentences
+from unipelt.report.page import PAPER, compose
+from unipelt.report.provenance import describe_provenance
 
 
 def test_gates_that_a_submodule_lacks_in_some_layers_stay_empty(tmp_path: Path) -> None:
@@ -64,11 +69,14 @@ class Reader(HTMLParser):
         self.handlers: list[str] = []
         self.open: list[str] = []
         self.words: list[str] = []
+        self.stray: list[str] = []
+        self.named: list[tuple[str, dict[str, str], str]] = []  # tags with their attributes and the text that follows
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.named.append((tag, {name: value or "" for name, value in attrs}, ""))
         if tag not in ("meta", "img"):
             self.open.append(tag)
         for name, value in attrs:
@@ -82,6 +90,9 @@ class Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+        self.named[-1:] = [(*found[:2], (found[2] + data).strip()) for found in self.named[-1:]]
+        if data.strip() and not {"body", "title", "style"} & {*self.open}:
+            self.stray.append(data)
 
 
 def test_the_page_needs_nothing_else_and_escapes_what_comes_from_files(tmp_path: Path) -> None:
@@ -103,9 +114,23 @@ def test_the_page_needs_nothing_else_and_escapes_what_comes_from_files(tmp_path:
     assert reader.handlers == []
     assert all(link.startswith(("data:image/svg+xml;base64,", "#")) or link == PAPER for link in reader.links)
     assert reader.links.count(PAPER) == 1
+    assert reader.stray == [], "text stands in the page and in its title"
+    once = ["html", "head", "title", "style", "body", "nav"]
+    assert [tag for tag in reader.tags if tag in once] == once
+    heads = {found["id"]: text for tag, found, text in reader.named if tag in ("h1", "h2", "h3")}
+    assert len(heads) == sum(tag in ("h1", "h2", "h3") for tag in reader.tags), "each has a name of its own"
+    sections = {
+        found["href"].removeprefix("#"): text
+        for tag, found, text in reader.named
+        if tag == "a" and "#" in found["href"]
+    }
+    assert sections == {found["id"]: text for tag, found, text in reader.named if tag == "h2"}
     assert "url(" not in page
     assert "@import" not in page
     assert any("<script>alert(" in word for word in reader.words), "it is there, as text"
+    assert [found.get("class") for tag, found, _ in reader.named if tag == "table"] == [None] * 3, (
+        "of one task there is no average, which would stay beside the names"
+    )
     text = (tmp_path / "out" / "report.md").read_text()
     assert "<script" not in text
     assert "<img" not in text
@@ -198,6 +223,66 @@ def test_settings_that_differ_between_tasks_are_told(tmp_path: Path) -> None:
     assert text.count("- Setting ") == 1, "seeds and folders are not worth a line"
 
 
+def test_what_is_not_whole_is_counted(tmp_path: Path) -> None:
+    records = [make_record("rte", seed=seed) for seed in (1, 2, 3, 4)]
+    save(tmp_path / "one", records[0], make_record("cola", seed=2))
+    (tmp_path / "one" / "sweep.json").write_text(plan(*records[:2]))
+    (tmp_path / "one" / "broken").mkdir()
+    (tmp_path / "one" / "broken" / "result.json").write_text("{")
+    (tmp_path / "one" / "failed").mkdir()
+    (tmp_path / "one" / "failed" / "failure.json").write_text('{"error": "why"}')
+    end = " Names and reasons are at the end."
+    assert note_of(tmp_path / "one") == (
+        f"Not whole: 1 planned run without a result, 1 failure, 1 file left out, 2 cells with missing seeds.{end}"
+    )
+    save(tmp_path / "two", records[0])
+    (tmp_path / "two" / "sweep.json").write_text(plan(*records))
+    for name in ("a", "b"):
+        (tmp_path / "two" / name).mkdir()
+        (tmp_path / "two" / name / "failure.json").write_text('{"error": "why"}')
+        (tmp_path / "two" / f"{name}-broken").mkdir()
+        (tmp_path / "two" / f"{name}-broken" / "result.json").write_text("{")
+    assert note_of(tmp_path / "two") == (
+        f"Not whole: 3 planned runs without a result, 2 failures, 2 files left out, 1 cell with missing seeds.{end}"
+    )
+    save(tmp_path / "whole", *records)
+    assert note_of(tmp_path / "whole") == "", "and the model is the paper's"
+
+
+def note_of(folder: Path) -> str:
+    """The warnings of a page, made without its pictures."""
+    results = read_results(folder)
+    blocks = compose(results, [], folder.name)
+    return "".join(block.text for block in blocks if isinstance(block, Paragraph) and block.warn)
+
+
+def test_the_facts_of_the_runs_are_told_whole() -> None:
+    """What they share, and what not."""
+    shared: dict[str, Any] = {"max_length": 128, "warmup_ratio": 0.1, "trainer": None}
+    records = [make_record("rte", seed=seed, batch_size=size, **shared) for seed, size in ((1, 8), (2, 16), (3, 16))]
+    spoil(
+        records[0],
+        model__sha256="0123456789abcdef" * 4,
+        hardware={"gpu": "a GPU"},
+        code={"commit": None, "dirty": True},
+    )
+    spoil(records[1], packages={"torch": "2.7.0", "numpy": "2.0"}, code={"commit": "d" * 40, "dirty": None}, attempts=3)
+    [fold] = [block for block in describe_provenance(results_of(*records)) if isinstance(block, Fold)]
+    [items] = fold.blocks
+    assert isinstance(items, Items)
+    assert list(items.items) == [
+        "Models: bert-base-uncased (BertForSequenceClassification, no SHA-256) (2 runs); "
+        "bert-base-uncased (BertForSequenceClassification, SHA-256 0123456789ab…) (1 run)",
+        "Machines: a processor, 2 cores (2 runs); unknown, a GPU (1 run)",
+        "Commits: unknown with changes (1 run); dddddddddddd (1 run); cccccccccccc (1 run)",
+        "Packages: torch 2.6.0 and 2.7.0, numpy 2.0",
+        "Resumed after a stop: 1 run",
+        "Time: 0.05 hours, of which 0.04 of training",
+        "Settings in all runs: train_samples=100, epochs=50, max_length=128, warmup_ratio=0.1",
+        "Setting batch_size: 16 (2 runs: rte); 8 (1 run: rte)",
+    ]
+
+
 def test_nothing_to_report_on_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="there is no folder at"):
@@ -229,6 +314,13 @@ def lead_of(folder: Path, *records: Mapping[str, Any]) -> list[str]:
     write_report(folder / "runs", folder / "out")
     text = (folder / "out" / "report.md").read_text(encoding="utf-8")
     return [line[2:] for line in text.partition("finished run")[0].splitlines() if line.startswith("- ")]
+
+
+def sentences(*records: Mapping[str, Any]) -> list[str]:
+    """The same sentences, without a page."""
+    results = results_of(*records)
+    tables = [results.table(k) for k in results.ks]
+    return lead_sentences(tables, compare_all(tables))
 
 
 def test_the_page_begins_with_a_chart_and_three_sentences(tmp_path: Path) -> None:
@@ -265,6 +357,28 @@ def test_the_sentences_where_there_is_little_to_say(tmp_path: Path) -> None:
     assert lead_of(tmp_path / "apart", *apart)[0] == (
         "At K = 100, no method has all 2 tasks, so there is no average to compare."
     )
+    pair = [make_record("rte", "adapter", score=0.5), make_record("rte", "unipelt-ap", score=0.6)]
+    [_, words, _] = sentences(*pair)
+    assert words == "There is no pair of a combination and a single method to compare."
+
+
+def test_the_sentences_are_of_the_table_with_the_most_scores() -> None:
+    """Those of all data here, although K = 100 has the larger difference; chance may have made this one."""
+    records = [
+        make_record(task, method, seed, score + gain * (method == "unipelt-ap") + 0.01 * (seed == place), k=k)
+        for k, tasks, gain in ((100, ("rte",), 0.3), (None, ("sst2", "qnli", "rte"), 0.01))
+        for place, task in enumerate(tasks)
+        for method, score in (("adapter", 0.6), ("lora", 0.6), ("unipelt-ap", 0.6))[:: 1 if k is None else 2]
+        for seed in (1, 2)
+    ]
+    for record in records[-2:]:
+        record["test"]["metrics"]["accuracy"] -= 0.1 * record["settings"]["seed"]
+    assert sentences(*records) == [
+        "With all data, adapter has the best average over 3 tasks: 60.33 ± 0.00.",
+        "unipelt-ap is 4.00 points below adapter (95 % interval −25.18 to +17.18): a difference that chance may have "  # noqa: RUF001
+        "made among 3 comparisons. The task with the largest difference is rte, −14.00.",  # noqa: RUF001
+        "1 of 9 scores are not clearly above the majority class.",
+    ]
 
 
 def test_scores_at_chance_are_grey_and_never_the_best(tmp_path: Path) -> None:
@@ -294,9 +408,37 @@ def test_a_table_for_a_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert r"method & cola & rte & average \\" in lines
     assert r"lora & \textbf{81.50}$_{0.71}$ & \textbf{81.50}$_{0.71}$ & \textbf{81.50}$_{0.71}$ \\" in lines
     assert any(line.startswith(r"50 \% of a\_b \& c & \underline{71.50}") for line in lines)
+    assert (
+        r"\caption{Test scores in percent, K = 100: mean and standard deviation over 2 seeds; matthews correlation on "
+        r"cola, accuracy on rte. Grey: not clearly above the majority class.}"
+    ) in lines
     assert r"majority class & 0.00 & 52.70 & 26.35 \\" in lines, "Matthews' correlation of a constant answer is 0"
     write_report(tmp_path / "runs", tmp_path / "plain")
     assert not (tmp_path / "plain" / "report.tex").exists(), "only where it was asked for"
+
+
+def test_a_table_for_a_paper_with_gaps_and_signs() -> None:
+    records = [
+        make_record("rte", "adapter", 1, 0.9, name='a^b ~ {c}\\d #$1 "e"'),
+        make_record("rte", "lora", 1, 0.8),
+        make_record("rte", "lora", 2, 0.9),
+        spoil(make_record("stsb", "lora", 1, -0.25), task__labels=[]) | {"majority": None, "majority_of": "test"},
+    ]
+    text = to_latex([results_of(*records).table(100)])
+    assert text.startswith(
+        "% \\usepackage{booktabs,xcolor}\n\\begin{table}\n\\centering\n\\begin{tabular}{lrrr}\n\\toprule\n"
+    )
+    lines = text.splitlines()
+    assert (
+        r"a\textasciicircum{}b \textasciitilde{} \{c\}\textbackslash{}d \#\$1 ''e'' & \textbf{90.00} & -- & -- \\"
+        in lines
+    )
+    assert r"lora & \underline{85.00}$_{7.07}$ & \textcolor{gray}{$-$25.00} & 30.00 \\" in lines
+    assert r"majority class & 52.70 & -- & 26.35 \\" in lines
+    assert "over 1 to 2 seeds" in text
+    alone = to_latex([results_of(make_record("rte", "lora", 1, 0.8)).table(100)])
+    assert "average" not in alone
+    assert r"lora & 80.00 \\" in alone.splitlines()
 
 
 def test_off_glue_the_page_says_nothing_of_the_paper(tmp_path: Path) -> None:

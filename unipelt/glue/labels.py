@@ -22,7 +22,7 @@ def describe_labels(task: Task, labels: np.ndarray) -> list[str]:
         labels: the class ids or scores of the training rows, (rows,).
     """
     if task.is_regression:
-        low, high, kinds = float(labels.min()), float(labels.max()), len(np.unique(labels))
+        low, high, kinds = labels.min(), labels.max(), len(np.unique(labels))
         lines = [f"labels  regression from {low:g} to {high:g}, {kinds:,} different scores in train"]
         if bool((labels == np.round(labels)).all()):
             lines.append(

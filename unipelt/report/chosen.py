@@ -23,7 +23,7 @@ def without_chosen(method: str, choose: Sequence[str]) -> str:
     """
     chosen = tuple(f"{name.removeprefix(_HEAD)}=" for name in choose if name.startswith(_HEAD))
     preset, *changes = re.split(r", (?=[\w.]+=)", method)
-    return ", ".join([preset, *(change for change in changes if not change.startswith(chosen or "\0"))])
+    return ", ".join([preset, *(change for change in changes if not change.startswith(chosen))])
 
 
 def variant_of(run: Run, choose: Sequence[str]) -> Mapping[str, Any]:

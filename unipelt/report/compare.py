@@ -103,7 +103,7 @@ def upper_bounds(table: Table) -> list[UpperBound]:
         if not tasks:
             continue
         chosen = {task: largest({part: cell[task].mean for part, cell in singles.items()}) for task in tasks}
-        printed = paper_upper_bound().get((table.k or 0, first.method))
+        printed = paper_upper_bound().get((table.k, first.method))
         found.append(
             UpperBound(
                 row=row,

@@ -32,17 +32,17 @@ def paper() -> dict[tuple[int | None, str, str], Printed]:
             int(row["table"]), row["metric"], float(row["mean"]), float(row["std"]) if row["std"] else None
         )
         for row in _paper_rows()
-        if row["table"] in "13"
+        if row["table"] in ("1", "3")
     }
 
 
 @cache
-def paper_upper_bound() -> dict[tuple[int, str], tuple[float, float]]:
+def paper_upper_bound() -> dict[tuple[int | None, str], tuple[float, float]]:
     """Return the paper's Table 2 by K and method, in percent.
 
     The two numbers are the mean of the best single submodules and the mean of the method.
     """
-    found: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
+    found: dict[tuple[int | None, str], dict[str, float]] = defaultdict(dict)
     for row in _paper_rows():
         if row["table"] == "2":
             found[int(row["k"]), row["method"]][row["metric"]] = float(row["mean"])

@@ -125,7 +125,8 @@ def _panels(results: Results) -> Iterator[Panel]:
         return
     every = np.concatenate([means[2][np.isfinite(means[2])] for _, means in gated])
     least, most = np.percentile(every, [5, 95])  # a few almost closed gates would give all others one colour
-    scale = (max(0.0, float(np.floor(20 * least)) / 20), min(1.0, float(np.ceil(20 * most)) / 20))
+    start = min(int(np.floor(20 * least)), 19)  # in steps of 0.05, of which the scale has at least one
+    scale = (start / 20, max(int(np.ceil(20 * most)), start + 1) / 20)
     for cell, means in gated:
         title = f"{cell.task}, {k_name(cell.k)}\n{cell.row}"
         values = "; ".join(
@@ -178,7 +179,8 @@ def _draw_learning(axes: Any, cells: Sequence[Cell], looks: Looks) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{cells[0].runs[0].primary.replace('_', ' ')}, dev (%)")
     axes.grid(alpha=0.3)
-    axes.figure.legend(fontsize=7, loc="outside lower center", ncols=2, frameon=False)
+    columns = 2 if max(len(cell.row) for cell in cells) <= 28 else 1  # two long names are wider than the picture
+    axes.figure.legend(fontsize=7, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _draw_sizes(axes: Any, found: Sequence[Curve]) -> None:
@@ -230,7 +232,7 @@ def _draw_gates(axes: Any, means: tuple[Sequence[str], Sequence[str], np.ndarray
     axes.tick_params(length=0)
     for row, column in np.ndindex(values.shape):
         if np.isfinite(value := values[row, column]):
-            share = (value - scale[0]) / max(scale[1] - scale[0], 1e-9)
+            share = (value - scale[0]) / (scale[1] - scale[0])
             colour = "black" if share > 0.55 else "white"  # cividis is light above this value
             axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
     axes.figure.colorbar(image, ax=axes, extend="both")
