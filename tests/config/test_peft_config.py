@@ -80,6 +80,11 @@ def test_a_mistake_is_named(value: Any, message: str) -> None:
         resolve({"preset": "lora", "peft": value})
 
 
+def test_a_tuner_may_be_at_every_projection() -> None:
+    places = ("query", "value", "key", "attention", "up", "down", "gate")
+    assert PeftTermConfig(type="OFT", places=places).places == places
+
+
 def test_every_plain_value_is_an_option() -> None:
     options: dict[str, Any] = {
         "a": None,
