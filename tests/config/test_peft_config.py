@@ -152,6 +152,9 @@ def test_pefts_configuration_of_a_tuner() -> None:
     assert set(peft_config(alone, {"down": ["down_proj"]}).feedforward_modules) == {"down_proj"}
     assert set(peft_config(PeftTermConfig(type="IA3"), {}).feedforward_modules) == set()
     assert not peft_config(PeftTermConfig(type="FROD"), {}).progressbar
+    assert peft_config(PeftTermConfig(type="LORA", options={"bias": "none"}), {}).bias == "none"
+    with pytest.raises(ConfigError, match="peft_lora: bias must be none; bitfit: true trains the biases of the base"):
+        check_tuner(PeftTermConfig(type="LORA", options={"bias": "all"}))
     with pytest.raises(ConfigError) as caught:
         check_tuner(PeftTermConfig(type="IA3", options={"feedforward_modules": ["value", "down"]}))
     assert str(caught.value) == ("peft_ia3: feedforward_modules names places here, out of query, value, not 'down'")
