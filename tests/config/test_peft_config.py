@@ -10,6 +10,7 @@ import pytest
 
 from unipelt import ConfigError, PeftTermConfig, UniPELTConfig, resolve
 from unipelt.config import peft_types
+from unipelt.config.parts import Place
 from unipelt.config.peft_types import check_tuner, peft_config
 from unipelt.glue.settings import RunSettings
 from unipelt.report import kinds
@@ -81,7 +82,7 @@ def test_a_mistake_is_named(value: Any, message: str) -> None:
 
 
 def test_a_tuner_may_be_at_every_projection() -> None:
-    places = ("query", "value", "key", "attention", "up", "down", "gate")
+    places: tuple[Place, ...] = ("query", "value", "key", "attention", "up", "down", "gate")
     assert PeftTermConfig(type="OFT", places=places).places == places
 
 
