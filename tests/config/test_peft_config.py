@@ -122,6 +122,14 @@ def test_an_option_that_a_method_cannot_set_is_refused_with_the_reason(option: s
     assert str(caught.value) == f"peft_lora: a method cannot set {option} of PEFT's LORA: {NOT_SET[option]}"
 
 
+def test_the_options_that_are_offered_can_be_set() -> None:
+    with pytest.raises(ConfigError, match="has no option 'zzz'; its options are ") as caught:
+        check_tuner(PeftTermConfig(type="LORA", options={"zzz": 1}))
+    offered = str(caught.value).partition("its options are ")[2].split(", ")
+    assert {"r", "lora_alpha"} <= {*offered}
+    assert not {*offered} & {*NOT_SET}
+
+
 def test_every_refused_name_is_one_of_pefts() -> None:
     """A name with a mistake would refuse nothing."""
     from peft import PeftType
