@@ -204,7 +204,7 @@ def test_plain_types_become_the_fields_types() -> None:
         ("gate", {"start": 0.99}),
         ("gate", {"activation": "tanh", "start": -0.99}),
         ("gate", {"activation": "tanh", "start": 0.99}),
-        ("lora", {"places": ("gate",), "dropout": 0.99}),
+        ("lora", {"places": ("query", "value", "key", "attention", "up", "down", "gate"), "dropout": 0.99}),
         *(("lora", {"mixture": {"experts": experts}}) for experts in (2, 64)),
         *(("lora", {"mixture": {"top_k": top_k}}) for top_k in (1, 4)),
         ("lora", {"mixture": {"router": "example", "top_k": 3, "balance": 1000.0}}),

@@ -10,6 +10,7 @@ import pytest
 
 from unipelt import ConfigError, PeftTermConfig, UniPELTConfig, resolve
 from unipelt.config import peft_types
+from unipelt.config.parts import Place
 from unipelt.config.peft_types import check_tuner, peft_config
 from unipelt.glue.settings import RunSettings
 from unipelt.report import kinds
@@ -80,6 +81,11 @@ def test_a_mistake_is_named(value: Any, message: str) -> None:
         resolve({"preset": "lora", "peft": value})
 
 
+def test_a_tuner_may_be_at_every_projection() -> None:
+    places: tuple[Place, ...] = ("query", "value", "key", "attention", "up", "down", "gate")
+    assert PeftTermConfig(type="OFT", places=places).places == places
+
+
 def test_every_plain_value_is_an_option() -> None:
     options: dict[str, Any] = {
         "a": None,
@@ -116,6 +122,14 @@ def test_an_option_that_a_method_cannot_set_is_refused_with_the_reason(option: s
     assert str(caught.value) == f"peft_lora: a method cannot set {option} of PEFT's LORA: {NOT_SET[option]}"
 
 
+def test_the_options_that_are_offered_can_be_set() -> None:
+    with pytest.raises(ConfigError, match="has no option 'zzz'; its options are ") as caught:
+        check_tuner(PeftTermConfig(type="LORA", options={"zzz": 1}))
+    offered = str(caught.value).partition("its options are ")[2].split(", ")
+    assert {"r", "lora_alpha"} <= {*offered}
+    assert not {*offered} & {*NOT_SET}
+
+
 def test_every_refused_name_is_one_of_pefts() -> None:
     """A name with a mistake would refuse nothing."""
     from peft import PeftType
@@ -147,6 +161,9 @@ def test_pefts_configuration_of_a_tuner() -> None:
     assert set(peft_config(alone, {"down": ["down_proj"]}).feedforward_modules) == {"down_proj"}
     assert set(peft_config(PeftTermConfig(type="IA3"), {}).feedforward_modules) == set()
     assert not peft_config(PeftTermConfig(type="FROD"), {}).progressbar
+    assert peft_config(PeftTermConfig(type="LORA", options={"bias": "none"}), {}).bias == "none"
+    with pytest.raises(ConfigError, match="peft_lora: bias must be none; bitfit: true trains the biases of the base"):
+        check_tuner(PeftTermConfig(type="LORA", options={"bias": "all"}))
     with pytest.raises(ConfigError) as caught:
         check_tuner(PeftTermConfig(type="IA3", options={"feedforward_modules": ["value", "down"]}))
     assert str(caught.value) == ("peft_ia3: feedforward_modules names places here, out of query, value, not 'down'")

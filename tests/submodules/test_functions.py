@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import unipelt
 from unipelt.config.parts import AdapterConfig, LoRAConfig
+from unipelt.submodules.forward_pass import AttentionPass
 from unipelt.submodules.outputs import OutputSlice
 from unipelt.submodules.register import MODULES, TargetInfo
-from unipelt.submodules.term import SharedParameters
+from unipelt.submodules.term import FunctionTerm, SharedParameters
 
 INPUTS, OUTPUTS = 5, 7
 CONFIGS: dict[str, Any] = {
@@ -96,6 +97,21 @@ def test_the_adapter_of_a_mixture_is_a_bottleneck() -> None:
     made, x = build(AdapterConfig(4), nn.Linear(INPUTS, OUTPUTS)), torch.randn(3, INPUTS)
     low = (x @ made.down.weight.t() + made.down.bias).clamp_min(0)
     torch.testing.assert_close(made(x, torch.zeros(3, OUTPUTS)), low @ made.up.weight.t() + made.up.bias)
+
+
+def test_a_gated_term_is_added_to_the_text_and_not_to_positions() -> None:
+    """DeBERTa-v2 projects the text first, and then its relative positions, which have no gate."""
+    rows, gate = OutputSlice(1, 0, OUTPUTS), torch.rand(2, 1, 1)
+    term = FunctionTerm("ia3_query", "ia3", rows, build(CONFIGS["ia3"], nn.Linear(INPUTS, OUTPUTS)))
+    term.gate_name, term.once = "ia3_query", True
+    x, y = torch.randn(2, 3, INPUTS), torch.randn(2, 3, OUTPUTS)
+    for _ in range(2):  # in every pass
+        now = AttentionPass(gates={"ia3_query": gate})
+        torch.testing.assert_close(term(x, y, now), y + gate * term.function(x, y))
+        assert term(x, y, now) is y
+    term.gate_name = ""  # without a gate the term belongs to the weight, which projects positions too
+    for _ in range(2):
+        torch.testing.assert_close(term(x, y, None), y + term.function(x, y))
 
 
 def test_dora_keeps_no_copy_of_the_weight() -> None:

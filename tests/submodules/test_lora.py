@@ -91,6 +91,18 @@ def test_a_gate_replaces_the_scale(rows: str) -> None:
     torch.testing.assert_close(term(x, out, now), out + gate * update(x, term, places))
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 12), (40, 40, 12)], ids=["few outputs", "many outputs"])
+def test_a_term_in_single_precision_is_added_to_a_projection_in_half(shape: tuple[int, ...]) -> None:
+    term = make(OutputSlice(1, 0, 12))
+    x, out = torch.randn(*shape[:-1], INPUTS).bfloat16(), torch.randn(shape).bfloat16()
+    want = out + (ALPHA / RANK * update(x.float(), term, range(12))).bfloat16()
+    for found in (term(x, out, None), torch.no_grad()(term)(x, out, None)):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, want, atol=0.1, rtol=0.02)
+    assert term.extra_repr() == "rank=3"
+    assert make(OutputSlice(1, 0, 12), "own").extra_repr() == "rank=3, gate=lora_query"
+
+
 def test_a_call_that_no_gate_belongs_to_is_refused() -> None:
     """Or it would be silently another model."""
     term, x, out = make(OutputSlice(1, 0, 12), "attention"), torch.randn(1, 2, INPUTS), torch.randn(1, 2, 12)

@@ -303,6 +303,7 @@ def test_half_precision_starts_as_the_base_and_trains(dtype: str, variant: str) 
         ({"first": 0, "last": 0}, "reft.first and last are both 0, so no token is edited"),
         ({"variant": "rereft"}, "reft.variant must be loreft or direft"),
         ({"places": ["down"]}, "reft.places must be layer, not 'down'"),
+        ({"places": []}, "reft.places must name one or more of layer, none of them twice"),
     ],
 )
 def test_configurations_that_cannot_be_meant(values: dict[str, Any], message: str) -> None:
