@@ -50,3 +50,16 @@ def test_an_image_goes_with_each_text_where_a_model_reads_images() -> None:
     assert images.shape[:2] == (2, 3)
     assert images.shape[2] == images.shape[3]
     assert "pixel_values" not in text_batch(tiny_model("bert"), images=True)
+
+
+class Open(BertModel):
+    """A model that passes its arguments on by name."""
+
+    def forward(self, **kwargs: Any) -> Any:
+        return super().forward(**kwargs)
+
+
+def test_a_model_that_takes_any_argument_gets_the_text() -> None:
+    model = Open(tiny_config("bert"))
+    assert text_batch(model).keys() == {"input_ids", "attention_mask"}
+    assert model.eval()(**text_batch(model))[0].shape == (2, 9, 32)
