@@ -37,9 +37,9 @@ class OtherLayer(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
         self.network = self.mlp
         del self.mlp
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.network(self.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
+        return hidden_states + self.network(self.post_attention_layernorm(hidden_states))
 
 
 class OtherLlama(transformers.LlamaModel):

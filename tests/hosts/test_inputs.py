@@ -13,7 +13,8 @@ from unipelt.hosts.inputs import text_batch
 
 
 def test_a_text_has_padding_at_the_end_of_its_second_row_and_is_the_same_at_every_call() -> None:
-    model: Any = BertModel(tiny_config("bert"))
+    config: Any = tiny_config("bert")
+    model: Any = BertModel(config)
     batch = text_batch(model)
     assert batch.keys() == {"input_ids", "attention_mask"}
     assert batch["input_ids"].shape == (2, 9)

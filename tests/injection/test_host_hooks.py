@@ -31,7 +31,7 @@ def test_a_hook_is_put_once_before_others_and_ends_a_pass_that_failed(monkeypatc
     def left(host: Any, args: Any, output: Any) -> None:
         seen.append("leave")
 
-    ours = {entered: "enter", changed: "input", given: "output", left: "leave"}
+    ours: dict[Any, str] = {entered: "enter", changed: "input", given: "output", left: "leave"}
     for function, when in ours.items():
         monkeypatch.setitem(HOOKS, function, when)
 
@@ -71,7 +71,7 @@ def owner_of(layer: nn.Module, function: Any, checkpoints: bool = True) -> Any:
 
 
 def test_states_need_a_gradient_where_layers_are_checkpointed_reentrantly() -> None:
-    def plain() -> None:
+    def plain(use_reentrant: bool = True) -> None:
         """A function that does not say which way it checkpoints: PyTorch's own default is reentrant."""
 
     layer = nn.Linear(1, 1)
