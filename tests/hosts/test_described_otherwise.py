@@ -37,7 +37,7 @@ class OtherLayer(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
         self.network = self.mlp
         del self.mlp
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         return hidden_states + self.network(self.post_attention_layernorm(hidden_states))
 

@@ -61,6 +61,7 @@ class Open(BertModel):
 
 
 def test_a_model_that_takes_any_argument_gets_the_text() -> None:
-    model = Open(tiny_config("bert"))
+    config: Any = tiny_config("bert")
+    model: Any = Open(config)
     assert text_batch(model).keys() == {"input_ids", "attention_mask"}
     assert model.eval()(**text_batch(model))[0].shape == (2, 9, 32)
