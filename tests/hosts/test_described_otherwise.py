@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,9 +37,9 @@ class OtherLayer(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
         self.network = self.mlp
         del self.mlp
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.network(self.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
+        return hidden_states + self.network(self.post_attention_layernorm(hidden_states))
 
 
 class OtherLlama(transformers.LlamaModel):
@@ -117,3 +118,18 @@ def test_keys_and_values_of_cross_attention_read_the_other_stack(decomposed: boo
         f"lora_{place}": place in ("key", "value") for place in places
     }
     assert {name: term.crosses for name, term in own.terms.items()} == {f"lora_{place}": False for place in places}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_description_that_is_right_passes_its_check(family: str) -> None:
+    known = FAMILIES[family]
+    unipelt.register_family(family, *known.stacks, refused=known.refused)
+    assert unipelt.inject(tiny_model(family), small("unipelt-apl")).unipelt_injection is not None
+
+
+def test_a_norm_that_is_given_two_tensors_is_refused() -> None:
+    unipelt.register_family("bert", replace(FAMILIES["bert"].stacks[0], norm="attention.output"))
+    message = "attention.output is a BertSelfOutput, which is given 2 tensors, and a norm reads one"
+    with pytest.raises(unipelt.InjectionError, match=message):
+        unipelt.inject(tiny_model("bert"), small("adapter"))
+    unipelt.inject(tiny_model("bert"), small("lora"))  # without an adapter, no norm is asked for

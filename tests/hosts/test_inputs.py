@@ -13,7 +13,8 @@ from unipelt.hosts.inputs import text_batch
 
 
 def test_a_text_has_padding_at_the_end_of_its_second_row_and_is_the_same_at_every_call() -> None:
-    model: Any = BertModel(tiny_config("bert"))
+    config: Any = tiny_config("bert")
+    model: Any = BertModel(config)
     batch = text_batch(model)
     assert batch.keys() == {"input_ids", "attention_mask"}
     assert batch["input_ids"].shape == (2, 9)
@@ -50,3 +51,17 @@ def test_an_image_goes_with_each_text_where_a_model_reads_images() -> None:
     assert images.shape[:2] == (2, 3)
     assert images.shape[2] == images.shape[3]
     assert "pixel_values" not in text_batch(tiny_model("bert"), images=True)
+
+
+class Open(BertModel):
+    """A model that passes its arguments on by name."""
+
+    def forward(self, **kwargs: Any) -> Any:
+        return super().forward(**kwargs)
+
+
+def test_a_model_that_takes_any_argument_gets_the_text() -> None:
+    config: Any = tiny_config("bert")
+    model: Any = Open(config)
+    assert text_batch(model).keys() == {"input_ids", "attention_mask"}
+    assert model.eval()(**text_batch(model))[0].shape == (2, 9, 32)

@@ -113,12 +113,12 @@ def test_a_change_in_place_does_not_reach_the_record() -> None:
         def forward(self, states: Tensor) -> Tensor:
             first, more = self.layers[0](states)
             assert more == "more"
-            return first.add_(1)  # type: ignore[no-any-return]
+            return first.add_(1)
 
     torch.manual_seed(0)
     model, given = First(Layer(way)), torch.randn(2, 9, 6, requires_grad=True)
     layer, inner = watch(model, {"states": given}).calls  # type: ignore[arg-type]
-    want = model.layers[0].inner(given)  # type: ignore[union-attr,operator]
+    want = model.layers[0].inner(given)  # type: ignore[operator]
     assert inner.output is not None
     assert layer.output is not None
     assert torch.equal(inner.output, want)
@@ -159,7 +159,7 @@ class Mixer(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         inner = self.inner(states)
         mixed = inner.cumsum(1) if self.causal else inner + inner.mean(1, keepdim=True)
-        return self.outer(mixed.tanh())  # type: ignore[no-any-return]
+        return self.outer(mixed.tanh())
 
 
 class WithMixer(nn.Module):
@@ -168,7 +168,7 @@ class WithMixer(nn.Module):
         self.mixer = Mixer(causal)
 
     def forward(self, states: Tensor) -> Tensor:
-        return states + self.mixer(states)  # type: ignore[no-any-return]
+        return states + self.mixer(states)
 
 
 def test_causal_layers_that_mix_tokens_without_attention_take_an_adapter_alone() -> None:
@@ -194,7 +194,7 @@ class Linearised(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         summed = (self.key(states).tanh() * self.value(states)).mean(1, keepdim=True)
-        return self.query(states).tanh() * summed  # type: ignore[no-any-return]
+        return self.query(states).tanh() * summed
 
 
 def test_attention_without_a_softmax_has_three_projections() -> None:

@@ -91,7 +91,8 @@ def test_positions_are_those_of_short_texts() -> None:
 
 
 def test_changes_are_of_single_settings() -> None:
-    config = PreTrainedConfig(hidden_size=4096, text_config={"hidden_size": 4096, "num_hidden_layers": 9})
+    settings: dict[str, Any] = {"hidden_size": 4096, "text_config": {"hidden_size": 4096, "num_hidden_layers": 9}}
+    config = PreTrainedConfig(**settings)
     small: Any = small_config(config, {"text_config": {"num_hidden_layers": 3}, "hidden_size": 48})
     assert small.hidden_size == 48
     assert small.text_config == {"hidden_size": 32, "num_hidden_layers": 3}

@@ -53,20 +53,20 @@ class Packed(Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor) -> Packed:
-        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.bfloat16)
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values
+        self.packed = values
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["values"], None
+        return ["packed"], None
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: Any) -> Packed:
-        return cls(inner["values"])
+        return cls(inner["packed"])
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return NotImplemented
 
 

@@ -22,7 +22,8 @@ def test_the_base_computes_inside_and_the_model_behind(method: str, fails: bool)
     base, before = logits(model), bits(model)
     unipelt.inject(model, small(method, **({"prompt": {"length": 3}} if method == "prompt" else {})))
     shake(model)
-    pieces = [layer.chunk_size_feed_forward for layer in model.bert.encoder.layer]
+    layers = model.bert.encoder.layer
+    pieces = [layer.chunk_size_feed_forward for layer in layers]
     changed, values = logits(model), bits(model)
     where = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     try:
@@ -31,14 +32,14 @@ def test_the_base_computes_inside_and_the_model_behind(method: str, fails: bool)
             assert torch.equal(logits(model), base)
             inside = dict(model.named_parameters())
             assert all(torch.equal(inside[name], value) for name, value in before.items())
-            assert [layer.chunk_size_feed_forward for layer in model.bert.encoder.layer] == [3, 3, 3]
+            assert [layer.chunk_size_feed_forward for layer in layers] == [3, 3, 3]
             assert {room.active for _, room in rooms(model)} <= {None}
             assert not fails, "the block ends here"
     except AssertionError as error:
         if "the block ends here" not in str(error):
             raise
     assert torch.equal(logits(model), changed)
-    assert [layer.chunk_size_feed_forward for layer in model.bert.encoder.layer] == pieces
+    assert [layer.chunk_size_feed_forward for layer in layers] == pieces
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, values[name]), name
         assert parameter.data_ptr() == where[name], name

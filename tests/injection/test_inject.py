@@ -161,6 +161,8 @@ def test_submodules_are_in_single_precision_over_half_or_of_their_hosts_kind(
     want = torch.float32 if dtype == "float32" and base.itemsize == 2 else base
     for name, parameter in own_parameters(model).items():
         assert (parameter.device.type, parameter.dtype) == ("cpu", want), name
+    assert {parameter.dtype for parameter in model.classifier.parameters()} == {want}, "the head trains too"
+    assert model.bert.pooler.dense.weight.dtype == base
 
 
 @pytest.mark.parametrize("deployed", [False, True])

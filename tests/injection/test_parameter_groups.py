@@ -123,15 +123,15 @@ def test_a_step_moves_each_part_by_its_rate() -> None:
     before = {name: value.clone() for name, value in parts(model).items()}
     optimizer = torch.optim.SGD(unipelt.parameter_groups(model, lr=1e-3, gate=1e-1))
     model(**tiny_batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
-    gradients = dict.fromkeys(before)
+    gradients: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
-        gradients[name] = parameter.grad  # type: ignore[assignment]
+        gradients[name] = parameter.grad
     optimizer.step()
     moved = parts(model)
     layer = "bert.encoder.layer.0."
     entry = f"{layer}unipelt.default.entry."
     for name in ("gate", "row"):
-        want = (1e-1 if name == "gate" else 1e-3) * gradients[f"{entry}{name}_weight"]  # type: ignore[operator]
+        want = (1e-1 if name == "gate" else 1e-3) * gradients[f"{entry}{name}_weight"]
         first = "gate.prefix.weight" if name == "gate" else "lora_query.A"
         rows = len(before[f"{layer}{first}"].reshape(-1, 32))
         torch.testing.assert_close(

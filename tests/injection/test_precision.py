@@ -35,8 +35,9 @@ def test_the_modules_that_hold_the_parameters_become_float32_and_take_any_input(
     assert len(head.first._forward_pre_hooks) == 1
     assert not head._forward_pre_hooks
     assert not head.last._forward_pre_hooks
-    widen(head, {"first.weight"})
+    widen(head, {"first.weight", "last.weight"})
     assert len(head.first._forward_pre_hooks) == 1
+    assert head.last.weight.dtype == torch.float32
 
 
 def test_inputs_without_fractions_and_other_arguments_stay() -> None:

@@ -197,6 +197,7 @@ def test_vocabularies_that_are_no_plain_tables_are_refused(table: Any, message: 
 
 
 def test_a_vocabulary_without_memory_gets_rows_without_memory() -> None:
+    model: Any
     with torch.device("meta"):
         model = unipelt.inject(tiny_model("gemma", "CausalLM"), TOKENS)
     assert rows_of(model).is_meta

@@ -246,7 +246,7 @@ def _eager(module: Any) -> Callable[..., Any]:
     for cls in type(module).__mro__:
         for name, function in vars(sys.modules[cls.__module__]).items():
             if name == "eager_attention_forward":
-                return function  # type: ignore[no-any-return]
+                return function
     return AttentionInterface()["sdpa"]
 
 

@@ -40,7 +40,6 @@ def reinject(model: PreTrainedModel, config: UniPELTConfig, values: Values) -> N
     trained = {name: one.requires_grad for name, one in model.named_parameters() if name not in ours}
     bound = {name: vars(model)[name] for name in REPLACED if name in vars(model) and name != "_keys_to_ignore_on_save"}
     widened = [module for module in model.modules() if widen_input in module._forward_pre_hooks.values()]
-    training = model.training
     strip(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(old.required_grad[name])
@@ -57,4 +56,3 @@ def reinject(model: PreTrainedModel, config: UniPELTConfig, values: Values) -> N
     vars(model).update(bound)
     for own in own_parts(model):
         own.tensor.copy_(values[own.path, own.part.name])
-    model.train(training)
