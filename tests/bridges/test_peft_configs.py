@@ -249,3 +249,15 @@ def test_a_tuner_that_peft_would_compute_otherwise_is_refused(
     with refusing(model, said):
         unipelt.save_peft(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_inputs_without_names_are_put_in_order_too() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora")).eval()
+    model.add_adapter("other", unipelt.PeftConfig("lora"))
+    model.set_adapter("other")
+    shake(model, std=0.5)
+    batch, names = tiny_batch(), ["other", "default", "other"]
+    want = model(**batch, adapter_names=names).logits
+    assert torch.equal(model(batch["input_ids"], batch["attention_mask"], adapter_names=names).logits, want)
+    model.set_adapter("other")
+    torch.testing.assert_close(want[::2], model(**batch).logits[::2], atol=1e-5, rtol=1e-5)
