@@ -65,7 +65,7 @@ def read(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["lora", "ia3", "ln_tuning"])
 def test_a_model_without_attention_is_refused(method: str, tmp_path: Path) -> None:
     unipelt.save_peft(unipelt.inject(tiny_bert(), method), tmp_path)
-    sizes = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 20}
+    sizes: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 20}
     model = FNetForSequenceClassification(FNetConfig(**sizes, max_position_embeddings=20, tpu_short_seq_length=8))
     with refusing(model, "FNet", error=unipelt.InjectionError):
         unipelt.load_peft(model, tmp_path)
@@ -177,7 +177,8 @@ def test_a_set_follows_its_host_to_another_device() -> None:
     from unipelt.submodules.room import rooms
 
     model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora")).get_base_model()
-    (_, first), (_, second), *_ = rooms(model)
+    found: list[Any] = [room for _, room in rooms(model)]
+    first, second = found[:2]
     for room in (first, second):
         room._move_adapter_to_device_of_base_layer("default")
         room._move_adapter_to_device_of_base_layer("no such set", "meta")
