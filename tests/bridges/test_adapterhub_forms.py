@@ -15,6 +15,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 import unipelt
+from unipelt.injection.state import injection_of
 
 # the further fields that adapters 1.3 writes, with their defaults there
 ALSO: dict[str, dict[str, Any]] = {
@@ -41,7 +42,7 @@ def test_a_configuration_with_all_fields_is_read(tmp_path: Path) -> None:
         part.update(ALSO[part.get("architecture", "adapter")])
     write(folder, "adapter_config.json", values)
     back = unipelt.load_adapterhub(tiny_bert(), folder)
-    assert back.unipelt_injection.config == model.unipelt_injection.config
+    assert injection_of(back).config == injection_of(model).config
 
 
 def test_lora_that_names_no_matrices_is_of_queries_and_values(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_lora_that_names_no_matrices_is_of_queries_and_values(tmp_path: Path) ->
     values = json.loads((folder / "adapter_config.json").read_text())
     del values["config"]["attn_matrices"]
     write(folder, "adapter_config.json", values)
-    assert unipelt.load_adapterhub(tiny_bert(), folder).unipelt_injection.config.lora is not None
+    assert injection_of(unipelt.load_adapterhub(tiny_bert(), folder)).config.lora is not None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import refusing, shake, tiny_batch, tiny_bert
+from peft_tuners import injected, method_of
+from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import FNetConfig, FNetForSequenceClassification
 
@@ -63,7 +65,7 @@ def read(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["lora", "ia3", "ln_tuning"])
 def test_a_model_without_attention_is_refused(method: str, tmp_path: Path) -> None:
     unipelt.save_peft(unipelt.inject(tiny_bert(), method), tmp_path)
-    sizes = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 20}
+    sizes: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 20}
     model = FNetForSequenceClassification(FNetConfig(**sizes, max_position_embeddings=20, tpu_short_seq_length=8))
     with refusing(model, "FNet", error=unipelt.InjectionError):
         unipelt.load_peft(model, tmp_path)
@@ -175,7 +177,8 @@ def test_a_set_follows_its_host_to_another_device() -> None:
     from unipelt.submodules.room import rooms
 
     model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora")).get_base_model()
-    (_, first), (_, second), *_ = rooms(model)
+    found: list[Any] = [room for _, room in rooms(model)]
+    first, second = found[:2]
     for room in (first, second):
         room._move_adapter_to_device_of_base_layer("default")
         room._move_adapter_to_device_of_base_layer("no such set", "meta")
@@ -214,3 +217,48 @@ def test_rows_that_cannot_be_in_one_batch_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             model(**tiny_batch(), adapter_names=names)
+
+
+# A tuner of PEFT's
+
+
+def test_a_folder_of_a_tuner_has_pefts_names(tmp_path: Path) -> None:
+    model = injected("OFT", "bert")
+    unipelt.save_peft(model, tmp_path / "ours")
+    written = read(tmp_path / "ours" / "adapter_config.json")
+    same = {name: written[name] for name in ("task_type", "target_modules", "r", "oft_block_size")}
+    theirs = peft.get_peft_model(tiny_bert(), peft.OFTConfig(**same))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in other.items()}
+    there = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path / "ours").eval()
+    torch.testing.assert_close(there(**tiny_batch()).logits, model(**tiny_batch()).logits, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gpt2", {}, "is at a part of a projection, or at a Conv1D, where PEFT's OFT computes other numbers"),
+        ("bart", {}, "has numbers of its own for each stack (model.decoder.layers, model.encoder.layers), and PEFT"),
+        ("bert", {"layers": [0, 2]}, "PEFT would add its layer to bert.encoder.layer.1."),
+    ],
+)
+def test_a_tuner_that_peft_would_compute_otherwise_is_refused(
+    family: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    model = unipelt.inject(tiny_model(family), {**method_of("OFT"), **changes})
+    with refusing(model, said):
+        unipelt.save_peft(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_without_names_are_put_in_order_too() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora")).eval()
+    model.add_adapter("other", unipelt.PeftConfig("lora"))
+    model.set_adapter("other")
+    shake(model, std=0.5)
+    batch, names = tiny_batch(), ["other", "default", "other"]
+    want = model(**batch, adapter_names=names).logits
+    assert torch.equal(model(batch["input_ids"], batch["attention_mask"], adapter_names=names).logits, want)
+    model.set_adapter("other")
+    torch.testing.assert_close(want[::2], model(**batch).logits[::2], atol=1e-5, rtol=1e-5)

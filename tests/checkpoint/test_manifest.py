@@ -67,7 +67,8 @@ def test_constants_of_gates_are_above_0_and_at_most_1(tmp_path: Path) -> None:
 
     for good in (1, 1.0, 0.001, None):
         assert read(good) == good
-    for bad in (0, 1.001, 2, -0.5, True, "0.5", []):
+    refused: list[object] = [0, 1.001, 2, -0.5, True, "0.5", []]
+    for bad in refused:
         said = f"folded: 'adapter' at 'bert.gates' must be above 0 and at most 1, or null, not {bad!r}"
         with pytest.raises(unipelt.CheckpointError, match=re.escape(said)):
             read(bad)

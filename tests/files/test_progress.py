@@ -83,6 +83,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(monkeypatch: pytest.Monke
     assert "training:" in screen.getvalue()
     assert "5/10" in screen.getvalue()
     assert "step" in screen.getvalue()
+    assert screen.getvalue().endswith("\n"), "a bar that stays ends its line"
     assert not lines, "a bar, or lines"
 
 

@@ -133,7 +133,8 @@ def _check(value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 if not isinstance(key, str):
-                    raise PlainError(f"{_place((*path, show(key)))}: a name must be a text; put it in quotes")
+                    where = _place((*path, f".{show(key)}"))
+                    raise PlainError(f"{where}: a name must be a text; put it in quotes")
                 _check_text(key, path)
                 left.append((inner, (*path, f".{key}")))
         elif isinstance(value, list):

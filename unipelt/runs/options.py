@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -291,7 +291,7 @@ class _Parser(OneLineParser):
     problem = SettingsError
     order = ": a configuration file comes first, then options as --field value"
 
-    def _unknown(self, kind: str, name: str, known: list[str]) -> str:
+    def _unknown(self, kind: str, name: str, known: Iterable[str]) -> str:
         refuse_usual(name.removeprefix("--").replace("-", "_"))
         return super()._unknown(kind, name, known)
 
