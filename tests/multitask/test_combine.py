@@ -223,7 +223,7 @@ def test_combinations_that_are_refused_change_nothing(many: Tasks, options: dict
 def test_a_model_is_no_tasks() -> None:
     for function in (combine_tasks, unipelt.fuse_tasks):
         with pytest.raises(ValueError, match=f"{function.__name__} takes unipelt.Tasks, not BertForSequenceClassif"):
-            function(tiny_bert(), "both", ["one", "two"])  # type: ignore[operator]
+            function(tiny_bert(), "both", ["one", "two"])  # type: ignore[arg-type]
 
 
 def test_a_task_that_is_not_there(many: Tasks) -> None:

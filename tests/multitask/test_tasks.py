@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 import unipelt
 from unipelt import CheckpointError, InjectionError, Tasks
 from unipelt.injection.inject import inject_as
+from unipelt.multitask.heads import fit_labels
 from unipelt.multitask.mixed_batch import find_unmixable
 from unipelt.submodules.forward_pass import SetRows
 from unipelt.submodules.room import own_parameters, rooms
@@ -256,6 +257,18 @@ def test_several_labels_of_one_text_keep_their_type() -> None:
     for name, rows in output.rows.items():
         want = torch.nn.functional.binary_cross_entropy_with_logits(output.logits[rows], labels[rows])
         torch.testing.assert_close(output.losses[name], want)
+
+
+def test_labels_of_another_kind_pass_unchanged() -> None:
+    boxes = [{"class_labels": torch.tensor([1])}]
+    assert fit_labels(tiny_bert(), boxes) is boxes
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_new_task_is_in_the_mode_of_the_tasks(training: bool) -> None:
+    tasks = Tasks(tiny_bert()).train(training)
+    tasks.model.train(not training)
+    assert all(module.training == training for module in tasks.add("one", THREE["apl"]).modules())
 
 
 @pytest.mark.parametrize("family", ["bert", "bart"])
