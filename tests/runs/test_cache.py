@@ -304,6 +304,14 @@ def test_only_the_last_used_are_kept(home: Path, monkeypatch: pytest.MonkeyPatch
     assert "".join(loads) == "abcb"
 
 
+def test_no_tensor_is_in_no_memory() -> None:
+    one = torch.ones(2, 2)
+    assert same_memory(one, one.detach())
+    assert not same_memory(one, None)
+    assert not same_memory(one, one.clone())
+    assert not same_memory(one, one.t()), "other strides"
+
+
 def test_the_state_of_files_names_those_that_are_absent(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("text")
     (tmp_path / "folder").mkdir()
@@ -311,7 +319,7 @@ def test_the_state_of_files_names_those_that_are_absent(tmp_path: Path) -> None:
     found = state_of([there, absent])
     assert found[0] == (absent, -1, -1, -1)
     assert (found[1][0], found[1][2]) == (there, 4)
-    assert found == state_of([absent, there])
+    assert {found: "a state can be a key"}[state_of([absent, there])]
     assert files_in(tmp_path) == [there], "no folders"
 
 

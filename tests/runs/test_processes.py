@@ -391,7 +391,10 @@ def test_an_evaluation_together_is_that_of_one(
 ) -> None:
     rows: Any = make_rows(count) if kind is JointTrainer else in_batches(make_rows(count))
 
+    few: Any = make_rows(2) if kind is JointTrainer else in_batches(make_rows(2))
+
     def both(trainer: Any) -> tuple[Any, dict[str, float]]:
+        assert trainer.evaluate(few)["eval_count"] == 2, "of other rows than its own"
         return trainer.predict(rows), trainer.evaluate()
 
     alone, dev = both(make_trainer(tmp_path, kind, 6, rows))

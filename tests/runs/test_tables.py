@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from unipelt.runs.tables import DataError, name_hint, read_file, separator_hint
@@ -18,6 +21,15 @@ def test_a_pipe_and_a_folder_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "folder.tsv").mkdir()
     with pytest.raises(DataError, match=r"folder\.tsv cannot be read \(Is a directory\); check that it is a file"):
         read_file(tmp_path / "folder.tsv")
+
+
+def test_a_parquet_file_with_metadata_that_cannot_be_read(tmp_path: Path) -> None:
+    metadata = {"huggingface": json.dumps({"info": {"features": {"text": {"_type": "NoSuchType"}}}})}
+    pq.write_table(pa.table({"text": ["a"]}).replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    with pytest.raises(
+        DataError, match=r"a\.parquet: what its metadata say of its columns cannot be read \(\w+Error: "
+    ):
+        read_file(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(

@@ -497,6 +497,8 @@ def test_a_run_that_was_killed_goes_on(home: Path, tmp_path: Path) -> None:
     said: list[str] = []
     record = run(chosen, prepare, said.append)
     assert any("going on from" in line for line in said)
+    trained = [line[:9] for line in said if line.startswith("epoch")]
+    assert trained == ["epoch   2", "epoch   3"], "the first epoch is not trained again"
     assert record["attempts"] == 2
     for part in ("evaluations", "best", "dev", "test"):
         assert record[part] == whole[part]

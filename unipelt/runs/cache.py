@@ -64,13 +64,13 @@ class SharedCache:
             files: the files of the data. There are none if the data cannot change, as on the hub.
             read: function that returns the data.
         """
-        return _cached(self._data, key, list(files), read, TASKS)
+        return _cached(self._data, key, files, read, TASKS)
 
     def tokenizer(
         self, key: Hashable, files: Iterable[str | Path], load: Callable[[], PreTrainedTokenizerBase]
     ) -> PreTrainedTokenizerBase:
         """Return the tokenizer of these files from the cache, or load it. All runs get the same object."""
-        return _cached(self._tokenizers, key, list(files), load, _TOKENIZERS)
+        return _cached(self._tokenizers, key, files, load, _TOKENIZERS)
 
     def sha256(self, path: str) -> str:
         """Return the SHA-256 of a file, in hexadecimal. Raise `OSError` if the file cannot be read."""
@@ -113,7 +113,7 @@ def _device(tensor: Tensor) -> torch.device:
 
 
 def _cached(
-    kept: dict[Hashable, Any], key: Hashable, files: list[str | Path], make: Callable[[], Data], most: int
+    kept: dict[Hashable, Any], key: Hashable, files: Iterable[str | Path], make: Callable[[], Data], most: int
 ) -> Data:
     """Return the kept value of the key if its files have not changed. Otherwise make the value and keep it."""
     state = state_of(files)
