@@ -469,6 +469,8 @@ def test_the_majority_class_of_the_test_data_counts() -> None:
     for chosen in (records, records[:1]):
         assert results_of(*chosen).table(100).chance("rte") == pytest.approx(0.527)
     three = [spoil(record, task__labels=["a", "b", "c"]) for record in records]
+    older = [{**record, "majority": level} for record, level in zip(three, (0.3, 0.4), strict=True)]
+    assert results_of(*older).table(100).majority("rte") == Floor(0.4, "train set's majority", of_test=False), "largest"
     assert results_of(three[0]).table(100).majority("rte") == Floor(0.473, "train set's majority", of_test=False)
     three[0] |= {"majority": 0.45, "majority_of": "test"}
     assert results_of(*three[:1]).table(100).majority("rte") == Floor(0.45)

@@ -13,11 +13,13 @@ from report_records import make_record, results_of, save, spoil
 from scipy import stats
 
 from unipelt.report import write_report
+from unipelt.report.blocks import Fold, Grid
 from unipelt.report.compare import curves, gate_agreements, upper_bounds
 from unipelt.report.costs import costs
 from unipelt.report.differences import against_best_single, against_frozen_heads, against_papers, compare_all
 from unipelt.report.numbers import NONE
 from unipelt.report.paper import TASKS, paper_upper_bound
+from unipelt.report.sections import compare_rows
 from unipelt.report.significance import MeanEffect, holm, mean_effect
 
 
@@ -390,6 +392,28 @@ def test_intervals_over_seeds_and_over_tasks(tasks: tuple[str, ...]) -> None:
     assert (test.over_tasks is None) == (len(tasks) < 3)
     if test.over_tasks is not None:
         assert_t_interval(test.over_tasks, list(values.mean(axis=1)))
+
+
+def test_each_task_has_an_interval_of_its_own_in_a_fold() -> None:
+    """Three seeds with differences 0.01 apart: the interval reaches 2.48 points each way."""
+    gains = {"sst2": (0.09, 0.1, 0.11), "rte": (-0.01, 0.0, 0.01)}
+    records = [
+        make_record(task, method, seed, 0.5 + gain * (method == "unipelt-ap"))
+        for task, found in gains.items()
+        for seed, gain in enumerate(found, 1)
+        for method in ("adapter", "unipelt-ap")
+    ]
+    blocks = compare_rows(compare_all([results_of(*records).table(100)]))
+    [fold] = [block for block in blocks if isinstance(block, Fold) and block.title == "By task"]
+    [grid] = [block for block in fold.blocks if isinstance(block, Grid)]
+    assert list(grid.head) == ["method", "sst2", "rte"]
+    assert grid.rows == [
+        [
+            [("unipelt-ap", ""), ("K = 100, against adapter", "minor")],
+            [("+10.00", "clear"), ("+7.52 to +12.48", "minor")],
+            [("+0.00", ""), ("−2.48 to +2.48", "minor")],  # noqa: RUF001
+        ]
+    ]
 
 
 def test_all_comparisons_of_a_page_are_one_family() -> None:
