@@ -13,7 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-ADAMW = {"adamw_foreach": {"foreach": True}, "adamw_fused": {"fused": True}}
+ADAMW: dict[str, dict[str, Any]] = {"adamw_foreach": {"foreach": True}, "adamw_fused": {"fused": True}}
 """The forms of AdamW whose kernels are counted, with their arguments."""
 MEMORY = ("empty", "new_empty", "resize", "set_")
 """How the names of operations start that only allocate memory."""
