@@ -25,6 +25,7 @@ from typing import Any
 import measuring
 import numpy as np
 import torch
+from launches import ADAMW, above_lora
 from measuring import describe, prepare
 
 BASE = "fine-tuning"
@@ -405,7 +406,8 @@ def table(record: Mapping[str, Any]) -> str:
     settings, on_gpu = record["settings"], record["hardware"]["gpu"] is not None
     heads = ["method", "trained", "deployed", "% of base", "head", "training step, ms", "% of fine-tuning (quartiles)"]
     heads += ["inference, ms", "% of fine-tuning (quartiles)", "peak MiB", "% of fine-tuning"]
-    heads += ["operations, forward", "added a layer", "operations, training step", *["GPU waits"] * on_gpu]
+    heads += ["operations, forward", "added a layer", "operations, training step"]
+    heads += ["kernels, forward + backward", "AdamW, foreach", "AdamW, fused", *["GPU waits"] * on_gpu]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     most = record["methods"][BASE]["peak_bytes"]
     for name, row in record["methods"].items():
@@ -418,11 +420,20 @@ def table(record: Mapping[str, Any]) -> str:
             cells += [f"{1000 * np.median(row['seconds'][kind]):.1f}"]
             cells += [f"{median:.1f} ({low:.1f} to {high:.1f}){_beside(paper.get(metric))}"]
         cells += [f"{row['peak_bytes'] / 2**20:.1f}", f"{100 * row['peak_bytes'] / most:.1f}"]
-        counted = row["operations"]
+        counted, kernels = row["operations"], row.get("launches", {}).get("kernels")
         cells += [str(counted["forward"]), f"{counted['added_per_layer']:.1f}", str(counted["train_step"])]
+        cells += (
+            ["?"] * 3
+            if kernels is None
+            else [
+                f"{kernels['forward']} + {kernels['backward']}",
+                *(str(kernels[form]) for form in ADAMW),
+            ]
+        )
         lines.append([*cells, *[str(row["synchronisations"])] * on_gpu])
     model = settings["model"] if settings["random"] is None else f"random {settings['random']}"
     memory = "CUDA's max_memory_allocated" if on_gpu else "bytes of all live tensors, counted operation by operation"
+    kernel = "the GPU's, by PyTorch's profiler" if on_gpu else "operations that do work, by PyTorch's profiler"
     notes = [
         f"{model}, {record['model']['layers']} x {record['model']['hidden']}, batch {settings['batch_size']} x "
         f"{settings['tokens']} ({100 * settings['padding']:.0f} % padding), {settings['precision']}, "
@@ -431,7 +442,9 @@ def table(record: Mapping[str, Any]) -> str:
         "Inference is of the deployed form. In square brackets the paper's, of BERT-base.",
         "Operations are ATen's without views; a training step's are of "
         "forward and backward; added a layer: in a forward pass, to the model without submodules, over the layers.",
+        f"Kernels are {kernel}.",
         f"Peak: {memory}.",
+        *above_lora(record["methods"]),
         *record["notes"],
     ]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes)])

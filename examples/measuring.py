@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from launches import launches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -122,9 +123,13 @@ class Contender:
 
     def learn(self, call: Any) -> None:
         """Do the forward and the backward pass."""
+        self.loss(call).backward()
+
+    def loss(self, call: Any) -> Tensor:
+        """Do the forward pass, and return the loss."""
         with self._autocast():
-            loss = call(**self.batch).loss
-        loss.backward()
+            loss: Tensor = call(**self.batch).loss
+        return loss
 
     def step(self, call: Any) -> None:
         """Do a training step: forward, backward, clip, AdamW, and removal of the gradients."""
@@ -223,7 +228,7 @@ def make_batch(config: Any, settings: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def describe(model: Any, config: Any, settings: argparse.Namespace, change: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """Change a model into a method's model. Return the contender, and its operations, peak memory and waits."""
+    """Change a model into a method's model. Return the contender, and its operations, kernels, memory and waits."""
     batch = make_batch(config, settings)
     bare = Contender(model, batch, settings).operations("inference")
     contender = Contender(change(model), batch, settings)
@@ -233,6 +238,7 @@ def describe(model: Any, config: Any, settings: argparse.Namespace, change: Call
             "train_step": contender.operations("train"),
             "frozen_forward": bare,
         },
+        "launches": launches(contender, OperationCounter),
         "peak_bytes": contender.peak_bytes(),
         "synchronisations": contender.synchronisations(),
     }

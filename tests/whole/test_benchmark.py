@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import benchmark
+import launches
 import measuring
 import pytest
 import torch
@@ -103,6 +104,55 @@ def test_views_are_no_operations(view: Callable[[Tensor], Any]) -> None:
 def test_what_writes_or_makes_memory_is_an_operation(change: Callable[[Tensor], Any], name: str) -> None:
     x = torch.ones(2, 4)
     assert counted(lambda: change(x)) == {name: 1}
+
+
+# Kernels
+
+
+@pytest.mark.parametrize(
+    ("run", "kernels"),
+    [
+        (lambda: nn.functional.linear(ONES, ONES).relu().view(4), 2),
+        (lambda: ONES.t().contiguous(), 1),
+        (lambda: torch.zeros_like(ONES), 1),
+        (lambda: torch.empty_like(ONES).transpose(0, 1)[0], 0),
+        (lambda: torch.cat([ONES, ONES]).add_(1), 2),
+        (lambda: torch.addmm(ONES[0, :2], ONES, ONES.t()), 1),
+    ],
+)
+def test_kernels_are_the_operations_that_do_work(run: Callable[[], Any], kernels: int) -> None:
+    assert launches.count_kernels(run) == kernels
+
+
+def test_the_largest_sources_beyond_lora() -> None:
+    def row(forward: dict[str, int], backward: dict[str, int]) -> dict[str, Any]:
+        return {"launches": {"operations": {"forward": forward, "backward": backward}}}
+
+    rows = {
+        "lora": row({"aten.mm.default": 4, "aten.cat.default": 1}, {"aten.sum.dim_IntList": 2}),
+        "mine": row({"aten.mm.default": 5, "aten.add.Tensor": 3}, {"aten.sum.dim_IntList": 7, "aten.mm.default": 1}),
+        "AdapterHub's UniPELT": {},
+    }
+    assert launches.above_lora(rows, most=2) == [
+        "mine, operations of a training step beyond lora (+9): sum.dim_IntList +5 (+0 forward, +5 backward), "
+        "add.Tensor +3 (+3 forward, +0 backward)."
+    ]
+    assert launches.above_lora({"mine": rows["mine"]}) == []
+
+
+def test_launches_of_a_step_change_no_parameter() -> None:
+    toy = Toy(2, 2)
+    before = toy.linear.weight.detach().clone()
+    contender = measuring.Contender(toy, {"x": torch.ones(1, 2)}, settings())
+    found = launches.launches(contender, measuring.OperationCounter)
+    assert found["operations"]["forward"] == {"aten.addmm.default": 1, "aten.sum.default": 1}
+    assert found["operations"]["backward"]["aten.mm.default"] == 1
+    kernels = found["kernels"]
+    assert list(kernels) == ["forward", "backward", "adamw_foreach", "adamw_fused"]
+    assert (kernels["forward"], kernels["backward"]) == (2, 3), "backward: ones, the weight's and the bias's product"
+    assert kernels["adamw_fused"] < kernels["adamw_foreach"]
+    assert torch.equal(toy.linear.weight, before)
+    assert toy.linear.weight.grad is None
 
 
 # Memory
@@ -314,6 +364,9 @@ def test_a_run_leaves_a_record_and_prints_its_table(tmp_path: Path, capsys: pyte
         assert all(second > 0 for kind in row["seconds"].values() for second in kind)
         assert row["operations"]["frozen_forward"] == rows["frozen"]["operations"]["forward"]
         assert row["synchronisations"] is None
+        counts = row["launches"]["operations"]
+        assert sum(sum(part.values()) for part in counts.values()) == row["operations"]["train_step"]
+        assert all(count > 0 for count in row["launches"]["kernels"].values())
     assert rows["fine-tuning"]["ratio"]["train"] == {"low": 1.0, "median": 1.0, "high": 1.0}
     assert rows["fine-tuning"]["operations"]["added_per_layer"] == 0
     added = rows["unipelt-apl"]["operations"]
@@ -332,7 +385,7 @@ def test_a_run_leaves_a_record_and_prints_its_table(tmp_path: Path, capsys: pyte
 
     lines = capsys.readouterr().out.splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    assert {len(row) for row in cells} == {14}
+    assert {len(row) for row in cells} == {17}
     assert [row[0] for row in cells[2:]] == list(rows)
     assert cells[4][1:3] == [f"{counts.trained:,}", f"{counts.deployed:,} [1.4M]"]
     assert cells[4][6].endswith("[67]")

@@ -139,18 +139,11 @@ def _attend(
         key, value = key[:, :, :tokens], value[:, :, :tokens]
         bias = None if bias is None else bias[..., :tokens]
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    keys = key.shape[2]
-    before, in_front = prefix.scaled(both, len(key), key.dtype, gate)
     if bias is not None:
         kwargs["position_bias"] = nn.functional.pad(bias, (prefix.length, 0))
-    return function(
-        module,
-        query,
-        torch.cat([before, key], dim=2),
-        torch.cat([in_front, value], dim=2),
-        prefix.columns(mask, key.dtype, keys, gate, now.facts, keep),
-        **kwargs,
-    )
+    mask = prefix.columns(mask, key.dtype, key.shape[2], gate, now.facts, keep)
+    key, value = prefix.join(both, gate, key, value)
+    return function(module, query, key, value, mask, **kwargs)
 
 
 def _gate_of_prefix(part: SubmoduleSet, prefix: Any, now: ForwardPass) -> Tensor | None:

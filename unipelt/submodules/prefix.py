@@ -17,6 +17,7 @@ from unipelt.submodules.drop import SubmoduleDropout
 from unipelt.submodules.entry import Part
 from unipelt.submodules.forward_pass import AttentionPass, PassFacts, new_key, split_heads
 from unipelt.submodules.gate import INITIAL_STD
+from unipelt.submodules.term import is_eager_product
 
 NETWORK_NAMES = ("prefix_network", "cross_prefix_network")
 """The names of the prefix networks in a stack's set: for self-attentions and for cross-attentions."""
@@ -201,12 +202,30 @@ class Prefix(nn.Module):
             dtype: the type of the attention's keys.
             gate: (B, 1) or (B, T), or None.
         """
-        both = both.to(dtype).unsqueeze(1)
-        if gate is not None and self.gating == "scale":
-            both = both * gate.to(dtype).view(batch, *[1] * (both.dim() - 2))
+        both = both.to(dtype)
+        if gate is None or self.gating != "scale":
+            keys, values = both.unsqueeze(1).expand(-1, batch, *[-1] * (both.dim() - 1)).unbind()
+        elif torch.is_grad_enabled() and is_eager_product(both):
+            # as a matrix product, whose backward pass has two operations fewer
+            keys, values = torch.mm(gate.to(dtype), both.reshape(1, -1)).view(batch, *both.shape).unbind(1)
         else:
-            both = both.expand(2, batch, *both.shape[2:])
-        keys, values = both.unbind()
+            keys, values = (both.unsqueeze(1) * gate.to(dtype).view(batch, *[1] * (both.dim() - 1))).unbind()
+        return keys, values
+
+    def join(self, both: Tensor, gate: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the prefix, after the gate, in front of the text's, each (B, H, L + S, d).
+
+        Args:
+            both: (2, H, L, d), before the gate.
+            gate: (B, 1) or (B, T), or None.
+            key: (B, H, S, d), the text's keys.
+            value: (B, H, S, d), the text's values.
+        """
+        before, in_front = self.scaled(both, len(key), key.dtype, gate)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat([before, key], dim=2), torch.cat([in_front, value], dim=2)
+        # one operation, which in the backward pass would cost a copy of everything
+        keys, values = torch.cat([before, key, in_front, value], dim=2).chunk(2, dim=2)
         return keys, values
 
     def attention(self, both: Tensor, query: Tensor, gate: Tensor | None, **kwargs: Any) -> Tensor:
