@@ -18,7 +18,6 @@ from transformers import BertConfig, BertForSequenceClassification
 import unipelt
 from unipelt.submodules.forward_pass import PassFacts
 from unipelt.submodules.room import rooms
-from unipelt.submodules.term import SMALL_TEXT, add_scaled
 from unipelt.submodules.tokens import token_weights
 
 LABELS = torch.tensor([0, 1, 1])
@@ -80,58 +79,17 @@ def test_operations_of_a_forward_pass(padded: bool, method: Any, most: tuple[int
 def test_operations_of_a_training_step(padded: bool) -> None:
     tuned = step_operations(unipelt.inject(bert(4), "fine-tuning"), padded).total()
     ours = step_operations(unipelt.inject(bert(4), SCALE), padded).total()
-    assert ours <= 367, "five more than here, for other versions of PyTorch"
+    assert ours <= 375, "five more than here, for other versions of PyTorch"
     assert ours < 1.9 * tuned
 
 
 def test_operations_of_six_layers_with_dropout() -> None:
     """The setting of the table in docs/speed.md."""
     model = unipelt.inject(bert(6, dropout=0.1), SCALE)
-    assert step_operations(model, padded=False).total() <= 686, "five more than here"
+    assert step_operations(model, padded=False).total() <= 698, "five more than here"
 
 
-# Sums as matrix products
-
-
-@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_gated_sum_as_a_product_is_the_same_sum(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    shapes = {"y": (3, 5, 8), "gate": (3, 1, 1), "update": (3, 5, 8), "grad": (3, 5, 8)}
-    given = {name: torch.randn(shape, dtype=kind) for name, shape in shapes.items()}
-
-    def run() -> tuple[dict[str, int], list[Tensor]]:
-        leaves = [given[name].clone().requires_grad_() for name in ("y", "gate", "update")]
-        with OperationCounter() as counting:
-            out = add_scaled(*leaves)
-            found = torch.autograd.grad(out, leaves, given["grad"])
-        return counting.counts, [out.detach(), *found]
-
-    counts, got = run()
-    assert counts["aten.baddbmm.default"] == 1
-    monkeypatch.setattr("unipelt.submodules.term.is_eager_product", lambda x: False)
-    elementwise, want = run()
-    assert elementwise["aten.baddbmm.default"] == 0
-    assert sum(counts.values()) == sum(elementwise.values()) - 2
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[kind]
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
-
-
-def test_autocast_keeps_the_type_of_a_gated_sum() -> None:
-    y, gate, update = torch.ones(2, 3, 4) / 3, torch.full((2, 1, 1), 0.3), torch.ones(2, 3, 4, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = add_scaled(y, gate, update)
-    assert out.dtype == torch.float32
-    assert torch.equal(out, y + gate * update)
-
-
-def test_token_gates_long_texts_and_empty_batches_are_summed_by_element() -> None:
-    for rows, tokens, width, gates in ((2, 3, 4, 3), (1, 2, SMALL_TEXT, 1), (0, 3, 4, 1)):
-        y, update = torch.ones(rows, tokens, width), torch.ones(rows, tokens, width, requires_grad=True)
-        with OperationCounter() as counting:
-            out = add_scaled(y, torch.full((rows, gates, 1), 0.5), update)
-        assert counting.counts["aten.baddbmm.default"] == 0
-        assert torch.equal(out, torch.full((rows, tokens, width), 1.5))
+# A prefix as a matrix product
 
 
 def test_a_gated_prefix_as_a_product_is_the_same_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +97,7 @@ def test_a_gated_prefix_as_a_product_is_the_same_prefix(monkeypatch: pytest.Monk
     want_gradients = gradients(model)
     with OperationCounter() as counting:
         gradients(model)
-    monkeypatch.setattr("unipelt.submodules.prefix.is_eager_product", lambda x: False)
+    monkeypatch.setattr("unipelt.submodules.prefix._is_product", lambda x: False)
     with OperationCounter() as elementwise:
         got = gradients(model)
     assert_close(got, want_gradients)

@@ -17,7 +17,6 @@ from unipelt.submodules.drop import SubmoduleDropout
 from unipelt.submodules.entry import Part
 from unipelt.submodules.forward_pass import AttentionPass, PassFacts, new_key, split_heads
 from unipelt.submodules.gate import INITIAL_STD
-from unipelt.submodules.term import is_eager_product
 
 NETWORK_NAMES = ("prefix_network", "cross_prefix_network")
 """The names of the prefix networks in a stack's set: for self-attentions and for cross-attentions."""
@@ -205,7 +204,7 @@ class Prefix(nn.Module):
         both = both.to(dtype)
         if gate is None or self.gating != "scale":
             keys, values = both.unsqueeze(1).expand(-1, batch, *[-1] * (both.dim() - 1)).unbind()
-        elif torch.is_grad_enabled() and is_eager_product(both):
+        elif torch.is_grad_enabled() and _is_product(both):
             # as a matrix product, whose backward pass has two operations fewer
             keys, values = torch.mm(gate.to(dtype), both.reshape(1, -1)).view(batch, *both.shape).unbind(1)
         else:
@@ -318,3 +317,14 @@ def _with_mass(gate: Tensor, mask: Tensor | None, tokens: int, length: int) -> T
     mask = mask.expand(gate.shape[0], -1, rows, -1)
     columns = log.expand(-1, mask.shape[1], rows, length)
     return torch.cat([columns, mask.to(gate.dtype)], dim=-1)
+
+
+def _is_product(x: Tensor) -> bool:
+    """Return whether a matrix product of x runs at once, and in the type of x.
+
+    A compiler fuses elementwise operations better than a product, and autocast may change the type.
+    """
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    kind = x.device.type
+    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == x.dtype

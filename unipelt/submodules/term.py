@@ -16,12 +16,6 @@ from unipelt.submodules.entry import Entry, Part
 from unipelt.submodules.forward_pass import AttentionPass
 from unipelt.submodules.outputs import OutputSlice
 
-SMALL_TEXT = 1 << 17
-"""The largest number of elements of an example for which the sum `y + g f` is one matrix product.
-
-The gradient of g is then a product of two long rows, which a GPU shares out worse than a sum.
-"""
-
 
 class Term(nn.Module):
     """A submodule at one target: `y + g f(x, y)`, with g = 1 for a submodule without a gate.
@@ -179,24 +173,9 @@ def add_scaled(y: Tensor, gate: Tensor | None, update: Tensor) -> Tensor:
     if gate is None:
         return y + update
     gate = flat_like(gate, y).to(y.dtype)
-    if not (torch.is_grad_enabled() and update.requires_grad):
-        return torch.addcmul(y, gate, update)
-    if is_eager_product(y) and gate.shape == (len(y), 1, 1) and 0 < y.numel() <= SMALL_TEXT * len(y):
-        # as a matrix product, which has one operation fewer, and one in the backward pass
-        rows = (len(y), 1, -1)
-        return torch.baddbmm(y.reshape(rows), gate, update.reshape(rows)).view_as(y)
-    return y + gate * update  # the backward pass has two operations fewer than with addcmul
-
-
-def is_eager_product(x: Tensor) -> bool:
-    """Return whether a matrix product of x runs at once, and in the type of x.
-
-    A compiler fuses elementwise operations better than a product, and autocast may change the type.
-    """
-    if torch.compiler.is_compiling() or x.is_meta:
-        return False
-    kind = x.device.type
-    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == x.dtype
+    if torch.is_grad_enabled() and update.requires_grad:
+        return y + gate * update  # the backward pass has two operations fewer than with addcmul
+    return torch.addcmul(y, gate, update)
 
 
 def require(now: AttentionPass | None, name: str) -> AttentionPass:
