@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,14 @@ def assert_same(model: torch.nn.Module, before: dict[str, Tensor]) -> None:
     assert list(after) == list(before)
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_new_modules_are_in_the_mode_of_the_model(training: bool, tmp_path: Path) -> None:
+    model = unipelt.inject(tiny_bert().train(training), "unipelt-apl")
+    unipelt.save(model, tmp_path)
+    for changed in (model, unipelt.load(tiny_bert().train(training), tmp_path)):
+        assert {module.training for module in changed.modules()} == {training}
 
 
 @pytest.mark.parametrize("preset", unipelt.PRESETS)

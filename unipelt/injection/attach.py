@@ -127,7 +127,7 @@ def install(model: PreTrainedModel, built: BuiltStack, config: UniPELTConfig, na
 def room_of(host: Any, passes: Passes | None) -> Room:
     """Return the room of a layer or a stack; make the room if it does not exist."""
     if ROOM not in host._modules:
-        host.add_module(ROOM, Room(passes or Passes()))
+        host.add_module(ROOM, Room(passes or Passes()).train(host.training))
     room: Room = host._modules[ROOM]
     return room
 
