@@ -11,6 +11,7 @@ import torch
 from helpers import refusing, shake, tiny_batch, tiny_bert
 from peft_tuners import injected, method_of
 from safetensors.torch import load_file
+from tiny import tiny_batch as batch_of
 from tiny import tiny_model
 from transformers import FNetConfig, FNetForSequenceClassification
 
@@ -172,6 +173,25 @@ def test_pefts_switch_of_training_takes_one_name_or_several() -> None:
     assert training() == {"default", "other"}
 
 
+def test_fixed_starts_of_factors_never_train() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig({"preset": "lora", "lora": {"start": "pissa"}}))
+    model.set_requires_grad("default", requires_grad=True)
+    flags = {name.rpartition(".")[2]: p.requires_grad for name, p in model.named_parameters() if ".unipelt." in name}
+    assert flags == {"A": True, "B": True, "A0": False, "B0": False}
+
+
+def test_a_model_is_wrapped_again_without_what_the_first_wrapper_left() -> None:
+    model = unipelt.inject(tiny_bert(), "lora").eval()
+    shake(model, std=0.5)
+    want = model(**tiny_batch()).logits
+    wrapped = unipelt.to_peft(model)
+    wrapped.base_model.disable_adapter_layers()
+    assert not torch.equal(wrapped(**tiny_batch()).logits, want)
+    back = unipelt.from_peft(wrapped)
+    assert torch.equal(back(**tiny_batch()).logits, want)
+    assert torch.equal(unipelt.to_peft(back)(**tiny_batch()).logits, want)
+
+
 def test_a_set_follows_its_host_to_another_device() -> None:
     """PEFT calls this after it has loaded a set. The device meta stands for another one."""
     from unipelt.submodules.room import rooms
@@ -217,6 +237,17 @@ def test_rows_that_cannot_be_in_one_batch_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             model(**tiny_batch(), adapter_names=names)
+
+
+def test_names_of_one_batch_say_nothing_of_the_next() -> None:
+    model = peft.get_peft_model(tiny_model("llama"), unipelt.PeftConfig("lora", task_type="CAUSAL_LM")).eval()
+    model.add_adapter("other", unipelt.PeftConfig("lora", task_type="CAUSAL_LM"))
+    batch = batch_of("llama", lengths=(7, 7, 7), tokens=7)
+    twice = {name: torch.cat([value, value.flip(0)]) for name, value in batch.items()}
+    options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 1}
+    want = model.generate(**twice, **options)
+    model(**batch, adapter_names=["other", "default", "other"])
+    assert torch.equal(model.generate(**twice, **options), want)
 
 
 # A tuner of PEFT's
