@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,30 @@ def test_the_type_is_a_member_of_pefts_enumeration() -> None:
     assert (member.name, member.value, str.__str__(member)) == ("UNIPELT",) * 3
     assert peft.PeftType.UNIPELT is peft.PeftType["UNIPELT"] is member
     assert list(peft.PeftType).count(member) == 1
+
+
+@pytest.mark.parametrize(("there", "known"), [(True, True), (True, False), (False, True)])
+def test_reading_folders_enters_the_type_where_peft_is_there_and_known(
+    there: bool, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unipelt.bridges import peft as bridge
+    from unipelt.bridges import peft_socket
+
+    entered: list[int] = []
+    find = importlib.util.find_spec
+
+    def enter() -> None:
+        entered.append(1)
+        if not known:
+            raise ImportError("unipelt does not know PEFT 9")
+
+    monkeypatch.setattr(peft_socket, "register_with_peft", enter)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if there or name != "peft" else None)
+    again = importlib.reload(bridge)
+    monkeypatch.undo()
+    assert len(entered) == there
+    assert again.load_peft is unipelt.load_peft
+    importlib.reload(bridge)
 
 
 def test_pefts_switch_of_training_takes_one_name_or_several() -> None:
