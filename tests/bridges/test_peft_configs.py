@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def test_a_configuration_checks_and_copies_what_it_is_given() -> None:
     given.append("pooler")
     assert (config.head, config.modules_to_save) == (["classifier"], ["classifier"])
     assert config.peft_type == "UNIPELT"
+    assert inspect.signature(unipelt.PeftConfig).parameters["method"].default == "unipelt-apl"
     with pytest.raises(ValueError, match="task type"):
         unipelt.PeftConfig("lora", task_type="SENTIMENT")
 
@@ -150,6 +152,31 @@ def test_a_set_without_a_head_has_no_copy_of_it() -> None:
     inner = model.get_base_model()
     assert [path for path, _ in copies(inner, "default")] == ["classifier"]
     assert not list(copies(inner, "headless"))
+
+
+def test_a_wrapper_inside_another_is_not_told_apart() -> None:
+    from unipelt.bridges.peft_socket.heads import wrappers
+
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora", modules_to_save=["pooler", "dense"]))
+    paths = [path for path, _ in wrappers(model.get_base_model())]
+    assert "bert.pooler" in paths
+    assert "bert.encoder.layer.0.output.dense" in paths
+    assert not [path for path in paths if path.startswith("bert.pooler.")]
+
+
+def test_copies_deep_in_a_model_take_the_place_of_their_wrappers() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora", modules_to_save=["pooler"]))
+    copy = model.get_parameter("base_model.model.bert.pooler.modules_to_save.default.dense.weight")
+    bare = model.unload()
+    assert [name for name, _ in bare.named_parameters()] == [name for name, _ in tiny_bert().named_parameters()]
+    assert bare.bert.pooler.dense.weight is copy
+
+
+def test_another_set_leaves_the_active_one_frozen() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora"))
+    model.set_requires_grad("default", requires_grad=False)
+    model.add_adapter("other", unipelt.PeftConfig("lora"))
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and ".unipelt." in name]
 
 
 def test_the_type_is_a_member_of_pefts_enumeration() -> None:
@@ -263,6 +290,23 @@ def test_rows_that_cannot_be_in_one_batch_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             model(**tiny_batch(), adapter_names=names)
+
+
+def test_rows_are_sorted_and_put_back_inside_containers() -> None:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    from unipelt.bridges.peft_socket.rows import put_back, sort_given
+
+    order, rows, one = torch.tensor([0, 2, 1]), torch.arange(3), torch.tensor(7)
+    given = ([rows, (rows, None)], BaseModelOutput(rows, (rows,)), rows[:2], one, "word")
+    for change in (sort_given, put_back):
+        found = change(given, 3, order)
+        assert [type(value) for value in found] == [type(value) for value in given]
+        (first, (second, nothing)), output, two, single, word = found
+        inside = (first, second, output.last_hidden_state, output.hidden_states[0])
+        assert [value.tolist() for value in inside] == [[0, 2, 1]] * 4
+        assert (nothing, two.tolist(), single.item(), word) == (None, [0, 1], 7, "word")
+        assert type(output.hidden_states) is tuple
 
 
 def test_names_of_one_batch_say_nothing_of_the_next() -> None:
