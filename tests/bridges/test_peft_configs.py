@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from helpers import refusing, shake, tiny_batch, tiny_bert
 from peft_tuners import injected, method_of
 from safetensors.torch import load_file
+from tiny import tiny_batch as batch_of
 from tiny import tiny_model
 from transformers import FNetConfig, FNetForSequenceClassification
 
@@ -117,6 +121,7 @@ def test_a_configuration_checks_and_copies_what_it_is_given() -> None:
     given.append("pooler")
     assert (config.head, config.modules_to_save) == (["classifier"], ["classifier"])
     assert config.peft_type == "UNIPELT"
+    assert inspect.signature(unipelt.PeftConfig).parameters["method"].default == "unipelt-apl"
     with pytest.raises(ValueError, match="task type"):
         unipelt.PeftConfig("lora", task_type="SENTIMENT")
 
@@ -149,12 +154,61 @@ def test_a_set_without_a_head_has_no_copy_of_it() -> None:
     assert not list(copies(inner, "headless"))
 
 
+def test_a_wrapper_inside_another_is_not_told_apart() -> None:
+    from unipelt.bridges.peft_socket.heads import wrappers
+
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora", modules_to_save=["pooler", "dense"]))
+    paths = [path for path, _ in wrappers(model.get_base_model())]
+    assert "bert.pooler" in paths
+    assert "bert.encoder.layer.0.output.dense" in paths
+    assert not [path for path in paths if path.startswith("bert.pooler.")]
+
+
+def test_copies_deep_in_a_model_take_the_place_of_their_wrappers() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora", modules_to_save=["pooler"]))
+    copy = model.get_parameter("base_model.model.bert.pooler.modules_to_save.default.dense.weight")
+    bare = model.unload()
+    assert [name for name, _ in bare.named_parameters()] == [name for name, _ in tiny_bert().named_parameters()]
+    assert bare.bert.pooler.dense.weight is copy
+
+
+def test_another_set_leaves_the_active_one_frozen() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig("lora"))
+    model.set_requires_grad("default", requires_grad=False)
+    model.add_adapter("other", unipelt.PeftConfig("lora"))
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and ".unipelt." in name]
+
+
 def test_the_type_is_a_member_of_pefts_enumeration() -> None:
     unipelt.register_with_peft()
     member = peft.PeftType("UNIPELT")
     assert (member.name, member.value, str.__str__(member)) == ("UNIPELT",) * 3
     assert peft.PeftType.UNIPELT is peft.PeftType["UNIPELT"] is member
     assert list(peft.PeftType).count(member) == 1
+
+
+@pytest.mark.parametrize(("there", "known"), [(True, True), (True, False), (False, True)])
+def test_reading_folders_enters_the_type_where_peft_is_there_and_known(
+    there: bool, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unipelt.bridges import peft as bridge
+    from unipelt.bridges import peft_socket
+
+    entered: list[int] = []
+    find = importlib.util.find_spec
+
+    def enter() -> None:
+        entered.append(1)
+        if not known:
+            raise ImportError("unipelt does not know PEFT 9")
+
+    monkeypatch.setattr(peft_socket, "register_with_peft", enter)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if there or name != "peft" else None)
+    again = importlib.reload(bridge)
+    monkeypatch.undo()
+    assert len(entered) == there
+    assert again.load_peft is unipelt.load_peft
+    importlib.reload(bridge)
 
 
 def test_pefts_switch_of_training_takes_one_name_or_several() -> None:
@@ -170,6 +224,25 @@ def test_pefts_switch_of_training_takes_one_name_or_several() -> None:
     assert training() == set()
     model.set_requires_grad(["default", "other"], requires_grad=True)
     assert training() == {"default", "other"}
+
+
+def test_fixed_starts_of_factors_never_train() -> None:
+    model = peft.get_peft_model(tiny_bert(), unipelt.PeftConfig({"preset": "lora", "lora": {"start": "pissa"}}))
+    model.set_requires_grad("default", requires_grad=True)
+    flags = {name.rpartition(".")[2]: p.requires_grad for name, p in model.named_parameters() if ".unipelt." in name}
+    assert flags == {"A": True, "B": True, "A0": False, "B0": False}
+
+
+def test_a_model_is_wrapped_again_without_what_the_first_wrapper_left() -> None:
+    model = unipelt.inject(tiny_bert(), "lora").eval()
+    shake(model, std=0.5)
+    want = model(**tiny_batch()).logits
+    wrapped = unipelt.to_peft(model)
+    wrapped.base_model.disable_adapter_layers()
+    assert not torch.equal(wrapped(**tiny_batch()).logits, want)
+    back = unipelt.from_peft(wrapped)
+    assert torch.equal(back(**tiny_batch()).logits, want)
+    assert torch.equal(unipelt.to_peft(back)(**tiny_batch()).logits, want)
 
 
 def test_a_set_follows_its_host_to_another_device() -> None:
@@ -217,6 +290,34 @@ def test_rows_that_cannot_be_in_one_batch_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             model(**tiny_batch(), adapter_names=names)
+
+
+def test_rows_are_sorted_and_put_back_inside_containers() -> None:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    from unipelt.bridges.peft_socket.rows import put_back, sort_given
+
+    order, rows, one = torch.tensor([0, 2, 1]), torch.arange(3), torch.tensor(7)
+    given = ([rows, (rows, None)], BaseModelOutput(rows, (rows,)), rows[:2], one, "word")
+    for change in (sort_given, put_back):
+        found = change(given, 3, order)
+        assert [type(value) for value in found] == [type(value) for value in given]
+        (first, (second, nothing)), output, two, single, word = found
+        inside = (first, second, output.last_hidden_state, output.hidden_states[0])
+        assert [value.tolist() for value in inside] == [[0, 2, 1]] * 4
+        assert (nothing, two.tolist(), single.item(), word) == (None, [0, 1], 7, "word")
+        assert type(output.hidden_states) is tuple
+
+
+def test_names_of_one_batch_say_nothing_of_the_next() -> None:
+    model = peft.get_peft_model(tiny_model("llama"), unipelt.PeftConfig("lora", task_type="CAUSAL_LM")).eval()
+    model.add_adapter("other", unipelt.PeftConfig("lora", task_type="CAUSAL_LM"))
+    batch = batch_of("llama", lengths=(7, 7, 7), tokens=7)
+    twice = {name: torch.cat([value, value.flip(0)]) for name, value in batch.items()}
+    options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 1}
+    want = model.generate(**twice, **options)
+    model(**batch, adapter_names=["other", "default", "other"])
+    assert torch.equal(model.generate(**twice, **options), want)
 
 
 # A tuner of PEFT's

@@ -543,6 +543,7 @@ def test_both_write_the_same_folder(family: str, method: str, tmp_path: Path) ->
     )
     assert pefts[1].keys() == ours[1].keys()
     assert all(torch.equal(value, ours[1][name]) for name, value in pefts[1].items())
+    assert isinstance(ours[0]["modules_to_save"] or [], list)
     for fields in (pefts[0], ours[0]):
         fields["modules_to_save"] = sorted(set(fields["modules_to_save"] or ()) - {"score", "classifier"})  # PEFT's own
         fields.pop("peft_version", None)
@@ -584,6 +585,8 @@ def test_a_module_that_trains_beside_the_head_comes_along(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"pooler.dense.bias is kept beside the head, and PEFT cannot carry it"):
         unipelt.save(loaded, tmp_path / "out", peft=True)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"pooler.dense.bias trains beside the head, and PEFT cannot carry it; freeze"):
+        to_peft(loaded)
 
 
 def test_our_loader_refuses_other_folders_of_pefts(tmp_path: Path) -> None:
@@ -607,7 +610,11 @@ def test_our_loader_refuses_other_folders_of_pefts(tmp_path: Path) -> None:
         ({"method": {"invented": 1}}, "adapter_config.json cannot be read: .*invented"),
         ({"method": 3}, "method must be a mapping, not 3"),
         ({"head": "classifier"}, "head must be a list"),
-        ({"deployed": None}, "deployed must be true or false"),
+        ({"deployed": None}, "deployed must be true or false, not None"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path must be a text, not 3"),
+        ({"revision": 3}, "revision must be a text, not 3"),
+        ({"task_type": 3}, "task_type must be a text, not 3"),
+        ({"auto_mapping": "BertModel"}, "auto_mapping must be a mapping, not 'BertModel'"),
         ({"method": unipelt.resolve("lora").to_dict()}, "does not fit"),
     ):
         (tmp_path / "whole" / "adapter_config.json").write_text(json.dumps({**fields, **changed}))

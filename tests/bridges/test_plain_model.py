@@ -93,6 +93,21 @@ def test_folding_makes_lora_mergeable() -> None:
     torch.testing.assert_close(logits(unipelt.merge(model), "bert"), want, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [torch.empty(32, 32, device="meta"), torch.zeros(32, 32, dtype=torch.int8)],
+    ids=["offloaded", "quantised"],
+)
+def test_a_weight_without_numbers_to_add_to_is_refused(weight: torch.Tensor) -> None:
+    model: Any = unipelt.inject(tiny_model("bert"), "lora")
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.query.weight = nn.Parameter(weight, requires_grad=False)
+    before = attention.value.weight.clone()
+    with pytest.raises(unipelt.MergeError, match=r"layer\.1\.attention\.self\.query\.weight is not in memory as plain"):
+        unipelt.merge(model)
+    assert torch.equal(attention.value.weight, before)
+
+
 def test_a_shared_weight_is_refused() -> None:
     model: Any = unipelt.inject(tiny_model("bert"), "lora")
     attention = model.bert.encoder.layer[0].attention.self

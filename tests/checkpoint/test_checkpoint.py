@@ -468,6 +468,11 @@ def test_save_needs_an_injection(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_the_folders_above_are_made(tmp_path: Path) -> None:
+    unipelt.save(trained("lora"), tmp_path / "runs" / "one")
+    assert {path.name for path in (tmp_path / "runs" / "one").iterdir()} == set(FILES)
+
+
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):

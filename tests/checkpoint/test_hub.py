@@ -477,6 +477,7 @@ def test_a_card_of_fine_tuning() -> None:
         ("BertForQuestionAnswering", "question-answering"),
         ("BertForMaskedLM", "fill-mask"),
         ("LlamaForCausalLM", "text-generation"),
+        ("GPT2LMHeadModel", "text-generation"),
         ("BartForConditionalGeneration", "text2text-generation"),
         ("MarianMTModel", "text2text-generation"),
         ("BertModel", None),

@@ -76,6 +76,14 @@ def test_prefixes_beside_a_cache_are_those_of_the_new_numbers(tmp_path: Path) ->
     assert torch.equal(models[0].generate(**batch, **options), want[1])
 
 
+def test_a_folder_in_pefts_form_is_swapped_too(tmp_path: Path) -> None:
+    """It holds no fingerprint of the base, so there is none to compare."""
+    one, other = trained("lora"), trained("lora", model=tiny_bert(seed=5))
+    unipelt.save(other, tmp_path, peft=True)
+    unipelt.swap(one, tmp_path)
+    assert torch.equal(one.classifier.weight, other.classifier.weight)
+
+
 def test_another_method_form_or_base_is_refused(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "one", 1)
     checkpoint(tmp_path / "lora", 1, "lora")

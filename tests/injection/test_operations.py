@@ -25,6 +25,7 @@ SCALE = "unipelt-apl"
 MASS = {"preset": "unipelt-apl", "prefix": {"gating": "mass"}}
 OWN = {"preset": "unipelt-apl", "prefix": {"softmax": "own"}}
 NOGATE = "unipelt-apl-nogate"
+TOKEN = {"preset": "unipelt-apl", "gate": {"pooling": "token"}}
 
 
 def bert(layers: int, dropout: float = 0.0) -> Any:
@@ -181,7 +182,7 @@ def test_each_layer_by_itself_computes_the_same(method: Any) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("some", [(0, 1, 2), (1,)], ids=str)
-@pytest.mark.parametrize("method", [SCALE, MASS], ids=str)
+@pytest.mark.parametrize("method", [SCALE, MASS, TOKEN], ids=str)
 def test_layers_that_somebody_else_checkpoints(method: Any, some: tuple[int, ...], reentrant: bool) -> None:
     """By PyTorch's own function, which Transformers' switches know nothing of; two passes before one backward pass."""
     model = make(method).train()

@@ -24,7 +24,7 @@ from unipelt.injection.state import injection_of
 from unipelt.pack import Pack, PackError, kept_values
 from unipelt.report import kinds
 from unipelt.submodules.mixture import Mixture, MixtureTerm
-from unipelt.submodules.room import placed_terms, rooms
+from unipelt.submodules.room import own_parts, placed_terms, rooms
 
 SIZES: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "gate": False},
@@ -393,6 +393,30 @@ def test_lora_of_random_experts_reaches_the_weights_and_peft(tmp_path: Path) -> 
     unipelt.save_peft(unipelt.merge_experts(model), tmp_path)
     torch.testing.assert_close(logits(unipelt.load_peft(tiny_bert(), tmp_path)), want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(unipelt.merge(model)), want, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_frozen_beside_merged_experts_stays_frozen() -> None:
+    mixed = {**SIZES["adapter"], "mixture": {"experts": 2, "router": "random"}}
+    model: Any = unipelt.inject(tiny_bert(), small("unipelt-ap-nogate", adapter=mixed))
+    for own in own_parts(model):
+        own.parameter.requires_grad_(own.part.kind != "prefix")
+    unipelt.merge_experts(model)
+    assert {(own.part.kind, own.parameter.requires_grad) for own in own_parts(model)} == {
+        ("prefix", False),
+        ("adapter", True),
+    }
+
+
+def test_decomposed_updates_of_random_experts_become_one() -> None:
+    lora = {"rank": 2, "gate": False, "decomposed": True}
+    model: Any = unipelt.inject(
+        tiny_bert(), {"preset": "lora", "lora": {**lora, "mixture": {"experts": 3, "router": "random"}}}
+    )
+    shake(model, std=0.3)
+    want = logits(model)
+    unipelt.merge_experts(model)
+    torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=1e-5)
+    assert injection_of(model).config == unipelt.resolve({"preset": "lora", "lora": lora})
 
 
 @pytest.mark.parametrize("router", ["example", "random"])

@@ -17,7 +17,7 @@ from unipelt.config.methods import UniPELTConfig
 from unipelt.injection.inject import inject_as, strip
 from unipelt.injection.state import injection_of
 from unipelt.submodules.mixture import EXPERTS
-from unipelt.submodules.room import DEFAULT, own_parameters, own_parts, rooms
+from unipelt.submodules.room import DEFAULT, own_parts, rooms
 
 _EXPERT = re.compile(rf"(.+)\.{re.escape(EXPERTS)}\.\d+\.(.+)")
 
@@ -57,8 +57,7 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
     if injection.folded is not None:
         raise MergeError("this model is folded; merge the experts of the model before folding")
     values = _means(model, config, merged)
-    ours = own_parameters(model)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters() if name not in ours}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     strip(model)
     inject_as(model, config, deployed=injection.deployed, head=injection.head)
     changed = injection_of(model)
