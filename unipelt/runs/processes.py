@@ -7,7 +7,6 @@ here does its work at once, and nothing is sent.
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -243,8 +242,11 @@ def _portable(error: Exception | None) -> Exception | None:
     if error is None:
         return None
     try:
-        made = pickle.loads(pickle.dumps(error))
-        whole = str(made) == str(error)
+        reduced: Any = error.__reduce__()  # of an OSError with the file's name, which its `args` leave out
+        arguments = reduced[1]
+        made = type(error)(*arguments)
+        plain = all(one is None or isinstance(one, (str, int, float, os.PathLike)) for one in arguments)
+        whole = plain and str(made) == str(error)
     except Exception:  # its class cannot be made again from what is sent
         whole = False
     return made if whole else RuntimeError(f"{type(error).__name__}: {error}")
