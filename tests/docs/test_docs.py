@@ -212,6 +212,25 @@ def test_a_report_in_the_docs_is_that_of_its_records(folder: Path, tmp_path: Pat
     assert made == kept
 
 
+def test_five_runs_of_uncommitted_code_have_the_same_scores_again() -> None:
+    folder = DOCS / "results" / "gte-small"
+    again = sorted((folder / "again").glob("*/result.json"))
+    assert len(again) == 5
+    for path in again:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        name = path.parent.name.rpartition("-")[0]
+        (other,) = (folder / "records").glob(f"{name}-*/result.json")
+        first = json.loads(other.read_text(encoding="utf-8"))
+        assert (found["code"]["dirty"], first["code"]["dirty"]) == (False, True)
+        assert found["best"] == first["best"]
+        for part in ("dev", "test"):
+            assert found[part]["metrics"] == first[part]["metrics"]
+            assert abs(found[part]["loss"] - first[part]["loss"]) < 1e-4
+        for one, two in zip(found["evaluations"], first["evaluations"], strict=True):
+            assert one["metrics"] == two["metrics"]
+            assert abs(one["loss"] - two["loss"]) < 1e-4
+
+
 @pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.name)
 def test_python_in_pages(page: Path) -> None:
     """It parses, and what it takes from the package is there, with those keywords."""
