@@ -137,8 +137,8 @@ def command(line: str) -> None:
 
 LOG = ("{'loss", "{'train_", "{'eval_")
 """How the lines begin that Trainer prints of its log."""
-SLOW = ("guides/compare.md", "guides/learning-rate.md")
-"""Pages with sweeps: a process for every run."""
+SLOW = ("guides/compare.md", "guides/learning-rate.md", "guides/own-table.md", "guides/trainer.md")
+"""Pages with several runs."""
 
 
 @pytest.mark.filterwarnings("ignore:.*use_reentrant")

@@ -35,6 +35,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report(tmp_path_factory.mktemp("crashes"), list(LONG))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", QUICK)
 def test_killed_at_every_operation(quick: dict[str, Any], scenario: str) -> None:
     check(quick[scenario], QUICK[scenario])

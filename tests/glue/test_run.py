@@ -377,6 +377,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {name: record[name] for name in names if name != "digest"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_run_ends_as_if_undisturbed(killed: Path, moment: str) -> None:
     name = f"moment-{list(MOMENTS).index(moment)}"
