@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,22 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither data that happen to be there nor the network."""
     monkeypatch.delenv("UNIPELT_GLUE_DIR", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that a test draws, in their order."""
+    from unipelt.gates import plot
+
+    drawn: list[Any] = []
+    make = plot.new_figure
+
+    def keep(**size: float) -> Any:
+        drawn.append(make(**size))
+        return drawn[-1]
+
+    monkeypatch.setattr(plot, "new_figure", keep)
+    return drawn
 
 
 @pytest.fixture(scope="session")

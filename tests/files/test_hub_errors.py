@@ -1,4 +1,4 @@
-"""What a user is told where the hub refuses, is not reached, or is not asked."""
+"""Messages to a user when the hub refuses, cannot be reached, or must not be asked."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from unipelt.gates import plot
 from unipelt.gates.plot import plot_gates
 
 GATES: dict[str, Any] = {
@@ -48,15 +47,7 @@ def test_cells_hold_the_means_on_a_fixed_scale(tmp_path: Path, monkeypatch: pyte
     assert len(texts) == 2 + 2 + 3, "and a shorter one has none where it has no layers"
 
 
-def test_the_words_and_sizes_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Any] = []
-    make = plot.new_figure
-
-    def keep(**size: float) -> Any:
-        figures.append(make(**size))
-        return figures[-1]
-
-    monkeypatch.setattr(plot, "new_figure", keep)
+def test_the_words_and_sizes_of_a_picture(tmp_path: Path, figures: list[Any]) -> None:
     gates = {"adapter": [[0.1, 0.6], [0.3, 0.7]], "decoder.lora_query": [[0.5, 0.9]], "lora_value": [[0.5, 0.9]]}
     plot_gates(gates, tmp_path / "gates.png", title="a run")
     (figure,) = figures

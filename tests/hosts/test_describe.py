@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,15 +45,6 @@ REGENERATED = (
     ),
     *("xlm", "zamba", "mamba", "llava"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _table() -> Iterator[None]:
-    """The table is everybody's: it ends as it began."""
-    before = dict(FAMILIES)
-    yield
-    FAMILIES.clear()
-    FAMILIES.update(before)
 
 
 @pytest.mark.parametrize("family", [name for name in INSPECTED if name not in WITHOUT_INTERFACE])

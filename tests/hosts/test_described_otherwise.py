@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +17,6 @@ from torch import Tensor
 import unipelt
 from unipelt.hosts.families import FAMILIES, family_of
 from unipelt.hosts.norms import find_norms
-
-
-@pytest.fixture(autouse=True)
-def _table() -> Iterator[None]:
-    """The table is everybody's: it ends as it began."""
-    before = dict(FAMILIES)
-    yield
-    FAMILIES.clear()
-    FAMILIES.update(before)
 
 
 class OtherLayer(transformers.models.llama.modeling_llama.LlamaDecoderLayer):

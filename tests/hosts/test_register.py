@@ -27,15 +27,6 @@ ATTENTION = unipelt.Attention("attention", "q", "v")
 STACK = unipelt.Stack("blocks", ATTENTION, output="down")
 
 
-@pytest.fixture(autouse=True)
-def _table() -> Iterator[None]:
-    """The table is everybody's: it ends as it began."""
-    before = dict(FAMILIES)
-    yield
-    FAMILIES.clear()
-    FAMILIES.update(before)
-
-
 @pytest.fixture(scope="module")
 def own() -> Iterator[ModuleType]:
     """The example, imported."""

@@ -257,7 +257,7 @@ def note_of(folder: Path) -> str:
 
 
 def test_the_facts_of_the_runs_are_told_whole() -> None:
-    """What they share, and what not."""
+    """The settings that all runs share, and those in which the runs differ."""
     shared: dict[str, Any] = {"max_length": 128, "warmup_ratio": 0.1, "trainer": None}
     records = [make_record("rte", seed=seed, batch_size=size, **shared) for seed, size in ((1, 8), (2, 16), (3, 16))]
     spoil(
@@ -363,7 +363,7 @@ def test_the_sentences_where_there_is_little_to_say(tmp_path: Path) -> None:
 
 
 def test_the_sentences_are_of_the_table_with_the_most_scores() -> None:
-    """Those of all data here, although K = 100 has the larger difference; chance may have made this one."""
+    """The page leads with the runs on all data. K = 100 has the larger difference, but chance may have made it."""
     records = [
         make_record(task, method, seed, score + gain * (method == "unipelt-ap") + 0.01 * (seed == place), k=k)
         for k, tasks, gain in ((100, ("rte",), 0.3), (None, ("sst2", "qnli", "rte"), 0.01))

@@ -226,7 +226,7 @@ def test_the_processes_share_a_batch_equally(told: Callable[..., None]) -> None:
 
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is asked of `torch.distributed`: no process is waited for."""
+    """A stand-in for `torch.distributed` that waits for no process."""
     asked: list[Any] = []
     monkeypatch.setattr(distributed, "is_initialized", lambda: bool(asked))
     monkeypatch.setattr(distributed, "rendezvous", lambda url, timeout: iter([("store", 1, 2)]))

@@ -205,7 +205,7 @@ def test_random_experts_are_one_term_after_training(kind: str, tmp_path: Path) -
 
 
 def test_merged_experts_keep_the_record_of_the_model(tmp_path: Path) -> None:
-    """What trained, what it was before, and how it is saved do not depend on the mixture."""
+    """The flags of trained parameters, the earlier flags of the base, and the form of saving stay as before."""
     also = "bert.embeddings.LayerNorm.weight"
     model = unipelt.inject(tiny_bert(), method("lora", experts=3, router="random"))
     model.get_parameter(also).requires_grad_(True)

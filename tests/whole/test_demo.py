@@ -17,7 +17,6 @@ from unipelt.cli import main
 from unipelt.demo import run as demo
 from unipelt.demo.sentences import ANIMALS, OBJECTS, ROWS, sentences
 from unipelt.demo.sentences import main as write_sentences
-from unipelt.gates import plot
 
 FOLDER = Path(demo.__file__).parent
 
@@ -108,15 +107,7 @@ def test_a_table_and_a_picture(
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_the_picture_has_a_bar_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Any] = []
-    make = plot.new_figure
-
-    def keep(**size: float) -> Any:
-        figures.append(make(**size))
-        return figures[-1]
-
-    monkeypatch.setattr(plot, "new_figure", keep)
+def test_the_picture_has_a_bar_for_each_row(tmp_path: Path, figures: list[Any]) -> None:
     several = [demo.Row("bag of words", 0.5, 10, 1.0), demo.Row("lora", 0.9375, 20, 2.0)]
     path = demo.draw(several, tmp_path / "new.png")
     (axes,) = figures[0].axes

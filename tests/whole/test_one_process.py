@@ -1,4 +1,4 @@
-"""What one process does is refused under a launcher of several, before anything is read or written."""
+"""Commands for one process are refused under a launcher of several, before they read or write a file."""
 
 from __future__ import annotations
 
