@@ -108,7 +108,7 @@ class PassFacts:
             return None
         if (key, heads) not in self._by_head:
             # each prefix lies in one block of memory, so `Prefix.scaled` needs no copy of its own
-            by_head = found.movedim(-2, 0).unflatten(-1, (heads, -1)).permute(1, 2, 3, 0, 4)
+            by_head = split_heads(found, heads)
             self._by_head[key, heads] = (by_head.contiguous() if found.requires_grad else by_head).unbind()
         return self._by_head[key, heads][index]
 
