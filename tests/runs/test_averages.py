@@ -209,12 +209,17 @@ def test_the_average_is_a_candidate_beside_the_epochs(
         assert all(torch.equal(stored[name], seen[0][name]) for name in trained)
         assert record["dev"] == entry["dev"]
         assert "with averaged weights" in summary(record, "")
+    tests = record["tests"]
+    assert tests["best_epoch"] == plain[0]["test"], "what averaging gained is in the record"
+    assert (tests["average"] == record["test"]) == (entry["taken"] or tests["average"] == tests["best_epoch"])
     monkeypatch.setattr(final, "_evaluate", lambda trainer, job: {"loss": 9.0, "metrics": {"accuracy": -1.0}})
     worse = run(settings(home, tmp_path / "worse", average=average), quiet)
     assert worse["average"]["taken"] is False
     assert worse["dev"] == plain[0]["dev"]
     assert same_weights(tmp_path / "worse", plain[1])
     assert worse["test"] == plain[0]["test"]
+    assert worse["tests"] == tests
+    assert "tests" not in plain[0]
 
 
 class Kill(BaseException):
@@ -262,7 +267,7 @@ def test_goes_on_after_a_kill_bit_for_bit(
             run(settings(home, tmp_path / "killed", **changes), quiet)
     record = run(settings(home, tmp_path / "killed", **changes), quiet)
     assert record["attempts"] == 2
-    for name in ("evaluations", "average", "dev", "test", "best"):
+    for name in ("evaluations", "average", "dev", "test", "tests", "best"):
         assert record[name] == whole[name], name
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
@@ -293,7 +298,7 @@ def test_in_a_pack_and_on_after_a_kill(
     for seed in (1, 2):
         whole, record = (read_result(tmp_path / place / str(seed)) for place in ("whole", "killed"))
         assert record["attempts"] == 2
-        for name in ("evaluations", "average", "selected", "dev", "test"):
+        for name in ("evaluations", "average", "selected", "dev", "test", "tests"):
             assert record[name] == whole[name], name
         assert same_weights(tmp_path / "whole" / str(seed), tmp_path / "killed" / str(seed))
         if seed == 1:

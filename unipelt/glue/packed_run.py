@@ -33,7 +33,7 @@ from transformers import (
 from unipelt.files.atomic import write_whole
 from unipelt.glue.job import Job, prepare
 from unipelt.glue.metric import compute_metrics_for
-from unipelt.glue.run import evaluated, finish, make_trainer
+from unipelt.glue.run import evaluated, finish, make_trainer, scores
 from unipelt.glue.settings import RunSettings
 from unipelt.pack import Pack, PackError, Replica, kept_values, losses
 from unipelt.records.record import RESULT, summary
@@ -231,6 +231,7 @@ class PackedRun:
             self.spend()
             final = finalize(
                 *(self.trainer, self.job, self.state, self.average, self.log),
+                test=lambda: scores(self.trainer, self.job),
                 tensors=lambda mean: self.replica.tensors(mean["row"]),
             )
             self.spend("evaluation")

@@ -110,7 +110,7 @@ def _execute(job: Job, folder: Path, progress: Progress, begun: float, log: Call
     def make(callbacks: list[TrainerCallback]) -> Trainer:
         return make_trainer(job, folder, materialize(evaluated(job, "dev"), job.device), callbacks)
 
-    trainer, state, spend, final = train(job, folder, progress, begun, log, make)
+    trainer, state, spend, final = train(job, folder, progress, begun, log, make, lambda trainer: scores(trainer, job))
     return finish(trainer, job, folder, state, progress, spend, log, **final)
 
 
@@ -197,13 +197,14 @@ def _test(trainer: Trainer, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
     recording: Any = record_gates(job.model) if has_gates else contextlib.nullcontext({})
     batches = evaluated(job, "test")
     with recording as gates:
-        output = trainer.predict(batches)
-    metrics = output.metrics or {}
-    test = {
-        "loss": metrics["test_loss"],
-        "metrics": {name: metrics[f"test_{name}"] for name in job.task.metrics},
-    }
+        test = scores(trainer, job)
     return test, {name: join_rows(values.float().cpu(), batches.sizes) for name, values in gates.items()}
+
+
+def scores(trainer: Trainer, job: Job) -> dict[str, Any]:
+    """Return loss and metrics of the present model on the test set."""
+    metrics = trainer.predict(evaluated(job, "test")).metrics or {}
+    return {"loss": metrics["test_loss"], "metrics": {name: metrics[f"test_{name}"] for name in job.task.metrics}}
 
 
 def _predict(trainer: Trainer, job: Job, name: str) -> np.ndarray:

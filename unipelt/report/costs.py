@@ -63,4 +63,5 @@ def _seconds_an_example(run: Run) -> float | None:
         return None
     passes = len(run.record["evaluations"]) + ("average" in run.record)
     passes += len(run.record.get("selected", {}).get("subsets", ()))
-    return run.record["seconds"]["evaluation"] / (passes * dev + test)
+    tests = 1 + len(run.record.get("tests", ()))
+    return run.record["seconds"]["evaluation"] / (passes * dev + tests * test)

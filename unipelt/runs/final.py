@@ -21,12 +21,14 @@ def finalize(
     state: TrainerState,
     average: WeightAverage | None,
     log: Callable[[str], None],
+    test: Callable[[], Mapping[str, Any]],
     tensors: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
 ) -> dict[str, Any]:
     """Make the last choices of a run, in place, before its test.
 
     The averaged weights are one more candidate beside the epochs: they replace the weights of the best epoch if their
-    dev score is not lower. Then the best subset of the submodules is chosen (`unipelt.select`).
+    dev score is not lower. Then the best subset of the submodules is chosen (`unipelt.select`). The model is tested
+    before each choice too, so that the record tells what the choice gained. These tests choose nothing.
 
     Args:
         trainer: the trainer of the run, which evaluates on the dev set.
@@ -34,18 +36,23 @@ def finalize(
         state: the state at the end of training.
         average: the average of the weights, or None without one.
         log: function that takes the lines for the reader.
+        test: function that returns loss and metrics of the present model on the test set.
         tensors: function from the average to the model's parameters by name.
 
     Returns:
-        Entries of the record: `average` and `selected`, and `dev` if another model than that of the best epoch is
-        tested. Empty if the settings ask for neither.
+        Entries of the record: `average` and `selected`; `dev` if another model than that of the best epoch is tested;
+        and `tests`, loss and metrics on the test set of the `best_epoch`, and of the `average` if there is one. Empty
+        if the settings ask for neither.
     """
+    if average is None and not job.settings.select:
+        return {}
     found: dict[str, Any] = {}
+    tests = {"best_epoch": test()}
     if average is not None:
-        found |= _try_average(trainer, job, state, average, tensors(average.mean()), log)
+        found |= _try_average(trainer, job, state, average, tensors(average.mean()), log, tests, test)
     if job.settings.select:
         found |= _select(trainer, job, log)
-    return found
+    return found | {"tests": tests}
 
 
 def _try_average(
@@ -55,11 +62,14 @@ def _try_average(
     average: WeightAverage,
     mean: Mapping[str, Tensor],
     log: Callable[[str], None],
+    tests: dict[str, Any],
+    test: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
     own = dict(job.model.named_parameters())
     best = {name: own[name].detach().clone() for name in mean}
     _copy(mean, job.model)
     dev = _evaluate(trainer, job)
+    tests["average"] = test()
     score, best_score = dev["metrics"][job.primary], state.best_metric
     taken = best_score is None or score >= best_score
     if not taken:

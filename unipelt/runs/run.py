@@ -159,7 +159,11 @@ def _execute(
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    trainer, state, spend, final = train(job, folder, progress, begun, log, make)
+    def scores(trainer: Trainer) -> dict[str, Any]:
+        outcome = job.test(trainer)
+        return {"loss": outcome.loss, "metrics": outcome.metrics}
+
+    trainer, state, spend, final = train(job, folder, progress, begun, log, make, scores)
     spend()
     test = job.test(trainer)
     spend("evaluation")

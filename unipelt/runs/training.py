@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,7 +101,13 @@ def run_in_folder(
 
 
 def train(
-    job: Training, folder: Path, progress: Progress, begun: float, log: Callable[[str], None], make: MakeTrainer
+    job: Training,
+    folder: Path,
+    progress: Progress,
+    begun: float,
+    log: Callable[[str], None],
+    make: MakeTrainer,
+    test: Callable[[Trainer], Mapping[str, Any]],
 ) -> tuple[Trainer, TrainerState, Callable[..., None], dict[str, Any]]:
     """Train to the end, load the weights of the best checkpoint, and make the last choices of the run.
 
@@ -114,6 +120,7 @@ def train(
         begun: the start of this attempt, in seconds of `time.monotonic`.
         log: function that takes the lines for the reader.
         make: function that makes the trainer with the given callbacks.
+        test: function that tests the present model with the trainer, and returns loss and metrics.
 
     Returns:
         The trainer; the state at the end of training; a function that adds the seconds since its last call to the
@@ -153,7 +160,7 @@ def train(
     if average is not None:
         average.restore(read_average(last))
     marker.spend()
-    final = finalize(trainer, job, state, average, log)
+    final = finalize(trainer, job, state, average, log, lambda: test(trainer))
     marker.spend("evaluation")
     return trainer, state, marker.spend, final
 
