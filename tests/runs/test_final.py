@@ -58,10 +58,19 @@ def test_an_average_is_taken_if_its_score_is_not_lower(
     model, lines = trained(), list[str]()
     before, trainer = bits(model), Scored(score)
     state: Any = SimpleNamespace(best_metric=best)
-    found = finalize(trainer, job_of(model), state, average_above(model), lines.append)  # type: ignore[arg-type]
+    mean = average_above(model).mean()
+    seen: list[bool] = []  # whether the model that was tested had the averaged weights
+
+    def test() -> dict[str, int]:
+        seen.append(all(torch.equal(dict(model.named_parameters())[name], tensor) for name, tensor in mean.items()))
+        return {"loss": len(seen)}
+
+    found = finalize(trainer, job_of(model), state, average_above(model), lines.append, test)  # type: ignore[arg-type]
     dev = {"loss": 1 - score, "metrics": {"f1": score, "accuracy": score / 2}}
     entry = {"average": {"last": 2, "steps": [10, 20], "dev": dev, "taken": taken}}
-    assert found == entry | ({"dev": dev} if taken else {})
+    tests = {"tests": {"best_epoch": {"loss": 1}, "average": {"loss": 2}}}
+    assert found == entry | ({"dev": dev} if taken else {}) | tests
+    assert seen == [False, True]
     assert lines == [f"average (last 2)  dev loss {1 - score:.4f}  f1 {score:.3f}  {said}"]
     assert trainer.callback_handler.callbacks == ["of the run"]
     for name, parameter in model.named_parameters():
@@ -75,8 +84,17 @@ def test_the_best_submodules_stay_and_are_named() -> None:
     scores = [0.5, 0.4, 0.3, 0.9, 0.2, 0.1, 0.6]
     trainer: Any = Scored(*scores)
     state: Any = SimpleNamespace(best_metric=0.5)
-    found = finalize(trainer, job_of(model, select=True), state, None, lines.append)
-    assert set(found) == {"selected", "dev"}
+    whole = [name for name, _ in model.named_parameters()]
+    tested: list[bool] = []
+
+    def test() -> dict[str, str]:
+        tested.append([name for name, _ in model.named_parameters()] == whole)
+        return {"of": "the whole model"}
+
+    found = finalize(trainer, job_of(model, select=True), state, None, lines.append, test)
+    assert set(found) == {"selected", "dev", "tests"}
+    assert found["tests"] == {"best_epoch": {"of": "the whole model"}}
+    assert tested == [True], "before a submodule leaves"
     subsets = found["selected"]["subsets"]
     assert [entry["dev"]["metrics"]["f1"] for entry in subsets] == scores
     assert found["dev"] == subsets[3]["dev"]
@@ -94,7 +112,7 @@ def test_nothing_is_asked_for() -> None:
     model: Any = trained()
     trainer: Any = Scored()
     state: Any = SimpleNamespace(best_metric=0.5)
-    assert finalize(trainer, job_of(model), state, None, print) == {}
+    assert finalize(trainer, job_of(model), state, None, print, pytest.fail) == {}
 
 
 def test_callbacks_come_back_after_an_error() -> None:
@@ -102,5 +120,5 @@ def test_callbacks_come_back_after_an_error() -> None:
     trainer: Any = Scored(-1.0)
     state: Any = SimpleNamespace(best_metric=0.5)
     with pytest.raises(RuntimeError, match="no room"):
-        finalize(trainer, job_of(model), state, average_above(model), print)
+        finalize(trainer, job_of(model), state, average_above(model), print, dict)
     assert trainer.callback_handler.callbacks == ["of the run"]
