@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import shake
@@ -325,6 +328,62 @@ def test_a_set_of_inject_is_loaded_by_a_sentence_encoder(sentences: Any, minilm:
     assert abs(encode(again) - want).max() > 1e-3
     again.load_adapter(str(tmp_path / "set"))
     assert abs(encode(again) - want).max() < 1e-6
+
+
+def injected(sentences: Any, minilm: str, method: Any) -> tuple[Any, Any]:
+    """Return a sentence encoder, and the model in it, into which the method was injected."""
+    torch.manual_seed(0)
+    model = sentences.SentenceTransformer(minilm, device="cpu")
+    return model, unipelt.inject(model[0].auto_model, method)
+
+
+@pytest.mark.parametrize("method", [METHOD, "unipelt", "lora", "unipelt-mam"], ids=lambda one: str(one)[:12])
+def test_an_injected_sentence_encoder_comes_back(method: Any, sentences: Any, minilm: str, tmp_path: Path) -> None:
+    model, inner = injected(sentences, minilm, method)
+    before = encode(model)
+    shake(inner)
+    want = encode(model.eval())
+    assert abs(want - before).max() > 1e-3
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = sentences.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert_same_set(again, model)
+    assert abs(encode(again) - want).max() < 1e-6
+
+
+def test_another_process_reads_an_injected_sentence_encoder(sentences: Any, minilm: str, tmp_path: Path) -> None:
+    model, inner = injected(sentences, minilm, METHOD)
+    shake(inner)
+    want = encode(model.eval())
+    model.save_pretrained(str(tmp_path / "saved"))
+    program = (
+        "import sys, numpy, unipelt, sentence_transformers as s; unipelt.register_with_peft(); "
+        "model = s.SentenceTransformer(sys.argv[1], device='cpu'); "
+        "numpy.save(sys.argv[2], model.encode(['a small test', 'rain on the roof']))"
+    )
+    file = tmp_path / "got.npy"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "saved"), str(file)], check=True)
+    assert abs(np.load(file) - want).max() < 1e-6
+
+
+def test_an_injected_sentence_encoder_is_trained_resumed_and_best_at_the_end(
+    sentences: Any, minilm: str, tmp_path: Path
+) -> None:
+    model, _ = injected(sentences, minilm, METHOD)
+    sentence_trainer(sentences, model, tmp_path / "whole", [0.1, 0.2], [], max_steps=2).train()
+    want = encode(model)
+    again, _ = injected(sentences, minilm, METHOD)
+    trainer = sentence_trainer(sentences, again, tmp_path / "parts", [0.2], [], max_steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-1"))
+    assert abs(encode(again) - want).max() < 1e-6
+    best, seen = injected(sentences, minilm, METHOD)[0], []  # type: ignore[var-annotated]
+    scores = [0.1, 0.9, 0.2]
+    trainer = sentence_trainer(
+        sentences, best, tmp_path / "best", scores, seen, max_steps=3, load_best_model_at_end=True
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert abs(encode(best) - seen[1]).max() < 1e-6
+    assert abs(encode(best) - seen[2]).max() > 1e-6
 
 
 def test_a_cross_encoder_comes_back(sentences: Any, minilm: str, tmp_path: Path) -> None:

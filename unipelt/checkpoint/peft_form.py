@@ -176,18 +176,48 @@ def build_base_of_peft(
 
 def check_carried(model: PreTrainedModel, folder: Path) -> None:
     """Raise `ValueError` if PEFT's form cannot hold the model, or the folder holds a checkpoint of another form."""
+    if problem := find_uncarried_of(model):
+        raise ValueError(problem)
+    if (folder / MANIFEST).is_file():
+        raise ValueError(f"{show_path(folder)} holds a checkpoint of unipelt's own form; name another folder")
+
+
+def find_uncarried_of(model: PreTrainedModel) -> str | None:
+    """Return the reason why PEFT's form cannot hold an injected model, or None."""
     injection = injection_of(model)
     if problem := find_uncarried(injection.config):
-        raise ValueError(problem)
+        return problem
     if injection.folded is not None:
-        raise ValueError(
+        return (
             "this model was folded, and a folder of PEFT's says nothing of that; call unipelt.merge, or unipelt.save "
             "without peft=True"
         )
     if also := sorted(unfrozen_names(model) | injection.vocabulary):
-        raise ValueError(f"{also[0]} is kept beside the head, and PEFT cannot carry it; save without peft=True")
-    if (folder / MANIFEST).is_file():
-        raise ValueError(f"{show_path(folder)} holds a checkpoint of unipelt's own form; name another folder")
+        return f"{also[0]} is kept beside the head, and PEFT cannot carry it; save without peft=True"
+    return None
+
+
+def check_type(folder: Path) -> None:
+    """Raise `FileExistsError` if the folder holds an adapter of another type of PEFT's."""
+    if os.path.lexists(folder / ADAPTER_CONFIG) and not _is_ours(folder):
+        raise FileExistsError(
+            f"{show_path(folder / ADAPTER_CONFIG)} is of another adapter of PEFT's, which is not overwritten; name "
+            "another folder"
+        )
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove the files in PEFT's form that stand beside a checkpoint of `save`. Others are left alone."""
+    if (folder / MANIFEST).is_file() and _is_ours(folder):
+        (folder / ADAPTER_CONFIG).unlink()
+        (folder / ADAPTER_WEIGHTS).unlink(missing_ok=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return bool(read_mapping(folder / ADAPTER_CONFIG, MOST_BYTES).get("peft_type") == TYPE)
+    except (OSError, ConfigError):
+        return False
 
 
 def find_uncarried(config: UniPELTConfig) -> str | None:

@@ -2,7 +2,8 @@
 
 A folder holds `model.safetensors` (submodules, gates, head, trained biases), `unipelt.json` (method and base) and
 `README.md` (a model card). It has no `config.json`, so that Transformers does not load it as a whole model by mistake.
-The checkpoints of a Trainer have the same form.
+The checkpoints of a Trainer have the same form. Beside it, `save_beside` writes the form of PEFT's, which Transformers
+reads.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from unipelt.checkpoint.manifest import (
     warn_of_nonfinite,
 )
 from unipelt.checkpoint.model_card import model_card
-from unipelt.checkpoint.peft_form import check_carried, write_folder
+from unipelt.checkpoint.peft_form import (
+    check_carried,
+    check_type,
+    find_uncarried_of,
+    remove_folder,
+    write_folder,
+)
 from unipelt.files.atomic import write_whole
 from unipelt.files.messages import show_path
 from unipelt.hosts.vocabulary import resized_vocabulary
@@ -61,8 +68,9 @@ def save(
 
     Args:
         model: an injected model.
-        folder: created if absent; other files in the folder are left alone. A failed write leaves no partial file. The
-            manifest, which holds the SHA-256 of the weights, is written after the weights.
+        folder: created if absent; other files in the folder are left alone, except that PEFT's form of an older
+            checkpoint (`save_pretrained`) is removed. A failed write leaves no partial file. The manifest, which holds
+            the SHA-256 of the weights, is written after the weights.
         deploy: fold the prefix's reparameterisation network away. The logits stay the same, the prefix is smaller, and
             further training trains the prefix directly. A folded model is saved in this form, with the parameters from
             before folding and the constants of the gates: loading folds the model again.
@@ -97,6 +105,7 @@ def save(
         raise FileExistsError(f"{folder} is a file; save needs a folder")
     folder.mkdir(parents=True, exist_ok=True)
     deployed = (deploy or injection.deployed) and injection.config.prefix is not None
+    remove_folder(folder)
     if peft:
         origin = base_origin(model) | base_location(model, base, base_revision)
         write_folder(model, folder, tensors, origin, deployed=deployed)
@@ -129,6 +138,29 @@ def save(
     os.replace(folder / NEXT, folder / WEIGHTS)
     write_whole(folder / CARD, model_card(injection.config, parameter_counts(model), manifest).encode())
     return folder
+
+
+def save_beside(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write the checkpoint of `save`, and beside it the form of PEFT's type `UNIPELT`, if PEFT's form can hold it.
+
+    With PEFT's form, `from_pretrained` of Transformers reads the folder, and so does every library that calls it, such
+    as sentence-transformers. An interrupted write leaves no form of PEFT's of another model.
+
+    Raises:
+        FileExistsError: the folder holds an adapter of another type of PEFT's. Nothing was written.
+        ValueError, OSError: as `save`.
+    """
+    folder = Path(folder)
+    if find_uncarried_of(model) is not None:
+        save(model, folder)
+        return
+    check_type(folder)
+    save(model, folder)
+    injection = injection_of(model)
+    tensors = _trained_tensors(model, dict(model.named_parameters()), deploy=False)
+    origin = base_origin(model) | base_location(model, None, None)
+    deployed = injection.deployed and injection.config.prefix is not None
+    write_folder(model, folder, tensors, origin, deployed=deployed)
 
 
 def _trained_tensors(model: PreTrainedModel, whole: Mapping[str, Tensor], *, deploy: bool) -> dict[str, Tensor]:
