@@ -407,6 +407,25 @@ def test_what_was_frozen_beside_merged_experts_stays_frozen() -> None:
     }
 
 
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+def test_experts_that_were_frozen_stay_frozen(kind: str) -> None:
+    mixed = {**SIZES[kind], "mixture": {"experts": 2, "router": "random"}}
+    model: Any = unipelt.inject(tiny_bert(), small("unipelt-al-nogate", **{kind: mixed}))
+    for own in own_parts(model):
+        own.parameter.requires_grad_(own.part.kind != kind)
+    want = logits(model.eval())
+    unipelt.merge_experts(model)
+    flags = {(own.part.kind, own.parameter.requires_grad) for own in own_parts(model)}
+    assert flags == {(other, other != kind) for other in ("adapter", "lora")}
+    torch.testing.assert_close(logits(model), want, atol=1e-6, rtol=1e-5)
+    again: Any = unipelt.inject(tiny_bert(), small("unipelt-al-nogate", **{kind: mixed}))
+    parts = [own for own in own_parts(again) if own.part.kind == kind]
+    for own in parts[1:]:
+        own.parameter.requires_grad_(False)
+    unipelt.merge_experts(again)
+    assert any(own.parameter.requires_grad for own in own_parts(again) if own.part.kind == kind), "one expert trained"
+
+
 def test_decomposed_updates_of_random_experts_become_one() -> None:
     lora = {"rank": 2, "gate": False, "decomposed": True}
     model: Any = unipelt.inject(

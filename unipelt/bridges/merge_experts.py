@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from unipelt.bridges.plain_model import MergeError
@@ -17,7 +16,7 @@ from unipelt.config.methods import UniPELTConfig
 from unipelt.injection.inject import inject_as, strip
 from unipelt.injection.state import injection_of
 from unipelt.submodules.mixture import EXPERTS
-from unipelt.submodules.room import DEFAULT, own_parts, rooms
+from unipelt.submodules.room import DEFAULT, OwnPart, own_parts, rooms
 
 _EXPERT = re.compile(rf"(.+)\.{re.escape(EXPERTS)}\.\d+\.(.+)")
 
@@ -31,7 +30,8 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
     Each parameter becomes the mean of that parameter over the experts. A model in evaluation mode computes with these
     means anyway, so its outputs do not change, except by rounding. The result is an ordinary model with submodules of
     the ordinary size: it can be saved, loaded, trained, folded, merged into the weights and written for PEFT as one
-    that never had a mixture. Other mixtures stay as they are.
+    that never had a mixture. A mean is trainable if one of its experts was. Other mixtures
+    stay as they are.
 
     Args:
         model: an injected model.
@@ -56,7 +56,9 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
         raise MergeError(f"merge_experts takes a model with one set, and this has {', '.join(others)} too")
     if injection.folded is not None:
         raise MergeError("this model is folded; merge the experts of the model before folding")
-    values = _means(model, config, merged)
+    experts = _parts(model, config, merged)
+    values = {key: torch.stack([own.tensor for own in parts]).mean(dim=0) for key, parts in experts.items()}
+    trains = {key: any(own.parameter.requires_grad for own in parts) for key, parts in experts.items()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     strip(model)
     inject_as(model, config, deployed=injection.deployed, head=injection.head)
@@ -68,8 +70,12 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
         if name in flags:
             parameter.grad = None
             parameter.requires_grad_(flags[name])
+    training: dict[str, bool] = {}  # a parameter trains if one of its parts did
     for own in own_parts(model):
-        own.tensor.copy_(values[own.room, own.cross, own.part.name])
+        key = own.room, own.cross, own.part.name
+        own.tensor.copy_(values[key])
+        training[own.full_name] = training.get(own.full_name, False) or trains[key]
+        own.parameter.requires_grad_(training[own.full_name])
     return model
 
 
@@ -88,13 +94,13 @@ def _without_random(config: UniPELTConfig) -> tuple[UniPELTConfig, set[str]]:
     return replace(config, adapter=adapter, lora=lora, more=more), merged
 
 
-def _means(model: PreTrainedModel, config: UniPELTConfig, merged: set[str]) -> Mapping[Key, Tensor]:
-    """Return the values of all parts after the merge, by their names after the merge."""
-    found: dict[Key, list[Tensor]] = {}
+def _parts(model: PreTrainedModel, config: UniPELTConfig, merged: set[str]) -> Mapping[Key, list[OwnPart]]:
+    """Return the parts that become one, by their name after the merge: the experts' parts, or one part alone."""
+    found: dict[Key, list[OwnPart]] = {}
     for own in own_parts(model):
         name, match = own.part.name, _EXPERT.fullmatch(own.part.name)
         if match is not None and own.part.kind in merged:
             plain = own.part.kind == "adapter" or (own.part.kind == "lora" and not config.lora.is_function)  # type: ignore[union-attr]
             name = f"{match[1]}.{match[2]}" if plain else f"{match[1]}.function.{match[2]}"
-        found.setdefault((own.room, own.cross, name), []).append(own.tensor)
-    return {key: torch.stack(tensors).mean(dim=0) for key, tensors in found.items()}
+        found.setdefault((own.room, own.cross, name), []).append(own)
+    return found
