@@ -30,8 +30,7 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
     Each parameter becomes the mean of that parameter over the experts. A model in evaluation mode computes with these
     means anyway, so its outputs do not change, except by rounding. The result is an ordinary model with submodules of
     the ordinary size: it can be saved, loaded, trained, folded, merged into the weights and written for PEFT as one
-    that never had a mixture. A mean is trainable if one of its experts was. Other mixtures
-    stay as they are.
+    that never had a mixture. A mean is trainable if one of its experts was. Other mixtures stay as they are.
 
     Args:
         model: an injected model.
