@@ -57,9 +57,10 @@ SIZES = {
     "evidence-k100.yaml": (320, 64),
     "evidence-frozen-heads.yaml": (120, 24),
     "evidence-variants.yaml": (320, 64),
-    "evidence-gte-rates.yaml": (26, 26),
+    "evidence-gte-rates.yaml": (29, 29),
     "evidence-gte-k100.yaml": (320, 64),
     "evidence-gte-variants.yaml": (240, 48),
+    "evidence-gte-unipelt.yaml": (25, 5),
     "evidence-gte-k500.yaml": (40, 8),
     "evidence-gte-epochs.yaml": (10, 2),
     "evidence-gte-frozen-heads.yaml": (30, 6),
@@ -397,6 +398,16 @@ def test_variants_have_the_learning_rate_of_all_gates(model: str) -> None:
     assert {settings.learning_rate for settings in runs_of(f"evidence-{model}variants.yaml")} == {
         evidence_rates(model)["unipelt-apl"]
     }
+
+
+def test_the_recommended_preset_is_beside_every_method_with_a_rate_that_was_tried() -> None:
+    runs = runs_of("evidence-gte-unipelt.yaml")
+    assert {settings.config for settings in runs} == {PRESETS["unipelt"]}
+    tried = {one.learning_rate for one in runs_of("evidence-gte-rates.yaml") if one.method_name == "unipelt"}
+    [rate] = {settings.learning_rate for settings in runs}
+    assert min(tried) < rate < max(tried)  # type: ignore[type-var, operator]
+    beside = {(one.task, one.seed, one.train_samples, one.epochs) for one in runs_of("evidence-gte-k100.yaml")}
+    assert {(one.task, one.seed, one.train_samples, one.epochs) for one in runs} < beside
 
 
 def test_dropout_and_averages_are_the_only_differences_from_the_evidence() -> None:
