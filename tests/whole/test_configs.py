@@ -57,7 +57,7 @@ SIZES = {
     "evidence-k100.yaml": (320, 64),
     "evidence-frozen-heads.yaml": (120, 24),
     "evidence-variants.yaml": (320, 64),
-    "evidence-gte-rates.yaml": (29, 29),
+    "evidence-gte-rates.yaml": (30, 30),
     "evidence-gte-k100.yaml": (320, 64),
     "evidence-gte-variants.yaml": (240, 48),
     "evidence-gte-unipelt.yaml": (25, 5),
