@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import pickle
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import safetensors.torch
 import torch
 from helpers import shake
 from hub_server import only_hub
+from peft_in_transformers import skip_where_adapters_are_lost, skip_where_peft_is_refused
 from tiny import ENCODER_DECODERS, WITHOUT_INTERFACE, tiny_batch, tiny_model
 from torch import Tensor
 
@@ -758,40 +757,9 @@ def test_parameters_are_counted_and_grouped(name: str) -> None:
 # Transformers
 
 
-@functools.cache
-def why_peft_is_refused() -> str:
-    """Why this Transformers takes no adapter of this PEFT: 5.24 wants PEFT 0.22."""
-    try:
-        base_model("bert").add_adapter(peft.LoraConfig(target_modules=["query"]))
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def skip_where_peft_is_refused() -> None:
-    if why_peft_is_refused():
-        pytest.skip(f"Transformers {transformers.__version__}, PEFT {peft.__version__}: {why_peft_is_refused()}")
-
-
-@functools.cache
-def loses_adapters(family: str) -> bool:
-    """Whether Transformers loses what PEFT's own LoRA saved, as 5.0 does in models with a head."""
-    with tempfile.TemporaryDirectory() as name:
-        base, out = Path(name) / "base", Path(name) / "out"
-        base_model(family).save_pretrained(base)
-        cls = type(base_model(family))
-        method = peft.LoraConfig(task_type=FAMILIES[family], init_lora_weights=False, fan_in_fan_out=family == "gpt2")
-        model = peft.get_peft_model(cls.from_pretrained(base), method).eval()
-        model.save_pretrained(out)
-        # sums may be split otherwise in tensors that are read without a copy
-        return not torch.allclose(logits(cls.from_pretrained(out).eval(), family), logits(model, family), atol=1e-5)
-
-
 @pytest.fixture
 def _reads_adapters(family: str) -> None:
-    skip_where_peft_is_refused()
-    if loses_adapters(family):
-        pytest.skip(f"Transformers {transformers.__version__} does not load PEFT's own LoRA of {family} from a folder")
+    skip_where_adapters_are_lost(family)
 
 
 @pytest.mark.usefixtures("_reads_adapters")
