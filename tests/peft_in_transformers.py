@@ -45,7 +45,7 @@ def _loses_adapters(family: str) -> bool:
         cls = type(whole)
         method = peft.LoraConfig(task_type=task, init_lora_weights=False, fan_in_fan_out=family == "gpt2")
         model = peft.get_peft_model(cls.from_pretrained(base), method).eval()
-        model.save_pretrained(out)
+        model.save_pretrained(str(out))
         got, want = (one(**tiny_batch(family)).logits for one in (cls.from_pretrained(out).eval(), model))
         return not torch.allclose(got, want, atol=1e-5)  # sums may be split otherwise in tensors that were read
 
