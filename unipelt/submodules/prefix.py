@@ -188,7 +188,7 @@ class Prefix(nn.Module):
         They come from the pass if the pass has computed the prefixes of all attentions.
         """
         shared = facts.prefix(self.network[0].key, self.index, heads) if self.network else None
-        return split_heads(self(), heads) if shared is None else shared
+        return split_heads(self(), heads, rows_first=bool(self.network)) if shared is None else shared
 
     def scaled(self, both: Tensor, batch: int, dtype: torch.dtype, gate: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return keys and values after the gate, each (B, ..., L, width).
