@@ -96,7 +96,7 @@ def test_the_gradient_of_all_prefixes_is_copied_once() -> None:
     network = added_to(make(SCALE).bert.encoder).prefix_network
     facts = PassFacts()
     facts.prefixes[network.key] = network()
-    found = [facts.prefix(network.key, index, 4) for index in range(3)]
+    found: list[Any] = [facts.prefix(network.key, index, 4) for index in range(3)]
     want = [split_heads(network(index), 4) for index in range(3)]
     torch.testing.assert_close(found, want)
     seeds = [torch.randn_like(one) for one in want]
