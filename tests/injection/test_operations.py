@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 import unipelt
-from unipelt.submodules.forward_pass import PassFacts
+from unipelt.submodules.forward_pass import PassFacts, split_heads
 from unipelt.submodules.room import rooms
 from unipelt.submodules.tokens import token_weights
 
@@ -84,10 +84,26 @@ def test_operations_of_a_training_step(padded: bool) -> None:
     assert ours < 1.9 * tuned
 
 
-def test_operations_of_six_layers_with_dropout() -> None:
+@pytest.mark.parametrize(("method", "most"), [(SCALE, 698), ("unipelt", 828)])
+def test_operations_of_six_layers_with_dropout(method: str, most: int) -> None:
     """The setting of the table in docs/speed.md."""
-    model = unipelt.inject(bert(6, dropout=0.1), SCALE)
-    assert step_operations(model, padded=False).total() <= 698, "five more than here"
+    model = unipelt.inject(bert(6, dropout=0.1), method)
+    assert step_operations(model, padded=False).total() <= most, "five more than here"
+
+
+def test_the_gradient_of_all_prefixes_is_copied_once() -> None:
+    """The layers' gradients are joined, and one copy puts them in the order of the network's outputs."""
+    network = added_to(make(SCALE).bert.encoder).prefix_network
+    facts = PassFacts()
+    facts.prefixes[network.key] = network()
+    found: list[Any] = [facts.prefix(network.key, index, 4) for index in range(3)]
+    want = [split_heads(network(index), 4) for index in range(3)]
+    torch.testing.assert_close(found, want)
+    seeds = [torch.randn_like(one) for one in want]
+    with OperationCounter() as counting:
+        got = torch.autograd.grad(found, list(network.parameters()), seeds)
+    assert counting.counts["aten.clone.default"] == 1
+    torch.testing.assert_close(got, torch.autograd.grad(want, list(network.parameters()), seeds))
 
 
 # A prefix as a matrix product

@@ -483,6 +483,24 @@ def test_attention_over_the_prefix_alone(causal: bool) -> None:
     assert prefix.attention(both, query.bfloat16(), gate.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_gate_of_an_example_scales_the_values(batch: int) -> None:
+    """Values and gradients are those of the same gate at every query, which scales the output."""
+    torch.manual_seed(3)
+    prefix = make(softmax="own")
+    query = torch.randn(batch, 2, TOKENS, WIDTH // 2, requires_grad=True)
+    gate = torch.rand(batch, 1, requires_grad=True)
+    both = prefix.by_head(PassFacts(), 2).detach().requires_grad_()
+    scaled, weighed = (prefix.attention(both, query, one) for one in (gate, gate.expand(-1, TOKENS)))
+    torch.testing.assert_close(scaled, weighed)
+    seed = torch.randn_like(scaled)
+    got, want = (torch.autograd.grad(out, (both, query, gate), seed) for out in (scaled, weighed))
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(prefix.attention(both, query, gate), scaled)
+        assert not prefix.attention(both, query, torch.zeros_like(gate)).any(), "exactly"
+
+
 def test_it_drops_what_the_models_attention_drops() -> None:
     prefix, query = make(softmax="own"), torch.zeros(1, 1, 4000, WIDTH)
     kept = prefix.attention(split_heads(prefix(), 1), query, None)

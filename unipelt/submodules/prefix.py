@@ -188,7 +188,7 @@ class Prefix(nn.Module):
         They come from the pass if the pass has computed the prefixes of all attentions.
         """
         shared = facts.prefix(self.network[0].key, self.index, heads) if self.network else None
-        return split_heads(self(), heads) if shared is None else shared
+        return split_heads(self(), heads, rows_first=bool(self.network)) if shared is None else shared
 
     def scaled(self, both: Tensor, batch: int, dtype: torch.dtype, gate: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return keys and values after the gate, each (B, ..., L, width).
@@ -204,11 +204,8 @@ class Prefix(nn.Module):
         both = both.to(dtype)
         if gate is None or self.gating != "scale":
             keys, values = both.unsqueeze(1).expand(-1, batch, *[-1] * (both.dim() - 1)).unbind()
-        elif torch.is_grad_enabled() and _is_product(both):
-            # as a matrix product, whose backward pass has two operations fewer
-            keys, values = torch.mm(gate.to(dtype), both.reshape(1, -1)).view(batch, *both.shape).unbind(1)
         else:
-            keys, values = (both.unsqueeze(1) * gate.to(dtype).view(batch, *[1] * (both.dim() - 1))).unbind()
+            keys, values = _times(gate, both).unbind(1)
         return keys, values
 
     def join(self, both: Tensor, gate: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +233,12 @@ class Prefix(nn.Module):
             gate: (B, 1) or (B, T), or None.
             kwargs: arguments of the model's attention function. Only `scaling` and `dropout` are used.
         """
-        keys, values = self.scaled(both, len(query), query.dtype, gate)
+        by_query = gate is not None and gate.shape[1] > 1
+        if gate is None or by_query:
+            keys, values = self.scaled(both, len(query), query.dtype, None)
+        else:  # the attention is linear in its values, and these are smaller than its output
+            shared, values = both.to(query.dtype).unbind()
+            keys, values = shared.expand(len(query), -1, -1, -1), _times(gate, values)
         out = nn.functional.scaled_dot_product_attention(
             query,
             keys,
@@ -245,7 +247,7 @@ class Prefix(nn.Module):
             scale=kwargs.get("scaling"),
             enable_gqa=query.shape[1] != keys.shape[1],
         ).transpose(1, 2)
-        return out if gate is None else out * gate.to(out.dtype)[:, :, None, None]
+        return out if gate is None or not by_query else out * gate.to(out.dtype)[:, :, None, None]
 
     def columns(
         self,
@@ -317,6 +319,15 @@ def _with_mass(gate: Tensor, mask: Tensor | None, tokens: int, length: int) -> T
     mask = mask.expand(gate.shape[0], -1, rows, -1)
     columns = log.expand(-1, mask.shape[1], rows, length)
     return torch.cat([columns, mask.to(gate.dtype)], dim=-1)
+
+
+def _times(gate: Tensor, x: Tensor) -> Tensor:
+    """Return `g x` for each example, (B, ...), for gates (B, 1) and an x that all examples share, (...)."""
+    gate = gate.to(x.dtype)
+    if torch.is_grad_enabled() and _is_product(x):
+        # as a matrix product, whose backward pass has two operations fewer
+        return torch.mm(gate, x.reshape(1, -1)).view(-1, *x.shape)
+    return x * gate.view(-1, *[1] * x.dim())
 
 
 def _is_product(x: Tensor) -> bool:
