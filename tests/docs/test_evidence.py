@@ -17,7 +17,7 @@ from unipelt.report.differences import Difference, Kind, compare_all
 from unipelt.report.group import PICKED
 from unipelt.report.paper import paper
 from unipelt.report.results import Table
-from unipelt.report.significance import MeanEffect, mean_effect
+from unipelt.report.significance import MeanEffect, holm, mean_effect
 
 HOME = Path(__file__).parents[2]
 RESULTS = HOME / "docs" / "results"
@@ -49,7 +49,9 @@ TASKS = {
 NAMES = {task: name for name, task in TASKS.items()}
 HEADS = ("bitfit", "prefix", "lora")
 EPOCHS = "gte-small-epochs"
+RECOMMENDED = "gte-small-unipelt"
 WORDS = {5: "five", 6: "six", 7: "seven", 8: "eight"}
+BESIDE = ("LoRA", "UniPELT (APL)", "APL, `prefix.softmax: own`", "picked on dev", "fine-tuning")
 VARIANTS = {
     "APL": "unipelt-apl",
     "its prefix under `mass`, its gate beginning at 0.02; LoRA's gate multiplies": MASS.format("0.02"),
@@ -202,14 +204,22 @@ def test_more_examples_and_longer_training() -> None:
 def test_runs_and_hours() -> None:
     _, found = rows("| | 6 layers | 12 layers |")
     told = []
-    for folder in ("minilm/records", "gte-small/records", f"{EPOCHS}/records", "gte-small/rates"):
+    for folder in (
+        "minilm/records",
+        "gte-small/records",
+        f"{EPOCHS}/records",
+        f"{RECOMMENDED}/records",
+        "gte-small/rates",
+    ):
         records = [json.loads(path.read_text()) for path in (RESULTS / folder).glob("*/result.json")]
         told.append((len(records), number(sum(record["seconds"]["total"] for record in records) / 3600, 1)))
-    (small, small_hours), (large, hours), (longer, longer_hours), (rates, rate_hours) = told
+    (small, small_hours), (large, hours), (longer, longer_hours), (preset, preset_hours), (rates, rate_hours) = told
     assert found["runs, hours of computing"] == [
         f"{small}, {small_hours}",
-        f"{large}, {hours}; {longer} of 50 epochs, {longer_hours}; and {rates} for the rates, {rate_hours}",
+        f"{large}, {hours}; {longer} of 50 epochs, {longer_hours}; {preset} of `unipelt`, {preset_hours}; and {rates} "
+        f"for the rates, {rate_hours}",
     ]
+    assert f"in {small + large + longer + preset} runs that anybody" in page()
 
 
 def corrected(difference: Difference) -> str:
@@ -389,6 +399,55 @@ def with_50_epochs() -> list[str]:
         f"its best epochs are the {first}th, {second}st, {third}th, {fourth}th and {fifth}st",
         "from {:.2f} to {:.2f} on average, as it does with 500 examples ({:.2f})".format(*gates),
     ]
+
+
+def by_seed(method: str) -> dict[tuple[int, int], list[float]]:
+    """The scores of each seed on the tasks on which the recommended preset was run."""
+    tasks = table(RECOMMENDED).tasks
+    found = cells(RECOMMENDED if method == "unipelt" else "gte-small", method)
+    seeds = [*found[tasks[0]].scores]
+    assert len(seeds) == 5
+    return {seed: [found[task].scores[seed] for task in tasks] for seed in seeds}
+
+
+def against_the_preset() -> dict[str, tuple[MeanEffect, float]]:
+    """The recommended preset against other methods: the difference by seeds, and its corrected p value."""
+    ours, found = by_seed("unipelt"), {}
+    for label, method in METHODS.items():
+        if label in BESIDE:
+            theirs = by_seed(method)
+            found[label] = mean_effect([statistics.fmean(ours[s]) - statistics.fmean(theirs[s]) for s in ours])
+    corrected_values = holm([effect.p for effect in found.values()])
+    return {label: (effect, p or 0.0) for (label, effect), p in zip(found.items(), corrected_values, strict=True)}
+
+
+def test_the_recommended_preset() -> None:
+    columns, found = rows("| with the preset `unipelt` |")
+    tasks = [TASKS[name] for name in columns[2:]]
+    assert {*tasks} == {*table(RECOMMENDED).tasks}
+    assert [*found] == ["`unipelt`", *BESIDE]
+    effects = against_the_preset()
+    for label, (average, difference, *entries) in found.items():
+        method = METHODS.get(label, "unipelt")
+        here = cells(RECOMMENDED if method == "unipelt" else "gte-small", method)
+        assert entries == [flat(here[task]) for task in tasks], label
+        means = [statistics.fmean(scores) for scores in by_seed(method).values()]
+        assert average == f"{number(100 * statistics.fmean(means))} ± {100 * statistics.stdev(means):.2f}", label
+        if label in effects:
+            effect, p = effects[label]
+            small = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+            assert difference == f"{spanned(effect)}, {small}", label
+    assert effects["LoRA"][0].mean < 0.01, "none of the four parts of the prediction came out"
+    assert effects["APL, `prefix.softmax: own`"][0].mean < 0
+    assert effects["picked on dev"][0].mean < -0.01
+    assert [label for label, (_, p) in effects.items() if p < 0.05] == ["UniPELT (APL)"]
+    below = cells("gte-small", "lora")["sst2"].mean - cells(RECOMMENDED, "unipelt")["sst2"].mean
+    assert f"the last missed by {100 * below - 2:.2f}" in page()
+    devs = {}
+    for method, rate in (("unipelt", "0.002"), ("lora", "0.001")):
+        [path] = (RESULTS / "gte-small" / "rates").glob(f"stsb-{method}-K=100-seed=0-lr={rate}-*/result.json")
+        devs[method] = 100 * json.loads(path.read_text())["dev"]["metrics"]["spearman"]
+    assert f"its dev score on STS-B was {devs['unipelt']:.1f}, and LoRA's {devs['lora']:.1f}" in page()
 
 
 SAID = [
