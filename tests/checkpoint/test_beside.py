@@ -151,7 +151,7 @@ def test_without_a_known_peft_there_is_one_form(missing: bool, tmp_path: Path, m
             raise ImportError("unipelt does not know this PEFT")
 
         pytest.importorskip("peft", reason="PEFT is not installed")
-        monkeypatch.setattr("unipelt.bridges.peft_socket.register_with_peft", unknown)
+        monkeypatch.setattr(unipelt, "register_with_peft", unknown)
     made(tmp_path / "base").save_pretrained(tmp_path / "a")
     assert files(tmp_path / "a") == OWN
 

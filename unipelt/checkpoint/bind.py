@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -56,10 +57,9 @@ def _registered() -> bool:
     """Register the type `UNIPELT` with PEFT, so that this process can read its folders. False without a known PEFT."""
     if importlib.util.find_spec("peft") is None:
         return False
-    from unipelt.bridges.peft_socket import register_with_peft  # it imports this module
-
+    package: Any = sys.modules["unipelt"]  # by its public name, since the bridges stand on this folder
     try:
-        register_with_peft()
+        package.register_with_peft()
     except ImportError:
         return False
     return True

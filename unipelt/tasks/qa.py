@@ -91,8 +91,11 @@ class QAJob(TaskJob):
 
         One file holds the answers in SQuAD's official format, the other the best answers with their probabilities.
         """
-        trainer.compute_metrics = self._scorer("test")
-        output = trainer.predict(_rows(self.windows["test"]))
+        of_dev, trainer.compute_metrics = trainer.compute_metrics, self._scorer("test")
+        try:
+            output = trainer.predict(_rows(self.windows["test"]))
+        finally:
+            trainer.compute_metrics = of_dev
         answers, metrics = self.answers("test", output.predictions), output.metrics or {}
         best = {name: ranked[0].text for name, ranked in answers.items()}
         all_of_them = {name: [asdict(answer) for answer in ranked] for name, ranked in answers.items()}

@@ -100,8 +100,11 @@ class TranslationJob(TaskJob):
 
     def test(self, trainer: Trainer) -> Outcome:
         """Test the model with its present weights. The file has one translation per line, in the order of the data."""
-        trainer.compute_metrics = self._scorer("test")
-        output = trainer.predict(self.rows["test"])
+        of_dev, trainer.compute_metrics = trainer.compute_metrics, self._scorer("test")
+        try:
+            output = trainer.predict(self.rows["test"])
+        finally:
+            trainer.compute_metrics = of_dev
         translations = self.decode(output.predictions)
         score, signature = bleu(translations, [target for _, target in self.pairs["test"]])
         lines = "".join(f"{' '.join(translation.split())}\n" for translation in translations)
