@@ -1,4 +1,4 @@
-"""What Transformers' own PEFT integration lacks in some versions; a test that needs it is skipped, with the reason."""
+"""Skips, with the reason, of tests that need a part of Transformers' PEFT integration that some versions lack."""
 
 from __future__ import annotations
 

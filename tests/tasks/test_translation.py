@@ -313,6 +313,15 @@ def test_options_of_trainer_and_rates_of_parts(home: Path, tmp_path: Path) -> No
     assert one == pytest.approx(other, rel=0.1), "dropout and the lengths of batches differ"
 
 
+def test_after_a_test_the_trainer_scores_dev_again(home: Path, tmp_path: Path) -> None:
+    job = prepare(from_nothing(home, output_dir=str(tmp_path / "run")))
+    trainer = job.make_trainer(tmp_path / "run", [])
+    before, dev = trainer.compute_metrics, trainer.evaluate()
+    job.test(trainer)
+    assert trainer.compute_metrics is before
+    assert trainer.evaluate()["eval_bleu"] == dev["eval_bleu"]
+
+
 def test_a_run_that_was_killed_goes_on(home: Path, tmp_path: Path) -> None:
     class Killed(BaseException):
         pass

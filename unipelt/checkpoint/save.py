@@ -151,11 +151,12 @@ def save_beside(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError, OSError: as `save`.
     """
     folder = Path(folder)
-    if find_uncarried_of(model) is not None:
-        save(model, folder)
-        return
-    check_type(folder)
+    carried = find_uncarried_of(model) is None
+    if carried:
+        check_type(folder)
     save(model, folder)
+    if not carried:
+        return
     injection = injection_of(model)
     tensors = _trained_tensors(model, dict(model.named_parameters()), deploy=False)
     origin = base_origin(model) | base_location(model, None, None)

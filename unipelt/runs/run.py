@@ -6,15 +6,17 @@ such as the lock on the folder and the continuation of a run that was killed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from transformers import (
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -115,6 +117,16 @@ class TaskJob(ABC):
         save(self.model, folder)
         base = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["base"]
         return {"fingerprint": base["fingerprint"], "config": base["config"]}
+
+
+@contextlib.contextmanager
+def scored_by(trainer: Trainer, compute_metrics: Callable[[EvalPrediction], dict[str, float]]) -> Iterator[None]:
+    """Let a trainer, which scores the dev set, score another split for a while."""
+    of_dev, trainer.compute_metrics = trainer.compute_metrics, compute_metrics
+    try:
+        yield
+    finally:
+        trainer.compute_metrics = of_dev
 
 
 Settings = TypeVar("Settings", bound=TrainingSettings)

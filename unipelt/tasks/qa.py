@@ -28,7 +28,7 @@ from unipelt.runs.errors import RunError
 from unipelt.runs.folder import check_folder
 from unipelt.runs.joint_trainer import JointTrainer
 from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
-from unipelt.runs.run import Outcome, TaskJob
+from unipelt.runs.run import Outcome, TaskJob, scored_by
 from unipelt.runs.sampling import fixed_rows
 from unipelt.runs.settings import locate_model
 from unipelt.runs.tables import DataError
@@ -91,11 +91,8 @@ class QAJob(TaskJob):
 
         One file holds the answers in SQuAD's official format, the other the best answers with their probabilities.
         """
-        of_dev, trainer.compute_metrics = trainer.compute_metrics, self._scorer("test")
-        try:
+        with scored_by(trainer, self._scorer("test")):
             output = trainer.predict(_rows(self.windows["test"]))
-        finally:
-            trainer.compute_metrics = of_dev
         answers, metrics = self.answers("test", output.predictions), output.metrics or {}
         best = {name: ranked[0].text for name, ranked in answers.items()}
         all_of_them = {name: [asdict(answer) for answer in ranked] for name, ranked in answers.items()}

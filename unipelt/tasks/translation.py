@@ -36,7 +36,7 @@ from unipelt.runs.errors import RunError
 from unipelt.runs.folder import check_folder
 from unipelt.runs.joint_trainer import JointTrainer
 from unipelt.runs.pretrained import load_model, load_tokenizer, weights_sha256
-from unipelt.runs.run import Outcome, TaskJob
+from unipelt.runs.run import Outcome, TaskJob, scored_by
 from unipelt.runs.sampling import few_shot_rows, fixed_rows
 from unipelt.runs.settings import SettingsError, locate_model
 from unipelt.runs.tables import DataError, read_lines
@@ -100,11 +100,8 @@ class TranslationJob(TaskJob):
 
     def test(self, trainer: Trainer) -> Outcome:
         """Test the model with its present weights. The file has one translation per line, in the order of the data."""
-        of_dev, trainer.compute_metrics = trainer.compute_metrics, self._scorer("test")
-        try:
+        with scored_by(trainer, self._scorer("test")):
             output = trainer.predict(self.rows["test"])
-        finally:
-            trainer.compute_metrics = of_dev
         translations = self.decode(output.predictions)
         score, signature = bleu(translations, [target for _, target in self.pairs["test"]])
         lines = "".join(f"{' '.join(translation.split())}\n" for translation in translations)
