@@ -14,6 +14,7 @@ from unipelt.glue.job import prepare
 from unipelt.glue.labels import describe_cuts, describe_labels
 from unipelt.glue.settings import RunSettings
 from unipelt.glue.tasks import Task
+from unipelt.runs import device
 from unipelt.runs.training import header
 
 
@@ -71,11 +72,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_quick(tmp_path_factory.mktemp("home"))
 
 
-def test_the_header_of_a_run(home: Path, tmp_path: Path) -> None:
+def test_the_header_of_a_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = prepare(RunSettings(**quick(home, output_dir=str(tmp_path / "whole"))))
     lines = header(job, "base", job.task.name, job.labels)
     assert any(line.startswith("labels  2 classes, with rows in train: ") for line in lines)
     assert not any("cut" in line for line in lines)
+    monkeypatch.setattr(device, "_fast_bf16", lambda: False)
+    assert not any("slower" in line for line in lines)
+    slow = prepare(RunSettings(**quick(home, output_dir=str(tmp_path / "slow"), precision="bf16", device="cpu")))
+    assert any("bf16 is many times slower" in line for line in header(slow, "base", slow.task.name))
     length = max(len(ids) for ids in job.splits["train"]["input_ids"])
     exact = prepare(RunSettings(**{**quick(home, output_dir=str(tmp_path / "exact")), "max_length": length}))
     assert not any("train" in line and "cut" in line for line in exact.labels), "what just fits is not cut"

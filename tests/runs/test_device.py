@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unipelt.runs.device import find_device, precision_of
+from unipelt.runs import device
+from unipelt.runs.device import describe_precision, find_device, precision_of
 from unipelt.runs.errors import RunError
 
 
@@ -42,3 +43,20 @@ def test_the_precision_of_a_product(precision: str, dtype: torch.dtype) -> None:
     one = torch.ones(2, 2)
     with precision_of("cpu", precision):
         assert (one @ one).dtype == dtype
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_slow_precision_is_warned_of(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    monkeypatch.setattr(device, "_fast_bf16", lambda: fast)
+    assert [describe_precision(*case) for case in (("cpu", "fp32"), ("cuda", "bf16"))] == [[], []]
+    lines = describe_precision("cpu", "bf16")
+    assert len(lines) == (not fast)
+    assert all("bf16 is many times slower than fp32 on this CPU" in line for line in lines)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_pytorch_is_asked(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: answer)
+    assert bool(describe_precision("cpu", "bf16")) != answer
+    monkeypatch.setattr(torch.ops, "mkldnn", object())  # a PyTorch that has not the question
+    assert describe_precision("cpu", "bf16") == []

@@ -28,7 +28,7 @@ from unipelt.runs import folder as place
 from unipelt.runs import processes
 from unipelt.runs.averages import AverageCallback, WeightAverage, read_average
 from unipelt.runs.callbacks import Marker, Reporter, Watch, evaluations_of
-from unipelt.runs.device import find_device
+from unipelt.runs.device import describe_precision, find_device
 from unipelt.runs.errors import Diverged, RunError, RunFailed, explain
 from unipelt.runs.final import finalize
 from unipelt.runs.folder import LOGS, Progress
@@ -188,6 +188,7 @@ def header(job: Training, model: str, task: str, data: Sequence[str] = ()) -> li
         f"method  {settings.method_name}; learning rate {settings.learning_rate:g}{rates}, "
         f"batch {settings.batch_size}, at most {settings.epochs} epochs{stop}, seed {settings.seed}; "
         f"{settings.precision} on {job.device}{average}{select}",
+        *describe_precision(job.device, settings.precision),
         *([f"trainer {options}"] if options else []),
         *str(parameter_counts(job.model)).splitlines(),
     ]
