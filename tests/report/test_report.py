@@ -240,6 +240,10 @@ def gates_of(*means: Any) -> dict[str, Any]:
     return {"layers": [0], "values": {"adapter": {"mean": list(means)}}}
 
 
+def of_test(**scores: Any) -> dict[str, Any]:
+    return {name: {"loss": 0.7, "metrics": {"accuracy": score}} for name, score in scores.items()}
+
+
 def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path: Path) -> None:
     good = make_record(score=0.6)
     moved = spoil(make_record(score=0.9), settings__glue_dir="/elsewhere")
@@ -268,6 +272,12 @@ def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path: Path) -> Non
         "words": (json.dumps(spoil(make_record(seed=2), gates=gates_of("0.5"))), "its gates are"),
         "empty": (json.dumps(spoil(make_record(seed=2), gates=gates_of())), "its gates are"),
         "none": (json.dumps(spoil(make_record(seed=2), settings__train_samples=0)), "train_samples is 0"),
+        "tests": (json.dumps(spoil(make_record(seed=2), tests=[0.5])), "its tests are not losses and metrics by name"),
+        "test": (json.dumps(spoil(make_record(seed=2), tests={"average": 0.5})), "its tests are not losses and"),
+        "of": (
+            json.dumps(spoil(make_record(seed=2), tests=of_test(average=None))),
+            "tests.average.metrics.accuracy is",
+        ),
         "true": (json.dumps(spoil(make_record(seed=2), settings__train_samples=True)), "train_samples is True"),
         "early": (
             json.dumps(spoil(make_record(seed=2), evaluations=[{"epoch": 1.0, "step": 7, "loss": 0.7, "metrics": {}}])),

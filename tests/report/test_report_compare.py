@@ -16,7 +16,13 @@ from unipelt.report import write_report
 from unipelt.report.blocks import Fold, Grid
 from unipelt.report.compare import curves, gate_agreements, upper_bounds
 from unipelt.report.costs import costs
-from unipelt.report.differences import against_best_single, against_frozen_heads, against_papers, compare_all
+from unipelt.report.differences import (
+    against_best_single,
+    against_frozen_heads,
+    against_papers,
+    compare_all,
+    last_choices,
+)
 from unipelt.report.numbers import NONE
 from unipelt.report.paper import TASKS, paper_upper_bound
 from unipelt.report.sections import compare_rows
@@ -210,6 +216,60 @@ def test_other_combinations_are_paired_with_the_papers_by_task_and_seed(tmp_path
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     section = text.partition("## Other combinations against UniPELT(APL)")[2]
     assert "+7.50<br>−24.27 to +39.27 |" in section  # noqa: RUF001
+
+
+def test_last_choices_are_compared_with_the_best_epoch_of_the_same_runs(tmp_path: Path) -> None:
+    """The first seed takes the average, the second does not. Runs without such choices have no line."""
+    scores = {  # of the best epoch, of the average, and of what was tested
+        ("rte", 1): (0.50, 0.56, 0.56),
+        ("rte", 2): (0.60, 0.58, 0.60),
+        ("sst2", 1): (0.70, 0.74, 0.74),
+        ("sst2", 2): (0.80, 0.78, 0.80),
+    }
+    records = []
+    for (task, seed), (best, average, tested) in scores.items():
+        metrics = [{"loss": 0.7, "metrics": {"accuracy": score}} for score in (best, average)]
+        tests = dict(zip(("best_epoch", "average"), metrics, strict=True))
+        records.append(spoil(make_record(task, "lora", seed, tested), tests=tests))
+        records.append(make_record(task, "adapter", seed, 0.5))
+    found = {difference.kind: difference for difference in last_choices(results_of(*records).table(100))}
+    assert [*found] == ["average", "tested"]
+    assert {(one.row, one.against, one.tasks, one.pairs) for one in found.values()} == {
+        ("lora", "best epoch", ("sst2", "rte"), 4)
+    }
+    assert_t_interval(found["average"].effect, [0.05, -0.02])  # the mean over the tasks for each seed
+    assert_t_interval(found["tested"].effect, [0.05, 0.0])
+    assert_t_interval(found["average"].by_task["rte"], [0.06, -0.02])
+
+    save(tmp_path / "runs", *records)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    section = text.partition("## Averages of weights against the weights of the best epoch")[2].partition("\n## ")[0]
+    assert "| lora | K = 100 | best epoch | +1.50<br>" in section
+    assert "adapter" not in section
+    section = text.partition("## Last choices against the weights of the best epoch")[2].partition("\n## ")[0]
+    assert "| lora | K = 100 | best epoch | +2.50<br>" in section
+
+
+def test_a_choice_of_submodules_alone_has_no_average() -> None:
+    tests = {"best_epoch": {"loss": 0.7, "metrics": {"accuracy": 0.5}}}
+    records = [spoil(make_record("rte", "unipelt-ap", seed, 0.5 + seed / 100), tests=tests) for seed in (1, 2)]
+    [found] = last_choices(results_of(*records).table(100))
+    assert found.kind == "tested"
+    assert_t_interval(found.effect, [0.01, 0.02])
+    records.append(make_record("rte", "unipelt-ap", 3))
+    assert not list(last_choices(results_of(*records).table(100))), "a run of the row has no such choice"
+
+
+def test_a_method_that_selects_is_compared_with_one_that_has_nothing_to_select() -> None:
+    """And its own runs without a selection are another row."""
+    records = [make_record("rte", "lora", seed, 0.5, select=False) for seed in (1, 2)]
+    for select in (False, True):
+        records += [make_record("rte", "unipelt-ap", seed, 0.6 + 0.1 * select, select=select) for seed in (1, 2)]
+    found = against_best_single(results_of(*records).table(100))
+    assert {(one.row, one.against) for one in found} == {
+        (f"unipelt-ap [select={select}]", "lora") for select in ("null", "true")
+    }
 
 
 def test_gates_beside_what_submodules_do_alone(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ SIZES = {
     "evidence-gte-k500.yaml": (40, 8),
     "evidence-gte-epochs.yaml": (10, 2),
     "evidence-gte-frozen-heads.yaml": (30, 6),
-    "evidence-gte-dropout.yaml": (200, 20),
-    "evidence-gte-average.yaml": (300, 30),
+    "evidence-gte-dropout.yaml": (100, 10),
+    "evidence-gte-average.yaml": (350, 35),
     "compare.yaml": (1215, 81),
 }
 
@@ -245,7 +245,7 @@ def test_a_sweep_changes_nothing_but_task_size_method_and_seed(name: str) -> Non
         free += ["model", "model_sha256"]
     if name == "compare.yaml" or name.startswith("evidence-"):
         free += [key for key in read_mapping(FOLDER / "evidence.yaml") if key != "base"]
-    free += ["average"] if name == "evidence-gte-average.yaml" else []
+    free += ["average", "select"] if name in ("evidence-gte-average.yaml", "evidence-gte-dropout.yaml") else []
     for settings in runs_of(name):
         changed = [item.name for item in fields(settings) if getattr(settings, item.name) != item.default]
         assert set(changed) <= set(free)
@@ -410,21 +410,24 @@ def test_the_recommended_preset_is_beside_every_method_with_a_rate_that_was_trie
     assert {(one.task, one.seed, one.train_samples, one.epochs) for one in runs} < beside
 
 
-def test_dropout_and_averages_are_the_only_differences_from_the_evidence() -> None:
-    """And each is beside the same runs without it."""
-    rates = evidence_rates("gte-")
+def test_averages_and_dropout_have_the_rates_and_the_methods_of_the_evidence() -> None:
+    """All have an average; dropout is beside the same methods without it."""
+    rates = evidence_rates("gte-") | {
+        one.method_name: one.learning_rate for one in runs_of("evidence-gte-unipelt.yaml")
+    }
     places = {(task, seed) for task in ("stsb", "qqp", "sst2", "qnli", "mnli") for seed in range(6, 16)}
-    for name in ("evidence-gte-dropout.yaml", "evidence-gte-average.yaml"):
-        rows: dict[str, set[tuple[Any, int]]] = {}
+    rows: dict[str, set[tuple[Any, int]]] = {}
+    for name in ("evidence-gte-average.yaml", "evidence-gte-dropout.yaml"):
         for settings in runs_of(name):
             assert settings.learning_rate == rates[settings.method_name.split(",")[0]]
-            assert settings.train_samples == 100
-            row = f"{settings.method_name} {settings.average}"
-            rows.setdefault(row, set()).add((settings.task, settings.seed))
-        assert all(seen == places for seen in rows.values())
-        plain = {row for row in rows if "dropout" not in row and row.endswith("None")}
-        assert len(plain) == 2
-        assert len(rows) == (4 if "dropout" in name else 6)
+            assert (settings.train_samples, settings.average) == (100, {"last": 5})
+            assert settings.select == ("dropout" in name)
+            rows.setdefault(settings.method_name, set()).add((settings.task, settings.seed))
+    assert all(seen == places for seen in rows.values())
+    plain = {row for row in rows if "dropout" not in row}
+    own = 'unipelt-apl, prefix.softmax="own"'
+    assert plain == {"fine-tuning", "bitfit", "adapter", "lora", "unipelt-apl", own, "unipelt"}
+    assert rows.keys() - plain == {f"{row}, gate.dropout=0.1" for row in ("unipelt-apl", own)}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -478,6 +481,8 @@ def test_a_sweeps_run_is_started(settings: RunSettings, home: Path, tmp_path: Pa
     quick: dict[str, Any] = {"epochs": 1, "threads": 1, "max_length": 16, "device": "cpu", "model_sha256": None}
     if settings.train_samples is not None:
         quick |= {"train_samples": 16, "dev_samples": 16}
+    if settings.average is not None:
+        quick |= {"average": {"last": 1}}
     quick |= {"model": str(home / "model"), "glue_dir": str(home / "glue"), "output_dir": str(tmp_path / "out")}
     record = run(replace(settings, **quick), log=lambda line: None)
     assert record["status"] == "finished"

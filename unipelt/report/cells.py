@@ -102,6 +102,14 @@ class Run:
         """The best score on the dev data, a fraction."""
         return self.record["dev"]["metrics"][self.primary]
 
+    @property
+    def tests(self) -> dict[str, float]:
+        """The test scores before the last choices, fractions: of the `best_epoch`, and of an `average`.
+
+        They are empty for a run without such choices.
+        """
+        return {name: found["metrics"][self.primary] for name, found in self.record.get("tests", {}).items()}
+
     @cached_property
     def variant(self) -> Mapping[str, Any]:
         """The values, besides task, K and method name, that two runs must share for their scores to be averaged."""

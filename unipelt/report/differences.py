@@ -1,4 +1,4 @@
-"""Compare rows pair by pair: the same task, the same seed, another method.
+"""Compare rows pair by pair: the same task, the same seed, another method. Compare last choices run by run.
 
 All comparisons of a page are one family of tests. An interval is a t interval. For the tasks of a table, the interval
 is over seeds: each seed gives one number, its mean difference over the tasks. For other tasks like these, the interval
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from unipelt.report.cells import Cell, largest
+from unipelt.report.cells import Cell, Run, largest
 from unipelt.report.results import Table
 from unipelt.report.significance import MeanEffect, holm, mean_effect
 
 PAPERS = "unipelt-apl"
 """The combination with which the other combinations are compared."""
 
-Kind = Literal["single", "picked", "paper", "head"]
-"""The other side of a comparison: the best single method, the method picked on dev, the paper's combination, or the
-same method with a frozen head.
+Kind = Literal["single", "picked", "paper", "head", "average", "tested"]
+"""The sides of a comparison. The other side is the best single method, the method picked on dev, the paper's
+combination, or the same method with a frozen head. For `average` and `tested` both sides are of the same runs: the
+average of the weights, or the model that was tested after all last choices, against the weights of the best epoch.
 """
+BEST_EPOCH = "best epoch"
+"""The name of the other side where both sides are of the same runs."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Difference:
     Attributes:
         kind: the kind of the other row.
         k: the training examples of the table; None means all.
-        row, against: the names of the two rows.
+        row, against: the names of the two rows; `against` is `best epoch` where both sides are of the same runs.
         tasks: the tasks that both rows have.
         pairs: the number of pairs.
         effect: the mean over the pairs, a fraction, with the interval for these tasks.
@@ -70,7 +73,7 @@ def compare_all(tables: Sequence[Table]) -> list[Difference]:
     found = [
         difference
         for table in tables
-        for compare in (against_best_single, against_picked, against_papers, against_frozen_heads)
+        for compare in (against_best_single, against_picked, against_papers, against_frozen_heads, last_choices)
         for difference in compare(table)
     ]
     effects = holm([difference.effect.p for difference in found])
@@ -133,6 +136,28 @@ def against_frozen_heads(table: Table) -> Iterator[Difference]:
             yield from _compare("head", table, trained, frozen)
 
 
+def last_choices(table: Table) -> Iterator[Difference]:
+    """Compare what a run could test at its end with the weights of its best epoch, for runs with such choices.
+
+    One training gives both sides (`tests` in its record).
+    """
+    sides: dict[Kind, Callable[[Run], float | None]] = {
+        "average": lambda run: run.tests.get("average"),
+        "tested": lambda run: run.score,
+    }
+    for kind, side in sides.items():
+        for row in table.rows:
+            cells = table.row(row)
+            if any(cell.picked for cell in cells.values()):
+                continue
+            pairs = {
+                task: {run.seed: ours - run.tests["best_epoch"] for run in cell.runs if (ours := side(run)) is not None}
+                for task, cell in cells.items()
+                if all("best_epoch" in run.tests for run in cell.runs)
+            }
+            yield from _difference(kind, table, row, BEST_EPOCH, pairs)
+
+
 def _compare(
     kind: Kind,
     table: Table,
@@ -141,16 +166,22 @@ def _compare(
     tasks: Sequence[str] | None = None,
     among: tuple[str, ...] = (),
 ) -> list[Difference]:
-    """Return one row minus another on these tasks, by default on all that both have.
-
-    The list is empty for fewer than two pairs.
-    """
+    """Return one row minus another on these tasks, by default on all that both have."""
     ours, theirs = table.row(row), table.row(against)
-    pairs = {
-        task: paired
-        for task in (ours if tasks is None else tasks)
-        if task in theirs and (paired := _pairs(ours[task], theirs[task]))
-    }
+    pairs = {task: _pairs(ours[task], theirs[task]) for task in (ours if tasks is None else tasks) if task in theirs}
+    return _difference(kind, table, row, against, pairs, among)
+
+
+def _difference(
+    kind: Kind,
+    table: Table,
+    row: str,
+    against: str,
+    pairs: Mapping[str, Mapping[tuple[int, int], float]],
+    among: tuple[str, ...] = (),
+) -> list[Difference]:
+    """Return the comparison of these differences by task and seed. The list is empty for fewer than two of them."""
+    pairs = {task: paired for task, paired in pairs.items() if paired}
     if sum(map(len, pairs.values())) < 2:
         return []
     values = [value for paired in pairs.values() for value in paired.values()]

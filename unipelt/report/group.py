@@ -18,7 +18,8 @@ CANDIDATES = ("adapter", "bitfit", "lora")
 """The methods from which that single method is picked. Of equal dev scores, the first one counts."""
 _ORDER = ("fine-tuning", "bitfit", "adapter", "prefix", "lora", PICKED)
 _COMBINED = ("unipelt-ap-nogate", "unipelt-ap", "unipelt-apl")
-_OF_THE_METHOD = ("learning_rate", "method_config")
+_OF_THE_METHOD = ("learning_rate", "method_config", "select")
+"""Settings in which methods may differ and still be compared. A method with one submodule has nothing to select."""
 
 
 def group_runs(

@@ -96,6 +96,10 @@ def _problem(record: Mapping[str, Any]) -> str | None:
     primary = record["task"]["primary"]
     scores = [(part, record[part]["metrics"].get(primary)) for part in ("dev", "test")]
     scores += [(f"evaluations[{i}]", item["metrics"].get(primary)) for i, item in enumerate(record["evaluations"])]
+    tests = record.get("tests", {})
+    if not isinstance(tests, Mapping) or not all(_has_metrics(found) for found in tests.values()):
+        return "its tests are not losses and metrics by name"
+    scores += [(f"tests.{name}", found["metrics"].get(primary)) for name, found in tests.items()]
     for where, score in scores:
         number = isinstance(score, (int, float)) and not isinstance(score, bool)
         if not number or not -1 <= score <= 1:  # NaN fails this test too
@@ -107,6 +111,10 @@ def _problem(record: Mapping[str, Any]) -> str | None:
     if gates is not None and not _are_gates(gates):
         return "its gates are not layers by submodules"
     return None
+
+
+def _has_metrics(found: Any) -> bool:
+    return isinstance(found, Mapping) and isinstance(found.get("metrics"), Mapping)
 
 
 def _are_gates(gates: Mapping[str, Any]) -> bool:

@@ -55,6 +55,14 @@ _AGAINST = {
         "Heads that train against heads that do not",
         "All else is equal, the learning rate too. A head that does not train stays at its random start.",
     ),
+    "average": (
+        "Averages of weights against the weights of the best epoch",
+        "Both are of the same runs. The average is tested in every run, whether dev takes it or not.",
+    ),
+    "tested": (
+        "Last choices against the weights of the best epoch",
+        "Both are of the same runs. Dev has chosen the average or the best epoch, and then the submodules.",
+    ),
 }
 
 
