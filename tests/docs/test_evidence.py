@@ -437,10 +437,22 @@ def test_the_recommended_preset() -> None:
             effect, p = effects[label]
             small = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
             assert difference == f"{spanned(effect)}, {small}", label
-    assert effects["LoRA"][0].mean < 0.01, "none of the four parts of the prediction came out"
-    assert effects["APL, `prefix.softmax: own`"][0].mean < 0
+    assert effects["LoRA"][0].mean < 0.01, "of the first prediction only the second part came out"
+    assert number(100 * effects["APL, `prefix.softmax: own`"][0].mean, 1) == "0.1"
     assert effects["picked on dev"][0].mean < -0.01
-    assert [label for label, (_, p) in effects.items() if p < 0.05] == ["UniPELT (APL)"]
+    assert {label for label, (_, p) in effects.items() if p < 0.05} == {"UniPELT (APL)", "fine-tuning"}
+    ours, beside = (
+        cells(RECOMMENDED, "unipelt"),
+        {name: cells("gte-small", name) for name in ("unipelt-apl", "lora", OWN)},
+    )
+    assert ours["mnli"].mean < beside["lora"]["mnli"].mean, "the second prediction came out"
+    for task in ("qnli", "mnli"):
+        assert ours[task].mean > beside["unipelt-apl"][task].mean
+        assert abs(ours[task].mean - beside[OWN][task].mean) < 0.02
+    tuned = {
+        task: ours[task].mean - cell.mean for task, cell in cells("gte-small", "fine-tuning").items() if task in ours
+    }
+    assert sorted(tuned, key=lambda task: tuned[task])[:2] == ["qnli", "stsb"]
     below = cells("gte-small", "lora")["sst2"].mean - cells(RECOMMENDED, "unipelt")["sst2"].mean
     assert f"the last missed by {100 * below - 2:.2f}" in page()
     devs = {}
@@ -486,5 +498,8 @@ def test_readme() -> None:
         f"interval {span(found.effect)}; {over_tasks(found)} for other tasks like these)"
     )
     assert sentence in page("README.md")
+    theirs, lora = (against_the_preset()[name][0] for name in ("UniPELT (APL)", "LoRA"))
+    assert f"it is {number(100 * theirs.mean, 1)} points above APL ({span(theirs)}) and level with LoRA" in page("README.md")
+    assert f"LoRA ({signed(lora.mean)}, {span(lora)})" in page("README.md")
     apl, own = (compared(row, "single", k=500).effect.mean for row in ("unipelt-apl", OWN))
     assert f"LoRA by {number(-100 * apl, 1)} and above it by {number(100 * own, 1)}" in page("README.md")
