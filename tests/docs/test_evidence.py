@@ -499,7 +499,8 @@ def test_readme() -> None:
     )
     assert sentence in page("README.md")
     theirs, lora = (against_the_preset()[name][0] for name in ("UniPELT (APL)", "LoRA"))
-    assert f"it is {number(100 * theirs.mean, 1)} points above APL ({span(theirs)}) and level with LoRA" in page("README.md")
+    words = f"it is {number(100 * theirs.mean, 1)} points above APL ({span(theirs)}) and level with LoRA"
+    assert words in page("README.md")
     assert f"LoRA ({signed(lora.mean)}, {span(lora)})" in page("README.md")
     apl, own = (compared(row, "single", k=500).effect.mean for row in ("unipelt-apl", OWN))
     assert f"LoRA by {number(-100 * apl, 1)} and above it by {number(100 * own, 1)}" in page("README.md")
