@@ -390,6 +390,7 @@ def test_killed_run_ends_as_if_undisturbed(killed: Path, moment: str) -> None:
     assert record["attempts"] == (1 if moment == "result written, checkpoints there" else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(2))
 def test_run_killed_by_the_clock_ends_as_if_undisturbed(killed: Path, number: int) -> None:
     first, second = json.loads((killed / "report.json").read_text())[f"clock-{number}"]
@@ -406,6 +407,7 @@ def check_killed(killed: Path, name: str) -> None:
         assert (killed / name / "model" / file).read_bytes() == (killed / "undisturbed" / "model" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_time_adds_up_over_attempts(killed: Path) -> None:
     number = list(MOMENTS).index("trained, not tested")
     record = read_result(killed / f"moment-{number}")

@@ -361,7 +361,7 @@ QUICK = ("bert", "bart", "gpt2", "llama")
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(family, marks=[] if family in ("bert", "llama") else pytest.mark.slow) for family in FAMILIES],
+    [pytest.param(family, marks=[] if family == "bert" else pytest.mark.slow) for family in FAMILIES],
 )
 # Bloom's own activation, as Dynamo traces it
 @pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning")
@@ -804,6 +804,7 @@ def test_every_type_of_the_table_has_a_row_in_the_generated_page() -> None:
 # how Transformers makes its block masks
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
 def test_flex_attention_works_in_a_decoder_without_a_prefix() -> None:
     model, batch = tiny_model("llama"), tiny_batch("llama")
     unipelt.inject(model, small("unipelt-al"))
@@ -817,6 +818,7 @@ def test_flex_attention_works_in_a_decoder_without_a_prefix() -> None:
 # how Transformers makes its block masks
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
 def test_flex_attention_works_where_a_gate_averages() -> None:
     model, batch = tiny_model("bert"), tiny_batch("bert")
     unipelt.inject(model, small("unipelt-al"))

@@ -510,7 +510,8 @@ def test_a_pass_that_failed_does_not_stop_what_follows() -> None:
 # Tools around a model
 
 
-@pytest.mark.parametrize("method", ["unipelt-apl", pytest.param(MASS, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["unipelt-apl", MASS], ids=str)
 def test_compiled_is_eager(method: Any) -> None:
     """One whole graph, forward and backward."""
     model = make_model(method).train()

@@ -59,6 +59,7 @@ def write_sweep(home: Path, path: Path, epochs: int = 2, more: str = "") -> Path
     return path
 
 
+@pytest.mark.slow
 def test_runs_share_a_process(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = write_sweep(home, tmp_path / "sweep.yaml"), tmp_path / "out"
     assert main(["sweep", str(file), "--out", str(out), "--pack", "3"]) == 0

@@ -674,6 +674,7 @@ def killed(home: Path) -> dict[str, list[int]]:
     return json.loads((home / "report.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_sweep_goes_on_without_repeating_a_run(home: Path, killed: dict[str, list[int]], moment: str) -> None:
     first, *_, last = killed[moment]
@@ -687,6 +688,7 @@ def test_a_killed_sweep_goes_on_without_repeating_a_run(home: Path, killed: dict
     assert len(starts) == 9, "only the run that was killed, or that failed, is started again"
 
 
+@pytest.mark.slow
 def test_three_processes_in_one_folder_start_each_run_once(home: Path, killed: dict[str, list[int]]) -> None:
     assert killed["shared"] == [0, 0, 0]
     starts = (home / "shared" / "starts.txt").read_text().split()
@@ -703,6 +705,7 @@ def command(home: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "-c", code, "sweep", str(home / "sweep.yaml"), "--out", str(out), *options]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_process_of_its_own_leaves_its_record_or_its_last_words(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -460,7 +460,7 @@ def test_what_a_twin_freezes_and_pools() -> None:
 def first_runs() -> list[Any]:
     """The first run of every sweep, and of every kind of method that no sweep before it has; sizes make no kind.
 
-    The methods of the comparison alone are slow tests.
+    Slow tests are those of the comparison, and of methods that a sweep before it has.
     """
     seen: set[str] = set()
     chosen = []
@@ -469,7 +469,7 @@ def first_runs() -> list[Any]:
         for settings in runs_of(name):
             kind = re.sub(r"(alpha|bottleneck)=[^,]+", r"\1", repr(settings.config))
             if kind not in seen or settings is first:
-                marks = [pytest.mark.slow] if name == "compare.yaml" else []
+                marks = [pytest.mark.slow] if name == "compare.yaml" or kind in seen else []
                 chosen.append(pytest.param(settings, id=f"{name}-{settings.method_name}", marks=marks))
             seen.add(kind)
     return chosen

@@ -160,6 +160,7 @@ def test_checkpointing_changes_no_gradient(family: str) -> None:
         torch.testing.assert_close(found[1][name], grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_compiled_model_gives_the_same(family: str) -> None:
     torch._dynamo.reset()

@@ -15,10 +15,7 @@ from scripts.families_parallel import CHECKPOINTED, PROCESSES
 from tiny import FAMILIES, WITH_PREFIX
 
 TESTS = Path(__file__).parents[1]
-QUICK = ("bert", "bart", "t5", "gpt2", "llama")
-every_family = pytest.mark.parametrize(
-    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +45,7 @@ def check(results: list[dict[str, Any]], family: str, way: str) -> None:
         assert one["prefix"] == (family in WITH_PREFIX)
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_make_the_step_of_one(results: list[dict[str, Any]], family: str, way: str) -> None:
     """The same gradients and parameters, none for what is frozen, and both processes end with the same."""

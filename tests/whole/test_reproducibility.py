@@ -112,14 +112,14 @@ def test_resumed_or_not(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     check_same(home / "first", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("surroundings", "changes"),
     [
         ({"PYTHONHASHSEED": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo"}, {}),
-        pytest.param(
+        (
             {"PYTHONHASHSEED": "4711", "LC_ALL": "C.UTF-8", "MKL_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "true"},
             {"num_workers": 1},
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["one", "other"],

@@ -220,6 +220,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_and_resumed_equals_uninterrupted(method: str, killed: Path, tmp_path: Path) -> None:
     """Weights, optimizer and losses, bit for bit, with dropout on."""
