@@ -23,6 +23,7 @@ from unipelt.report.differences import (
     compare_all,
     last_choices,
 )
+from unipelt.report.group import CANDIDATES, PICKED
 from unipelt.report.numbers import NONE
 from unipelt.report.paper import TASKS, paper_upper_bound
 from unipelt.report.sections import compare_rows
@@ -259,6 +260,14 @@ def test_a_choice_of_submodules_alone_has_no_average() -> None:
     assert_t_interval(found.effect, [0.01, 0.02])
     records.append(make_record("rte", "unipelt-ap", 3))
     assert not list(last_choices(results_of(*records).table(100))), "a run of the row has no such choice"
+
+
+def test_the_last_choices_of_the_methods_picked_on_dev_are_not_compared_again() -> None:
+    tests = {"best_epoch": {"loss": 0.7, "metrics": {"accuracy": 0.5}}}
+    records = [spoil(make_record("rte", method, seed), tests=tests) for method in CANDIDATES for seed in (1, 2)]
+    table = results_of(*records).table(100)
+    assert PICKED in table.rows
+    assert {one.row for one in last_choices(table)} == {*CANDIDATES}
 
 
 def test_a_method_that_selects_is_compared_with_one_that_has_nothing_to_select() -> None:
