@@ -66,6 +66,7 @@ SIZES = {
     "evidence-gte-frozen-heads.yaml": (30, 6),
     "evidence-gte-dropout.yaml": (100, 10),
     "evidence-gte-average.yaml": (350, 35),
+    "evidence-gte-head-rates.yaml": (24, 12),
     "compare.yaml": (1215, 81),
 }
 
@@ -246,6 +247,7 @@ def test_a_sweep_changes_nothing_but_task_size_method_and_seed(name: str) -> Non
     if name == "compare.yaml" or name.startswith("evidence-"):
         free += [key for key in read_mapping(FOLDER / "evidence.yaml") if key != "base"]
     free += ["average", "select"] if name in ("evidence-gte-average.yaml", "evidence-gte-dropout.yaml") else []
+    free += ["rates"] if name == "evidence-gte-head-rates.yaml" else []
     for settings in runs_of(name):
         changed = [item.name for item in fields(settings) if getattr(settings, item.name) != item.default]
         assert set(changed) <= set(free)
@@ -428,6 +430,16 @@ def test_averages_and_dropout_have_the_rates_and_the_methods_of_the_evidence() -
     own = 'unipelt-apl, prefix.softmax="own"'
     assert plain == {"fine-tuning", "bitfit", "adapter", "lora", "unipelt-apl", own, "unipelt"}
     assert rows.keys() - plain == {f"{row}, gate.dropout=0.1" for row in ("unipelt-apl", "unipelt")}
+
+
+def test_rates_of_heads_are_beside_runs_of_the_evidence_with_one_rate() -> None:
+    files = ("evidence-gte-k100.yaml", "evidence-gte-unipelt.yaml")
+    others = {one.digest() for name in files for one in runs_of(name)}
+    runs = runs_of("evidence-gte-head-rates.yaml")
+    assert {replace(one, rates=None).digest() for one in runs} < others
+    assert {one.method_name for one in runs} == {"unipelt", "lora"}
+    [plain] = {one.learning_rate for one in runs_of("evidence-gte-k100.yaml") if one.method_name == "fine-tuning"}
+    assert min(rate for one in runs for rate in (one.rates or {}).values()) == plain
 
 
 @pytest.mark.parametrize("name", TWINS)
