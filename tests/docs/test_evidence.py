@@ -7,6 +7,7 @@ import re
 import statistics
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,9 @@ NAMES = {task: name for name, task in TASKS.items()}
 HEADS = ("bitfit", "prefix", "lora")
 EPOCHS = "gte-small-epochs"
 RECOMMENDED = "gte-small-unipelt"
+HEAD_RATES = "gte-small-heads"
+LAST_CHOICES = "gte-small-last"
+DROPPED = "unipelt, gate.dropout=0.1"
 WORDS = {5: "five", 6: "six", 7: "seven", 8: "eight"}
 BESIDE = ("LoRA", "UniPELT (APL)", "APL, `prefix.softmax: own`", "picked on dev", "fine-tuning")
 VARIANTS = {
@@ -209,17 +213,21 @@ def test_runs_and_hours() -> None:
         "gte-small/records",
         f"{EPOCHS}/records",
         f"{RECOMMENDED}/records",
+        f"{HEAD_RATES}/records",
+        f"{LAST_CHOICES}/records",
         "gte-small/rates",
     ):
         records = [json.loads(path.read_text()) for path in (RESULTS / folder).glob("*/result.json")]
         told.append((len(records), number(sum(record["seconds"]["total"] for record in records) / 3600, 1)))
-    (small, small_hours), (large, hours), (longer, longer_hours), (preset, preset_hours), (rates, rate_hours) = told
+    (small, small_hours), (large, hours), (longer, longer_hours), (preset, preset_hours), *told = told
+    (heads, head_hours), (last, last_hours), (rates, rate_hours) = told
     assert found["runs, hours of computing"] == [
         f"{small}, {small_hours}",
-        f"{large}, {hours}; {longer} of 50 epochs, {longer_hours}; {preset} of `unipelt`, {preset_hours}; and {rates} "
-        f"for the rates, {rate_hours}",
+        f"{large}, {hours}; {longer} of 50 epochs, {longer_hours}; {preset} of `unipelt`, {preset_hours}; {heads} "
+        f"for rates of the head, {head_hours}; {last} of last choices, {last_hours}; and {rates} for the rates, "
+        f"{rate_hours}",
     ]
-    assert f"in {small + large + longer + preset} runs that anybody" in page()
+    assert f"in {small + large + longer + preset + heads + last} runs that anybody" in page()
 
 
 def corrected(difference: Difference) -> str:
@@ -462,9 +470,115 @@ def test_the_recommended_preset() -> None:
     assert f"its dev score on STS-B was {devs['unipelt']:.1f}, and LoRA's {devs['lora']:.1f}" in page()
 
 
+@cache
+def records_of(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder / "records").glob("*/result.json"))]
+
+
+def points(record: dict[str, Any], figures: dict[str, Any]) -> float:
+    """The primary metric in points."""
+    return 100 * figures["metrics"][record["task"]["primary"]]
+
+
+def test_the_rates_of_the_head() -> None:
+    columns, found = rows("| dev score, seed 1 |")
+    tasks = [TASKS[name] for name in columns[1:]]
+    devs: dict[tuple[str, float | None], dict[str, float]] = {}
+    for folder in ("gte-small", RECOMMENDED, HEAD_RATES):
+        for record in records_of(folder):
+            settings = record["settings"]
+            if (settings["seed"], settings["train_samples"]) == (1, 100):
+                head = (settings.get("rates") or {}).get("head")
+                task = record["task"]["name"]
+                devs.setdefault((record["method"]["name"], head), {})[task] = points(record, record["dev"])
+    means = {}
+    for label, (mean, *entries) in found.items():
+        name, _, rate = label.partition(", head at ")
+        key = {"`unipelt`": "unipelt", "LoRA": "lora"}[name], float(rate) if rate else None
+        assert entries == [number(devs[key][task]) for task in tasks], label
+        means[key] = statistics.fmean(devs[key][task] for task in tasks)
+        assert mean == number(means[key]), label
+    assert len(means) == 6
+    for method in ("unipelt", "lora"):
+        assert means[method, None] > max(means[method, 4e-3], means[method, 1e-2]), "nothing gained"
+    assert devs["lora", 4e-3]["stsb"] < devs["lora", None]["stsb"] - 5
+    [low] = [record for record in records_of(HEAD_RATES) if record["settings"]["rates"]["head"] == 1e-4]
+    assert (low["task"]["name"], low["method"]["name"]) == ("stsb", "unipelt")
+    assert f"came to {points(low, low['dev']):.1f} on dev" in page()
+    assert f"Its dev loss ends at {low['evaluations'][-1]['loss']:.2f}" in page()
+
+
+def last_choices() -> list[str]:
+    """What the last choices of a run gain, on the runs that have ended."""
+    records = records_of(LAST_CHOICES)
+    changes = {
+        id(one): points(one, one["tests"]["average"]) - points(one, one["tests"]["best_epoch"]) for one in records
+    }
+    taken = sum(one["average"]["taken"] for one in records)
+    parts = []
+    for label, method in (
+        ("LoRA", "lora"),
+        ("adapter", "adapter"),
+        ("BitFit", "bitfit"),
+        ("`unipelt` with dropout", DROPPED),
+    ):
+        values = [changes[id(one)] for one in records if one["method"]["name"] == method]
+        parts.append(f"{signed(statistics.fmean(values) / 100)} for {label}")
+    dropped = [one for one in records if one["method"]["name"] == DROPPED]
+    gains = [
+        (
+            points(one, one["dev"]) - max(points(one, epoch) for epoch in one["evaluations"]),
+            points(one, one["test"]) - points(one, one["tests"]["best_epoch"]),
+        )
+        for one in dropped
+    ]
+    dev, test = (statistics.fmean(column) for column in zip(*gains, strict=True))
+    assert all(not one["average"]["taken"] for one in dropped)
+    early = sum(one["best"]["epoch"] <= 10 for one in records)
+    return [
+        f"It was taken in {taken or 'none'} of the {len(records)} runs",
+        f"{signed(statistics.fmean(changes.values()) / 100)} on average: {', '.join(parts)}",
+        f"In {early} of the runs the best epoch is one of the first ten of 15",
+        f"in {len(dropped)} runs it gains {signed(dev / 100)} on dev and {signed(test / 100)} on the test",
+    ]
+
+
+def test_the_last_choices_by_task() -> None:
+    columns, found = rows("| test score, seeds 6 and 7 |")
+    tasks = [TASKS[name] for name in columns[1:]]
+    methods = {"LoRA": "lora", "adapter": "adapter", "BitFit": "bitfit", "picked on dev": PICKED}
+    runs = {
+        (one["task"]["name"], one["settings"]["seed"], one["method"]["name"]): one for one in records_of(LAST_CHOICES)
+    }
+    assert len(runs) == 24
+    averages = {}
+    for label, (mean, *entries) in found.items():
+        scores: dict[str, list[float]] = {task: [] for task in tasks}
+        for task in tasks:
+            for seed in (6, 7):
+                candidates = [runs[task, seed, method] for method in ("adapter", "bitfit", "lora")]
+                picked = max(candidates, key=lambda one: points(one, one["dev"]))
+                method = methods.get(label, DROPPED)
+                one = picked if method == PICKED else runs[task, seed, method]
+                chosen = label == "the same, its best subset"
+                scores[task].append(points(one, one["test"] if chosen else one["tests"]["best_epoch"]))
+        means = {task: statistics.fmean(scores[task]) for task in tasks}
+        assert entries == [number(means[task]) for task in tasks], label
+        averages[label] = statistics.fmean(means.values())
+        assert mean == number(averages[label]), label
+        if label == "LoRA":
+            first, second = scores["stsb"]
+            assert f"LoRA's two scores on STS-B are {abs(second - first):.1f} apart" in page()
+    above = {label: (averages["`unipelt` with dropout"] - averages[label]) / 100 for label in ("LoRA", "picked on dev")}
+    words = (
+        f"{signed(above['LoRA'])} against LoRA and {signed(above['picked on dev'])} against the method picked on dev"
+    )
+    assert words in page()
+
+
 SAID = [
     *(*against_single(), *against_the_picked(), *steadiness(), *at_chance(), *against_apl(), *predicted()),
-    *(*with_6_layers(), *heads_with_12_layers(), *with_500(), *with_50_epochs()),
+    *(*with_6_layers(), *heads_with_12_layers(), *with_500(), *with_50_epochs(), *last_choices()),
 ]
 
 

@@ -66,7 +66,7 @@ SIZES = {
     "evidence-gte-frozen-heads.yaml": (30, 6),
     "evidence-gte-dropout.yaml": (100, 10),
     "evidence-gte-average.yaml": (350, 35),
-    "evidence-gte-head-rates.yaml": (24, 12),
+    "evidence-gte-head-rates.yaml": (12, 12),
     "compare.yaml": (1215, 81),
 }
 
