@@ -505,11 +505,12 @@ def test_the_rates_of_the_head() -> None:
     [low] = [record for record in records_of(HEAD_RATES) if record["settings"]["rates"]["head"] == 1e-4]
     assert (low["task"]["name"], low["method"]["name"]) == ("stsb", "unipelt")
     assert f"came to {points(low, low['dev']):.1f} on dev" in page()
-    assert f"Its dev loss ends at {low['evaluations'][-1]['loss']:.2f}" in page()
+    assert {f"{epoch['loss']:.1f}" for epoch in low["evaluations"][2:]} == {"2.1"}
+    assert "From the third epoch on the dev loss of this run stays at 2.1" in page()
 
 
 def last_choices() -> list[str]:
-    """What the last choices of a run gain, on the runs that have ended."""
+    """The page's sentences on the gain of an average of weights, and of the best subset of submodules."""
     records = records_of(LAST_CHOICES)
     changes = {
         id(one): points(one, one["tests"]["average"]) - points(one, one["tests"]["best_epoch"]) for one in records
@@ -536,8 +537,8 @@ def last_choices() -> list[str]:
     assert all(not one["average"]["taken"] for one in dropped)
     early = sum(one["best"]["epoch"] <= 10 for one in records)
     return [
-        f"It was taken in {taken or 'none'} of the {len(records)} runs",
-        f"{signed(statistics.fmean(changes.values()) / 100)} on average: {', '.join(parts)}",
+        f"Dev chose the average in {taken or 'none'} of the {len(records)} runs",
+        f"{signed(statistics.fmean(changes.values()) / 100)} on average over the runs: {', '.join(parts)}",
         f"In {early} of the runs the best epoch is one of the first ten of 15",
         f"in {len(dropped)} runs it gains {signed(dev / 100)} on dev and {signed(test / 100)} on the test",
     ]

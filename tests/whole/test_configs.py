@@ -471,7 +471,7 @@ def test_what_a_twin_freezes_and_pools() -> None:
 def first_runs() -> list[Any]:
     """The first run of every sweep, and of every kind of method that no sweep before it has; sizes make no kind.
 
-    Slow tests are those of the comparison, and of methods that a sweep before it has.
+    A run of the comparison is a slow test, and so is the first run of a sweep if an earlier sweep has its method.
     """
     seen: set[str] = set()
     chosen = []
