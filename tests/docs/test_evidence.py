@@ -51,8 +51,8 @@ NAMES = {task: name for name, task in TASKS.items()}
 HEADS = ("bitfit", "prefix", "lora")
 EPOCHS = "gte-small-epochs"
 RECOMMENDED = "gte-small-unipelt"
-HEAD_RATES = "gte-small-heads"
-LAST_CHOICES = "gte-small-last"
+HEAD_RATES = "gte-small-heads/records"
+LAST_CHOICES = "gte-small-last/records"
 DROPPED = "unipelt, gate.dropout=0.1"
 WORDS = {5: "five", 6: "six", 7: "seven", 8: "eight"}
 BESIDE = ("LoRA", "UniPELT (APL)", "APL, `prefix.softmax: own`", "picked on dev", "fine-tuning")
@@ -81,6 +81,12 @@ def comparisons(folder: str) -> list[Difference]:
 def compared(row: str, kind: Kind, folder: str = "gte-small", k: int = 100) -> Difference:
     [found] = [one for one in comparisons(folder) if (one.row, one.kind, one.k) == (row, kind, k)]
     return found
+
+
+@cache
+def records_of(folder: str) -> list[dict[str, Any]]:
+    """The records in a folder of docs/results, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*/result.json"))]
 
 
 @cache
@@ -213,11 +219,11 @@ def test_runs_and_hours() -> None:
         "gte-small/records",
         f"{EPOCHS}/records",
         f"{RECOMMENDED}/records",
-        f"{HEAD_RATES}/records",
-        f"{LAST_CHOICES}/records",
+        HEAD_RATES,
+        LAST_CHOICES,
         "gte-small/rates",
     ):
-        records = [json.loads(path.read_text()) for path in (RESULTS / folder).glob("*/result.json")]
+        records = records_of(folder)
         told.append((len(records), number(sum(record["seconds"]["total"] for record in records) / 3600, 1)))
     (small, small_hours), (large, hours), (longer, longer_hours), (preset, preset_hours), *told = told
     (heads, head_hours), (last, last_hours), (rates, rate_hours) = told
@@ -470,11 +476,6 @@ def test_the_recommended_preset() -> None:
     assert f"its dev score on STS-B was {devs['unipelt']:.1f}, and LoRA's {devs['lora']:.1f}" in page()
 
 
-@cache
-def records_of(folder: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder / "records").glob("*/result.json"))]
-
-
 def points(record: dict[str, Any], figures: dict[str, Any]) -> float:
     """The primary metric in points."""
     return 100 * figures["metrics"][record["task"]["primary"]]
@@ -484,7 +485,7 @@ def test_the_rates_of_the_head() -> None:
     columns, found = rows("| dev score, seed 1 |")
     tasks = [TASKS[name] for name in columns[1:]]
     devs: dict[tuple[str, float | None], dict[str, float]] = {}
-    for folder in ("gte-small", RECOMMENDED, HEAD_RATES):
+    for folder in ("gte-small/records", f"{RECOMMENDED}/records", HEAD_RATES):
         for record in records_of(folder):
             settings = record["settings"]
             if (settings["seed"], settings["train_samples"]) == (1, 100):
